@@ -1,0 +1,88 @@
+"""Which implementation serves each op on each device, and why. Filled once at import, printed by `lowrank info`.
+
+`LOWRANK_BACKEND=reference` turns every kernel off: the oracle serves all ops.
+"""
+
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lowrank_sys import _ops, reference
+from lowrank_sys.subspace import operators
+
+# Launchers of the GEMM-shaped ops on a GPU: op -> (module of lowrank_sys.kernels, function).
+TRITON = {
+    "galore_step.tensor": ("steps", "galore_step"),
+    "galore_step": ("steps", "galore_step"),
+    "galore_step.list": ("steps", "galore_step_list"),
+    "subspace_step.tensor": ("steps", "subspace_step"),
+    "subspace_step": ("steps", "subspace_step"),
+    "subspace_step.list": ("steps", "subspace_step_list"),
+    "project": ("products", "project"),
+    "back_project_": ("products", "back_project_"),
+}
+
+
+class Served(NamedTuple):
+    """One row of the table: who serves `op` on `device`, and why no better one does."""
+
+    op: str
+    device: str
+    implementation: str
+    reason: str
+
+
+def _load_native():
+    """Load the C++ module; its CPU (and CUDA) kernels register themselves. Returns why it is missing, or ''."""
+    if os.environ.get("LOWRANK_BACKEND") == "reference":
+        return "LOWRANK_BACKEND=reference"
+    if importlib.util.find_spec("lowrank_sys._C") is None:
+        return "lowrank_sys._C is not built"
+    importlib.import_module("lowrank_sys._C")
+    return ""
+
+
+def _load_triton():
+    """Register the Triton launchers for CUDA tensors. Returns why there are none, or ''."""
+    if os.environ.get("LOWRANK_BACKEND") == "reference":
+        return "LOWRANK_BACKEND=reference"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    for op, (module, function) in TRITON.items():
+        launcher = getattr(importlib.import_module(f"lowrank_sys.kernels.{module}"), function)
+        _ops._library.impl(op, launcher, "CUDA")
+    return ""
+
+
+def _serves(op, key):
+    name, _, overload = op.partition(".")
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"lowrank::{name}" + (f".{overload}" if overload else ""), key)
+
+
+def table():
+    """Rows `Served`, op by op: the CPU, and CUDA where this machine has a device."""
+    rows = []
+    devices = [("cpu", "CPU", "C++")] + ([("cuda", "CUDA", "CUDA C++")] if torch.cuda.is_available() else [])
+    for op in _ops.SCHEMAS:
+        for device, key, native in devices:
+            if op in operators.IMPLEMENTATIONS:
+                rows.append(Served(op, device, "composition", "calls the other ops and torch.linalg"))
+            elif device == "cuda" and op in TRITON and not TRITON_MISSING:
+                rows.append(Served(op, device, "Triton", ""))
+            elif _serves(op, key):
+                rows.append(Served(op, device, native, ""))
+            else:
+                rows.append(Served(op, device, "reference", NATIVE_MISSING or TRITON_MISSING or "built without it"))
+    return rows
+
+
+reference.register(_ops._library)
+operators.register(_ops._library)
+NATIVE_MISSING = _load_native()
+TRITON_MISSING = _load_triton()

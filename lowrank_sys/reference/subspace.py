@@ -1,0 +1,145 @@
+"""Choosing a basis: exact SVD, and randomized subspace iteration (Halko, Martinsson and Tropp 2011, Algorithm 4.4).
+
+The iteration has a fixed number of passes and no data-dependent branch, so that a GPU never waits for the host.
+"""
+
+import torch
+
+from lowrank_sys import _ops
+from lowrank_sys.reference.adam import accumulator
+from lowrank_sys.reference.galore import project as dense_project
+
+# Directions whose singular value is below FILL * sigma_1 are completed from the old basis and a seeded Gaussian.
+FILL = 1e-5
+# Share of the Gaussian in the completion: the old basis may already lie in the span of the new directions.
+FRESH = 0.1
+# Shift of each Cholesky pass, relative to the trace of the Gram matrix of unit columns; None is the dtype's epsilon. The
+# third pass meets a Gram matrix within rounding of I: a shift there would only shorten the columns.
+SHIFTS = (1e-6, None, 0.0)
+# Orthogonal iterations on the small Gram matrix that pick the leading r of the sketched directions.
+RITZ_ITERATIONS = 6
+
+
+def gaussian(rows, columns, seed, like):
+    """Standard normal (rows, columns); depends on the seed and the device type alone."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, device=like.device, dtype=accumulator(like))
+
+
+def unit_columns(y):
+    """Columns of y scaled to norm 1, zero columns kept. Divides by the maximum first: squares may overflow."""
+    tiny = torch.finfo(y.dtype).tiny
+    y = y / y.abs().amax().clamp(min=tiny)
+    return y / torch.linalg.vector_norm(y, dim=0).clamp(min=tiny)
+
+
+def cholesky_qr(y, passes):
+    """Orthonormalize the columns of y (d, l) by shifted CholeskyQR (Fukaya et al. 2020): three passes for fp32 accuracy,
+    one for a basis that is merely well conditioned."""
+    y = unit_columns(y)
+    eye = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
+    for shift in SHIFTS[:passes]:
+        shift = torch.finfo(y.dtype).eps if shift is None else shift
+        factor, _ = torch.linalg.cholesky_ex(y.T @ y + shift * y.shape[1] * eye)
+        y = y @ torch.linalg.solve_triangular(factor.mT, eye, upper=True)  # a GEMM instead of a solve with d right sides
+    return y
+
+
+def leading_eigenvectors(gram, rank):
+    """(l, rank) orthonormal columns that span the leading eigenvectors of gram (l, l), largest first."""
+    diagonal = gram.diagonal()
+    gram = gram / diagonal.amax().clamp(min=torch.finfo(gram.dtype).tiny)
+    v = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)[:, diagonal.argsort(descending=True)[:rank]]
+    for i in range(RITZ_ITERATIONS):
+        v = cholesky_qr(gram @ v + FILL * v, passes=3 if i + 1 == RITZ_ITERATIONS else 1)
+    return v
+
+
+def canonical_signs(basis, old=None):
+    """Flip columns until diag(oldᵀ basis) >= 0, or without `old` until each column's entry of largest magnitude is positive."""
+    if old is None:
+        pivot = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)).squeeze(0)
+    else:
+        pivot = (old.to(basis.dtype) * basis).sum(dim=0)
+    return torch.where(pivot < 0, -basis, basis)
+
+
+def svd_basis(grad, basis, *, rank, left):
+    """The leading `rank` left (or right) singular vectors of G (m, n), as GaLore; the old basis if G is not finite or zero."""
+    _ops.check_subspace_iteration(grad, basis, rank=rank, left=left, n_iter=1, oversample=None, op="svd_basis")
+    g = grad.to(accumulator(grad))
+    valid = g.isfinite().all() & (g != 0).any()
+    if not valid:
+        return basis if basis is not None else cholesky_qr(gaussian(g.shape[0 if left else 1], rank, 0, g), passes=3)
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    return canonical_signs((u[:, :rank] if left else vh[:rank].T).contiguous(), basis)
+
+
+def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, seed=0, project=dense_project):
+    """Leading `rank` singular directions of G (m, n) on one side, and their energies.
+
+    Args:
+        grad: (m, n), fp32 | bf16 | fp16.
+        basis: (m, r) if left, else (n, r): the old basis for a warm start (2 n_iter products with G), or None
+            (2 n_iter + 1 products).
+        rank: r, at most min(m, n).
+        n_iter: power iterations with G Gᵀ; at least 1 with a basis.
+        oversample: additional directions that are sketched and dropped; r/8 by default.
+        seed: of the Gaussian sketch.
+        project: computes the products with G.
+
+    Returns:
+        (B, energies): B of the shape of `basis`, fp32, orthonormal columns with canonical signs; energies (r,), the squared
+        Ritz values: at most sigma², close to it after two iterations. Directions in which G has no energy are completed. A gradient that is zero or not finite
+        returns the old basis unchanged (without one, a seeded orthonormal basis) and energies 0.
+    """
+    _ops.check_subspace_iteration(grad, basis, rank=rank, left=left, n_iter=n_iter, oversample=oversample)
+    d, other = grad.shape if left else grad.shape[::-1]
+    columns = min(rank + (-(-rank // 8) if oversample is None else oversample), d, other)
+    old = None if basis is None else basis.to(accumulator(grad))
+
+    def to_basis_side(z):
+        y = project(grad, z, left=not left)
+        return y if left else y.T.contiguous()
+
+    def to_other_side(y):
+        z = project(grad, y, left=left)
+        return z.T.contiguous() if left else z
+
+    if old is None:
+        z = cholesky_qr(gaussian(other, columns, seed, grad), passes=2)
+        y = to_basis_side(z)
+    else:
+        y = torch.cat([old, gaussian(d, columns - rank, seed, grad)], dim=1)
+    for i in range(n_iter):
+        z = cholesky_qr(to_other_side(cholesky_qr(y, passes=1)), passes=2 if i + 1 == n_iter else 1)
+        y = to_basis_side(z)
+
+    # y = G z with orthonormal z: the eigenvectors of yᵀy are the Ritz vectors, at no further product with G.
+    size = y.abs().amax()
+    valid = size.isfinite() & (size > 0)
+    y = torch.where(valid, y / torch.where(valid, size, 1), 0)
+    y = y @ leading_eigenvectors(y.T @ y, rank)
+    norms = torch.linalg.vector_norm(y, dim=0)
+    order = norms.argsort(descending=True, stable=True)
+    y, norms = y[:, order], norms[order]
+
+    fill = FRESH * unit_columns(gaussian(d, rank, seed + 1, grad))
+    if old is not None:
+        fill = old + fill
+    new = cholesky_qr(y / norms[0].clamp(min=torch.finfo(y.dtype).tiny) + FILL * fill, passes=3)
+    new = canonical_signs(new, old)
+    if old is not None:
+        new = torch.where(valid, new, old)
+    return new, torch.where(valid, norms * size, 0).square()
+
+
+def rotate_moments(exp_avg, exp_avg_sq, old, new, *, left):
+    """Moments carried into a new basis: M' = C M and V' = (C∘C) V >= 0 with C = newᵀ old (right: times Cᵀ).
+
+    V' is the variance of C R for a gradient R of uncorrelated entries, so it cannot be negative.
+    """
+    c = new.to(exp_avg.dtype).T @ old.to(exp_avg.dtype)
+    if left:
+        return c @ exp_avg, (c * c) @ exp_avg_sq
+    return exp_avg @ c.T, exp_avg_sq @ (c * c).T

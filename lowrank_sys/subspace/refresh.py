@@ -1,0 +1,63 @@
+"""When a basis is chosen anew, how, and what becomes of the moments."""
+
+import torch
+
+from lowrank_sys import _ops
+from lowrank_sys.reference.subspace import rotate_moments, svd_basis
+
+SUBSPACES = ("randomized", "svd")
+MOMENTS = ("keep", "reset", "rotate")
+
+# A countdown of COLD says that there is no basis yet.
+COLD = -1
+
+
+def _randomized(grad, basis, *, rank, left, seed):
+    # The first basis takes a single product with G: the first step of a model refreshes every matrix at once.
+    n_iter = 0 if basis is None else 2
+    return torch.ops.lowrank.subspace_iteration(grad, basis, rank=rank, left=left, n_iter=n_iter, seed=seed)[0]
+
+
+def _svd(grad, basis, *, rank, left, seed):
+    return svd_basis(grad, basis, rank=rank, left=left)
+
+
+SELECT = {"randomized": _randomized, "svd": _svd}
+
+
+def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap, first_gaps, seeds, subspace, moments):
+    """Advance the refresh schedule of many matrices by one step, choosing anew each basis that is due.
+
+    Args:
+        bases: (m or n, r) each, written in place.
+        grads: (m, n) each.
+        countdowns: 0-dim int64 CPU tensors: steps until the next refresh, COLD before the first. On the host, so that
+            a GPU is never asked.
+        exp_avgs, exp_avg_sqs, steps: the Adam state that `moments` acts on; empty lists where it is 'keep'.
+        lr: 0-dim; with a host-side rate of 0 nothing can be trained, and a refresh stays due (checkpoint loaders take such
+            a step to create the state).
+        gap: steps between two refreshes.
+        first_gaps: steps until the second basis of each matrix, which staggers the refreshes.
+        seeds: one a matrix.
+        subspace: 'randomized' | 'svd'.
+        moments: 'keep' | 'reset' (the step counter too) | 'rotate'.
+    """
+    _ops.check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, left=left, gap=gap, first_gaps=first_gaps,
+                       seeds=seeds, subspace=subspace, moments=moments)
+    idle = lr.device.type == "cpu" and lr.item() == 0
+    for i, (basis, grad, countdown) in enumerate(zip(bases, grads, countdowns)):
+        left_steps = countdown.item()
+        if left_steps <= 0:
+            cold = left_steps == COLD
+            new = SELECT[subspace](grad, None if cold else basis, rank=basis.shape[1], left=left, seed=seeds[i])
+            if not cold and moments == "reset":
+                for tensor in (exp_avgs[i], exp_avg_sqs[i], steps[i]):
+                    tensor.zero_()
+            elif not cold and moments == "rotate":
+                exp_avg, exp_avg_sq = rotate_moments(exp_avgs[i], exp_avg_sqs[i], basis, new, left=left)
+                exp_avgs[i].copy_(exp_avg)
+                exp_avg_sqs[i].copy_(exp_avg_sq)
+            basis.copy_(new)
+            left_steps = first_gaps[i] if cold else gap
+        if not idle:
+            countdown.fill_(left_steps - 1)
