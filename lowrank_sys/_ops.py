@@ -159,10 +159,12 @@ def check_subspace_iteration(grad, basis, *, rank, left, n_iter, oversample, op=
 def _check_step_scalars(op, device, step, lr):
     if isinstance(step, torch.Tensor):
         _expect_scalar(op, "step", step, device)
+        _expect_dtype(op, "step", step, torch.float32)
     else:
         _expect(step >= 1, op, lambda: f"step counts from 1, got {step}")
     if isinstance(lr, torch.Tensor):
         _expect_scalar(op, "lr", lr, device)
+        _expect_dtype(op, "lr", lr, torch.float32)
 
 
 def check_lists(op, **lists):
@@ -177,6 +179,7 @@ def check_guards(op, params, steps, lr, grad_scale, found_inf, skipped):
     """`skipped` is an int64 counter; the guards and the counters are 0-dim tensors of the parameters' device."""
     device = params[0].device if params else lr.device
     _expect_scalar(op, "lr", lr, device)
+    _expect_dtype(op, "lr", lr, torch.float32)
     for i, step in enumerate(steps):
         _expect_scalar(op, f"steps[{i}]", step, params[i].device, own_device=True)
         _expect_dtype(op, f"steps[{i}]", step, torch.float32)

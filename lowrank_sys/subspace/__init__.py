@@ -1,0 +1,1 @@
+"""Choosing, storing and refreshing a basis, and carrying moments across a refresh."""

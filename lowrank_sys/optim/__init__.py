@@ -1,0 +1,7 @@
+"""Optimizers: parts that keep state and call ops, composed by LowRankOptimizer; every method is a short preset."""
+
+from lowrank_sys.optim.galore import GaLoreAdafactor, GaLoreAdamW
+from lowrank_sys.optim.groups import param_groups
+from lowrank_sys.optim.optimizer import LowRankOptimizer
+
+__all__ = ["GaLoreAdafactor", "GaLoreAdamW", "LowRankOptimizer", "param_groups"]

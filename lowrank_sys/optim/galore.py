@@ -1,0 +1,51 @@
+"""GaLore (Zhao et al., ICML 2024, arXiv:2403.03507): Adam or Adafactor on the gradient's leading singular directions."""
+
+from lowrank_sys.optim.inner import Adafactor, Adam
+from lowrank_sys.optim.optimizer import LowRankOptimizer
+
+
+class GaLoreAdamW(LowRankOptimizer):
+    """AdamW whose moments live in a rank-r subspace: W <- (1 - lr*wd) W - lr*scale*back(Adam(project(G))).
+
+    Drop-in for torch.optim.AdamW; groups without `rank` are plain AdamW. Group keys as galore_torch's: `rank`,
+    `update_proj_gap` (200), `scale` (0.25), `proj_type` (std | reverse_std | left | right | short-moments), and `subspace`
+    (randomized | svd), `moments` (keep | reset | rotate), `seed`. The order is torch.optim.AdamW's, where galore_torch decays
+    after the update and adds eps before bias correction.
+
+    Args:
+        params: parameters or groups (lowrank_sys.optim.param_groups makes them from a model).
+        lr: rate, float or 0-dim fp32 tensor (a tensor lets torch.compile and CUDA graphs see it change).
+        betas, eps, weight_decay: as torch.optim.AdamW.
+        nonfinite: 'skip' | 'raise'.
+
+    State of a matrix (m, n): `exp_avg`, `exp_avg_sq` fp32 (r, n) or (m, r), `basis` (m or n, r), `step`, and the schedule.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, nonfinite="skip"):
+        for i, beta in enumerate(betas):
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}")
+        if not eps >= 0:
+            raise ValueError(f"eps must be at least 0, got {eps}")
+        super().__init__(params, Adam(), {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}, nonfinite)
+
+
+class GaLoreAdafactor(LowRankOptimizer):
+    """Adafactor whose statistics live in a rank-r subspace; groups without `rank` are plain Adafactor.
+
+    Arguments and defaults as galore_torch's GaLoreAdafactor. With `relative_step` the rate follows the step count and `lr`
+    must be None. The update is clipped and scaled in the subspace, then projected back.
+
+    State of a matrix: `row` (rows of R, 1), `col` (1, columns of R), `basis`, `step`, the schedule; `exp_avg` with beta1.
+    """
+
+    def __init__(self, params, lr=None, eps=(1e-30, 1e-3), clip_threshold=1.0, decay_rate=-0.8, beta1=None, weight_decay=0.0,
+                 scale_parameter=True, relative_step=True, warmup_init=False, *, nonfinite="skip"):
+        if relative_step == (lr is not None):
+            raise ValueError(f"lr must be {'None with' if relative_step else 'given without'} relative_step, got {lr}")
+        if warmup_init and not relative_step:
+            raise ValueError("warmup_init needs relative_step, got relative_step=False")
+        defaults = {"lr": lr, "eps": tuple(eps), "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1,
+                    "weight_decay": weight_decay, "scale_parameter": scale_parameter, "relative_step": relative_step,
+                    "warmup_init": warmup_init}
+        super().__init__(params, Adafactor(), defaults, nonfinite)

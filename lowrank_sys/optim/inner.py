@@ -1,0 +1,71 @@
+"""Inner rules: the state of a (low-rank) gradient and the fused op that advances it and updates the weight.
+
+A rule keeps its hyper-parameters in the group and does no arithmetic of its own. `states` are the state dicts of `params`,
+`guards` the keyword arguments grad_scale, found_inf and skipped of the ops.
+"""
+
+import torch
+
+
+def _field(states, key):
+    return [state[key] for state in states]
+
+
+class Adam:
+    """AdamW (torch.optim.AdamW's order: decay before the update, eps after bias correction); moments in fp32."""
+
+    transports = ("keep", "reset", "rotate")
+
+    def init(self, state, shape, param, group):
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = torch.zeros(shape, dtype=torch.float32, device=param.device)
+
+    def _hyper(self, group):
+        beta1, beta2 = group["betas"]
+        return {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": group["weight_decay"]}
+
+    def plain_step(self, group, params, grads, states, lr, guards):
+        torch.ops.lowrank.adamw_step(params, grads, _field(states, "exp_avg"), _field(states, "exp_avg_sq"),
+                                     _field(states, "step"), lr=lr, **self._hyper(group), **guards)
+
+    def low_rank_step(self, group, params, grads, states, lr, left, guards):
+        torch.ops.lowrank.galore_step.list(
+            params, grads, _field(states, "basis"), _field(states, "exp_avg"), _field(states, "exp_avg_sq"),
+            _field(states, "step"), lr=lr, scale=group["scale"], left=left, **self._hyper(group), **guards,
+        )
+
+
+class Adafactor:
+    """Adafactor with factored second moments of R for matrices; `beta1=None` keeps no first moment."""
+
+    transports = ("keep",)
+
+    def init(self, state, shape, param, group):
+        def zeros(*size):
+            return torch.zeros(size, dtype=torch.float32, device=param.device)
+
+        if group["beta1"] is not None:
+            state["exp_avg"] = zeros(*shape)
+        if len(shape) == 2:
+            state["row"], state["col"] = zeros(shape[0], 1), zeros(1, shape[1])
+        else:
+            state["exp_avg_sq"] = zeros(*shape)
+
+    def _step(self, group, params, grads, states, lr, left, guards):
+        if guards["found_inf"] is not None or guards["grad_scale"] is not None:
+            raise ValueError("GaLoreAdafactor takes no GradScaler: unscale_ before the step, or train in bfloat16")
+        for param, grad, state in zip(params, grads, states):
+            torch.ops.lowrank.adafactor_step(
+                param, grad, state.get("basis"), state.get("exp_avg"), state.get("row"), state.get("col"),
+                state.get("exp_avg_sq"), state["step"], lr=lr, beta1=group["beta1"] or 0.0, decay_rate=group["decay_rate"],
+                eps1=group["eps"][0], eps2=group["eps"][1], clip_threshold=group["clip_threshold"],
+                weight_decay=group["weight_decay"], scale=group.get("scale", 1.0), scale_parameter=group["scale_parameter"],
+                relative_step=group["relative_step"], warmup_init=group["warmup_init"], left=left,
+                skipped=guards["skipped"],
+            )
+
+    def plain_step(self, group, params, grads, states, lr, guards):
+        self._step(group, params, grads, states, lr, False, guards)
+
+    def low_rank_step(self, group, params, grads, states, lr, left, guards):
+        self._step(group, params, grads, states, lr, left, guards)

@@ -1,0 +1,152 @@
+"""LowRankOptimizer: the composition that every method is a preset of."""
+
+import torch
+
+from lowrank_sys.subspace.subspace import Subspace
+
+
+class LowRankOptimizer(torch.optim.Optimizer):
+    """Low-rank updates for groups with a `rank`, the plain inner rule for the others.
+
+    Composed of a subspace part (select, store, refresh, transport), an inner rule on the low-rank state, a residual (what
+    happens to G - back(R): dropped here) and a store (how weights are kept: in place, in their own dtype). The residual and
+    the store are properties of the fused op that the inner rule calls.
+
+    Args:
+        params: parameters, named parameters or groups, as for any torch optimizer. Keys of a low-rank group: `rank`, `scale`
+            and those of Subspace.
+        inner: the inner rule (lowrank_sys.optim.inner).
+        defaults: the rule's hyper-parameters, with `lr` (float or 0-dim tensor).
+        nonfinite: 'skip': a gradient that is not finite leaves its channel (plain groups: its element) untouched, counted
+            by `skipped()`; 'raise': FloatingPointError before anything is written.
+
+    The state is tensors and plain numbers only: torch.load(weights_only=True), DCP and safetensors work, and a resumed run is
+    exact to the bit.
+    """
+
+    # GradScaler hands over grad_scale and found_inf instead of synchronising.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params, inner, defaults, nonfinite="skip"):
+        if nonfinite not in ("skip", "raise"):
+            raise ValueError(f"nonfinite must be 'skip' or 'raise', got {nonfinite!r}")
+        lr = defaults["lr"]
+        if lr is not None and not isinstance(lr, torch.Tensor) and not lr >= 0:
+            raise ValueError(f"lr must be at least 0, got {lr}")
+        if not defaults["weight_decay"] >= 0:
+            raise ValueError(f"weight_decay must be at least 0, got {defaults['weight_decay']}")
+        self.inner = inner
+        self.subspace = Subspace()
+        self.nonfinite = nonfinite
+        self._counters = {}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if "rank" not in group:
+            return
+        for key, value in {**self.subspace.defaults, "scale": 0.25}.items():
+            group.setdefault(key, value)
+        first = sum(len(g["params"]) for g in self.param_groups[:-1])
+        names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
+        try:
+            self.subspace.check(group, names)
+            if group["moments"] not in self.inner.transports:
+                raise ValueError(f"moments must be one of {', '.join(self.inner.transports)} for "
+                                 f"{type(self.inner).__name__}, got {group['moments']!r}")
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _init_state(self):
+        matrices = [(p, g) for g in self.param_groups if "rank" in g for p in g["params"]]
+        index = {p: i for i, (p, _) in enumerate(matrices)}
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None or self.state[param]:
+                    continue
+                state = self.state[param]
+                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+                shape = param.shape
+                if "rank" in group:
+                    shape = self.subspace.init(state, param, group, index[param], len(matrices))
+                self.inner.init(state, tuple(shape), param, group)
+
+    def _counter(self, device):
+        if device not in self._counters:
+            self._counters[device] = torch.zeros((), dtype=torch.int64, device=device)
+        return self._counters[device]
+
+    def _batches(self, group):
+        """Yield (left, params, grads, states) per device and side of the group's parameters that have a gradient."""
+        batches = {}
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise ValueError(f"gradients must be dense, got a sparse one for a parameter of shape {tuple(param.shape)}")
+            state = self.state[param]
+            batch = batches.setdefault((param.device, state.get("left", False)), ([], [], []))
+            for items, item in zip(batch, (param, grad.contiguous(), state)):
+                items.append(item)
+        for (_, left), batch in batches.items():
+            yield left, *batch
+
+    def _raise_if_not_finite(self):
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None and not param.grad.isfinite().all():
+                    name = group["param_names"][i] if "param_names" in group else f"parameter {i} of group {g}"
+                    raise FloatingPointError(f"the gradient of {name} is not finite")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update all parameters that have a gradient. Nothing waits for the device."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.nonfinite == "raise":
+            self._raise_if_not_finite()
+        self._init_state()
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if grad_scale is not None:
+            grad_scale = grad_scale.reciprocal()  # GradScaler's factor divides, the ops' one multiplies
+        for group in self.param_groups:
+            lr = group["lr"]
+            if not isinstance(lr, torch.Tensor):
+                lr = torch.tensor(0.0 if lr is None else lr, dtype=torch.float32)
+            for left, params, grads, states in self._batches(group):
+                guards = {"grad_scale": grad_scale, "found_inf": found_inf, "skipped": self._counter(params[0].device)}
+                if "rank" in group:
+                    self.subspace.refresh(group, grads, states, lr, left)
+                    self.inner.low_rank_step(group, params, grads, states, lr, left, guards)
+                else:
+                    self.inner.plain_step(group, params, grads, states, lr, guards)
+        return loss
+
+    def skipped(self):
+        """Weight elements left untouched so far because their gradient was not finite. Reads the device."""
+        return sum(int(counter) for counter in self._counters.values())
+
+    def state_bytes(self):
+        """Bytes of all state tensors."""
+        return sum(t.numel() * t.element_size() for state in self.state.values() for t in state.values()
+                   if isinstance(t, torch.Tensor))
+
+    def load_state_dict(self, state_dict):
+        """Load a state, in its own dtypes: torch's casts every tensor but `step` to the parameter's dtype."""
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, param in zip(ids, params):
+            basis = state_dict["state"].get(i, {}).get("basis")
+            if basis is not None and (basis.dim() != 2 or basis.shape[0] not in param.shape):
+                raise ValueError(f"the state's basis of shape {tuple(basis.shape)} does not fit a parameter of shape "
+                                 f"{tuple(param.shape)}")
+        super().load_state_dict(state_dict)
+        for i, param in zip(ids, params):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, torch.Tensor):
+                    self.state[param][key] = value.to("cpu" if key == "countdown" else param.device)

@@ -1,0 +1,172 @@
+"""Checkpoints that are whole or absent.
+
+A checkpoint is a folder `step-00000100` with a `manifest.json`: the step, the identity of the run (what must be the
+same for a resume to mean anything) and size and SHA-256 of every file. It is written to a `.partial-*` folder, synced
+to the disk and only then renamed, so a folder with the final name is complete; the manifest shows what happened to it
+since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+from .errors import TrainError
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial-"
+
+
+def write(root: Path, step: int, identity: dict[str, Any], fill: Callable[[Path], None], keep: int) -> Path:
+    """Save a checkpoint under `root` and rotate: the newest `keep` stay.
+
+    fill: writes the files into the folder that it is handed. identity: plain JSON values.
+    Raises TrainError (code 1) when it cannot be written; earlier checkpoints are then as they were.
+    """
+
+    def fill_and_sign(folder: Path) -> None:
+        fill(folder)
+        files = {
+            str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)}
+            for p in sorted(folder.rglob("*"))
+            if p.is_file()
+        }
+        body = {"step": step, "identity": identity, "files": files}
+        (folder / MANIFEST).write_text(json.dumps({**body, "sha256": _seal(body)}, indent=1))
+
+    target = root / f"step-{step:08d}"
+    publish(target, fill_and_sign, what=f"checkpoint of step {step}")
+    folders = _folders(root)
+    # newer ones are what a resume passed over: damaged, and of a future that is being trained again
+    kept = [folder for found, folder in folders if found <= step][:keep]
+    for _, folder in folders:
+        if folder not in kept:
+            remove(folder)
+    return target
+
+
+def publish(target: Path, fill: Callable[[Path], None], what: str) -> None:
+    """Make the folder `target` with what `fill` writes, in one go, in place of an older one if there is one.
+
+    Raises TrainError (code 1), naming `what`, when it cannot be written; `target` is then as it was.
+    """
+    partial = target.with_name(PARTIAL + target.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        fill(partial)
+        sync_tree(partial)
+        remove(target)
+        partial.rename(target)
+        _sync(target.parent)
+    # torch and safetensors report a full disk with types of their own, RuntimeError and SafetensorError among them
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TrainError(f"--out {target.parent}: could not save the {what}: {error}", code=1) from error
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint `folder`, after checking every file against it.
+
+    Raises ValueError saying in a few words what is wrong.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        seal, files = manifest.pop("sha256"), manifest["files"]
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(f"{MANIFEST} is damaged") from None
+    if seal != _seal(manifest) or folder.name != f"step-{manifest['step']:08d}":
+        raise ValueError(f"{MANIFEST} is damaged")
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise ValueError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+        if _sha256(path) != expected["sha256"]:
+            raise ValueError(f"{name} is damaged (its SHA-256 differs)")
+    return manifest
+
+
+def newest(root: Path, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint under `root` that verifies, and its manifest; None if there are no checkpoints.
+
+    tell: called with one line for each newer one that was passed over, and why.
+    Raises TrainError (code 1) if there are checkpoints and none verifies.
+    """
+    folders = _folders(root)
+    for _, folder in folders:
+        try:
+            return folder, verify(folder)
+        except (ValueError, OSError) as error:
+            tell(f"skipped checkpoint {folder}: {error}")
+    if folders:
+        raise TrainError(f"--resume: no checkpoint under {root} is intact; choose another --out to start anew", code=1)
+    return None
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder so that no half of it is ever found under its own name."""
+    if folder.exists():
+        doomed = folder.with_name(f"{PARTIAL}old-{folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def sweep(root: Path) -> None:
+    """Delete what a killed run left half written."""
+    for path in root.glob(PARTIAL + "*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Make the file `path` with what `write` writes, in one go: a reader sees the old or the new content."""
+    partial = path.with_name(PARTIAL + path.name)
+    try:
+        write(partial)
+        _sync(partial)
+        partial.rename(path)
+        _sync(path.parent)
+    except Exception as error:
+        partial.unlink(missing_ok=True)
+        raise TrainError(f"--out {path.parent}: could not write {path.name}: {error}", code=1) from error
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until every file and folder under `folder` is on the disk."""
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _folders(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of what is named like a checkpoint, newest first."""
+    found: Iterator[Path] = (p for p in root.glob("step-*") if p.is_dir() and p.name[5:].isdigit())
+    return sorted(((int(p.name[5:]), p) for p in found), reverse=True)
+
+
+def _seal(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

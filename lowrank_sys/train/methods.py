@@ -1,0 +1,85 @@
+"""Training methods: a name, its optimizer, and the learning rates that suit it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Callable, NamedTuple
+
+from .errors import TrainError
+
+if TYPE_CHECKING:
+    import argparse
+
+    import torch
+
+
+class Method(NamedTuple):
+    build: Callable[[torch.nn.Module, argparse.Namespace], torch.optim.Optimizer]
+    lr: float
+    plain_lr: float
+
+
+def _adamw(model, args):
+    from .adamw import SkippingAdamW
+    from lowrank_sys.optim import param_groups
+
+    # the same split as the low-rank methods, so that embeddings, norms and head have their own rate here too
+    groups = [
+        {"params": g["params"], "lr": args.lr if "rank" in g else args.plain_lr}
+        for g in param_groups(model, rank=1, plain={})
+    ]
+    return SkippingAdamW(groups, weight_decay=args.weight_decay)
+
+
+def _low_rank_groups(model, args):
+    from lowrank_sys.optim import param_groups
+
+    return param_groups(
+        model,
+        rank=args.rank,
+        update_proj_gap=args.update_proj_gap,
+        scale=args.scale,
+        proj_type=args.proj_type,
+        subspace=args.subspace,
+        plain={"lr": args.plain_lr},
+    )
+
+
+def _galore(model, args):
+    from lowrank_sys.optim import GaLoreAdamW
+
+    return GaLoreAdamW(_low_rank_groups(model, args), lr=args.lr, weight_decay=args.weight_decay)
+
+
+def _galore_adafactor(model, args):
+    from lowrank_sys.optim import GaLoreAdafactor
+
+    return GaLoreAdafactor(_low_rank_groups(model, args), lr=args.lr, weight_decay=args.weight_decay)
+
+
+METHODS = {
+    "adamw": Method(_adamw, lr=1e-3, plain_lr=1e-3),
+    "galore": Method(_galore, lr=5e-3, plain_lr=1e-3),
+    "galore-adafactor": Method(_galore_adafactor, lr=5e-3, plain_lr=1e-3),
+}
+
+
+def build(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """The optimizer of `args.method` over the parameters of `model`.
+
+    It has `skipped()`: the number of weight elements left untouched so far because a gradient was not finite.
+    Raises TrainError with the optimizer's own words, as for a rank above min(m, n) of a weight.
+    """
+    try:
+        return METHODS[args.method].build(model, args)
+    except ValueError as error:
+        raise TrainError(str(error)) from error
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that the optimizer keeps between steps."""
+    import torch
+
+    if hasattr(optimizer, "state_bytes"):
+        return optimizer.state_bytes()
+    tensors = (v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,64 @@
+"""LLaMA presets: llama-1m and llama-9m for a laptop, the rest as in the GaLore paper's configurations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class Preset(NamedTuple):
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocab: int
+
+
+PRESETS = {
+    "llama-1m": Preset(192, 512, 2, 6, 256),
+    "llama-9m": Preset(512, 1376, 3, 8, 256),
+    "llama-60m": Preset(512, 1376, 8, 8, 32000),
+    "llama-130m": Preset(768, 2048, 12, 12, 32000),
+    "llama-350m": Preset(1024, 2736, 24, 16, 32000),
+    "llama-1b": Preset(2048, 5461, 24, 32, 32000),
+    "llama-7b": Preset(4096, 11008, 32, 32, 32000),
+    "llama-13b": Preset(5120, 13824, 40, 40, 32000),
+}
+
+
+def config(name: str, *, vocab: int | None = None, seq_len: int = 1024) -> LlamaConfig:
+    """Configuration of the preset `name`, with untied embedding and head.
+
+    vocab: size of the vocabulary in tokens, None for the preset's own. seq_len: longest sequence in tokens.
+    Raises KeyError for a name that is not in PRESETS.
+    """
+    from transformers import LlamaConfig
+
+    p = PRESETS[name]
+    return LlamaConfig(
+        hidden_size=p.hidden,
+        intermediate_size=p.intermediate,
+        num_hidden_layers=p.layers,
+        num_attention_heads=p.heads,
+        vocab_size=vocab or p.vocab,
+        max_position_embeddings=max(1024, seq_len),
+        rms_norm_eps=1e-6,
+        initializer_range=0.02,
+        tie_word_embeddings=False,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def build(config: LlamaConfig, *, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+    """A freshly initialised model, drawn from torch's global generator directly in `dtype` on `device`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # from_config rather than .to(dtype): the rotary frequencies stay fp32
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -1,0 +1,94 @@
+"""What a run leaves behind: summary.json, loss.png and the closing table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import write_file
+
+TABLE = [
+    ("validation loss", "val_loss", "{:.4f} nats/token"),
+    ("train loss", "train_loss", "{:.4f} nats/token"),
+    ("unigram entropy", "unigram_entropy", "{:.4f} nats/token"),
+    ("speed", "tokens_per_second", "{:,.0f} tokens/s"),
+    ("optimizer state", "optimizer_state_bytes", "{:,} bytes"),
+    ("AdamW's would be", "adamw_state_bytes", "{:,} bytes"),
+    ("peak memory", "peak_memory_bytes", "{:,} bytes"),
+    ("skipped elements", "skipped", "{:,}"),
+]
+
+
+def write_summary(out: Path, summary: dict[str, Any]) -> None:
+    write_file(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The main numbers of a summary, one a line."""
+    title = f"{summary['model']}, {summary['method']}, {summary['steps']} steps, {summary['tokens']:,} tokens"
+    lines = [f"  {name:<18}{form.format(summary[key])}" for name, key, form in TABLE if summary[key] is not None]
+    return "\n".join([title, *lines])
+
+
+def speed(rows: list[dict[str, Any]]) -> float | None:
+    """Tokens a second over all steps: every row stands for the same number of tokens, so it is the harmonic mean."""
+    speeds = [row["tokens_per_second"] for row in rows if row["tokens_per_second"]]
+    return len(speeds) / sum(1 / s for s in speeds) if speeds else None
+
+
+def plot(path: Path, rows: list[dict[str, Any]], unigram_entropy: float, title: str) -> None:
+    """Draw training and validation loss over the steps, with the unigram entropy as the yardstick."""
+    # Figure, not pyplot: no display, no global state, and half the import time
+    from matplotlib.figure import Figure
+
+    train = [(row["step"], row["loss"]) for row in rows if row["loss"] is not None]
+    valid = [(row["step"], row["val_loss"]) for row in rows if row["val_loss"] is not None]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    if train:
+        axes.plot(*zip(*train), color="tab:blue", linewidth=0.8, alpha=0.8, label="training batch")
+    if valid:
+        axes.plot(*zip(*valid), color="tab:orange", marker="o", markersize=4, label="validation")
+    axes.axhline(unigram_entropy, color="gray", linestyle="--", linewidth=0.8, label="unigram entropy")
+    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_file(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
+
+
+def machine(device: torch.device) -> str:
+    """One line that a number needs beside it: processor, memory, threads, versions."""
+    import transformers
+
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    host = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB"
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        return f"{card.name} {card.total_memory / 2**30:.0f} GiB, {host}, {versions}"
+    return f"{host}, {versions}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: of the process (resident set) on a CPU, of torch's allocator on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere

@@ -1,0 +1,157 @@
+"""transformers.Trainer with our data order, our clipping, our checkpoints and our own losses."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Callable, Iterable
+
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from . import checkpoint
+
+if TYPE_CHECKING:
+    import argparse
+
+    from .data import Windows
+
+
+class LowRankTrainer(Trainer):
+    """Trains `model` on `windows` in their order.
+
+    save: called with the step and a function that fills a folder with everything a resume needs.
+    seen: called with the loss of every micro-batch, a 0-dim tensor on the device, already divided by their number.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        windows: Windows,
+        arguments: TrainingArguments,
+        save: Callable[[int, Callable[[Path], None]], None],
+        seen: Callable[[torch.Tensor], None],
+    ):
+        super().__init__(
+            model, arguments, train_dataset=windows, data_collator=collate, optimizers=(optimizer, schedule)
+        )
+        # every window has the same number of targets, so the plain mean over micro-batches is the token mean
+        self.model_accepts_loss_kwargs = False
+        self.remove_callback(PrinterCallback)
+        self._save = save
+        self._seen = seen
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.clip_grad_norm_ = clip_gradients
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.train_dataset)  # Windows is in its final order
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self._seen(loss)
+        return loss
+
+    def _save_checkpoint(self, model, trial):
+        def fill(folder: Path) -> None:
+            self.model.save_pretrained(folder)
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_rng_state(str(folder))
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+
+        self._save(self.state.global_step, fill)
+
+
+def arguments(args: argparse.Namespace, device: torch.device) -> TrainingArguments:
+    """TrainingArguments for `args`: what Trainer would print, report or write by itself is off."""
+    made = TrainingArguments(
+        output_dir=args.out,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        max_grad_norm=args.grad_clip,
+        seed=args.seed,
+        save_strategy="steps",
+        save_steps=args.save_steps,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+    )
+    made._n_gpu = min(1, made.n_gpu)  # with several GPUs Trainer would wrap the model in DataParallel
+    return made
+
+
+def collate(batch: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """(batch_size, seq_len) token ids, which are their own labels: the model shifts them."""
+    ids = torch.stack(batch)
+    return {"input_ids": ids, "labels": ids}
+
+
+def cosine(optimizer: torch.optim.Optimizer, warmup: int, steps: int, floor: float):
+    """Linear warmup over `warmup` steps, then a half cosine that ends at `floor` times the rate after `steps`."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def gradient_norms(grads: list[torch.Tensor]) -> torch.Tensor:
+    """Euclidean norm of each gradient, (len(grads),) fp64: not finite only where an element is not."""
+    return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float64))
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float, norm_type: float = 2) -> torch.Tensor:
+    """Scale the gradients so that their common norm is at most `max_norm`; returns the norm before, 0-dim.
+
+    A gradient that is not finite does not count and does not spread: torch's own clipping would multiply every
+    gradient by a NaN, and the optimizer could no longer tell the bad elements from the good ones.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = gradient_norms(grads)
+    norm = torch.linalg.vector_norm(torch.where(norms.isfinite(), norms, 0.0))
+    if math.isfinite(max_norm):
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, factor.to(torch.float32))
+    return norm
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, windows: torch.Tensor, batch_size: int) -> float:
+    """Mean cross-entropy in nats over every predicted token of `windows`, (count, seq_len) int64."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for ids in windows.split(batch_size):
+        ids = ids.to(device)
+        logits = model(input_ids=ids).logits[:, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    model.train(training)
+    return total.item() / windows[:, 1:].numel()
+
+
+def save_final(model: torch.nn.Module, folder: Path, tokenizer: str | None) -> None:
+    """Write weights and configuration, and the tokenizer if there is one, as `from_pretrained` reads them."""
+
+    def fill(partial: Path) -> None:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            from transformers import AutoTokenizer
+
+            AutoTokenizer.from_pretrained(tokenizer).save_pretrained(partial)
+
+    checkpoint.publish(folder, fill, what="final weights")
