@@ -1,0 +1,94 @@
+"""W <- decay W + alpha back(X): a GEMM with the weight update as its epilogue."""
+
+import torch
+import triton
+import triton.language as tl
+
+from lowrank_sys import _ops
+from lowrank_sys.kernels import configs
+from lowrank_sys.kernels.common import ALPHA, DECAY, SLOTS, dot, is_off, on_device_of, precision, store
+
+
+@triton.jit
+def back_project_kernel(param, low_rank, basis, scalars, skipped, m, n, r,
+                        LEFT: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """W <- decay * W + alpha * (B X if LEFT, else X Bᵀ), in place.
+
+    GaLore (Zhao et al. 2024, Algorithm 2), with AdamW's decay before the update. In a STEP an element whose product is not
+    finite keeps its bytes (X is NaN in a skipped channel) and is counted in `skipped`; the whole launch may be switched off.
+
+    Bytes: W read once and written once; X once per tile of rows if LEFT (else of columns), B once per tile of the other axis.
+    """
+    if STEP:
+        if is_off(scalars):
+            return
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    o_r = tl.arange(0, BLOCK_R).to(tl.int64)
+    m_m, m_n = o_m < m, o_n < n
+    stride = tl.full([], BLOCK_R, tl.int64)
+    if LEFT:
+        p_a = basis + o_m[:, None] * r + o_r[None, :]
+        p_b, step_b = low_rank + o_r[:, None] * n + o_n[None, :], stride * n
+    else:
+        p_a = low_rank + o_m[:, None] * r + o_r[None, :]
+        p_b, step_b = basis + o_n[None, :] * r + o_r[:, None], stride
+
+    b_back = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i_r in range(0, r, BLOCK_R):
+        m_r = i_r + tl.arange(0, BLOCK_R) < r
+        b_a = tl.load(p_a, mask=m_m[:, None] & m_r[None, :], other=0.0)
+        b_b = tl.load(p_b, mask=m_r[:, None] & m_n[None, :], other=0.0)
+        b_back = dot(b_a, b_b, b_back, PRECISION)
+        p_a += BLOCK_R
+        p_b += step_b
+
+    p_w = param + o_m[:, None] * n + o_n[None, :]
+    m_w = m_m[:, None] & m_n[None, :]
+    b_w = tl.load(p_w, mask=m_w, other=0.0).to(tl.float32)
+    b_new = tl.load(scalars + DECAY) * b_w + tl.load(scalars + ALPHA) * b_back
+    if STEP:
+        b_ok = tl.abs(b_back) < float("inf")
+        b_new = tl.where(b_ok, b_new, b_w)
+        if skipped is not None:
+            count = tl.sum((m_w & ~b_ok).to(tl.int32))
+            if count > 0:
+                tl.atomic_add(skipped, count.to(tl.int64), sem="relaxed")
+    store(p_w, b_new, m_w)
+
+
+def launch_back_project(param, low_rank, basis, scalars, *, left, step, skipped=None):
+    """W <- scalars[DECAY] W + scalars[ALPHA] back(X). low_rank: R's shape, fp32 or the basis' type."""
+    if param.numel() == 0:
+        return
+    m, n = param.shape
+    r = basis.shape[1]
+    arch, _ = configs.target(param.device)
+    config = configs.config_for(arch, "back_project", rank=r, bits=configs.operand_bits(low_rank.dtype, basis.dtype))
+    back_project_kernel[triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),](
+        param=param,
+        low_rank=low_rank,
+        basis=basis,
+        scalars=scalars,
+        skipped=skipped,
+        m=m,
+        n=n,
+        r=r,
+        LEFT=left,
+        STEP=step,
+        PRECISION=precision(),
+        enable_fp_fusion=False,
+        **config,
+    )
+
+
+def back_project_(param, low_rank, basis, *, alpha=1.0, beta=1.0, left):
+    """W <- beta W + alpha back(X), in place. param (m, n) fp32 | bf16 | fp16; low_rank X of R's shape, fp32."""
+    _ops.check_back_project(param, low_rank, basis, left=left)
+    with on_device_of(param):
+        scalars = torch.full((SLOTS,), alpha, dtype=torch.float32, device=param.device)
+        scalars[DECAY.value].fill_(beta)
+        launch_back_project(param, low_rank, basis, scalars, left=left, step=False)

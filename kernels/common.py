@@ -1,0 +1,94 @@
+"""What the kernels share: products, Adam on a tile, rounding at the store, and the scalars of a step."""
+
+import contextlib
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from lowrank_sys.reference import adam as reference
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+MAX_GRADIENT = tl.constexpr(reference.MAX_GRADIENT)
+
+# Slots of a step's row of scalars (fp32, on the device). Rows are padded so that each starts on 16 bytes.
+CORRECTION1, CORRECTION2, DECAY, ALPHA, GRAD_SCALE, ACTIVE = (tl.constexpr(i) for i in range(6))
+SLOTS = 8
+
+
+@triton.jit
+def is_off(scalars):
+    """Whether found_inf switched the step off."""
+    return tl.load(scalars + ACTIVE) == 0
+
+
+@triton.jit
+def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
+    """b_acc + b_a @ b_b in fp32. Operands of one 16-bit type are multiplied as they are, any other pair as fp32."""
+    # The interpreter multiplies bf16 by its bit patterns; fp32 copies give it the same exact products.
+    if b_a.dtype == b_b.dtype and b_a.dtype != tl.float32 and not INTERPRETED:
+        return tl.dot(b_a, b_b, b_acc)
+    return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_acc, input_precision=PRECISION)
+
+
+@triton.jit
+def store(p_out, b_value, m_out):
+    """Store fp32 values in the type of `p_out`, rounded to nearest even."""
+    if p_out.dtype.element_ty == tl.bfloat16:
+        # By hand, because the interpreter's own cast truncates.
+        bits = b_value.to(tl.uint32, bitcast=True)
+        bits = tl.where(b_value == b_value, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
+        tl.store(p_out, (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=m_out)
+    else:
+        tl.store(p_out, b_value.to(p_out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def usable_channels(b_g, LEFT: tl.constexpr):
+    """Which channels of a tile of R may enter a moment: all |g| < 2^64, so none is NaN and no square overflows."""
+    return tl.min((tl.abs(b_g) < MAX_GRADIENT).to(tl.int32), axis=0 if LEFT else 1, keep_dims=True) == 1
+
+
+@triton.jit
+def adam(b_g, b_ok, p_exp_avg, p_exp_avg_sq, m_tile, scalars, beta1, beta2, gain1, gain2, eps):
+    """Advance the moments of a tile in place where `b_ok`; return m̂ / (sqrt(v̂) + eps), and NaN where not `b_ok`."""
+    b_m = beta1 * tl.load(p_exp_avg, mask=m_tile, other=0.0) + gain1 * b_g
+    b_v = beta2 * tl.load(p_exp_avg_sq, mask=m_tile, other=0.0) + gain2 * b_g * b_g
+    tl.store(p_exp_avg, b_m, mask=m_tile & b_ok)
+    tl.store(p_exp_avg_sq, b_v, mask=m_tile & b_ok)
+    b_m = tl.div_rn(b_m, tl.load(scalars + CORRECTION1))
+    b_v = tl.div_rn(b_v, tl.load(scalars + CORRECTION2))
+    return tl.where(b_ok, tl.div_rn(b_m, tl.sqrt_rn(b_v) + eps), float("nan"))
+
+
+def precision():
+    """How fp32 products are taken: three tf32 products, or one where torch allows that."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def on_device_of(tensor):
+    """Make the tensor's device current: Triton launches on the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def as_scalar(value, device):
+    """A number or a 0-dim tensor as a 0-dim float64 tensor on `device`, without synchronisation."""
+    if isinstance(value, torch.Tensor) and value.device == device:
+        return value.detach().reshape(()).to(torch.float64)
+    return torch.full((), float(value), dtype=torch.float64, device=device)
+
+
+def step_scalars(steps, *, lr, beta1, beta2, weight_decay, scale, grad_scale=None, active=None):
+    """One row of scalars per entry of `steps` (k,) float64; everything stays on its device."""
+    lr = as_scalar(lr, steps.device)
+    one = torch.ones_like(lr)
+    columns = [None] * SLOTS
+    for slot, beta in ((CORRECTION1, beta1), (CORRECTION2, beta2)):
+        columns[slot.value] = -torch.expm1(steps * (math.log(beta) if beta > 0 else -math.inf))
+    columns[DECAY.value] = 1 - lr * weight_decay
+    columns[ALPHA.value] = -lr * scale
+    columns[GRAD_SCALE.value] = one if grad_scale is None else as_scalar(grad_scale, steps.device)
+    columns[ACTIVE.value] = one if active is None else active.to(torch.float64)
+    columns = [(one if column is None else column).expand_as(steps) for column in columns]
+    return torch.stack(columns, dim=1).to(torch.float32)

@@ -1,0 +1,84 @@
+"""A GaLore step on the GPU: project with Adam as the epilogue, then back-project with the weight update as the epilogue."""
+
+import torch
+
+from lowrank_sys import _ops
+from lowrank_sys.kernels.adam import launch_adam
+from lowrank_sys.kernels.back_project import launch_back_project
+from lowrank_sys.kernels.common import as_scalar, on_device_of, step_scalars
+from lowrank_sys.kernels.project import launch_project, new_counters
+
+
+def _update(param, gradient, basis, exp_avg, exp_avg_sq, scalars, *, projected, left, beta1, beta2, eps, counters, skipped=None):
+    """One matrix: gradient (the full one, or R if `projected`) -> Adam's update X -> W."""
+    # A 16-bit X keeps the second product on the 16-bit tensor cores.
+    update = torch.empty_like(exp_avg, dtype=basis.dtype)
+    adam = {"left": left, "beta1": beta1, "beta2": beta2, "eps": eps}
+    if projected:
+        launch_adam(gradient, update, exp_avg, exp_avg_sq, scalars, **adam)
+    else:
+        launch_project(gradient, basis, update, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, scalars=scalars, counters=counters, **adam)
+    launch_back_project(param, update, basis, scalars, left=left, step=True, skipped=skipped)
+
+
+def _step(param, gradient, basis, exp_avg, exp_avg_sq, *, projected, step, lr, weight_decay, scale, beta1, beta2, **rest):
+    with on_device_of(param):
+        scalars, = step_scalars(as_scalar(step, param.device).reshape(1), lr=lr, beta1=beta1, beta2=beta2,
+                                weight_decay=weight_decay, scale=scale)
+        _update(param, gradient, basis, exp_avg, exp_avg_sq, scalars, projected=projected, beta1=beta1, beta2=beta2,
+                counters=None if projected else new_counters(param.device), **rest)
+
+
+def _step_list(params, gradients, bases, exp_avgs, exp_avg_sqs, steps, *, projected, lr, weight_decay, scale, beta1, beta2,
+               grad_scale, found_inf, **rest):
+    if not params:
+        return
+    with on_device_of(params[0]):
+        active = None if found_inf is None else (found_inf.reshape(()) == 0).to(torch.float32)
+        torch._foreach_add_(steps, 1 if active is None else active)
+        rows = step_scalars(torch.stack(steps).to(torch.float64), lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
+                            scale=scale, grad_scale=grad_scale, active=active)
+        counters = None if projected else new_counters(params[0].device)
+        for *tensors, scalars in zip(params, gradients, bases, exp_avgs, exp_avg_sqs, rows.unbind()):
+            _update(*tensors, scalars, projected=projected, beta1=beta1, beta2=beta2, counters=counters, **rest)
+
+
+def galore_step(param, grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left):
+    """W <- (1 - lr*weight_decay) W - lr*scale*back(Adam(project(G))): one GaLore-AdamW step from the full gradient (m, n).
+
+    param (m, n) fp32 | bf16 | fp16 and the moments (fp32, R's shape) are updated in place; basis (m or n, r). step counts from
+    1; step and lr are numbers or 0-dim tensors. Channels of R that are not finite keep their moments and weights.
+    """
+    _ops.check_galore_step(param, grad, basis, exp_avg, exp_avg_sq, left=left)
+    _step(param, grad, basis, exp_avg, exp_avg_sq, projected=False, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+          weight_decay=weight_decay, scale=scale, left=left)
+
+
+def subspace_step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left):
+    """galore_step from a gradient that is already projected: R (r, n) if left, else (m, r), fp32."""
+    _ops.check_subspace_step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, left=left)
+    _step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, projected=True, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+          weight_decay=weight_decay, scale=scale, left=left)
+
+
+def galore_step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, beta1, beta2, eps, weight_decay, scale, left,
+                     grad_scale=None, found_inf=None, skipped=None):
+    """galore_step for many matrices; steps (0-dim fp32) are advanced by one first.
+
+    grad_scale multiplies the gradients; found_inf != 0 makes the whole step a no-op; skipped (int64) counts the weights left
+    out. To change lr between replays of a captured step, keep it on the device.
+    """
+    _ops.check_low_rank_lists("galore_step", _ops.check_galore_step, params, grads, bases, exp_avgs, exp_avg_sqs, steps, lr, left,
+                              (grad_scale, found_inf, skipped))
+    _step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, projected=False, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+               weight_decay=weight_decay, scale=scale, left=left, grad_scale=grad_scale, found_inf=found_inf, skipped=skipped)
+
+
+def subspace_step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, beta1, beta2, eps, weight_decay, scale,
+                       left, grad_scale=None, found_inf=None, skipped=None):
+    """subspace_step for many matrices; steps and guards as in galore_step_list."""
+    _ops.check_low_rank_lists("subspace_step", _ops.check_subspace_step, params, low_rank_grads, bases, exp_avgs, exp_avg_sqs,
+                              steps, lr, left, (grad_scale, found_inf, skipped))
+    _step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, projected=True, lr=lr, beta1=beta1, beta2=beta2,
+               eps=eps, weight_decay=weight_decay, scale=scale, left=left, grad_scale=grad_scale, found_inf=found_inf,
+               skipped=skipped)

@@ -1,0 +1,140 @@
+"""R = project(G): a GEMM with split-K, and Adam as its epilogue where the caller steps."""
+
+import torch
+import triton
+import triton.language as tl
+
+from lowrank_sys import _ops
+from lowrank_sys.kernels import configs
+from lowrank_sys.kernels.common import (GRAD_SCALE, adam, dot, is_off, on_device_of, precision, store, usable_channels)
+
+
+@triton.jit
+def finish(b_r, out, exp_avg, exp_avg_sq, scalars, o_tile, m_tile, beta1, beta2, gain1, gain2, eps, LEFT: tl.constexpr):
+    """Store a tile of R, or advance Adam with it and store the update."""
+    if exp_avg is not None:
+        b_r = b_r * tl.load(scalars + GRAD_SCALE)
+        b_r = adam(b_r, usable_channels(b_r, LEFT), exp_avg + o_tile, exp_avg_sq + o_tile, m_tile, scalars, beta1, beta2, gain1,
+                   gain2, eps)
+    store(out + o_tile, b_r, m_tile)
+
+
+@triton.jit
+def project_kernel(grad, basis, out, exp_avg, exp_avg_sq, scalars, partials, counters, m, n, r, splits, chunk,
+                   beta1, beta2, gain1, gain2, eps,
+                   LEFT: tl.constexpr, PRECISION: tl.constexpr,
+                   BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out = R = Bᵀ G (r, n) if LEFT, else G B (m, r); with moments, out = X = Adam(grad_scale * R) instead.
+
+    GaLore (Zhao et al. 2024, Algorithm 2). A program owns one tile of R over one of `splits` parts of the projected axis. With
+    partials, the last program to reach a tile adds its parts in order and finishes it, so results do not depend on timing. A
+    channel (column of R if LEFT, else row) that is not usable keeps its moments, and its X is NaN for `back_project_kernel`.
+    For r > BLOCK_R a tile sees a part of its channel: NaN and inf in G reach every part, overflow of a finite G need not.
+
+    Bytes: G once per tile of r, B once per tile of channels, R-sized: moments twice each, out once, partials 2 * splits times.
+    """
+    if scalars is not None:
+        if is_off(scalars):
+            return
+    tiles_r = tl.cdiv(r, BLOCK_R)
+    # Neighbours share a tile of G, so that for larger r its second read hits the L2 cache.
+    i_tile, i_split = tl.program_id(0), tl.program_id(1)
+    i_r, i_c = i_tile % tiles_r, i_tile // tiles_r
+    o_r = (i_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    o_c = (i_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    begin = i_split * chunk
+    o_d = (begin + tl.arange(0, BLOCK_D)).to(tl.int64)
+    stride = tl.full([], BLOCK_D, tl.int64)
+    if LEFT:
+        end = tl.minimum(begin + chunk, m)
+        cols = n
+        o_row, o_col, m_row, m_col = o_r, o_c, o_r < r, o_c < n
+        p_a, step_a = basis + o_row[:, None] + o_d[None, :] * r, stride * r
+        p_b, step_b = grad + o_d[:, None] * n + o_col[None, :], stride * n
+    else:
+        end = tl.minimum(begin + chunk, n)
+        cols = r
+        o_row, o_col, m_row, m_col = o_c, o_r, o_c < m, o_r < r
+        p_a, step_a = grad + o_row[:, None] * n + o_d[None, :], stride
+        p_b, step_b = basis + o_d[:, None] * r + o_col[None, :], stride * r
+
+    b_r = tl.zeros([BLOCK_R if LEFT else BLOCK_C, BLOCK_C if LEFT else BLOCK_R], tl.float32)
+    for i_d in range(begin, end, BLOCK_D):
+        m_d = i_d + tl.arange(0, BLOCK_D) < end
+        b_a = tl.load(p_a, mask=m_row[:, None] & m_d[None, :], other=0.0)
+        b_b = tl.load(p_b, mask=m_d[:, None] & m_col[None, :], other=0.0)
+        b_r = dot(b_a, b_b, b_r, PRECISION)
+        p_a += step_a
+        p_b += step_b
+
+    o_tile = o_row[:, None] * cols + o_col[None, :]
+    m_tile = m_row[:, None] & m_col[None, :]
+    if partials is None:
+        finish(b_r, out, exp_avg, exp_avg_sq, scalars, o_tile, m_tile, beta1, beta2, gain1, gain2, eps, LEFT)
+    else:
+        size = tl.full([], 1, tl.int64) * r * (n if LEFT else m)
+        p_part = partials + o_tile
+        tl.store(p_part + i_split * size, b_r, mask=m_tile, cache_modifier=".cg")
+        # All threads' stores come before the count that publishes them.
+        tl.debug_barrier()
+        if tl.atomic_add(counters + i_tile, 1, sem="acq_rel") == splits - 1:
+            tl.store(counters + i_tile, 0)
+            b_r = tl.zeros_like(b_r)
+            for _ in range(splits):
+                b_r += tl.load(p_part, mask=m_tile, other=0.0, cache_modifier=".cg")
+                p_part += size
+            finish(b_r, out, exp_avg, exp_avg_sq, scalars, o_tile, m_tile, beta1, beta2, gain1, gain2, eps, LEFT)
+
+
+def new_counters(device):
+    """Zeroed counters for any number of launches on one stream: they reset themselves."""
+    _, multiprocessors = configs.target(device)
+    return torch.zeros(configs.max_split_tiles(multiprocessors), dtype=torch.int32, device=device)
+
+
+def launch_project(grad, basis, out, *, left, counters, exp_avg=None, exp_avg_sq=None, scalars=None, beta1=0.0, beta2=0.0,
+                   eps=0.0):
+    """out <- R, or Adam's update from it if there are moments. out: R's shape, fp32 or the basis' type."""
+    if out.numel() == 0:
+        return
+    m, n = grad.shape
+    r = basis.shape[1]
+    arch, multiprocessors = configs.target(grad.device)
+    config = configs.config_for(arch, "project", rank=r, bits=configs.operand_bits(grad.dtype, basis.dtype))
+    tiles = triton.cdiv(n if left else m, config["BLOCK_C"]) * triton.cdiv(r, config["BLOCK_R"])
+    splits, chunk = configs.split(tiles, m if left else n, block=config["BLOCK_D"], rank=r, itemsize=grad.element_size(),
+                                  multiprocessors=multiprocessors)
+    partials = torch.empty((splits, *out.shape), dtype=torch.float32, device=grad.device) if splits > 1 else None
+    project_kernel[tiles, splits](
+        grad=grad,
+        basis=basis,
+        out=out,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        scalars=scalars,
+        partials=partials,
+        counters=counters if splits > 1 else None,
+        m=m,
+        n=n,
+        r=r,
+        splits=splits,
+        chunk=chunk,
+        beta1=beta1,
+        beta2=beta2,
+        gain1=1 - beta1,
+        gain2=1 - beta2,
+        eps=eps,
+        LEFT=left,
+        PRECISION=precision(),
+        enable_fp_fusion=False,
+        **config,
+    )
+
+
+def project(grad, basis, *, left):
+    """R = Bᵀ G (r, n) if left, else G B (m, r); fp32. grad (m, n), basis (m or n, r): fp32 | bf16 | fp16."""
+    _ops.check_project(grad, basis, left=left)
+    out = torch.empty(_ops.low_rank_shape(grad, basis, left), dtype=torch.float32, device=grad.device)
+    with on_device_of(grad):
+        launch_project(grad, basis, out, left=left, counters=new_counters(grad.device))
+    return out
