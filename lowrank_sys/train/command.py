@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import math
 import os
 import shlex
@@ -20,8 +22,12 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 
-# flags that a resumed run may change: they alter neither the weights so far nor what an optimizer state means
-FREE = {"out", "resume", "steps", "save_steps", "eval_steps", "eval_tokens", "keep", "device"}
+# what a resumed run must have in common with its checkpoint; --steps may grow
+BOUND = (
+    "model", "method", "data", "text_field", "tokenizer", "batch_size", "seq_len", "gradient_accumulation_steps", "rank",
+    "update_proj_gap", "scale", "proj_type", "subspace", "lr", "plain_lr", "weight_decay", "grad_clip", "min_lr_ratio",
+    "seed", "dtype",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,33 +134,146 @@ def _train(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from . import data, methods, models, report, trainer
+    from . import checkpoint, data, methods, models, report, trainer
     from .record import Recorder
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    device, dtype = _device(args), None
+    out, device = Path(args.out), _device(args.device)
     args.dtype = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(args.dtype, args.dtype)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
 
-    out = Path(args.out)
     corpus = data.load(args.data, seq_len=args.seq_len, tokenizer=args.tokenizer, field=args.text_field)
     _say(
         f"data: {args.data}, {corpus.documents:,} documents; {len(corpus.train):,} tokens to train on, "
         f"{len(corpus.valid):,} for validation, split by {corpus.split}"
     )
-    identity = {name: value for name, value in sorted(vars(args).items()) if name not in FREE and _plain(value)}
-    identity["data_sha256"] = corpus.digest()
-    with _Claim(out):
-        resumed = _start(args, out, identity)
-        valid = data.sample(corpus.valid, args.seq_len, args.eval_tokens)
-        train_sample = data.sample(corpus.train, args.seq_len, args.eval_tokens)
+    identity = {name: getattr(args, name) for name in BOUND} | {"data_sha256": corpus.digest()}
+    with _claim(out):
+        start, rows = _start(args, out, identity)
 
         transformers.set_seed(args.seed)
-        preset_vocab = corpus.vocab if args.tokenizer else None
-        model = models.build(
-            models.config(args.model, vocab=preset_vocab, seq_len=args.seq_len), dtype=dtype, device=device
-        )
+        config = models.config(args.model, vocab=corpus.vocab if args.tokenizer else None, seq_len=args.seq_len)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+        model = models.build(config, dtype=dtype, device=device)
         if args.gradient_checkpointing:
             model.activation_checkpointing_enable()
         optimizer = methods.build(model, args)
+        held_out = data.sample(corpus.valid, args.seq_len, args.eval_tokens)
+        sequences = args.batch_size * args.gradient_accumulation_steps
+        recorder = Recorder(
+            out / "metrics.jsonl",
+            rows=rows,
+            steps=args.steps,
+            eval_steps=args.eval_steps,
+            tokens_per_step=sequences * args.seq_len,
+            evaluate=lambda: trainer.mean_loss(model, held_out, args.batch_size),
+            skipped=optimizer.skipped,
+        )
+
+        def save(step, fill):
+            recorder.flush(sync=True)  # a checkpoint's rows are on the disk before it is
+            checkpoint.write(out, step, identity, fill, args.keep)
+
+        runner = trainer.LowRankTrainer(
+            model,
+            optimizer,
+            trainer.cosine(optimizer, args.warmup_steps, args.steps, args.min_lr_ratio),
+            data.Windows(corpus.train, args.seq_len, args.seed, args.steps * sequences),
+            trainer.arguments(args, device),
+            save,
+            recorder.seen,
+        )
+        runner.add_callback(recorder)
+        try:
+            runner.train(resume_from_checkpoint=str(start) if start else None)
+        finally:
+            recorder.close()
+
+        trainer.save_final(model, out / "final", args.tokenizer)
+        seen = data.sample(corpus.train, args.seq_len, args.eval_tokens)
+        summary = {
+            "method": args.method,
+            "model": args.model,
+            "steps": args.steps,
+            "tokens": args.steps * sequences * args.seq_len,
+            "val_loss": recorder.rows[-1]["val_loss"] or trainer.mean_loss(model, held_out, args.batch_size),
+            "train_loss": trainer.mean_loss(model, seen, args.batch_size),
+            "unigram_entropy": data.unigram_entropy(corpus.train, held_out[:, 1:], config.vocab_size),
+            "tokens_per_second": report.speed(recorder.rows),
+            "optimizer_state_bytes": methods.state_bytes(optimizer),
+            "adamw_state_bytes": 2 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "peak_memory_bytes": report.peak_memory_bytes(device),
+            "skipped": recorder.rows[-1]["skipped"],
+            "seed": args.seed,
+            "machine": report.machine(device),
+            "command": shlex.join(["lowrank", *sys.argv[1:]]),
+            "arguments": vars(args),
+        }
+        title = f"{args.model}, {args.method}, {args.data}"
+        report.plot(out / "loss.png", recorder.rows, summary["unigram_entropy"], title)
+        report.write_summary(out, summary)
+        print(report.table(summary))
+        print(f"  files             {out}")
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise TrainError("--device cuda: torch finds no GPU here; valid here: auto, cpu")
+    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
+
+
+@contextlib.contextmanager
+def _claim(out: Path):
+    """Make the folder and hold it, so that two runs never write into it at once."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("a")
+    except OSError as error:
+        raise TrainError(f"--out {out}: cannot write there: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TrainError(f"--out {out}: another run is writing there") from None
+        yield
+
+
+def _start(args: argparse.Namespace, out: Path, identity: dict[str, Any]) -> tuple[Path | None, list[dict[str, Any]]]:
+    """The checkpoint to go on from, None to start anew, and the rows of metrics.jsonl up to it."""
+    from . import checkpoint
+    from .record import read_rows
+
+    if not args.resume:
+        if any((out / name).exists() for name in ("metrics.jsonl", "summary.json", "final")) or any(out.glob("step-*")):
+            raise TrainError(f"--out {out}: it holds a run already; choose another --out, or --resume to go on with it")
+        return None, []
+    checkpoint.sweep(out)
+    found = checkpoint.newest(out, tell=_say)
+    if found is None:
+        _say(f"no checkpoint in {out} yet: starting at step 0")
+        return None, []
+    folder, manifest = found
+    there = manifest["identity"]
+    changed = [
+        f"--{name.replace('_', '-')} {there.get(name)} there, {value} here"
+        for name, value in identity.items()
+        if name != "data_sha256" and there.get(name) != value
+    ]
+    if changed:
+        raise TrainError(f"--resume: {folder} is of another run: {'; '.join(changed)}")
+    if there["data_sha256"] != identity["data_sha256"]:
+        raise TrainError(f"--resume: {folder} is of another run: the text behind --data {args.data} has changed since")
+    if manifest["step"] > args.steps:
+        raise TrainError(f"--steps {args.steps}: {folder} is already past that; it must be at least {manifest['step']}")
+    try:
+        rows = read_rows(out / "metrics.jsonl", manifest["step"])
+    except (OSError, ValueError) as error:
+        raise TrainError(f"--resume: {out / 'metrics.jsonl'}: {error}", code=1) from error
+    _say(f"resuming at step {manifest['step']} from {folder}")
+    return folder, rows
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

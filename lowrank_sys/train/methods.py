@@ -23,10 +23,8 @@ def _adamw(model, args):
     from lowrank_sys.optim import param_groups
 
     # the same split as the low-rank methods, so that embeddings, norms and head have their own rate here too
-    groups = [
-        {"params": g["params"], "lr": args.lr if "rank" in g else args.plain_lr}
-        for g in param_groups(model, rank=1, plain={})
-    ]
+    plain, linear = param_groups(model)
+    groups = [{"params": plain["params"], "lr": args.plain_lr}, {"params": linear["params"], "lr": args.lr}]
     return SkippingAdamW(groups, weight_decay=args.weight_decay)
 
 
@@ -40,6 +38,7 @@ def _low_rank_groups(model, args):
         scale=args.scale,
         proj_type=args.proj_type,
         subspace=args.subspace,
+        seed=args.seed,
         plain={"lr": args.plain_lr},
     )
 
@@ -53,7 +52,14 @@ def _galore(model, args):
 def _galore_adafactor(model, args):
     from lowrank_sys.optim import GaLoreAdafactor
 
-    return GaLoreAdafactor(_low_rank_groups(model, args), lr=args.lr, weight_decay=args.weight_decay)
+    # the rates of the flags are plain ones: neither relative to the step count nor to the size of a weight
+    return GaLoreAdafactor(
+        _low_rank_groups(model, args),
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        relative_step=False,
+        scale_parameter=False,
+    )
 
 
 METHODS = {
@@ -64,7 +70,7 @@ METHODS = {
 
 
 def build(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """The optimizer of `args.method` over the parameters of `model`.
+    """The optimizer of `args.method` over the parameters of `model`; its last group is the linear weights.
 
     It has `skipped()`: the number of weight elements left untouched so far because a gradient was not finite.
     Raises TrainError with the optimizer's own words, as for a rank above min(m, n) of a weight.

@@ -65,7 +65,7 @@ class Recorder(TrainerCallback):
 
     def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         self._started = self._started or time.perf_counter()
-        self._lr = float(lr_scheduler.get_last_lr()[0])
+        self._lr = float(lr_scheduler.get_last_lr()[-1])  # of the linear weights
 
     def on_step_end(self, args, state, control, **kwargs):
         step = state.global_step
