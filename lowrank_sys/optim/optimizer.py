@@ -117,7 +117,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             lr = group["lr"]
             if not isinstance(lr, torch.Tensor):
-                lr = torch.tensor(0.0 if lr is None else lr, dtype=torch.float32)
+                lr = torch.tensor(1.0 if lr is None else lr, dtype=torch.float32)  # None: a rate relative to the step
             for left, params, grads, states in self._batches(group):
                 guards = {"grad_scale": grad_scale, "found_inf": found_inf, "skipped": self._counter(params[0].device)}
                 if "rank" in group:

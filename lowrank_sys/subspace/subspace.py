@@ -51,7 +51,7 @@ class Subspace:
         state["left"] = left
         state["basis"] = param.new_zeros((m if left else n, rank))
         state["countdown"] = torch.tensor(COLD)
-        state["first_gap"] = gap if group["subspace"] == "svd" else max((index + 1) * gap // count, 1)
+        state["first_gap"] = gap if group["subspace"] == "svd" else index * gap // count + 1
         state["seed"] = group["seed"] + index
         return (rank, n) if left else (m, rank)
 

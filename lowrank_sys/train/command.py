@@ -25,8 +25,8 @@ DEVICES = ("auto", "cpu", "cuda")
 # what a resumed run must have in common with its checkpoint; --steps may grow
 BOUND = (
     "model", "method", "data", "text_field", "tokenizer", "batch_size", "seq_len", "gradient_accumulation_steps", "rank",
-    "update_proj_gap", "scale", "proj_type", "subspace", "lr", "plain_lr", "weight_decay", "grad_clip", "min_lr_ratio",
-    "seed", "dtype",
+    "update_proj_gap", "scale", "proj_type", "subspace", "lr", "plain_lr", "weight_decay", "grad_clip", "warmup_ratio",
+    "warmup_steps", "min_lr_ratio", "seed", "dtype",
 )
 
 
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on from the newest intact checkpoint in DIR, exactly as if never stopped; start anew if there is none. "
         "The other flags must be as before, except --steps (a new --steps moves the end of the schedule), --save-steps, "
-        "--eval-steps, --eval-tokens, --keep and --device",
+        "--eval-steps, --eval-tokens, --keep, --gradient-checkpointing and --device",
     )
 
 
@@ -112,7 +112,6 @@ def _check(args: argparse.Namespace) -> None:
     method = METHODS[args.method]
     args.lr = method.lr if args.lr is None else args.lr
     args.plain_lr = method.plain_lr if args.plain_lr is None else args.plain_lr
-    args.warmup_steps = round(args.warmup_ratio * args.steps) if args.warmup_steps is None else args.warmup_steps
     args.out = args.out or f"runs/{args.model}-{args.method}"
 
     at_least = {
@@ -124,7 +123,7 @@ def _check(args: argparse.Namespace) -> None:
     }
     for name, least in at_least.items():
         value = getattr(args, name)
-        if not (math.isfinite(value) and value >= least):
+        if value is not None and not (math.isfinite(value) and value >= least):
             raise TrainError(f"--{name.replace('_', '-')}: got {value}; it must be at least {least}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise TrainError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: lowrank train runs as one process on one device")
@@ -160,6 +159,7 @@ def _train(args: argparse.Namespace) -> None:
         optimizer = methods.build(model, args)
         held_out = data.sample(corpus.valid, args.seq_len, args.eval_tokens)
         sequences = args.batch_size * args.gradient_accumulation_steps
+        warmup = round(args.warmup_ratio * args.steps) if args.warmup_steps is None else args.warmup_steps
         recorder = Recorder(
             out / "metrics.jsonl",
             rows=rows,
@@ -177,7 +177,7 @@ def _train(args: argparse.Namespace) -> None:
         runner = trainer.LowRankTrainer(
             model,
             optimizer,
-            trainer.cosine(optimizer, args.warmup_steps, args.steps, args.min_lr_ratio),
+            trainer.cosine(optimizer, warmup, args.steps, args.min_lr_ratio),
             data.Windows(corpus.train, args.seq_len, args.seed, args.steps * sequences),
             trainer.arguments(args, device),
             save,

@@ -42,7 +42,7 @@ class LowRankTrainer(Trainer):
         # every window has the same number of targets, so the plain mean over micro-batches is the token mean
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
-        self._save = save
+        self._write_checkpoint = save
         self._seen = seen
 
     def create_accelerator_and_postprocess(self):
@@ -64,7 +64,7 @@ class LowRankTrainer(Trainer):
             self._save_rng_state(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
 
-        self._save(self.state.global_step, fill)
+        self._write_checkpoint(self.state.global_step, fill)
 
 
 def arguments(args: argparse.Namespace, device: torch.device) -> TrainingArguments:

@@ -1,0 +1,147 @@
+"""subspace_iteration, svd_basis and rotate_moments: energy, orthonormality, rank-deficient and hostile gradients."""
+
+import pytest
+import torch
+
+from lowrank_sys.reference.subspace import rotate_moments, svd_basis
+
+SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+M, N, R = 160, 200, 24
+
+
+def gradient(spectrum, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    k = min(M, N)
+    u = torch.linalg.qr(torch.randn(M, k, generator=generator, dtype=torch.float64))[0]
+    v = torch.linalg.qr(torch.randn(N, k, generator=generator, dtype=torch.float64))[0]
+    return ((u * spectrum(torch.arange(k, dtype=torch.float64))) @ v.T).float()
+
+
+def iterate(grad, basis=None, rank=R, left=True, **options):
+    return torch.ops.lowrank.subspace_iteration(grad, basis, rank=rank, left=left, **options)
+
+
+def energy_share(grad, basis, left):
+    """Energy of the projection as a share of the best that this rank can hold."""
+    g, b = grad.double(), basis.double()
+    best = torch.linalg.svdvals(g)[:b.shape[1]].square().sum()
+    return ((b.T @ g if left else g @ b).square().sum() / best).item()
+
+
+def assert_orthonormal(basis):
+    error = (basis.double().T @ basis.double() - torch.eye(basis.shape[1], dtype=torch.float64)).abs().max().item()
+    assert error < 2e-6, error
+
+
+SPECTRA = {
+    "power law": lambda i: 1 / (1 + i),
+    "flat": lambda i: torch.ones_like(i),
+    "exponential": lambda i: torch.exp(-i / 5),
+    "steep": lambda i: torch.exp(-2 * i),
+    "rank 1": lambda i: (i < 1).double(),
+    "rank below r": lambda i: (i < R // 2).double(),
+    "tiny": lambda i: 1e-25 / (1 + i),
+    "huge": lambda i: 1e25 / (1 + i),
+}
+
+
+@SIDES
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+def test_energy(name, left, warm):
+    grad = gradient(SPECTRA[name])
+    old = iterate(gradient(SPECTRA["power law"], seed=1), left=left)[0] if warm else None
+    basis, energies = iterate(grad, old, left=left)
+    assert basis.shape == ((M if left else N), R) and basis.dtype == torch.float32 and basis.is_contiguous()
+    assert_orthonormal(basis)
+    assert energy_share(grad, basis, left) > 0.99
+    assert (energies[:-1] >= energies[1:]).all()
+
+
+@SIDES
+@pytest.mark.parametrize("rank", [1, 63, M])
+def test_any_rank(rank, left):
+    grad = gradient(SPECTRA["power law"])
+    basis, _ = iterate(grad, rank=rank, left=left)
+    assert_orthonormal(basis)
+    assert energy_share(grad, basis, left) > 0.99
+
+
+@SIDES
+def test_thin_matrix(left):
+    for shape in ((1, 40), (40, 1)):
+        basis, _ = iterate(torch.randn(shape), rank=1, left=left)
+        assert_orthonormal(basis)
+
+
+@SIDES
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_useless_gradient_keeps_the_old_basis(bad, left):
+    grad = torch.zeros(M, N)
+    grad[3, 5] = bad
+    cold, energies = iterate(grad, left=left)
+    assert_orthonormal(cold)
+    assert (energies == 0).all()
+    warm, energies = iterate(grad, cold, left=left)
+    assert torch.equal(warm, cold) and (energies == 0).all()
+    assert torch.equal(svd_basis(grad, cold, rank=R, left=left), cold)
+    assert_orthonormal(svd_basis(grad, None, rank=R, left=left))
+
+
+@SIDES
+def test_signs_are_canonical(left):
+    grad = gradient(SPECTRA["power law"])
+    for cold in (iterate(grad, left=left)[0], svd_basis(grad, None, rank=R, left=left)):
+        pivot = cold.gather(0, cold.abs().argmax(dim=0, keepdim=True))
+        assert (pivot > 0).all()
+        for warm in (iterate(-grad, cold, left=left)[0], svd_basis(-grad, cold, rank=R, left=left)):
+            assert ((cold * warm).sum(dim=0) >= 0).all()
+
+
+@SIDES
+def test_same_seed_same_basis(left):
+    grad = gradient(SPECTRA["power law"])
+    torch.manual_seed(1)
+    first = iterate(grad, left=left, seed=5)[0]
+    torch.manual_seed(2)
+    assert torch.equal(first, iterate(grad, left=left, seed=5)[0])
+    assert not torch.equal(first, iterate(grad, left=left, seed=6)[0])
+
+
+@SIDES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gradient(dtype, left):
+    grad = gradient(SPECTRA["power law"]).to(dtype)
+    basis, _ = iterate(grad, left=left)
+    assert basis.dtype == torch.float32
+    assert energy_share(grad.float(), basis, left) > 0.99
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"rank": 0}, "rank must be at least 1, got 0"),
+    ({"rank": M + 1}, rf"rank must be at most min\(m, n\) of grad \({M}, {N}\), got {M + 1}"),
+    ({"n_iter": -1}, "n_iter must be at least 0, got -1"),
+    ({"oversample": -1}, "oversample must be at least 0, got -1"),
+    ({"basis": torch.zeros(M, R), "n_iter": 0}, "n_iter must be at least 1, got 0"),
+    ({"basis": torch.zeros(M, R + 1)}, f"basis must have rank = {R} columns, got {R + 1}"),
+    ({"basis": torch.zeros(N, R)}, rf"basis must have shape \(m = {M}, r\)"),
+])
+def test_bad_input(arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        iterate(torch.randn(M, N), **arguments)
+
+
+@SIDES
+def test_rotation(left):
+    old = iterate(gradient(SPECTRA["power law"]), left=left)[0]
+    new = iterate(gradient(SPECTRA["power law"], seed=1), left=left)[0]
+    shape = (R, N) if left else (M, R)
+    m, v = torch.randn(shape), torch.rand(shape)
+    m_new, v_new = rotate_moments(m, v, old, new, left=left)
+    # The moment of the full space, seen through both bases.
+    want = new.T @ (old @ m) if left else (m @ old.T) @ new
+    torch.testing.assert_close(m_new, want, atol=1e-5, rtol=1e-5)
+    assert (v_new >= 0).all()
+    same_m, same_v = rotate_moments(m, v, old, old, left=left)
+    torch.testing.assert_close(same_m, m, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(same_v, v, atol=1e-5, rtol=1e-4)
