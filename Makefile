@@ -1,0 +1,52 @@
+# `make train` and `make test` do everything on a fresh machine: environment, build, run.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch>=2.10
+OUT ?= runs/$(shell date +%Y%m%d-%H%M%S)
+# Packages that the parity lane and the benchmarks compare with; their own pins are old, so without dependencies.
+PEERS = galore-torch bitsandbytes
+
+BIN = $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest
+NATIVE = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: train test test-cpu test-interpret test-compile test-host test-parity test-gpu floors clean
+
+train: $(VENV)/.ready
+	$(BIN)/lowrank train --out $(OUT)
+
+test: test-cpu test-host test-interpret test-compile test-parity test-gpu
+
+test-cpu: $(VENV)/.ready
+	$(PYTEST) tests/cpu
+
+# Kernels are either interpreted or compiled in a process, so these lanes do not share one.
+test-interpret: $(VENV)/.ready
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpret
+
+test-compile: $(VENV)/.ready
+	$(PYTEST) tests/compile
+
+test-host: $(VENV)/.ready
+	$(PYTEST) tests/host
+
+test-parity: $(VENV)/.ready
+	$(PYTEST) tests/parity
+
+# Every test of this lane is skipped by name where there is no GPU; pytest's exit code 5 would say that none was found.
+test-gpu: $(VENV)/.ready
+	$(PYTEST) tests/gpu
+
+floors: $(VENV)/.ready
+	$(BIN)/lowrank bench floors
+
+$(VENV)/.ready: $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "setuptools>=77" "$(TORCH)" ninja "cmake>=3.25" "pybind11>=2.13"
+	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
+	$(BIN)/pip install -q --no-deps $(PEERS)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info lowrank_sys/*.so lowrank_sys/_build.json
