@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from .trainer import gradient_norms
+from lowrank_sys.train.trainer import gradient_norms
 
 
 class SkippingAdamW(torch.optim.AdamW):

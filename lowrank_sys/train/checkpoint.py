@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from .errors import TrainError
+from lowrank_sys.cli import CommandError
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
@@ -25,7 +25,7 @@ def write(root: Path, step: int, identity: dict[str, Any], fill: Callable[[Path]
     """Save a checkpoint under `root` and rotate: the newest `keep` stay.
 
     fill: writes the files into the folder that it is handed. identity: plain JSON values.
-    Raises TrainError (code 1) when it cannot be written; earlier checkpoints are then as they were.
+    Raises CommandError (code 1) when it cannot be written; earlier checkpoints are then as they were.
     """
 
     def fill_and_sign(folder: Path) -> None:
@@ -52,7 +52,7 @@ def write(root: Path, step: int, identity: dict[str, Any], fill: Callable[[Path]
 def publish(target: Path, fill: Callable[[Path], None], what: str) -> None:
     """Make the folder `target` with what `fill` writes, in one go, in place of an older one if there is one.
 
-    Raises TrainError (code 1), naming `what`, when it cannot be written; `target` is then as it was.
+    Raises CommandError (code 1), naming `what`, when it cannot be written; `target` is then as it was.
     """
     partial = target.with_name(PARTIAL + target.name)
     shutil.rmtree(partial, ignore_errors=True)
@@ -66,7 +66,7 @@ def publish(target: Path, fill: Callable[[Path], None], what: str) -> None:
     # torch and safetensors report a full disk with types of their own, RuntimeError and SafetensorError among them
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise TrainError(f"--out {target.parent}: could not save the {what}: {error}", code=1) from error
+        raise CommandError(f"--out {target.parent}: could not save the {what}: {error}", code=1) from error
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def newest(root: Path, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any
     """The newest checkpoint under `root` that verifies, and its manifest; None if there are no checkpoints.
 
     tell: called with one line for each newer one that was passed over, and why.
-    Raises TrainError (code 1) if there are checkpoints and none verifies.
+    Raises CommandError (code 1) if there are checkpoints and none verifies.
     """
     folders = _folders(root)
     for _, folder in folders:
@@ -107,7 +107,7 @@ def newest(root: Path, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any
         except (ValueError, OSError) as error:
             tell(f"skipped checkpoint {folder}: {error}")
     if folders:
-        raise TrainError(f"--resume: no checkpoint under {root} is intact; choose another --out to start anew", code=1)
+        raise CommandError(f"--resume: no checkpoint under {root} is intact; choose another --out to start anew", code=1)
     return None
 
 
@@ -136,7 +136,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         _sync(path.parent)
     except Exception as error:
         partial.unlink(missing_ok=True)
-        raise TrainError(f"--out {path.parent}: could not write {path.name}: {error}", code=1) from error
+        raise CommandError(f"--out {path.parent}: could not write {path.name}: {error}", code=1) from error
 
 
 def sync_tree(folder: Path) -> None:

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import TrainError
-from .methods import METHODS
-from .models import PRESETS
+from lowrank_sys.cli import CommandError
+from lowrank_sys.train.methods import METHODS
+from lowrank_sys.train.models import PRESETS
 
 if TYPE_CHECKING:
     import torch
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 
-# what a resumed run must have in common with its checkpoint; --steps may grow
+# Flags that a resumed run must have in common with its checkpoint, and flags that it may change: those alter neither the
+# weights so far nor the meaning of an optimizer state.
 BOUND = (
     "model", "method", "data", "text_field", "tokenizer", "batch_size", "seq_len", "gradient_accumulation_steps", "rank",
     "update_proj_gap", "scale", "proj_type", "subspace", "lr", "plain_lr", "weight_decay", "grad_clip", "warmup_ratio",
     "warmup_steps", "min_lr_ratio", "seed", "dtype",
+)
+FREE = (
+    "out", "resume", "steps", "save_steps", "eval_steps", "eval_tokens", "keep", "gradient_checkpointing", "device",
 )
 
 
@@ -84,31 +88,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--resume",
         action="store_true",
-        help="go on from the newest intact checkpoint in DIR, exactly as if never stopped; start anew if there is none. "
-        "The other flags must be as before, except --steps (a new --steps moves the end of the schedule), --save-steps, "
-        "--eval-steps, --eval-tokens, --keep, --gradient-checkpointing and --device",
+        help="go on from the newest intact checkpoint in DIR, exactly as if never stopped; start anew if there is none yet. "
+        "The other flags must be as before, except those that change nothing so far: "
+        + ", ".join(_flag(name) for name in FREE[2:])
+        + ". A new --steps moves the end of the schedule",
     )
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def run(args: argparse.Namespace) -> int:
-    """Train. Returns the exit code: 0, 2 for bad input, 1 for a failure while writing, 130 when interrupted."""
+    """Train; returns 0. Raises CommandError: code 2 for bad input, 1 for a failure while writing, 130 if interrupted."""
     try:
         _check(args)
         _train(args)
-        return 0
-    except TrainError as error:
-        print(f"lowrank train: error: {error}", file=sys.stderr)
-        return error.code
     except KeyboardInterrupt:
-        print(f"lowrank train: interrupted; --resume goes on from the last checkpoint in {args.out}", file=sys.stderr)
-        return 130
+        raise CommandError(f"interrupted; --resume goes on from the last checkpoint in {args.out}", code=130) from None
+    return 0
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Fill the defaults that depend on other flags; raise TrainError for the first bad value."""
+    """Fill the defaults that depend on other flags; raise CommandError for the first bad value."""
     for flag, valid in (("model", PRESETS), ("method", METHODS), ("dtype", DTYPES), ("device", DEVICES)):
         if getattr(args, flag) not in valid:
-            raise TrainError(f"--{flag}: unknown {getattr(args, flag)!r}; valid: {', '.join(valid)}")
+            raise CommandError(f"--{flag}: unknown {getattr(args, flag)!r}; valid: {', '.join(valid)}")
     method = METHODS[args.method]
     args.lr = method.lr if args.lr is None else args.lr
     args.plain_lr = method.plain_lr if args.plain_lr is None else args.plain_lr
@@ -124,17 +129,17 @@ def _check(args: argparse.Namespace) -> None:
     for name, least in at_least.items():
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= least):
-            raise TrainError(f"--{name.replace('_', '-')}: got {value}; it must be at least {least}")
+            raise CommandError(f"{_flag(name)}: got {value}; it must be at least {least}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise TrainError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: lowrank train runs as one process on one device")
+        raise CommandError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: lowrank train runs as one process on one device")
 
 
 def _train(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from . import checkpoint, data, methods, models, report, trainer
-    from .record import Recorder
+    from lowrank_sys.train import checkpoint, data, methods, models, report, trainer
+    from lowrank_sys.train.record import Recorder
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -207,7 +212,7 @@ def _train(args: argparse.Namespace) -> None:
             "seed": args.seed,
             "machine": report.machine(device),
             "command": shlex.join(["lowrank", *sys.argv[1:]]),
-            "arguments": vars(args),
+            "arguments": {name: getattr(args, name) for name in (*BOUND, *FREE)},
         }
         title = f"{args.model}, {args.method}, {args.data}"
         report.plot(out / "loss.png", recorder.rows, summary["unigram_entropy"], title)
@@ -220,7 +225,7 @@ def _device(name: str) -> torch.device:
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise TrainError("--device cuda: torch finds no GPU here; valid here: auto, cpu")
+        raise CommandError("--device cuda: torch finds no GPU here; valid here: auto, cpu")
     return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
@@ -231,23 +236,23 @@ def _claim(out: Path):
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / ".lock").open("a")
     except OSError as error:
-        raise TrainError(f"--out {out}: cannot write there: {error}") from error
+        raise CommandError(f"--out {out}: cannot write there: {error}") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise TrainError(f"--out {out}: another run is writing there") from None
+            raise CommandError(f"--out {out}: another run is writing there") from None
         yield
 
 
 def _start(args: argparse.Namespace, out: Path, identity: dict[str, Any]) -> tuple[Path | None, list[dict[str, Any]]]:
     """The checkpoint to go on from, None to start anew, and the rows of metrics.jsonl up to it."""
-    from . import checkpoint
-    from .record import read_rows
+    from lowrank_sys.train import checkpoint
+    from lowrank_sys.train.record import read_rows
 
     if not args.resume:
         if any((out / name).exists() for name in ("metrics.jsonl", "summary.json", "final")) or any(out.glob("step-*")):
-            raise TrainError(f"--out {out}: it holds a run already; choose another --out, or --resume to go on with it")
+            raise CommandError(f"--out {out}: it holds a run already; choose another --out, or --resume to go on with it")
         return None, []
     checkpoint.sweep(out)
     found = checkpoint.newest(out, tell=_say)
@@ -257,20 +262,20 @@ def _start(args: argparse.Namespace, out: Path, identity: dict[str, Any]) -> tup
     folder, manifest = found
     there = manifest["identity"]
     changed = [
-        f"--{name.replace('_', '-')} {there.get(name)} there, {value} here"
+        f"{_flag(name)} {there.get(name)} there, {value} here"
         for name, value in identity.items()
         if name != "data_sha256" and there.get(name) != value
     ]
     if changed:
-        raise TrainError(f"--resume: {folder} is of another run: {'; '.join(changed)}")
+        raise CommandError(f"--resume: {folder} is of another run: {'; '.join(changed)}")
     if there["data_sha256"] != identity["data_sha256"]:
-        raise TrainError(f"--resume: {folder} is of another run: the text behind --data {args.data} has changed since")
+        raise CommandError(f"--resume: {folder} is of another run: the text behind --data {args.data} has changed since")
     if manifest["step"] > args.steps:
-        raise TrainError(f"--steps {args.steps}: {folder} is already past that; it must be at least {manifest['step']}")
+        raise CommandError(f"--steps {args.steps}: {folder} is already past that; it must be at least {manifest['step']}")
     try:
         rows = read_rows(out / "metrics.jsonl", manifest["step"])
     except (OSError, ValueError) as error:
-        raise TrainError(f"--resume: {out / 'metrics.jsonl'}: {error}", code=1) from error
+        raise CommandError(f"--resume: {out / 'metrics.jsonl'}: {error}", code=1) from error
     _say(f"resuming at step {manifest['step']} from {folder}")
     return folder, rows
 

@@ -18,7 +18,7 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterable, Iterator, NamedTuple
 
-from .errors import TrainError
+from lowrank_sys.cli import CommandError
 
 if TYPE_CHECKING:
     import torch
@@ -52,12 +52,12 @@ def load(source: str, *, seq_len: int, tokenizer: str | None = None, field: str 
     source: `python-stdlib`, a file, a folder, a glob, or `name:SPLIT` (`name:CONFIG:SPLIT`) of a Hugging Face data set.
     seq_len: tokens in a window; both sides get at least one. tokenizer: name or folder of a Hugging Face tokenizer,
     None for byte tokens 0..255. field: the column of rows that holds the text.
-    Raises TrainError for data that is missing, empty, unreadable or too short.
+    Raises CommandError for data that is missing, empty, unreadable or too short.
     """
     encode, vocab = _bytes_encoder() if tokenizer is None else _tokenizer_encoder(tokenizer)
     documents = list({hashlib.sha256(d).digest(): d for d in read(source, field) if d}.items())
     if not documents:
-        raise TrainError(f"--data {source}: it holds no text")
+        raise CommandError(f"--data {source}: it holds no text")
     texts = [text for _, text in sorted(documents)]
 
     held_out = _held_out([len(text) for text in texts])
@@ -70,7 +70,7 @@ def load(source: str, *, seq_len: int, tokenizer: str | None = None, field: str 
         train, valid = stream[:-cut], stream[-cut:]
         split = "position"
         if len(stream) < 2 * seq_len:
-            raise TrainError(
+            raise CommandError(
                 f"--data {source}: it holds {len(stream)} tokens; --seq-len {seq_len} needs at least {2 * seq_len}, "
                 "one window to train on and one for validation"
             )
@@ -90,13 +90,13 @@ def read(source: str, field: str = "text") -> Iterator[bytes]:
     elif globbing.has_magic(source) and not _DATA_SET.fullmatch(source):
         paths = sorted(path for path in globbing.glob(source, recursive=True) if os.path.isfile(path))
         if not paths:
-            raise TrainError(f"--data {source}: no file matches")
+            raise CommandError(f"--data {source}: no file matches")
         for path in paths:
             yield from _read_file(Path(path), field)
     elif _DATA_SET.fullmatch(source):
         yield from _read_data_set(source, field)
     else:
-        raise TrainError(
+        raise CommandError(
             f"--data {source}: no such file or folder; valid: {STDLIB}, a file, a folder, a glob, "
             "or name:SPLIT of a Hugging Face data set"
         )
@@ -135,7 +135,7 @@ def _read_file(path: Path, field: str) -> Iterator[bytes]:
         else:
             yield from _read_json_lines(path, field)
     except (OSError, EOFError) as error:
-        raise TrainError(f"--data {path}: cannot read it: {error}") from error
+        raise CommandError(f"--data {path}: cannot read it: {error}") from error
 
 
 def _open(path: Path):
@@ -150,9 +150,9 @@ def _read_json_lines(path: Path, field: str) -> Iterator[bytes]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise TrainError(f"--data {path}: line {number} is not JSON: {error}") from error
+                raise CommandError(f"--data {path}: line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise TrainError(f"--data {path}: line {number} is a {type(row).__name__}, not an object")
+                raise CommandError(f"--data {path}: line {number} is a {type(row).__name__}, not an object")
             yield _text(row.get(field), field, list(row), f"{path}: line {number}")
 
 
@@ -169,7 +169,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[bytes]:
             for value in batch.column(0).to_pylist():
                 yield _text(value, field, columns, str(path))
     except pyarrow.ArrowInvalid as error:
-        raise TrainError(f"--data {path}: it is not Parquet: {error}") from error
+        raise CommandError(f"--data {path}: it is not Parquet: {error}") from error
 
 
 def _read_data_set(source: str, field: str) -> Iterator[bytes]:
@@ -180,7 +180,7 @@ def _read_data_set(source: str, field: str) -> Iterator[bytes]:
     try:
         rows = datasets.load_dataset(name, *config, split=split)
     except Exception as error:  # the library raises a dozen types for a wrong name, split or no network
-        raise TrainError(f"--data {source}: datasets cannot load it: {error}") from error
+        raise CommandError(f"--data {source}: datasets cannot load it: {error}") from error
     if field not in rows.column_names:
         _text(None, field, rows.column_names, source)
     for batch in rows.select_columns([field]).iter(batch_size=1000):
@@ -191,7 +191,7 @@ def _read_data_set(source: str, field: str) -> Iterator[bytes]:
 def _text(value, field: str, columns: list[str], where: str) -> bytes:
     if isinstance(value, str):
         return value.encode("utf-8", "replace")
-    raise TrainError(f"--data {where}: no text in the field {field!r}; fields: {', '.join(columns)} (see --text-field)")
+    raise CommandError(f"--data {where}: no text in the field {field!r}; fields: {', '.join(columns)} (see --text-field)")
 
 
 def _held_out(sizes: list[int]) -> set[int]:
@@ -224,7 +224,7 @@ def _tokenizer_encoder(name: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # as with data sets: no such name, no network, a broken file
-        raise TrainError(f"--tokenizer {name}: cannot load it: {error}") from error
+        raise CommandError(f"--tokenizer {name}: cannot load it: {error}") from error
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def encode(texts: list[bytes]) -> torch.Tensor:

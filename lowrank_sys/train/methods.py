@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
-from .errors import TrainError
+from lowrank_sys.cli import CommandError
 
 if TYPE_CHECKING:
     import argparse
@@ -19,7 +19,7 @@ class Method(NamedTuple):
 
 
 def _adamw(model, args):
-    from .adamw import SkippingAdamW
+    from lowrank_sys.train.adamw import SkippingAdamW
     from lowrank_sys.optim import param_groups
 
     # the same split as the low-rank methods, so that embeddings, norms and head have their own rate here too
@@ -73,12 +73,12 @@ def build(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optim
     """The optimizer of `args.method` over the parameters of `model`; its last group is the linear weights.
 
     It has `skipped()`: the number of weight elements left untouched so far because a gradient was not finite.
-    Raises TrainError with the optimizer's own words, as for a rank above min(m, n) of a weight.
+    Raises CommandError with the optimizer's own words, as for a rank above min(m, n) of a weight.
     """
     try:
         return METHODS[args.method].build(model, args)
     except ValueError as error:
-        raise TrainError(str(error)) from error
+        raise CommandError(str(error)) from error
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

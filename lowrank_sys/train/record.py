@@ -13,7 +13,7 @@ from typing import Any, Callable
 import torch
 from transformers import TrainerCallback
 
-from .checkpoint import write_file
+from lowrank_sys.train.checkpoint import write_file
 
 SECONDS_BETWEEN_READS = 0.5
 SECONDS_BETWEEN_LINES = 10.0

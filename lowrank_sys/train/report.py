@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import write_file
+from lowrank_sys.train.checkpoint import write_file
 
 TABLE = [
     ("validation loss", "val_loss", "{:.4f} nats/token"),

@@ -11,12 +11,12 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from . import checkpoint
+from lowrank_sys.train import checkpoint
 
 if TYPE_CHECKING:
     import argparse
 
-    from .data import Windows
+    from lowrank_sys.train.data import Windows
 
 
 class LowRankTrainer(Trainer):

@@ -1,0 +1,312 @@
+"""`lowrank train` from its flags to its files, on a llama-1m and a few modules of the Python library."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_sys import cli
+from lowrank_sys.train import command, models
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_checkpoint import flip, full_disk  # noqa: E402
+
+SMALL = {
+    "--model": "llama-1m", "--method": "galore", "--rank": "8", "--steps": "8", "--batch-size": "2", "--seq-len": "32",
+    "--update-proj-gap": "3", "--eval-steps": "4", "--save-steps": "2", "--eval-tokens": "256", "--device": "cpu",
+    "--warmup-steps": "1",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums are the same to the bit in this process and in the ones that it starts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    library = Path(os.__file__).parent
+    for name in ("argparse", "ast", "bisect", "calendar", "cmd", "codecs", "copy", "csv", "datetime", "difflib", "dis",
+                 "enum", "fnmatch", "heapq", "inspect", "shlex", "shutil", "string", "textwrap", "this"):  # fmt: skip
+        (folder / f"{name}.py").write_bytes((library / f"{name}.py").read_bytes())
+    return folder
+
+
+def flags(text, out, *more, **changed):
+    values = {**SMALL, "--data": str(text), "--out": str(out)}
+    values |= {f"--{name.replace('_', '-')}": str(value) for name, value in changed.items()}
+    return [*(word for pair in values.items() for word in pair), *more]
+
+
+def train(words):
+    return cli.main(["train", *words])
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def final(out):
+    return (out / "final" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert train(flags(text, out)) == 0
+    return out
+
+
+def test_files(text, whole):
+    from transformers import AutoModelForCausalLM
+
+    from lowrank_sys.train import data, trainer
+
+    found = rows(whole)
+    assert [row["step"] for row in found] == list(range(9))
+    assert [row["step"] for row in found if row["val_loss"] is not None] == [0, 4, 8]
+    assert all(row["loss"] > 0 and row["tokens_per_second"] > 0 and row["lr"] > 0 for row in found[1:])
+    assert sorted(p.name for p in whole.iterdir()) == [
+        ".lock", "final", "loss.png", "metrics.jsonl", "step-00000006", "step-00000008", "summary.json",
+    ]  # fmt: skip
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["tokens"] == 8 * 2 * 32 and summary["steps"] == 8 and summary["skipped"] == 0
+    assert summary["model"] == "llama-1m" and summary["method"] == "galore" and summary["seed"] == 0
+    assert 0 < summary["optimizer_state_bytes"] < 0.5 * summary["adamw_state_bytes"]
+    assert summary["peak_memory_bytes"] > 2**27 and "torch" in summary["machine"]
+    assert found[-1]["val_loss"] == summary["val_loss"] < found[0]["val_loss"] - 0.3
+
+    # the losses are those of the final weights, as anyone who loads them finds
+    corpus = data.load(str(text), seq_len=32)
+    model = AutoModelForCausalLM.from_pretrained(whole / "final")
+    valid, seen = (data.sample(stream, 32, 256) for stream in (corpus.valid, corpus.train))
+    assert summary["val_loss"] == pytest.approx(trainer.mean_loss(model, valid, 3), rel=1e-5)
+    assert summary["train_loss"] == pytest.approx(trainer.mean_loss(model, seen, 3), rel=1e-5)
+    assert summary["unigram_entropy"] == pytest.approx(data.unigram_entropy(corpus.train, valid[:, 1:], 256))
+
+
+def test_kill_and_resume_is_exact(text, whole, tmp_path, capsys):
+    code = "import sys; from lowrank_sys import cli; sys.exit(cli.main())"
+    words = [sys.executable, "-c", code, "train", *flags(text, tmp_path / "run")]
+    killed = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    # step 4 is in the middle of a refresh gap of 3
+    while not (tmp_path / "run" / "step-00000004").exists():
+        assert killed.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "run" / "final").exists()
+
+    assert train(flags(text, tmp_path / "run", "--resume")) == 0
+    assert re.search(r"resuming at step [46] from", capsys.readouterr().err)
+    assert final(tmp_path / "run") == final(whole)
+    exact = ("step", "loss", "val_loss", "lr", "skipped")
+    assert [[r[k] for k in exact] for r in rows(tmp_path / "run")] == [[r[k] for k in exact] for r in rows(whole)]
+    last = [torch.load(out / "step-00000008" / "optimizer.pt") for out in (whole, tmp_path / "run")]
+    assert_same(*last)
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def test_resume_after_damage_and_past_the_end(text, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(flags(text, out, method="adamw", steps=6)) == 0
+    first = final(out)
+    flip(out / "step-00000006" / "optimizer.pt")
+    assert train(flags(text, out, "--resume", method="adamw", steps=6)) == 0
+    said = capsys.readouterr().err
+    assert "skipped checkpoint" in said and "optimizer.pt is damaged" in said and "resuming at step 4" in said
+    assert final(out) == first
+
+    assert train(flags(text, out, "--resume", method="adamw", steps=6)) == 0  # nothing left to do
+    assert final(out) == first and [row["step"] for row in rows(out)] == list(range(7))
+    assert train(flags(text, out, "--resume", method="adamw", steps=9)) == 0
+    assert final(out) != first and [row["step"] for row in rows(out)] == list(range(10))
+
+
+def fails(capsys, words, code, *parts):
+    capsys.readouterr()
+    assert train(words) == code
+    said = capsys.readouterr().err.splitlines()
+    errors = [line for line in said if line.startswith("lowrank train: error: ")]
+    assert len(errors) == 1 and errors[0] == said[-1], said
+    for part in parts:
+        assert part in errors[0], errors[0]
+
+
+def test_resume_refuses_another_run(text, whole, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    for changed, part in [
+        ({"model": "llama-9m"}, "--model llama-1m there, llama-9m here"),
+        ({"method": "adamw"}, "--method galore there, adamw here"),
+        ({"rank": 4}, "--rank 8 there, 4 here"),
+        ({"lr": 0.1}, "--lr 0.005 there, 0.1 here"),
+        ({"steps": 7}, "it must be at least 8"),
+    ]:
+        fails(capsys, flags(text, whole, "--resume", **changed), 2, part)
+    fails(capsys, flags(text, whole), 2, "it holds a run already", "--resume")
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+    data = tmp_path / "data.txt"
+    data.write_bytes((text / "argparse.py").read_bytes())
+    assert train(flags(data, tmp_path / "run", steps=1)) == 0
+    data.write_text(data.read_text() + "more")
+    fails(capsys, flags(data, tmp_path / "run", "--resume", steps=1), 2, "the text behind --data", "has changed")
+
+
+def test_resume_without_a_checkpoint_starts_anew(text, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')  # killed before its first checkpoint
+    assert train(flags(text, tmp_path / "run", "--resume", steps=1)) == 0
+    assert "no checkpoint" in capsys.readouterr().err
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1]
+
+
+def test_full_disk(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(flags(text, out, steps=2)) == 0
+    kept = (out / "step-00000002" / "model.safetensors").read_bytes()
+    with full_disk(10**6):
+        fails(capsys, flags(text, out, "--resume", steps=4), 1, "could not save the checkpoint of step 4")
+    assert (out / "step-00000002" / "model.safetensors").read_bytes() == kept and not list(out.glob(".partial*"))
+    assert train(flags(text, out, "--resume", steps=4)) == 0
+    with full_disk(500):
+        fails(capsys, flags(text, tmp_path / "other", steps=4), 1, str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("flag, value, parts", [
+    ("model", "llama-2m", ["--model: unknown 'llama-2m'; valid: llama-1m, llama-9m,", "llama-13b"]),
+    ("method", "sgd", ["--method: unknown 'sgd'; valid: adamw, galore"]),
+    ("dtype", "fp8", ["--dtype: unknown 'fp8'; valid: auto, fp32, bf16"]),
+    ("device", "tpu", ["--device: unknown 'tpu'; valid: auto, cpu, cuda"]),
+    ("subspace", "lucky", ["lucky", "randomized"]),
+    ("proj_type", "up", ["up", "std"]),
+    ("steps", 0, ["--steps: got 0; it must be at least 1"]),
+    ("seq_len", 1, ["--seq-len: got 1; it must be at least 2"]),
+    ("lr", "nan", ["--lr: got nan"]),
+    ("rank", 193, ["model.layers.0.self_attn.q_proj.weight", "193", "192"]),
+    ("data", "/no/such/file", ["--data /no/such/file: no such file or folder; valid: python-stdlib"]),
+    ("seq_len", 10**7, ["--seq-len 10000000 needs at least"]),
+])  # fmt: skip
+def test_bad_flags(text, tmp_path, capsys, flag, value, parts):
+    fails(capsys, flags(text, tmp_path / "run", **{flag: value}), 2, *parts)
+    assert not list(tmp_path.glob("run/*")) or [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def poison(monkeypatch, name, index, steps):
+    """Put a NaN into one element of a gradient, as autograd hands it over, in these steps."""
+    build, made = models.build, []
+
+    def build_with_hook(*args, **kwargs):
+        model = build(*args, **kwargs)
+        made.append({n: p.detach().clone() for n, p in model.named_parameters()})
+        step = iter(range(1, 10**6))
+
+        def hook(grad):
+            if next(step) in steps:
+                grad = grad.clone()
+                grad[index] = math.nan
+            return grad
+
+        dict(model.named_parameters())[name].register_hook(hook)
+        return model
+
+    monkeypatch.setattr(models, "build", build_with_hook)
+    return made
+
+
+def weights(out):
+    from safetensors.torch import load_file
+
+    return load_file(out / "final" / "model.safetensors")
+
+
+@pytest.mark.parametrize("grad_clip", [1.0, 0.0])
+def test_a_nan_stays_in_its_channel(text, tmp_path, monkeypatch, capsys, grad_clip):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    made = poison(monkeypatch, name, (5, 7), steps=range(1, 10))
+    assert train(flags(text, tmp_path / "run", steps=4, grad_clip=grad_clip)) == 0
+    (before,), after = made, weights(tmp_path / "run")
+    assert all(w.isfinite().all() for w in after.values())
+    # a square weight is projected on the right, so its channels are rows
+    assert (after[name] != before[name]).any(dim=1).nonzero().flatten().tolist() == [i for i in range(192) if i != 5]
+    assert all((after[n] != before[n]).any() for n in before)
+    assert rows(tmp_path / "run")[-1]["skipped"] == 4 * 192
+    assert "skipped 768 elements" in capsys.readouterr().err
+    state = torch.load(tmp_path / "run" / "step-00000004" / "optimizer.pt")["state"]
+    assert all(t.isfinite().all() for s in state.values() for t in s.values() if isinstance(t, torch.Tensor))
+
+
+def test_a_nan_in_one_step(text, tmp_path, monkeypatch):
+    name = "model.layers.1.mlp.down_proj.weight"  # (192, 512): projected on the left, column 7 is the channel
+    made = poison(monkeypatch, name, (5, 7), steps=[2])
+    assert train(flags(text, tmp_path / "run", steps=3)) == 0
+    (before,), after = made, weights(tmp_path / "run")
+    assert all(w.isfinite().all() and (w != before[n]).any() for n, w in after.items())
+    assert [row["skipped"] for row in rows(tmp_path / "run")][-1] == 192
+
+
+def test_a_nan_with_adamw_leaves_out_the_step(text, tmp_path, monkeypatch):
+    poison(monkeypatch, "model.layers.0.self_attn.q_proj.weight", (5, 7), steps=[2])
+    assert train(flags(text, tmp_path / "run", steps=3, method="adamw")) == 0
+    after = weights(tmp_path / "run")
+    assert all(w.isfinite().all() for w in after.values())
+    assert rows(tmp_path / "run")[-1]["skipped"] == sum(w.numel() for w in after.values())
+
+
+def test_accumulated_micro_batches_are_one_batch(text, tmp_path):
+    plain = {"steps": 3, "method": "adamw", "eval_steps": 1}
+    assert train(flags(text, tmp_path / "one", batch_size=4, **plain)) == 0
+    assert train(flags(text, tmp_path / "four", batch_size=1, gradient_accumulation_steps=4, **plain)) == 0
+    one, four = rows(tmp_path / "one"), rows(tmp_path / "four")
+    for a, b in zip(one[1:], four[1:]):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-3)
+
+
+def test_gradient_checkpointing_and_adafactor(text, tmp_path):
+    words = flags(text, tmp_path / "run", "--gradient-checkpointing", method="galore-adafactor", steps=6, dtype="bf16")
+    assert train(words) == 0
+    found = rows(tmp_path / "run")
+    assert found[-1]["val_loss"] < found[0]["val_loss"]
+    assert {w.dtype for w in weights(tmp_path / "run").values()} == {torch.bfloat16}
+
+
+def test_every_flag_is_bound_or_free_for_a_resume():
+    parser = cli.Parser()
+    command.add_arguments(parser)
+    assert sorted(command.BOUND + command.FREE) == sorted(a.dest for a in parser._actions if a.dest != "help")
+
+
+def test_two_runs_never_share_a_folder(text, tmp_path, capsys):
+    with command._claim(tmp_path):
+        fails(capsys, flags(text, tmp_path), 2, "another run is writing there")
