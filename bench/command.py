@@ -1,0 +1,19 @@
+"""`lowrank bench`: its subcommands."""
+
+from lowrank_sys.bench import kernels
+
+COMMANDS = {
+    "kernels": (kernels, "time every op against the oracle and against plain torch"),
+}
+
+
+def add_arguments(parser):
+    commands = parser.add_subparsers(dest="bench", required=True, metavar="|".join(COMMANDS))
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        module.add_arguments(command)
+        command.set_defaults(bench_run=module.run)
+
+
+def run(args):
+    return args.bench_run(args)

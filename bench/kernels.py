@@ -1,0 +1,207 @@
+"""`lowrank bench kernels`: every op against the oracle and against what else one could call."""
+
+import itertools
+
+import torch
+
+from lowrank_sys.bench import machine, report, shapes, timing
+from lowrank_sys.bench.cases import ONCE, OPS, Case, double, make, serving
+from lowrank_sys.cli import CommandError
+from lowrank_sys.train.models import PRESETS
+
+# A kernel may be this many times as wrong as the oracle at the same precision, plus a few roundings of fp32.
+TOLERANCE, ROUNDING = 2.0, 1e-6
+# Share of the best rank-r energy that a basis may miss beyond what the oracle misses.
+ENERGY_TOLERANCE = 1e-3
+
+
+def add_arguments(parser):
+    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="NAME",
+                        help=f"one or more of {', '.join(OPS)} (default: all)")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--shape", nargs="+", type=shapes.parse_shape, metavar="MxN",
+                       help="default: 4096x4096; 1024x1024 for subspace_iteration, whose base is an SVD")
+    sizes.add_argument("--model", choices=PRESETS, metavar="NAME",
+                       help=f"the linear weights of a model: {', '.join(PRESETS)}")
+    parser.add_argument("--rank", nargs="+", type=shapes.positive, default=[128], metavar="R", help="default: 128")
+    parser.add_argument("--dtype", nargs="+", choices=shapes.DTYPES, default=["fp32"], metavar="D",
+                        help=f"of weights, gradients and bases: {', '.join(shapes.DTYPES)} (default: fp32)")
+    parser.add_argument("--side", choices=("left", "right", "both"), default="both", help="of the basis (default: both)")
+    parser.add_argument("--base", metavar="NAME", help="what ratios refer to: reference, or the op's own base (see --list)")
+    parser.add_argument("--device", type=shapes.parse_device, default=shapes.default_device(), help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="of timing a case (default: 2)")
+    parser.add_argument("--list", action="store_true", help="list the ops, their implementations here and their bases")
+    report.add_output_arguments(parser)
+
+
+def cases(args):
+    """The cases that the flags name."""
+    sides = {"left": [True], "right": [False], "both": [True, False]}[args.side]
+    found = {}
+    for name, dtype in itertools.product(args.op, args.dtype):
+        op = OPS[name]
+        if args.base not in (None, "reference", *op.bases):
+            raise CommandError(f"--base {args.base}: unknown for {name}; valid: {', '.join(['reference', *op.bases])}")
+        sizes = args.shape or (args.model and shapes.matrices(args.model))
+        sizes = sizes or [(1024, 1024) if name == "subspace_iteration" else (4096, 4096)]
+        for (m, n), rank, left in itertools.product(sizes, args.rank, sides):
+            if op.ranked:
+                shapes.check_rank(rank, m, n)
+            case = Case(name, m, n, rank if op.ranked else None, shapes.DTYPES[dtype], left if op.sided else None, args.device)
+            found[case] = None  # a dict: unique, in order
+    return list(found)
+
+
+def command(case, base):
+    """The command that repeats a case."""
+    side = {True: " --side left", False: " --side right", None: ""}[case.left]
+    rank = f" --rank {case.rank}" if case.rank else ""
+    return (f"lowrank bench kernels --op {case.op} --shape {case.m}x{case.n}{rank} --dtype {shapes.SPELLING[case.dtype]}{side} "
+            f"--base {base} --device {case.device}")
+
+
+def best_energy(grad, rank):
+    """Energy of the best rank-r approximation of G: its r largest squared singular values."""
+    g = grad.double()
+    g = g if g.shape[0] <= g.shape[1] else g.T
+    return torch.linalg.eigvalsh(g @ g.T)[-rank:].sum()
+
+
+def energy_share(grad, basis, left, best):
+    """|project(G)|² over the best energy of that rank."""
+    g, b = grad.double(), basis.double()
+    return ((b.T @ g if left else g @ b).square().sum() / best).item()
+
+
+class Check:
+    """Errors of an implementation of a case against fp64, and whether they are acceptable beside the oracle's."""
+
+    def __init__(self, case):
+        self.case, self.op = case, OPS[case.op]
+        if case.op == "subspace_iteration":
+            self.best = best_energy(make(case)["grad"], case.rank)
+        else:
+            self.truth = self.op.call(self.op.truth or self.op.oracle, double(make(case)), case)
+        self.oracle = self.figures(self.op.oracle)
+
+    def figures(self, function):
+        """{'error': relative to fp64, of the worst result; 'energy': of a basis, beside the best one of that rank}."""
+        tensors = make(self.case)
+        outputs = self.op.call(function, tensors, self.case)
+        if self.case.op != "subspace_iteration":
+            return {"error": max(_relative_error(o, t) for o, t in zip(outputs, self.truth)), "energy": None}
+        # The vectors are unique only up to rotations of equal singular values: what counts is that they are orthonormal
+        # and what they capture.
+        basis = outputs[0].double()
+        eye = torch.eye(self.case.rank, dtype=basis.dtype, device=basis.device)
+        return {"error": _relative_error(basis.T @ basis, eye),
+                "energy": energy_share(tensors["grad"], basis, self.case.left, self.best)}
+
+    def verdict(self, figures):
+        """'ok', or why the implementation is wrong."""
+        limit = TOLERANCE * self.oracle["error"] + ROUNDING
+        if not figures["error"] <= limit:
+            return f"wrong: error {figures['error']:.1e}, at most {limit:.1e}"
+        if figures["energy"] is not None and not figures["energy"] >= self.oracle["energy"] - ENERGY_TOLERANCE:
+            return f"wrong: energy {figures['energy']:.2%}, the oracle has {self.oracle['energy']:.2%}"
+        return "ok"
+
+
+def _relative_error(output, truth):
+    return (torch.linalg.vector_norm(output.double() - truth) / torch.linalg.vector_norm(truth)).item()
+
+
+def measure(case, timer, ceilings, *, seconds, base=None):
+    """Rows of one case, one a variant: who serves the op, the oracle, and the base. A wrong variant is not timed."""
+    op = OPS[case.op]
+    base = base or next(iter(op.bases))
+    name, function = serving(case)
+    check = Check(case)
+    functions = {name: function, "reference": op.oracle}
+    figures = {name: check.figures(function), "reference": check.oracle}
+    verdicts = {variant: check.verdict(f) for variant, f in figures.items()}
+    timed = {variant: _bind(op, functions[variant], case) for variant in functions if verdicts[variant] == "ok"}
+    once = {}
+    if base in op.bases:
+        (once if base in ONCE else timed)[base] = op.bases[base](make(case), case)
+    times = {variant: [timer(f)] for variant, f in once.items()}
+    times |= timer.interleave(timed, seconds=seconds)
+    floor = max(op.traffic(case) / (1e9 * ceilings["copy_gb_per_s"]),
+                op.flop(case) / (1e9 * ceilings["gemm_gflop_per_s"][str(case.dtype).removeprefix("torch.")]))
+    rows = []
+    for variant in [*functions, *([base] if base in op.bases else [])]:
+        row = {"op": case.op, "shape": f"{case.m}x{case.n}", "rank": case.rank, "dtype": shapes.SPELLING[case.dtype],
+               "side": {True: "left", False: "right", None: None}[case.left], "variant": variant,
+               "check": verdicts.get(variant), **figures.get(variant, {"error": None, "energy": None}),
+               **_speed(case, variant, times, base, floor),
+               "base": base, "command": command(case, base)}
+        rows.append(row)
+    return rows
+
+
+def _bind(op, function, case):
+    tensors = make(case)
+    return lambda: op.call(function, tensors, case)
+
+
+def _speed(case, variant, times, base, floor):
+    """The figures that follow from the samples of a variant; None where it was not timed, or does another computation."""
+    names = ("median_s", "p20_s", "p80_s", "samples", "gb_per_s", "gflop_per_s", "roofline", "ratio", "noise")
+    row = dict.fromkeys(names)
+    if variant in times:
+        p20, median, p80 = timing.spread(times[variant])
+        row |= {"median_s": median, "p20_s": p20, "p80_s": p80, "samples": len(times[variant])}
+        if variant not in ONCE:
+            op = OPS[case.op]
+            row |= {"gb_per_s": op.traffic(case) / median / 1e9, "gflop_per_s": op.flop(case) / median / 1e9,
+                    "roofline": floor / median}
+        if variant != base and base in times:
+            row["ratio"], row["noise"] = timing.ratio(times[variant], times[base])
+    return row
+
+
+COLUMNS = [
+    ("variant", lambda row: row["variant"]),
+    ("median", lambda row: report.seconds(row["median_s"])),
+    ("p20", lambda row: report.seconds(row["p20_s"])),
+    ("p80", lambda row: report.seconds(row["p80_s"])),
+    ("samples", lambda row: report.number(row["samples"], "{}")),
+    ("GB/s", lambda row: report.number(row["gb_per_s"])),
+    ("GFLOP/s", lambda row: report.number(row["gflop_per_s"])),
+    ("roofline", lambda row: report.number(row["roofline"], "{:.0%}")),
+    ("error", lambda row: report.number(row["error"], "{:.1e}")),
+    ("energy", lambda row: report.number(row["energy"], "{:.2%}")),
+    ("time / base", lambda row: "base" if row["variant"] == row["base"] else report.number(row["ratio"], "{:.3g}")),
+    ("noise", lambda row: "noise" if row["noise"] else ""),
+    ("check", lambda row: row["check"] or ""),
+]
+
+
+def run(args):
+    if args.list:
+        return print_list(args.device)
+    chosen = cases(args)
+    facts = machine.describe(args.device)
+    out = report.Report(args, facts)
+    out.say(machine.line(facts))
+    timer = timing.Timer(args.device)
+    ceilings = machine.ceilings(timer, list(dict.fromkeys(case.dtype for case in chosen)))
+    facts |= ceilings
+    rates = ", ".join(f"GEMM {dtype} {rate:.0f} GFLOP/s" for dtype, rate in ceilings["gemm_gflop_per_s"].items())
+    out.say(f"ceilings measured now: copy {ceilings['copy_gb_per_s']:.1f} GB/s, {rates}\n")
+    for case in chosen:
+        rows = measure(case, timer, ceilings, seconds=args.seconds, base=args.base)
+        columns = [column for column in COLUMNS if column[0] != "energy" or rows[0]["energy"] is not None]
+        out.table(f"{rows[0]['command']}\n{facts['device']}", columns, rows)
+    out.write()
+    wrong = [row for row in out.rows if row["check"] not in (None, "ok")]
+    if wrong:
+        raise CommandError(f"{len(wrong)} of {len(out.rows)} rows fail the check against the oracle and have no speed", code=1)
+    return 0
+
+
+def print_list(device):
+    for name, op in OPS.items():
+        case = Case(name, 0, 0, 0, torch.float32, True, device)
+        print(f"{name:20}{device}: {serving(case)[0]:14}bases: {', '.join([*op.bases, 'reference'])}")
+    return 0

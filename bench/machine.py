@@ -1,0 +1,65 @@
+"""What a measurement was taken on: names, versions, commit, and the machine's own ceilings, measured."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import lowrank_sys
+from lowrank_sys.info import cpu_name
+
+
+def describe(device):
+    """Fields of the machine line; `device` is the GPU's name or the CPU's."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {
+        "device": name,
+        "device_type": device.type,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "lowrank_sys": lowrank_sys.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+
+
+def line(machine):
+    """The machine in one line."""
+    where = machine["device"]
+    if machine["device_type"] == "cpu":
+        where += f", {machine['cores']} cores, {machine['threads']} threads, load {os.getloadavg()[0]:.1f}"
+    versions = f"torch {machine['torch']} | lowrank-sys {machine['lowrank_sys']}"
+    return f"{where} | {versions}" + (f" ({machine['commit']})" if machine["commit"] else "")
+
+
+def commit():
+    """Short hash of the checkout this file is tracked in, with a + if it has changes; None outside of one."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments):
+        return subprocess.run(["git", "-C", here.parent, *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def ceilings(timer, dtypes, copy_bytes=256 << 20, gemm_size=2048):
+    """Best measured copy bandwidth (read + write, GB/s) and GEMM rate per dtype (GFLOP/s) of the timer's device."""
+    source = torch.ones(copy_bytes, dtype=torch.uint8, device=timer.device)
+    target = torch.empty_like(source)
+    functions = {"copy": lambda: target.copy_(source)}
+    for dtype in dtypes:
+        a, b, c = (torch.ones(gemm_size, gemm_size, dtype=dtype, device=timer.device) for _ in range(3))
+        functions[dtype] = lambda a=a, b=b, c=c: torch.mm(a, b, out=c)
+    best = {name: min(times) for name, times in timer.interleave(functions, seconds=1, at_least=5, at_most=20).items()}
+    return {
+        "copy_gb_per_s": 2 * copy_bytes / best.pop("copy") / 1e9,
+        "gemm_gflop_per_s": {str(dtype).removeprefix("torch."): 2 * gemm_size**3 / s / 1e9 for dtype, s in best.items()},
+    }

@@ -1,0 +1,49 @@
+"""Shapes, ranks and dtypes as flags spell them, and the matrices of the models."""
+
+import argparse
+
+import torch
+
+from lowrank_sys.cli import CommandError
+from lowrank_sys.train.models import PRESETS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SPELLING = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def parse_shape(text):
+    """'4096x11008' -> (4096, 11008)."""
+    m, _, n = text.partition("x")
+    if not (m.isdecimal() and n.isdecimal() and int(m) and int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not MxN, as in 4096x11008")
+    return int(m), int(n)
+
+
+def positive(text):
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def parse_device(text):
+    """'cpu', or 'cuda' where there is a GPU."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    if text not in devices:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device of this machine; valid: {', '.join(devices)}")
+    return text
+
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def matrices(model):
+    """Shapes (m, n) of the linear weights of a LLaMA's blocks, layer by layer: q, k, v, o, gate, up, down."""
+    p = PRESETS[model]
+    block = [(p.hidden, p.hidden)] * 4 + [(p.intermediate, p.hidden)] * 2 + [(p.hidden, p.intermediate)]
+    return block * p.layers
+
+
+def check_rank(rank, m, n):
+    if rank > min(m, n):
+        raise CommandError(f"--rank {rank} is too large for shape {m}x{n}: at most {min(m, n)}")

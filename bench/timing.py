@@ -1,0 +1,110 @@
+"""Interleaved timing: one call of every variant a round, caches flushed before each, so that drift hits all alike."""
+
+import random
+import time
+from pathlib import Path
+
+import torch
+
+
+def quantile(values, q):
+    """The q-quantile of a list of numbers, interpolated."""
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def spread(values):
+    """(p20, median, p80)."""
+    return tuple(quantile(values, q) for q in (0.2, 0.5, 0.8))
+
+
+def ratio(times, base):
+    """(times over base, whether that is noise).
+
+    Samples of one round are compared with each other, so drift cancels; a base that was timed once is compared with every
+    sample. Noise: 1 lies between the 20th and the 80th percentile, so the variants cannot be told apart.
+    """
+    base = base if len(base) == len(times) else [quantile(base, 0.5)] * len(times)
+    low, middle, high = spread([t / b for t, b in zip(times, base)])
+    return middle, low <= 1 <= high
+
+
+class Timer:
+    """Seconds of one call on a device, from cold caches."""
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+        # On a GPU the fill also runs long enough to hide the launch of what is timed.
+        size = 256 << 20 if self.device.type == "cuda" else max(_largest_cache(), 32 << 20)
+        self._filler = torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def __call__(self, function):
+        self._filler.fill_(1)
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    def interleave(self, functions, *, seconds, at_least=7, at_most=200, warmup=2):
+        """Seconds of each call of each of `functions` {name: function}, {name: [seconds, ...]}; item i is round i.
+
+        Stops after `at_least` rounds once `seconds` have passed, or after `at_most`. The order of a round is random, since
+        what ran before warms or cools the machine.
+        """
+        for function in functions.values():
+            for _ in range(warmup):
+                self(function)
+        self.synchronize()
+        order, shuffle = list(functions), random.Random(0).shuffle
+        times = {name: [] for name in functions}
+        end = time.monotonic() + seconds
+        for done in range(at_most):
+            if done >= at_least and time.monotonic() > end:
+                break
+            shuffle(order)
+            for name in order:
+                times[name].append(self(functions[name]))
+        return times
+
+
+def extra_bytes(function, device):
+    """Most bytes that `function` holds at once beyond what was held before it.
+
+    On a CPU this is the growth of the process's peak resident memory, whoever allocates.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _status("VmRSS")
+    function()
+    return max(_status("VmHWM") - before, 0)
+
+
+def _status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key + ":"))
+
+
+def _largest_cache():
+    """Bytes of the largest CPU cache; 0 where the system does not say."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(path.read_text().strip().rstrip("K")) << 10 for path in sizes), default=0)
