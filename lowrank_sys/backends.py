@@ -16,14 +16,14 @@ from lowrank_sys.subspace import operators
 
 # Launchers of the GEMM-shaped ops on a GPU: op -> (module of lowrank_sys.kernels, function).
 TRITON = {
-    "galore_step.tensor": ("steps", "galore_step"),
-    "galore_step": ("steps", "galore_step"),
-    "galore_step.list": ("steps", "galore_step_list"),
-    "subspace_step.tensor": ("steps", "subspace_step"),
-    "subspace_step": ("steps", "subspace_step"),
-    "subspace_step.list": ("steps", "subspace_step_list"),
-    "project": ("products", "project"),
-    "back_project_": ("products", "back_project_"),
+    "galore_step.tensor": ("galore", "galore_step"),
+    "galore_step": ("galore", "galore_step"),
+    "galore_step.list": ("galore", "galore_step_list"),
+    "subspace_step.tensor": ("galore", "subspace_step"),
+    "subspace_step": ("galore", "subspace_step"),
+    "subspace_step.list": ("galore", "subspace_step_list"),
+    "project": ("project", "project"),
+    "back_project_": ("back_project", "back_project_"),
 }
 
 
