@@ -1,9 +1,10 @@
 """`lowrank bench`: its subcommands."""
 
-from lowrank_sys.bench import kernels
+from lowrank_sys.bench import kernels, optimizers
 
 COMMANDS = {
     "kernels": (kernels, "time every op against the oracle and against plain torch"),
+    "optimizers": (optimizers, "time a whole optimizer step, ours beside galore-torch and torch.optim"),
 }
 
 

@@ -29,6 +29,14 @@ def number(value, form="{:.1f}"):
     return "" if value is None else form.format(value)
 
 
+def size(value):
+    """1.5 MiB and the like."""
+    for unit, bytes in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if value >= bytes:
+            return f"{value / bytes:.1f} {unit}"
+    return f"{value} B"
+
+
 class Report:
     """Collects rows, prints them as they come, and writes the files at the end.
 
@@ -41,8 +49,7 @@ class Report:
         except ImportError:
             raise CommandError("rich is not installed: pip install rich") from None
         self.console = Console(highlight=False, soft_wrap=True)
-        if not self.console.is_terminal:
-            self.console.width = 140
+        self.console.width = max(self.console.width, 200)  # a figure is never cut short
         self.facts = facts
         self.rows = []
         self.writers = [(Path(path), form) for path, form in ((args.json, to_json), (args.csv, to_csv)) if path]

@@ -33,12 +33,13 @@ def ratio(times, base):
 
 
 class Timer:
-    """Seconds of one call on a device, from cold caches."""
+    """Seconds of one call on a device; from cold caches, unless flush is off."""
 
-    def __init__(self, device):
+    def __init__(self, device, flush=True):
         self.device = torch.device(device)
         # On a GPU the fill also runs long enough to hide the launch of what is timed.
         size = 256 << 20 if self.device.type == "cuda" else max(_largest_cache(), 32 << 20)
+        size = size if flush else 0
         self._filler = torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def synchronize(self):
@@ -61,7 +62,7 @@ class Timer:
     def interleave(self, functions, *, seconds, at_least=7, at_most=200, warmup=2):
         """Seconds of each call of each of `functions` {name: function}, {name: [seconds, ...]}; item i is round i.
 
-        Stops after `at_least` rounds once `seconds` have passed, or after `at_most`. The order of a round is random, since
+        Stops after `at_least` rounds once `seconds` have passed, or after `at_most`, if that is more. The order of a round is random, since
         what ran before warms or cools the machine.
         """
         for function in functions.values():
@@ -71,7 +72,7 @@ class Timer:
         order, shuffle = list(functions), random.Random(0).shuffle
         times = {name: [] for name in functions}
         end = time.monotonic() + seconds
-        for done in range(at_most):
+        for done in range(max(at_least, at_most)):
             if done >= at_least and time.monotonic() > end:
                 break
             shuffle(order)
