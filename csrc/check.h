@@ -1,0 +1,263 @@
+// The rules of shapes, dtypes and devices of lowrank_sys/_ops.py, with the same messages. Only ops_*.cpp include this.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/dtype.h"
+
+namespace lowrank {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Shape = std::vector<int64_t>;
+
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline int32_t dtype_of(const Tensor& t) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+inline std::string dtype_name(int32_t dtype) {
+  const std::pair<int32_t, const char*> names[] = {
+      {aoti_torch_dtype_float32(), "float32"},     {aoti_torch_dtype_bfloat16(), "bfloat16"},
+      {aoti_torch_dtype_float16(), "float16"},     {aoti_torch_dtype_float64(), "float64"},
+      {aoti_torch_dtype_int64(), "int64"},         {aoti_torch_dtype_int32(), "int32"},
+      {aoti_torch_dtype_int16(), "int16"},         {aoti_torch_dtype_int8(), "int8"},
+      {aoti_torch_dtype_uint8(), "uint8"},         {aoti_torch_dtype_bool(), "bool"},
+      {aoti_torch_dtype_complex64(), "complex64"}, {aoti_torch_dtype_complex128(), "complex128"}};
+  for (const auto& [known, name] : names)
+    if (known == dtype) return std::string("torch.") + name;
+  return "another dtype";
+}
+
+template <class Sizes>
+std::string tuple(const Sizes& sizes) {
+  std::ostringstream text;
+  text << "(";
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+  text << (sizes.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+struct Place {
+  int32_t type, index;
+  bool operator==(const Place&) const = default;
+};
+
+inline Place place_of(const Tensor& t) {
+  Place place;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &place.type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &place.index));
+  return place;
+}
+
+inline std::ostream& operator<<(std::ostream& out, const Place& place) {
+  if (place.type == aoti_torch_device_type_cpu()) return out << "cpu";
+  return out << (place.type == aoti_torch_device_type_cuda() ? "cuda:" : "device ") << place.index;
+}
+
+inline bool is_float(int32_t dtype) {
+  return dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_bfloat16() || dtype == aoti_torch_dtype_float16();
+}
+
+template <class Name>
+void expect_float(const char* op, const Name& name, const Tensor& t) {
+  if (!is_float(dtype_of(t))) fail(op, name, " must be float32, bfloat16 or float16, got ", dtype_name(dtype_of(t)));
+}
+
+template <class Name>
+void expect_dtype(const char* op, const Name& name, const Tensor& t, int32_t dtype) {
+  if (dtype_of(t) != dtype) fail(op, name, " must be ", dtype_name(dtype), ", got ", dtype_name(dtype_of(t)));
+}
+
+template <class Name>
+void expect_contiguous(const char* op, const Name& name, const Tensor& t) {
+  if (!t.is_contiguous()) fail(op, name, " must be contiguous, got strides ", tuple(t.strides()));
+}
+
+template <class Name>
+void expect_on(const char* op, const Name& name, const Tensor& t, const Place& place) {
+  if (place_of(t) != place) fail(op, name, " must be on ", place, ", got ", place_of(t));
+}
+
+template <class Name, class Sizes>
+void expect_like(const char* op, const Name& name, const Tensor& t, const Sizes& shape, const Place& place) {
+  const auto sizes = t.sizes();
+  bool same = sizes.size() == shape.size();
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == shape[i];
+  if (!same) fail(op, name, " must have shape ", tuple(shape), ", got ", tuple(sizes));
+  expect_on(op, name, t, place);
+  expect_contiguous(op, name, t);
+}
+
+inline void expect_matrix(const char* op, const char* name, const Tensor& t) {
+  if (t.dim() != 2) fail(op, name, " must be a matrix (m, n), got shape ", tuple(t.sizes()));
+  expect_float(op, name, t);
+  expect_contiguous(op, name, t);
+}
+
+// 0-dim and on `place`, or on the CPU as well unless it is written.
+template <class Name>
+void expect_scalar(const char* op, const Name& name, const Tensor& t, const Place& place, bool own_device = false) {
+  if (t.dim() != 0) fail(op, name, " must be a 0-dim tensor, got shape ", tuple(t.sizes()));
+  if (own_device || !t.is_cpu()) expect_on(op, name, t, place);
+}
+
+inline void expect_basis(const char* op, const Tensor& matrix, const Tensor& basis, bool left) {
+  const int64_t d = matrix.size(left ? 0 : 1);
+  if (basis.dim() != 2 || basis.size(0) != d)
+    fail(op, "basis must have shape (", left ? "m" : "n", " = ", d, ", r) for left=", left ? "True" : "False", ", got ",
+         tuple(basis.sizes()));
+  if (basis.size(1) < 1) fail(op, "rank must be at least 1, got basis of shape ", tuple(basis.sizes()));
+  expect_float(op, "basis", basis);
+  expect_on(op, "basis", basis, place_of(matrix));
+  expect_contiguous(op, "basis", basis);
+}
+
+inline Shape low_rank_shape(const Tensor& matrix, const Tensor& basis, bool left) {
+  if (left) return {basis.size(1), matrix.size(1)};
+  return {matrix.size(0), basis.size(1)};
+}
+
+inline void check_project(const char* op, const Tensor& grad, const Tensor& basis, bool left) {
+  expect_matrix(op, "grad", grad);
+  expect_basis(op, grad, basis, left);
+}
+
+inline void expect_low_rank(const char* op, const char* name, const Tensor& t, const Shape& shape, const Place& place) {
+  expect_like(op, name, t, shape, place);
+  expect_dtype(op, name, t, aoti_torch_dtype_float32());
+}
+
+// `low_rank_grad` is null where the gradient is the full one.
+inline void check_subspace_step(const char* op, const Tensor& param, const Tensor* low_rank_grad, const Tensor& basis,
+                                const Tensor& exp_avg, const Tensor& exp_avg_sq, bool left) {
+  expect_matrix(op, "param", param);
+  expect_basis(op, param, basis, left);
+  const Shape shape = low_rank_shape(param, basis, left);
+  const Place place = place_of(param);
+  if (low_rank_grad != nullptr) expect_low_rank(op, "low_rank_grad", *low_rank_grad, shape, place);
+  expect_low_rank(op, "exp_avg", exp_avg, shape, place);
+  expect_low_rank(op, "exp_avg_sq", exp_avg_sq, shape, place);
+}
+
+inline void check_galore_step(const char* op, const Tensor& param, const Tensor& grad, const Tensor& basis,
+                              const Tensor& exp_avg, const Tensor& exp_avg_sq, bool left) {
+  expect_matrix(op, "param", param);
+  expect_float(op, "grad", grad);
+  expect_like(op, "grad", grad, param.sizes(), place_of(param));
+  check_subspace_step(op, param, nullptr, basis, exp_avg, exp_avg_sq, left);
+}
+
+inline void check_back_project(const char* op, const Tensor& param, const Tensor& low_rank, const Tensor& basis, bool left) {
+  expect_matrix(op, "param", param);
+  expect_basis(op, param, basis, left);
+  expect_low_rank(op, "low_rank", low_rank, low_rank_shape(param, basis, left), place_of(param));
+}
+
+// The name of a tensor of a list, spelled out only where a rule fails.
+struct Item {
+  const char* list;
+  size_t index;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Item& item) { return out << item.list << "[" << item.index << "]"; }
+
+struct Guards {
+  const std::optional<Tensor>&grad_scale, &found_inf, &skipped;
+};
+
+inline void check_length(const char* op, const char* name, const Tensors& list, const char* first, const Tensors& model) {
+  if (list.size() != model.size())
+    fail(op, name, " must have ", model.size(), " tensors like ", first, ", got ", list.size());
+}
+
+inline void check_guards(const char* op, const Tensors& params, const Tensors& steps, const Tensor& lr, const Guards& guards) {
+  const Place place = place_of(params.empty() ? lr : params[0]);
+  expect_scalar(op, "lr", lr, place);
+  for (size_t i = 0; i < steps.size(); ++i) {
+    expect_scalar(op, Item{"steps", i}, steps[i], place_of(params[i]), true);
+    expect_dtype(op, Item{"steps", i}, steps[i], aoti_torch_dtype_float32());
+  }
+  for (size_t i = 0; i < params.size(); ++i)
+    if (place_of(params[i]) != place)
+      fail(op, Item{"params", i}, " must be on ", place, " like params[0], got ", place_of(params[i]));
+  const std::pair<const char*, const std::optional<Tensor>&> flags[] = {{"grad_scale", guards.grad_scale},
+                                                                        {"found_inf", guards.found_inf}};
+  for (const auto& [name, flag] : flags) {
+    if (!flag) continue;
+    if (flag->numel() != 1) fail(op, name, " must have one element, got shape ", tuple(flag->sizes()));
+    expect_dtype(op, name, *flag, aoti_torch_dtype_float32());
+    expect_on(op, name, *flag, place);
+  }
+  if (guards.skipped) {
+    expect_scalar(op, "skipped", *guards.skipped, place, true);
+    expect_dtype(op, "skipped", *guards.skipped, aoti_torch_dtype_int64());
+  }
+}
+
+inline void check_adamw_step(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+                             const Tensors& steps, const Tensor& lr, const Guards& guards) {
+  constexpr const char* op = "adamw_step";
+  check_length(op, "grads", grads, "params", params);
+  check_length(op, "exp_avgs", exp_avgs, "params", params);
+  check_length(op, "exp_avg_sqs", exp_avg_sqs, "params", params);
+  check_length(op, "steps", steps, "params", params);
+  check_guards(op, params, steps, lr, guards);
+  for (size_t i = 0; i < params.size(); ++i) {
+    const Place place = place_of(params[i]);
+    const auto shape = params[i].sizes();
+    expect_float(op, Item{"params", i}, params[i]);
+    expect_float(op, Item{"grads", i}, grads[i]);
+    expect_like(op, Item{"params", i}, params[i], shape, place);
+    expect_like(op, Item{"grads", i}, grads[i], shape, place);
+    expect_like(op, Item{"exp_avgs", i}, exp_avgs[i], shape, place);
+    expect_dtype(op, Item{"exp_avgs", i}, exp_avgs[i], aoti_torch_dtype_float32());
+    expect_like(op, Item{"exp_avg_sqs", i}, exp_avg_sqs[i], shape, place);
+    expect_dtype(op, Item{"exp_avg_sqs", i}, exp_avg_sqs[i], aoti_torch_dtype_float32());
+  }
+}
+
+// A 0-dim tensor on the CPU of any number type.
+inline double read_number(const char* op, const char* name, const Tensor& t) {
+  const int32_t dtype = dtype_of(t);
+  if (dtype == aoti_torch_dtype_float32()) return *static_cast<const float*>(t.data_ptr());
+  if (dtype == aoti_torch_dtype_float64()) return *static_cast<const double*>(t.data_ptr());
+  if (dtype == aoti_torch_dtype_int64()) return double(*static_cast<const int64_t*>(t.data_ptr()));
+  if (dtype == aoti_torch_dtype_int32()) return *static_cast<const int32_t*>(t.data_ptr());
+  fail(op, name, " must be float32, float64, int32 or int64, got ", dtype_name(dtype));
+}
+
+inline Tensor empty(const Shape& shape, const Place& place) {
+  Shape strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(),
+                                                         aoti_torch_dtype_float32(), place.type, place.index, &out));
+  return Tensor(out);
+}
+
+inline DType storage(const Tensor& t) {
+  const int32_t dtype = dtype_of(t);
+  if (dtype == aoti_torch_dtype_bfloat16()) return DType::bf16;
+  return dtype == aoti_torch_dtype_float16() ? DType::f16 : DType::f32;
+}
+
+}  // namespace lowrank

@@ -1,0 +1,49 @@
+// What every torch-free header starts from: LR_HD, LR_SIMD, and one namespace for each instruction set.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define LR_HD __host__ __device__ __forceinline__
+#define LR_SIMD
+#define LR_SIMD_SUM(x)
+#else
+#define LR_HD inline
+// The iterations of the next loop are independent even where its pointers are equal.
+#define LR_PRAGMA(x) _Pragma(#x)
+#define LR_SIMD LR_PRAGMA(omp simd)
+#define LR_SIMD_SUM(x) LR_PRAGMA(omp simd reduction(+ : x))
+#endif
+
+// csrc/cpu is compiled once for each instruction set; a namespace of its own keeps the linker from merging their code.
+#ifndef LR_ISA
+#define LR_ISA portable
+#endif
+
+#define LR_BEGIN      \
+  namespace lowrank { \
+  inline namespace LR_ISA {
+#define LR_END \
+  }            \
+  }
+
+LR_BEGIN
+
+// V elements that are loaded and stored as one.
+template <class T, int V>
+struct alignas(sizeof(T) * V <= 16 ? sizeof(T) * V : 16) Pack {
+  T at[V];
+};
+
+template <int V, class T>
+LR_HD Pack<T, V> load(const T* p) {
+  return *reinterpret_cast<const Pack<T, V>*>(p);
+}
+
+template <int V, class T>
+LR_HD void store(T* p, const Pack<T, V>& x) {
+  *reinterpret_cast<Pack<T, V>*>(p) = x;
+}
+
+LR_END

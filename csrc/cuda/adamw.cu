@@ -1,0 +1,90 @@
+// AdamW on a list of tensors: 3 reads and 3 writes an element, one launch for each pair of dtypes and 60 tensors.
+#include "../core/adamw.h"
+
+#include "block.cuh"
+#include "launch.h"
+
+LR_BEGIN
+namespace {
+
+constexpr int kThreads = 256, kVector = 8, kChunk = kThreads * kVector * 8;
+
+// Where each tensor's chunks begin in the grid.
+struct Chunks {
+  int first[AdamWList::kMost + 1];
+};
+
+__device__ double read(const Number& x) {
+  switch (x.type) {
+    case Number::Type::f32:
+      return *static_cast<const float*>(x.device);
+    case Number::Type::f64:
+      return *static_cast<const double*>(x.device);
+    case Number::Type::i32:
+      return *static_cast<const int32_t*>(x.device);
+    case Number::Type::i64:
+      return double(*static_cast<const int64_t*>(x.device));
+    default:
+      return x.host;
+  }
+}
+
+__global__ void advance(const __grid_constant__ AdamWList list, const float* found_inf) {
+  if (found_inf != nullptr && *found_inf != 0.0f) return;
+  if (threadIdx.x < list.count) *list.items[threadIdx.x].step += 1.0f;
+}
+
+template <class W, class G>
+__global__ void __launch_bounds__(kThreads)
+    adamw(const __grid_constant__ AdamWList list, const __grid_constant__ Chunks chunks, const __grid_constant__ AdamWScalars s) {
+  if (s.found_inf != nullptr && *s.found_inf != 0.0f) return;
+  __shared__ float lanes[kLanes];
+  __shared__ AdamStep step;
+  int index = 0;
+  while (chunks.first[index + 1] <= blockIdx.x) ++index;
+  const AdamWList::Item& item = list.items[index];
+  const int64_t begin = int64_t(blockIdx.x - chunks.first[index]) * kChunk;
+  if (threadIdx.x == 0) step = adam_step(s.beta1, s.beta2, s.eps, s.weight_decay, 1.0, read(s.lr), *item.step);
+  __syncthreads();
+
+  const GpuBlock<kThreads> block{int(threadIdx.x), lanes};
+  W* w = static_cast<W*>(item.w) + begin;
+  const G* g = static_cast<const G*>(item.g) + begin;
+  float *m = item.m + begin, *v = item.v + begin;
+  const int n = int(item.numel - begin < kChunk ? item.numel - begin : kChunk);
+  const float grad_scale = s.grad_scale == nullptr ? 1.0f : *s.grad_scale;
+  const AdamStep mine = step;
+  const bool aligned = ((uintptr_t(w) | uintptr_t(g) | uintptr_t(m) | uintptr_t(v)) & 15) == 0;
+  const int left_out = aligned ? adamw_chunk<kVector>(block, w, g, m, v, n, grad_scale, mine)
+                               : adamw_chunk<1>(block, w, g, m, v, n, grad_scale, mine);
+  if (s.skipped == nullptr) return;
+  const float total = sum_threads(block, float(left_out));
+  if (block.tid == 0 && total > 0) atomicAdd(reinterpret_cast<unsigned long long*>(s.skipped), (unsigned long long)total);
+}
+
+}  // namespace
+LR_END
+
+namespace lowrank {
+
+cudaError_t launch_advance(const AdamWList& list, const float* found_inf, cudaStream_t stream) {
+  advance<<<1, 64, 0, stream>>>(list, found_inf);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_adamw(DType w_dtype, DType g_dtype, const AdamWList& list, const AdamWScalars& scalars,
+                         cudaStream_t stream) {
+  Chunks chunks = {};
+  for (int i = 0; i < list.count; ++i)
+    chunks.first[i + 1] = chunks.first[i] + int((list.items[i].numel + kChunk - 1) / kChunk);
+  const int blocks = chunks.first[list.count];
+  if (blocks == 0) return cudaSuccess;
+  return dispatch(w_dtype, [&](auto w) {
+    return dispatch(g_dtype, [&](auto g) {
+      adamw<typename decltype(w)::type, typename decltype(g)::type><<<blocks, kThreads, 0, stream>>>(list, chunks, scalars);
+      return cudaGetLastError();
+    });
+  });
+}
+
+}  // namespace lowrank

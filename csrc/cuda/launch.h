@@ -1,0 +1,50 @@
+// Launchers of the CUDA kernels: enqueue on a stream, never wait.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../core/dtype.h"
+
+namespace lowrank {
+
+// Tensors that one launch updates; the whole list is a kernel argument.
+struct AdamWList {
+  static constexpr int kMost = 60;
+  struct Item {
+    void* w;
+    const void* g;
+    float *m, *v, *step;
+    int64_t numel;
+  };
+  Item items[kMost];
+  int count = 0;
+};
+
+// A 0-dim tensor: read on the device where `device` is set.
+struct Number {
+  enum class Type : int { host, f32, f64, i32, i64 };
+  Type type;
+  const void* device;
+  double host;
+};
+
+struct AdamWScalars {
+  double beta1, beta2, eps, weight_decay;
+  Number lr;
+  const float *grad_scale, *found_inf;  // may be null
+  int64_t* skipped;                     // may be null
+};
+
+// Adds 1 to every step unless found_inf.
+cudaError_t launch_advance(const AdamWList& list, const float* found_inf, cudaStream_t stream);
+
+// One AdamW step of tensors that all have these dtypes.
+cudaError_t launch_adamw(DType w, DType g, const AdamWList& list, const AdamWScalars& scalars, cudaStream_t stream);
+
+// norms of the rows, or of the columns, of g (rows, columns), row-major.
+cudaError_t launch_row_norms(DType dtype, const void* g, float* norms, int64_t rows, int64_t columns, cudaStream_t stream);
+cudaError_t launch_column_norms(DType dtype, const void* g, float* norms, int64_t rows, int64_t columns, cudaStream_t stream);
+
+}  // namespace lowrank

@@ -1,0 +1,127 @@
+"""Builds the native modules with CMake and ninja; everything else is in pyproject.toml.
+
+LOWRANK_NATIVE=0 installs pure Python, LOWRANK_CUDA=0 or 1 leaves CUDA out or demands it, MAX_JOBS bounds the build.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+
+
+def torch_package():
+    """Folder, version and CUDA version (None for a CPU build) of torch, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None:
+        sys.exit("lowrank: torch is not installed: pip install 'torch>=2.10' first")
+    folder = Path(spec.origin).parent
+    version = runpy.run_path(str(folder / "version.py"))
+    return folder, str(version["__version__"]), version["cuda"]
+
+
+def works(compiler):
+    """Whether `compiler` knows C++20."""
+    source = "#include <barrier>\nint main() {}\n"
+    command = [compiler, "-std=c++20", "-x", "c++", "-fsyntax-only", "-"]
+    return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
+
+
+def find_compiler():
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
+    return next((path for path in map(shutil.which, names) if path and works(path)), None)
+
+
+def find_nvcc(torch_folder, major):
+    """nvcc on PATH, in CUDA_HOME, or of the PyPI package nvidia-cuda-nvcc."""
+    homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), torch_folder.parent / "nvidia" / f"cu{major}"]
+    candidates = [shutil.which("nvcc")] + [str(Path(home) / "bin" / "nvcc") for home in homes]
+    return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
+
+
+def output(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+def cuda_options(torch_folder, torch_cuda):
+    """CMake options of the CUDA half; without it, LOWRANK_CUDA_NOTE says why."""
+    wish = os.environ.get("LOWRANK_CUDA", "")
+    if wish == "0":
+        return {"LOWRANK_CUDA_NOTE": "left out by LOWRANK_CUDA=0"}
+    if torch_cuda is None:
+        note = "torch is a CPU build"
+    else:
+        major = torch_cuda.partition(".")[0]
+        nvcc = find_nvcc(torch_folder, major)
+        if nvcc:
+            supported = output(nvcc, "--list-gpu-arch").stdout.split()
+            libraries = re.findall(r'-L([^"\s]+)', output(nvcc, "--dryrun", "-x", "cu", os.devnull).stderr)
+            release = re.search(r"V([\d.]+)", output(nvcc, "--version").stdout).group(1)
+            return {
+                "LOWRANK_NVCC": nvcc,
+                "LOWRANK_CUDA_NOTE": f"nvcc {release}",
+                "LOWRANK_CUDA_ARCHS": ";".join(arch for arch in CUDA_ARCHS if f"compute_{arch}" in supported),
+                "LOWRANK_CUDA_LIBS": ";".join(libraries),
+            }
+        note = f"no nvcc: pip install 'nvidia-cuda-nvcc=={major}.*' and install again"
+        print(f"lowrank: torch has CUDA {torch_cuda} but nvcc is missing, so this builds for the CPU alone; to get it: "
+              f"pip install 'nvidia-cuda-nvcc=={major}.*'", file=sys.stderr)
+    if wish == "1":
+        sys.exit(f"lowrank: LOWRANK_CUDA=1, but {note}")
+    return {"LOWRANK_CUDA_NOTE": note}
+
+
+class Build(build_ext):
+    """One CMake build instead of an extension at a time: into the source tree if editable, else into the wheel."""
+
+    def run(self):
+        in_tree = self.inplace or self.editable_mode
+        package = ROOT / "lowrank_sys" if in_tree else Path(self.build_lib).resolve() / "lowrank_sys"
+        compiler = None if os.environ.get("LOWRANK_NATIVE") == "0" else find_compiler()
+        if compiler is None:
+            why = "LOWRANK_NATIVE=0" if os.environ.get("LOWRANK_NATIVE") == "0" else "no C++20 compiler found"
+            print(f"lowrank: {why}: installing pure Python, the reference serves every op", file=sys.stderr)
+            package.mkdir(parents=True, exist_ok=True)
+            for module in package.glob("*.so"):
+                module.unlink()
+            (package / "_build.json").write_text(json.dumps({"compiler": None, "reason": why}, indent=2) + "\n")
+            return
+        torch_folder, torch_version, torch_cuda = torch_package()
+        options = {
+            "CMAKE_CXX_COMPILER": compiler, "LOWRANK_OPS": "ON", "LOWRANK_OUTPUT": package, "LOWRANK_TORCH": torch_folder,
+            "LOWRANK_TORCH_VERSION": torch_version, "LOWRANK_PYTHON_INCLUDE": sysconfig.get_path("include"),
+            **cuda_options(torch_folder, torch_cuda),
+        }
+        if in_tree:  # _host is for the tests and, unlike _C, good for one version of Python
+            import pybind11
+
+            options |= {"LOWRANK_HOST": "ON", "LOWRANK_PYBIND11_INCLUDE": pybind11.get_include(),
+                        "LOWRANK_HOST_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX")}
+        build = ROOT / "build" / ("native-in-tree" if in_tree else "native-wheel")
+        subprocess.run(["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
+                        *(f"-D{name}={value}" for name, value in options.items())], check=True)
+        subprocess.run(["cmake", "--build", str(build), "--parallel", os.environ.get("MAX_JOBS", str(os.cpu_count()))], check=True)
+
+    def get_outputs(self):
+        return []
+
+    def get_output_mapping(self):
+        return {}
+
+
+setup(
+    ext_modules=[Extension("lowrank_sys._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
