@@ -1,10 +1,11 @@
 """`lowrank bench`: its subcommands."""
 
-from lowrank_sys.bench import kernels, optimizers
+from lowrank_sys.bench import floors, kernels, optimizers
 
 COMMANDS = {
     "kernels": (kernels, "time every op against the oracle and against plain torch"),
     "optimizers": (optimizers, "time a whole optimizer step, ours beside galore-torch and torch.optim"),
+    "floors": (floors, "measure every promise of speed; exit 1 on a miss"),
 }
 
 
