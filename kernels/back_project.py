@@ -66,8 +66,8 @@ def launch_back_project(param, low_rank, basis, scalars, *, left, step, skipped=
         return
     m, n = param.shape
     r = basis.shape[1]
-    arch, _ = configs.target(param.device)
-    config = configs.config_for(arch, "back_project", rank=r, bits=configs.operand_bits(low_rank.dtype, basis.dtype))
+    config = configs.config_for(configs.target(param.device).arch, "back_project", rank=r,
+                                dtypes=(low_rank.dtype, basis.dtype, param.dtype))
     back_project_kernel[triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),](
         param=param,
         low_rank=low_rank,

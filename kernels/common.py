@@ -53,10 +53,13 @@ def usable_channels(b_g, LEFT: tl.constexpr):
 @triton.jit
 def adam(b_g, b_ok, p_exp_avg, p_exp_avg_sq, m_tile, scalars, beta1, beta2, gain1, gain2, eps):
     """Advance the moments of a tile in place where `b_ok`; return m̂ / (sqrt(v̂) + eps), and NaN where not `b_ok`."""
-    b_m = beta1 * tl.load(p_exp_avg, mask=m_tile, other=0.0) + gain1 * b_g
-    b_v = beta2 * tl.load(p_exp_avg_sq, mask=m_tile, other=0.0) + gain2 * b_g * b_g
-    tl.store(p_exp_avg, b_m, mask=m_tile & b_ok)
-    tl.store(p_exp_avg_sq, b_v, mask=m_tile & b_ok)
+    b_m = tl.load(p_exp_avg, mask=m_tile, other=0.0)
+    b_v = tl.load(p_exp_avg_sq, mask=m_tile, other=0.0)
+    # Selected values rather than a masked store: a mask that differs along the channels would break up 16-byte stores.
+    b_m = tl.where(b_ok, beta1 * b_m + gain1 * b_g, b_m)
+    b_v = tl.where(b_ok, beta2 * b_v + gain2 * b_g * b_g, b_v)
+    tl.store(p_exp_avg, b_m, mask=m_tile)
+    tl.store(p_exp_avg_sq, b_v, mask=m_tile)
     b_m = tl.div_rn(b_m, tl.load(scalars + CORRECTION1))
     b_v = tl.div_rn(b_v, tl.load(scalars + CORRECTION2))
     return tl.where(b_ok, tl.div_rn(b_m, tl.sqrt_rn(b_v) + eps), float("nan"))

@@ -1,11 +1,12 @@
-"""Launch configurations: one named table per architecture, and the rule that splits a thin projection over the card.
+"""Launch configurations: one table per architecture, and the rule that splits a thin projection over the card.
 
-A table maps (kernel, bits of the operands) to {largest rank: keyword arguments of the launch}. BLOCK_R is the tile along the
-rank, BLOCK_C along the channels, BLOCK_D along the projected axis. bits is 16 if gradient (or update) and basis share a
-16-bit type, else 32.
+A table maps (kernel, bits) to {largest rank: keyword arguments of the launch}. BLOCK_R is the tile along the rank, BLOCK_C
+along the channels, BLOCK_D along the projected axis. bits is 16 if the two operands share a 16-bit type and nothing else a tile
+holds is wider, else 32.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,38 +16,34 @@ def _tile(num_warps, num_stages, **blocks):
     return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
 
 
-# Cards with at least 163 KiB of shared memory a block.
-_LARGE = {
-    ("project", 32): {
-        16: _tile(4, 4, BLOCK_R=16, BLOCK_C=128, BLOCK_D=32),
-        32: _tile(4, 4, BLOCK_R=32, BLOCK_C=128, BLOCK_D=32),
-        64: _tile(8, 3, BLOCK_R=64, BLOCK_C=64, BLOCK_D=32),
-        128: _tile(8, 3, BLOCK_R=128, BLOCK_C=64, BLOCK_D=32),
-    },
-    ("project", 16): {
-        16: _tile(4, 4, BLOCK_R=16, BLOCK_C=128, BLOCK_D=64),
-        32: _tile(4, 4, BLOCK_R=32, BLOCK_C=128, BLOCK_D=64),
-        64: _tile(4, 4, BLOCK_R=64, BLOCK_C=64, BLOCK_D=64),
-        128: _tile(8, 4, BLOCK_R=128, BLOCK_C=64, BLOCK_D=64),
-    },
-    ("back_project", 32): {
-        16: _tile(8, 1, BLOCK_M=128, BLOCK_N=128, BLOCK_R=16),
-        128: _tile(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_R=32),
-    },
-    ("back_project", 16): {
-        16: _tile(8, 1, BLOCK_M=128, BLOCK_N=128, BLOCK_R=16),
-        128: _tile(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_R=64),
-    },
-}
+def _table(stages):
+    return {
+        ("project", 32): {
+            16: _tile(4, stages, BLOCK_R=16, BLOCK_C=128, BLOCK_D=32),
+            32: _tile(4, stages, BLOCK_R=32, BLOCK_C=128, BLOCK_D=32),
+            64: _tile(8, stages, BLOCK_R=64, BLOCK_C=128, BLOCK_D=32),
+            128: _tile(8, stages, BLOCK_R=128, BLOCK_C=64, BLOCK_D=32),
+        },
+        ("project", 16): {
+            16: _tile(4, stages, BLOCK_R=16, BLOCK_C=128, BLOCK_D=64),
+            32: _tile(4, stages, BLOCK_R=32, BLOCK_C=128, BLOCK_D=64),
+            64: _tile(8, stages, BLOCK_R=64, BLOCK_C=128, BLOCK_D=64),
+            128: _tile(8, stages, BLOCK_R=128, BLOCK_C=64, BLOCK_D=64),
+        },
+        ("back_project", 32): {
+            16: _tile(8, 1, BLOCK_M=128, BLOCK_N=64, BLOCK_R=16),
+            128: _tile(8, stages, BLOCK_M=128, BLOCK_N=64, BLOCK_R=32),
+        },
+        ("back_project", 16): {
+            16: _tile(8, 1, BLOCK_M=128, BLOCK_N=128, BLOCK_R=16),
+            32: _tile(8, 1, BLOCK_M=128, BLOCK_N=128, BLOCK_R=32),
+            128: _tile(8, stages, BLOCK_M=128, BLOCK_N=128, BLOCK_R=64),
+        },
+    }
 
-# Cards with 99 KiB.
-_SMALL = {
-    **_LARGE,
-    ("back_project", 32): {
-        16: _tile(8, 1, BLOCK_M=128, BLOCK_N=128, BLOCK_R=16),
-        128: _tile(8, 2, BLOCK_M=128, BLOCK_N=128, BLOCK_R=32),
-    },
-}
+
+_LARGE = _table(stages=4)  # 163 KiB of shared memory a block, or more
+_SMALL = _table(stages=3)  # 99 KiB
 
 TABLES = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMALL}
 
@@ -54,39 +51,58 @@ TABLES = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMA
 ADAM = _tile(4, 1, BLOCK_R=64, BLOCK_C=32)
 
 
-def operand_bits(a, b):
-    """16 if the tensor cores multiply `a` and `b` in their own type, else 32."""
-    return 16 if a == b and a != torch.float32 else 32
+class Target(NamedTuple):
+    """A card: its architecture (80 is sm_80) and its number of multiprocessors."""
+
+    arch: int
+    multiprocessors: int
+
+    @property
+    def counters(self):
+        """Only fewer tiles than this are split, so that many counters serve any matrix."""
+        return 2 * self.multiprocessors
 
 
-def config_for(arch, kernel, *, rank, bits):
-    """Launch arguments of `kernel` on `arch` (80 is sm_80); an unlisted architecture uses the closest older table."""
-    table = TABLES[max(known for known in TABLES if known <= max(arch, min(TABLES)))]
-    by_rank = table[kernel, bits]
-    return by_rank[min((limit for limit in by_rank if limit >= rank), default=max(by_rank))]
+class Plan(NamedTuple):
+    """How a projection is launched: its grid is (tiles, splits), each split sums over `chunk` of the projected axis."""
+
+    config: dict
+    tiles: int
+    splits: int
+    chunk: int
 
 
 @functools.cache
 def target(device):
-    """(architecture, multiprocessors) of `device`; the interpreter plays a small card."""
+    """The card behind `device`; the interpreter plays a small one."""
     if device.type == "cpu" and triton.knobs.runtime.interpret:
-        return 80, 4
+        return Target(80, 4)
     properties = torch.cuda.get_device_properties(device)
-    return properties.major * 10 + properties.minor, properties.multi_processor_count
+    return Target(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
-def max_split_tiles(multiprocessors):
-    """Only fewer tiles than this are split, so that many counters serve any matrix."""
-    return 2 * multiprocessors
+def config_for(arch, kernel, *, rank, dtypes):
+    """Launch arguments of `kernel` on `arch`; an unlisted architecture uses the next older table.
+
+    dtypes: the two operands', then the weight's if there is one.
+    """
+    table = TABLES[max((known for known in TABLES if known <= arch), default=min(TABLES))]
+    narrow = dtypes[0] == dtypes[1] and all(dtype.itemsize == 2 for dtype in dtypes)
+    by_rank = table[kernel, 16 if narrow else 32]
+    return by_rank[min((limit for limit in by_rank if limit >= rank), default=max(by_rank))]
 
 
-def split(tiles, depth, *, block, rank, itemsize, multiprocessors):
-    """(splits, depth of one) for `tiles` output tiles that each sum over `depth`.
+def plan_project(m, n, r, *, left, dtypes, card):
+    """Plan of R = project(G) for G (m, n) and B of `dtypes`.
 
     Two programs a multiprocessor fill the card; the fp32 partials, written and read once, stay under 25% of the gradient:
-    splits * rank * 8 <= depth * itemsize / 4.
+    splits * r * 8 <= depth * itemsize / 4.
     """
-    fill = triton.cdiv(max_split_tiles(multiprocessors), tiles)
-    splits = max(1, min(fill, depth * itemsize // (32 * rank), triton.cdiv(depth, block)))
-    chunk = max(1, triton.cdiv(triton.cdiv(depth, block), splits)) * block
-    return max(1, triton.cdiv(depth, chunk)), chunk
+    config = config_for(card.arch, "project", rank=r, dtypes=dtypes)
+    channels, depth = (n, m) if left else (m, n)
+    tiles = triton.cdiv(channels, config["BLOCK_C"]) * triton.cdiv(r, config["BLOCK_R"])
+    blocks = max(1, triton.cdiv(depth, config["BLOCK_D"]))
+    fill = triton.cdiv(card.counters, max(1, tiles))
+    splits = max(1, min(fill, blocks, depth * dtypes[0].itemsize // (32 * r)))
+    chunk = triton.cdiv(blocks, splits)
+    return Plan(config, tiles, triton.cdiv(blocks, chunk), chunk * config["BLOCK_D"])

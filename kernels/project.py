@@ -88,8 +88,7 @@ def project_kernel(grad, basis, out, exp_avg, exp_avg_sq, scalars, partials, cou
 
 def new_counters(device):
     """Zeroed counters for any number of launches on one stream: they reset themselves."""
-    _, multiprocessors = configs.target(device)
-    return torch.zeros(configs.max_split_tiles(multiprocessors), dtype=torch.int32, device=device)
+    return torch.zeros(configs.target(device).counters, dtype=torch.int32, device=device)
 
 
 def launch_project(grad, basis, out, *, left, counters, exp_avg=None, exp_avg_sq=None, scalars=None, beta1=0.0, beta2=0.0,
@@ -99,13 +98,10 @@ def launch_project(grad, basis, out, *, left, counters, exp_avg=None, exp_avg_sq
         return
     m, n = grad.shape
     r = basis.shape[1]
-    arch, multiprocessors = configs.target(grad.device)
-    config = configs.config_for(arch, "project", rank=r, bits=configs.operand_bits(grad.dtype, basis.dtype))
-    tiles = triton.cdiv(n if left else m, config["BLOCK_C"]) * triton.cdiv(r, config["BLOCK_R"])
-    splits, chunk = configs.split(tiles, m if left else n, block=config["BLOCK_D"], rank=r, itemsize=grad.element_size(),
-                                  multiprocessors=multiprocessors)
-    partials = torch.empty((splits, *out.shape), dtype=torch.float32, device=grad.device) if splits > 1 else None
-    project_kernel[tiles, splits](
+    plan = configs.plan_project(m, n, r, left=left, dtypes=(grad.dtype, basis.dtype), card=configs.target(grad.device))
+    split = plan.splits > 1
+    partials = torch.empty((plan.splits, *out.shape), dtype=torch.float32, device=grad.device) if split else None
+    project_kernel[plan.tiles, plan.splits](
         grad=grad,
         basis=basis,
         out=out,
@@ -113,12 +109,12 @@ def launch_project(grad, basis, out, *, left, counters, exp_avg=None, exp_avg_sq
         exp_avg_sq=exp_avg_sq,
         scalars=scalars,
         partials=partials,
-        counters=counters if splits > 1 else None,
+        counters=counters if split else None,
         m=m,
         n=n,
         r=r,
-        splits=splits,
-        chunk=chunk,
+        splits=plan.splits,
+        chunk=plan.chunk,
         beta1=beta1,
         beta2=beta2,
         gain1=1 - beta1,
@@ -127,7 +123,7 @@ def launch_project(grad, basis, out, *, left, counters, exp_avg=None, exp_avg_sq
         LEFT=left,
         PRECISION=precision(),
         enable_fp_fusion=False,
-        **config,
+        **plan.config,
     )
 
 

@@ -1,0 +1,86 @@
+"""Bytes a launch moves, tensor by tensor: what the kernels' loads and stores add up to, and the least any kernel must move."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from lowrank_sys.kernels import configs
+
+FP32 = torch.float32.itemsize
+
+
+class Bytes(NamedTuple):
+    loaded: int
+    stored: int
+
+
+def project(m, n, r, *, left, grad, basis, card, out=torch.float32, moments=False):
+    """R = project(G); the moments of an Adam epilogue if `moments`. grad, basis, out are types."""
+    plan = configs.plan_project(m, n, r, left=left, dtypes=(grad, basis), card=card)
+    channels, depth = (n, m) if left else (m, n)
+    size = r * channels
+    parts = plan.splits * size * FP32 if plan.splits > 1 else 0
+    rows = {
+        "grad": Bytes(triton.cdiv(r, plan.config["BLOCK_R"]) * m * n * grad.itemsize, 0),
+        "basis": Bytes(triton.cdiv(channels, plan.config["BLOCK_C"]) * depth * r * basis.itemsize, 0),
+        "partials": Bytes(parts, parts),
+        "out": Bytes(0, size * out.itemsize),
+    }
+    if moments:
+        rows |= {name: Bytes(size * FP32, size * FP32) for name in ("exp_avg", "exp_avg_sq")}
+    return rows
+
+
+def back_project(m, n, r, *, left, param, low_rank, basis, card):
+    """W <- decay W + alpha back(X). param, low_rank, basis are types."""
+    config = configs.config_for(card.arch, "back_project", rank=r, dtypes=(low_rank, basis, param))
+    rows_of_tiles, columns_of_tiles = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"])
+    by_row, by_column = (basis, low_rank) if left else (low_rank, basis)
+    tall = Bytes(columns_of_tiles * m * r * by_row.itemsize, 0)
+    wide = Bytes(rows_of_tiles * n * r * by_column.itemsize, 0)
+    return {
+        "param": Bytes(m * n * param.itemsize, m * n * param.itemsize),
+        "basis": tall if left else wide,
+        "low_rank": wide if left else tall,
+    }
+
+
+def adam(m, n, r, *, left, out):
+    """X = Adam(R) on an already projected gradient: R is tested, then used."""
+    size = r * (n if left else m)
+    rows = {"low_rank_grad": Bytes(2 * size * FP32, 0), "out": Bytes(0, size * out.itemsize)}
+    return rows | {name: Bytes(size * FP32, size * FP32) for name in ("exp_avg", "exp_avg_sq")}
+
+
+def _sum(*launches):
+    total = {}
+    for rows in launches:
+        for name, (loaded, stored) in rows.items():
+            before = total.get(name, Bytes(0, 0))
+            total[name] = Bytes(before.loaded + loaded, before.stored + stored)
+    return total
+
+
+def _and_apply(first, m, n, r, *, left, param, basis, card):
+    second = back_project(m, n, r, left=left, param=param, low_rank=basis, basis=basis, card=card)
+    first["update"] = first.pop("out")
+    second["update"] = second.pop("low_rank")
+    return _sum(first, second)
+
+
+def galore_step(m, n, r, *, left, param, grad, basis, card):
+    """Both kernels of a step. W and G are the only full-sized tensors: W once each way, G once per tile of r."""
+    first = project(m, n, r, left=left, grad=grad, basis=basis, card=card, out=basis, moments=True)
+    return _and_apply(first, m, n, r, left=left, param=param, basis=basis, card=card)
+
+
+def subspace_step(m, n, r, *, left, param, basis, card):
+    """Both kernels of a step from R."""
+    return _and_apply(adam(m, n, r, left=left, out=basis), m, n, r, left=left, param=param, basis=basis, card=card)
+
+
+def compulsory(m, n, r, *, left, param, grad, basis):
+    """Bytes a step moves if every tensor is read once and written once, as the L2 cache allows: G, 2 W, B, 4 moments."""
+    channels, depth = (n, m) if left else (m, n)
+    return m * n * (grad.itemsize + 2 * param.itemsize) + depth * r * basis.itemsize + 4 * channels * r * FP32

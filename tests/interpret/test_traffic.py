@@ -1,0 +1,104 @@
+"""Bytes loaded and stored in the interpreter, against the formulas of `lowrank_sys.kernels.traffic`."""
+
+import pytest
+import torch
+
+from lowrank_sys.kernels import configs, traffic
+from lowrank_sys.kernels.back_project import back_project_
+from lowrank_sys.kernels.galore import galore_step, subspace_step
+from lowrank_sys.kernels.project import project
+
+FP32, BF16 = torch.float32, torch.bfloat16
+SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+TYPES = pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+
+
+def assert_bytes(meter, launch, rows, rename):
+    """Every argument of `launch` but the scalars moves the bytes of its row."""
+    for name in launch.counts:
+        if name not in ("scalars", "counters"):
+            assert meter.bytes(launch, name) == rows.pop(rename.get(name, name)), name
+    assert all(row == (0, 0) for row in rows.values()), rows
+
+
+@pytest.fixture
+def card(device, monkeypatch):
+    card = configs.Target(80, 6)
+    monkeypatch.setattr(configs, "target", lambda _: card)
+    return card
+
+
+@SIDES
+@TYPES
+@pytest.mark.parametrize("shape", [(520, 200, 8), (200, 520, 8), (63, 100, 63), (140, 150, 128), (150, 140, 130)], ids=str)
+def test_galore_step(lane, meter, card, shape, dtype, left):
+    m, n, r = shape
+    case = lane.case(m, n, r, left, dtype, dtype, dtype)
+    galore_step(*case.tensors(), step=1, lr=1e-2, left=left, **lane.hyper)
+    first, second = meter.launches
+    kind = {"left": left, "basis": dtype, "card": card}
+    assert_bytes(meter, first, traffic.project(m, n, r, grad=dtype, out=dtype, moments=True, **kind), {})
+    assert_bytes(meter, second, traffic.back_project(m, n, r, param=dtype, low_rank=dtype, **kind), {})
+    # The full-sized tensors: G once per tile of r, W once each way, and nothing else of that size.
+    assert (first.counts["grad"]["loaded"] == -(-r // 128)).all() and not first.counts["grad"]["stored"].any()
+    assert (second.counts["param"]["loaded"] == 1).all() and (second.counts["param"]["stored"] == 1).all()
+    for launch in (first, second):
+        for name, counts in launch.counts.items():
+            assert name in ("grad", "param", "partials") or counts["loaded"].size <= max(m, n) * r + 512, name
+    total = traffic.galore_step(m, n, r, left=left, param=dtype, grad=dtype, basis=dtype, card=card)
+    counted = sum(sum(meter.bytes(launch, name)) for launch in (first, second) for name in launch.counts
+                  if name not in ("scalars", "counters"))
+    assert counted == sum(map(sum, total.values()))
+
+
+@SIDES
+def test_partials_are_used_and_bounded(lane, meter, card, left):
+    m, n = (900, 90) if left else (90, 900)
+    case = lane.case(m, n, 6, left)
+    project(case.grad, case.basis, left=left)
+    launch, = meter.launches
+    loaded, stored = meter.bytes(launch, "partials")
+    assert loaded == stored > 0
+    assert loaded + stored <= 0.25 * case.grad.numel() * 4
+    assert (launch.counts["partials"]["loaded"] == 1).all() and (launch.counts["partials"]["stored"] == 1).all()
+    assert (launch.counts["out"]["stored"] == 1).all()
+
+
+@SIDES
+def test_subspace_step(lane, meter, card, left):
+    case = lane.case(140, 150, 70, left)
+    subspace_step(*case.tensors("low_rank"), step=1, lr=1e-2, left=left, **lane.hyper)
+    first, second = meter.launches
+    assert_bytes(meter, first, traffic.adam(140, 150, 70, left=left, out=FP32), {})
+    assert_bytes(meter, second, traffic.back_project(140, 150, 70, left=left, param=FP32, low_rank=FP32, basis=FP32, card=card), {})
+
+
+@SIDES
+def test_back_project(lane, meter, card, left):
+    case = lane.case(140, 150, 70, left, BF16, BF16, BF16)
+    back_project_(case.param, case.low_rank, case.basis, left=left)
+    rows = traffic.back_project(140, 150, 70, left=left, param=BF16, low_rank=FP32, basis=BF16, card=card)
+    assert_bytes(meter, meter.launches[0], rows, {})
+
+
+CARDS = [configs.Target(80, 108), configs.Target(86, 84), configs.Target(89, 128), configs.Target(90, 132), configs.Target(100, 148),
+         configs.Target(120, 170)]
+
+
+@SIDES
+@TYPES
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: f"sm_{card.arch}")
+@pytest.mark.parametrize("shape", [(4096, 4096, 128), (4096, 11008, 128), (11008, 4096, 128), (1024, 1024, 64), (4096, 4096, 1024)],
+                         ids=str)
+def test_realistic_shapes_by_formula(shape, card, dtype, left):
+    m, n, r = shape
+    rows = traffic.galore_step(m, n, r, left=left, param=dtype, grad=dtype, basis=dtype, card=card)
+    full = m * n * dtype.itemsize
+    assert rows["grad"] == (full * -(-r // 128), 0)
+    assert rows["param"] == (full, full)
+    assert sum(rows["partials"]) <= 0.25 * full
+    low_rank = traffic.compulsory(m, n, r, left=left, param=dtype, grad=dtype, basis=dtype) - 3 * full
+    assert low_rank == (m if left else n) * r * dtype.itemsize + 4 * (n if left else m) * r * 4
+    if r <= 128 and min(m, n) >= 4096:
+        plan = configs.plan_project(m, n, r, left=left, dtypes=(dtype, dtype), card=card)
+        assert plan.tiles * plan.splits >= 0.75 * card.multiprocessors, "the projection leaves a quarter of the card idle"
