@@ -1,0 +1,152 @@
+"""csrc/core on real threads: no race, no overrun, no undefined behaviour, the same bits for every number of threads."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+THREADS = (1, 32, 256)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HYPER = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+
+pytestmark = pytest.mark.skipif(not shutil.which("cmake"), reason="cmake is not installed")
+_host = pytest.importorskip("lowrank_sys._host", reason="lowrank_sys._host is built by an editable install")
+
+
+@pytest.fixture(scope="module")
+def checks(tmp_path_factory):
+    """Folder of the sanitizer executables."""
+    build = tmp_path_factory.mktemp("checks")
+    subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, "-DLOWRANK_CHECKS=ON"], check=True, capture_output=True)
+    done = subprocess.run(["cmake", "--build", build, "--parallel", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    return build
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address", "undefined"])
+def test_sanitizer(checks, sanitizer):
+    done = subprocess.run([checks / f"check_{sanitizer}"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stdout + done.stderr
+
+
+def test_thread_sanitizer_sees_a_race(checks):
+    done = subprocess.run([checks / "check_race"], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "data race" in done.stderr
+
+
+def name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def array(tensor):
+    """numpy view; bfloat16 and float16 as their bits."""
+    return tensor.numpy() if tensor.dtype == torch.float32 else tensor.view(torch.uint16).numpy()
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_widening_is_torchs(dtype):
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype)
+    got = torch.empty(2**16)
+    _host.widen(array(every), name(dtype), got.numpy())
+    want = every.float()
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got[~want.isnan()].view(torch.int32), want[~want.isnan()].view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_rounding_is_torchs(dtype):
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype).float()
+    every = every[every.isfinite()].sort().values
+    middle = (every[1:].double() + every[:-1].double()).mul(0.5).float()
+    bits = torch.randint(-(2**31), 2**31 - 1, (2**20,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    x = torch.cat([every, middle, middle.nextafter(torch.tensor(torch.inf)), middle.nextafter(torch.tensor(-torch.inf)),
+                   bits.view(torch.float32), torch.tensor([torch.inf, -torch.inf, 65519.9, 65520.0, 3.4e38])])
+    got = torch.empty(len(x), dtype=dtype)
+    _host.narrow(x.numpy(), name(dtype), array(got))
+    want = x.to(dtype)
+    assert torch.equal(got.isnan(), want.isnan())
+    keep = ~want.isnan()
+    assert torch.equal(got[keep].view(torch.int16), want[keep].view(torch.int16))
+
+
+def poisoned(shape, dtype, seed):
+    """Normal values with a few that are skipped."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    x.view(-1)[3], x.view(-1)[-1] = torch.nan, torch.inf
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("w_dtype", FLOATS)
+@pytest.mark.parametrize("g_dtype", FLOATS)
+def test_adamw_is_that_of_the_op(w_dtype, g_dtype):
+    n = 70001
+    w, g = torch.randn(n).to(w_dtype), poisoned(n, g_dtype, 1)
+    m, v = torch.randn(n), torch.rand(n)
+    step, skipped = torch.tensor(4.0), torch.tensor(0)
+    want = [w.clone(), m.clone(), v.clone()]
+    torch.ops.lowrank.adamw_step([want[0]], [g], [want[1]], [want[2]], [step], lr=torch.tensor(0.01), **HYPER,
+                                 grad_scale=torch.tensor(0.5), skipped=skipped)
+    adam = _host.AdamStep(**HYPER, scale=1.0, lr=torch.tensor(0.01).item(), step=5.0)
+    for threads in THREADS:
+        for vector in (1, 8):
+            got = [w.clone(), m.clone(), v.clone()]
+            left_out = _host.adamw(threads, vector, array(got[0]), name(w_dtype), array(g), name(g_dtype), array(got[1]),
+                                   array(got[2]), 0.5, adam)
+            assert left_out == skipped == 2
+            assert all(map(torch.equal, got, want)), (threads, vector)
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("shape", [(7, 515), (20, 3), (1, 1000), (3, 1)])
+def test_low_rank_adam_is_that_of_the_op(left, shape):
+    r = poisoned(shape, torch.float32, 2)
+    m, v = torch.randn(shape), torch.rand(shape)
+    rank, channels = shape if left else shape[::-1]
+    basis, param = torch.zeros(rank, rank), torch.zeros(shape)
+    step, skipped = torch.tensor(4.0), torch.tensor(0)
+    want = [m.clone(), v.clone()]
+    torch.ops.lowrank.subspace_step.list([param], [r], [basis], [want[0]], [want[1]], [step], lr=torch.tensor(0.01), **HYPER,
+                                         scale=0.25, left=left, grad_scale=torch.tensor(0.5), skipped=skipped)
+    adam = _host.AdamStep(**HYPER, scale=0.25, lr=torch.tensor(0.01).item(), step=5.0)
+    for threads in THREADS:
+        got, x, ok = [m.clone(), v.clone()], torch.empty(shape), torch.empty(channels, dtype=torch.uint8)
+        _host.low_rank_adam(threads, left, array(r), array(got[0]), array(got[1]), array(x), ok.numpy(), 0.5, adam)
+        assert all(map(torch.equal, got, want)), threads
+        assert int((ok == 0).sum()) * rank == skipped
+        assert not x[(ok == 0).expand(shape) if left else (ok == 0)[:, None].expand(shape)].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("shape", [(31, 100), (1, 1000), (30, 1), (10, 777)])
+def test_norms_are_those_of_the_op(dtype, left, shape):
+    g = torch.randn(shape).to(dtype)
+    want = torch.ops.lowrank.channel_norms(g, left=left)
+    for threads in THREADS:
+        got = torch.empty_like(want)
+        _host.channel_norms(threads, left, array(g), name(dtype), got.numpy())
+        assert torch.equal(got, want), threads
+
+
+def test_no_thread_count_of_torch_changes_the_bits():
+    script = (
+        "import os, torch, lowrank_sys, hashlib\n"
+        "torch.set_num_threads(int(os.environ['N']))\n"
+        "torch.manual_seed(0)\n"
+        "g = torch.randn(700, 900); w, m, v = g.clone(), g * 0.1, g.abs()\n"
+        "torch.ops.lowrank.adamw_step([w], [g], [m], [v], [torch.zeros(())], lr=torch.tensor(0.1), beta1=0.9, beta2=0.99,"
+        " eps=1e-8, weight_decay=0.1)\n"
+        "parts = [w, m, v] + [torch.ops.lowrank.channel_norms(g, left=left) for left in (True, False)]\n"
+        "print(hashlib.sha256(b''.join(p.numpy().tobytes() for p in parts)).hexdigest())\n"
+    )
+    digests = {
+        subprocess.run([os.sys.executable, "-c", script], env=os.environ | {"N": str(n)}, capture_output=True, text=True,
+                       check=True).stdout
+        for n in (1, 2, 5)
+    }
+    assert len(digests) == 1
