@@ -1,6 +1,5 @@
 """csrc/core on real threads: no race, no overrun, no undefined behaviour, the same bits for every number of threads."""
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -102,7 +101,7 @@ def test_adamw_is_that_of_the_op(w_dtype, g_dtype):
 
 
 @pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("shape", [(7, 515), (20, 3), (1, 1000), (3, 1)])
+@pytest.mark.parametrize("shape", [(7, 515), (20, 3), (1, 1000), (5, 1)])
 def test_low_rank_adam_is_that_of_the_op(left, shape):
     r = poisoned(shape, torch.float32, 2)
     m, v = torch.randn(shape), torch.rand(shape)
@@ -134,19 +133,13 @@ def test_norms_are_those_of_the_op(dtype, left, shape):
 
 
 def test_no_thread_count_of_torch_changes_the_bits():
-    script = (
-        "import os, torch, lowrank_sys, hashlib\n"
-        "torch.set_num_threads(int(os.environ['N']))\n"
-        "torch.manual_seed(0)\n"
-        "g = torch.randn(700, 900); w, m, v = g.clone(), g * 0.1, g.abs()\n"
-        "torch.ops.lowrank.adamw_step([w], [g], [m], [v], [torch.zeros(())], lr=torch.tensor(0.1), beta1=0.9, beta2=0.99,"
-        " eps=1e-8, weight_decay=0.1)\n"
-        "parts = [w, m, v] + [torch.ops.lowrank.channel_norms(g, left=left) for left in (True, False)]\n"
-        "print(hashlib.sha256(b''.join(p.numpy().tobytes() for p in parts)).hexdigest())\n"
-    )
-    digests = {
-        subprocess.run([os.sys.executable, "-c", script], env=os.environ | {"N": str(n)}, capture_output=True, text=True,
-                       check=True).stdout
-        for n in (1, 2, 5)
-    }
-    assert len(digests) == 1
+    g = torch.randn(700, 900)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        w, m, v = g.clone(), g * 0.1, g.abs()
+        torch.ops.lowrank.adamw_step([w], [g], [m], [v], [torch.zeros(())], lr=torch.tensor(0.1), **HYPER)
+        results.append([w, m, v] + [torch.ops.lowrank.channel_norms(g, left=left) for left in (True, False)])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
