@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import torch
 
-from lowrank_sys.train.trainer import gradient_norms
-
 
 class SkippingAdamW(torch.optim.AdamW):
     """torch.optim.AdamW (fused) that leaves out the whole step when a gradient is not finite.
@@ -19,7 +17,8 @@ class SkippingAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norms = gradient_norms([p.grad for p in params])
+        # a norm beyond fp32 is left out as well: its square would stay in the second moment as inf
+        norms = torch.stack(torch._foreach_norm([p.grad for p in params]))
         self.found_inf = (~norms.isfinite().all()).float()
         left_out = self.found_inf.double() * sum(p.numel() for p in params)
         self._skipped = left_out if self._skipped is None else self._skipped + left_out

@@ -65,8 +65,9 @@ def publish(target: Path, fill: Callable[[Path], None], what: str) -> None:
         _sync(target.parent)
     # torch and safetensors report a full disk with types of their own, RuntimeError and SafetensorError among them
     except Exception as error:
+        reason = f"{error} ({_free(target.parent)})"
         shutil.rmtree(partial, ignore_errors=True)
-        raise CommandError(f"--out {target.parent}: could not save the {what}: {error}", code=1) from error
+        raise CommandError(f"--out {target.parent}: could not save the {what}: {reason}", code=1) from error
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -135,8 +136,9 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         partial.rename(path)
         _sync(path.parent)
     except Exception as error:
+        reason = f"{error} ({_free(path.parent)})"
         partial.unlink(missing_ok=True)
-        raise CommandError(f"--out {path.parent}: could not write {path.name}: {error}", code=1) from error
+        raise CommandError(f"--out {path.parent}: could not write {path.name}: {reason}", code=1) from error
 
 
 def sync_tree(folder: Path) -> None:
@@ -150,6 +152,10 @@ def _folders(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of what is named like a checkpoint, newest first."""
     found: Iterator[Path] = (p for p in root.glob("step-*") if p.is_dir() and p.name[5:].isdigit())
     return sorted(((int(p.name[5:]), p) for p in found), reverse=True)
+
+
+def _free(folder: Path) -> str:
+    return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there"
 
 
 def _seal(body: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from typing import Any, Callable
 import torch
 from transformers import TrainerCallback
 
+from lowrank_sys.cli import CommandError
 from lowrank_sys.train.checkpoint import write_file
 
 SECONDS_BETWEEN_READS = 0.5
@@ -97,15 +99,19 @@ class Recorder(TrainerCallback):
     def close(self) -> None:
         if self._file:
             self._progress.close()
-            self._file.close()
+            with contextlib.suppress(OSError):  # every row was flushed; what could not be is reported already
+                self._file.close()
             self._file = None
 
     def _append(self, rows: list[dict[str, Any]], evaluate: bool) -> None:
         if evaluate:
             rows[-1]["val_loss"] = self._evaluate()
         self.rows += rows
-        self._file.write("".join(map(_line, rows)))
-        self._file.flush()
+        try:
+            self._file.write("".join(map(_line, rows)))
+            self._file.flush()
+        except OSError as error:
+            raise CommandError(f"--out {self._path.parent}: could not write {self._path.name}: {error}", code=1) from error
         self._progress.show(rows[-1])
 
 
@@ -135,9 +141,8 @@ class _Progress:
         now = time.perf_counter()
         if row["val_loss"] is not None or now - self._shown >= SECONDS_BETWEEN_LINES:
             self._shown = now
-            done = row["step"] - self._first
-            left = (now - self._began) * (self._steps - row["step"]) / done if done else math.nan
-            parts += [f"{left:,.0f} s left"] if done else []
+            done, left = row["step"] - self._first, self._steps - row["step"]
+            parts += [f"{(now - self._began) * left / done:,.0f} s left"] if done and left else []
             print(f"step {row['step']}/{self._steps}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
