@@ -60,17 +60,17 @@ def command(case, base):
             f"--base {base} --device {case.device}")
 
 
-def best_energy(grad, rank):
-    """Energy of the best rank-r approximation of G: its r largest squared singular values."""
+def energies(grad):
+    """The squared singular values of G, largest first, in fp64: the best rank r has the energy of the first r."""
     g = grad.double()
-    g = g if g.shape[0] <= g.shape[1] else g.T
-    return torch.linalg.eigvalsh(g @ g.T)[-rank:].sum()
+    gram = g @ g.T if g.shape[0] <= g.shape[1] else g.T @ g
+    return torch.linalg.eigvalsh(gram).flip(0)
 
 
-def energy_share(grad, basis, left, best):
-    """|project(G)|² over the best energy of that rank."""
+def captured(grad, basis, left):
+    """|project(G)|² in fp64, the energy of G in the span of an orthonormal basis."""
     g, b = grad.double(), basis.double()
-    return ((b.T @ g if left else g @ b).square().sum() / best).item()
+    return (b.T @ g if left else g @ b).square().sum().item()
 
 
 class Check:
@@ -79,7 +79,7 @@ class Check:
     def __init__(self, case):
         self.case, self.op = case, OPS[case.op]
         if case.op == "subspace_iteration":
-            self.best = best_energy(make(case)["grad"], case.rank)
+            self.best = energies(make(case)["grad"])[:case.rank].sum().item()
         else:
             self.truth = self.op.call(self.op.truth or self.op.oracle, double(make(case)), case)
         self.oracle = self.figures(self.op.oracle)
@@ -95,7 +95,7 @@ class Check:
         basis = outputs[0].double()
         eye = torch.eye(self.case.rank, dtype=basis.dtype, device=basis.device)
         return {"error": _relative_error(basis.T @ basis, eye),
-                "energy": energy_share(tensors["grad"], basis, self.case.left, self.best)}
+                "energy": captured(tensors["grad"], basis, self.case.left) / self.best}
 
     def verdict(self, figures):
         """'ok', or why the implementation is wrong."""

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import torch
 
+# Bytes written between two calls on a CPU that does not tell the size of its caches.
+LEAST_FILL = 32 << 20
+
 
 def quantile(values, q):
     """The q-quantile of a list of numbers, interpolated."""
@@ -38,7 +41,7 @@ class Timer:
     def __init__(self, device, flush=True):
         self.device = torch.device(device)
         # On a GPU the fill also runs long enough to hide the launch of what is timed.
-        size = 256 << 20 if self.device.type == "cuda" else max(_largest_cache(), 32 << 20)
+        size = 256 << 20 if self.device.type == "cuda" else max(_largest_cache(), LEAST_FILL)
         size = size if flush else 0
         self._filler = torch.empty(size, dtype=torch.uint8, device=self.device)
 

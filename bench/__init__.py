@@ -1,0 +1,4 @@
+"""The microbenchmark behind `lowrank bench`. Installed as lowrank_sys.bench.
+
+`cases` knows the ops; `kernels`, `optimizers` and `floors` are the subcommands; `timing`, `machine` and `report` serve them.
+"""
