@@ -1,19 +1,22 @@
-// What every torch-free header starts from: LR_HD, LR_SIMD, and one namespace for each instruction set.
+// What every torch-free header starts from: LR_HD, hints for loops, and one namespace for each instruction set.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
+#define LR_PRAGMA(x) _Pragma(#x)
 #ifdef __CUDACC__
 #define LR_HD __host__ __device__ __forceinline__
 #define LR_SIMD
 #define LR_SIMD_SUM(x)
+// Loads of n iterations of the next loop are under way at once: a GPU thread hides its latency that way.
+#define LR_UNROLL(n) LR_PRAGMA(unroll n)
 #else
 #define LR_HD inline
 // The iterations of the next loop are independent even where its pointers are equal.
-#define LR_PRAGMA(x) _Pragma(#x)
 #define LR_SIMD LR_PRAGMA(omp simd)
 #define LR_SIMD_SUM(x) LR_PRAGMA(omp simd reduction(+ : x))
+#define LR_UNROLL(n)
 #endif
 
 // csrc/cpu is compiled once for each instruction set; a namespace of its own keeps the linker from merging their code.

@@ -18,6 +18,7 @@ LR_HD float row_norm(const Block& block, const G* g, int64_t n) {
   static_assert(kOwned<Block> % V == 0);
   float sums[kOwned<Block>] = {};
   const int64_t whole = n / kLanes * kLanes;
+  LR_UNROLL(4)
   for (int64_t base = 0; base < whole; base += kLanes) {
     LR_SIMD
     for (int k = 0; k < kOwned<Block>; k += V) {
@@ -42,8 +43,10 @@ LR_HD void column_norms(const Block& block, const G* g, float* norms, int64_t ro
   // A thread owns every step-th column from its first, and `deep` of the eight rows that are read together.
   constexpr int step = Block::threads < kColumns ? Block::threads : kColumns, wide = kColumns / step;
   constexpr int deep = kOwned<Block> / wide, high = kLanes / kColumns;
-  const int first = block.tid % kColumns, owned = columns > first ? (columns - 1 - first) / step + 1 : 0;
+  const int first = block.tid % kColumns, mine = columns > first ? (columns - 1 - first) / step + 1 : 0;
+  const int owned = mine < TILES * wide ? mine : TILES * wide;
   float sums[deep][TILES * wide] = {};
+  LR_UNROLL(8)
   for (int64_t base = block.tid / kColumns; base < rows; base += high) {
     for (int k = 0; k < deep; ++k) {
       const int64_t row = base + k * (high / deep);
@@ -53,9 +56,9 @@ LR_HD void column_norms(const Block& block, const G* g, float* norms, int64_t ro
     }
   }
   for (int tile = 0; tile * kColumns < columns; ++tile) {
-    float mine[kOwned<Block>];
-    for (int k = 0; k < kOwned<Block>; ++k) mine[k] = sums[k / wide][tile * wide + k % wide];
-    sum_lanes<1>(block, mine, kColumns);
+    float partial[kOwned<Block>];
+    for (int k = 0; k < kOwned<Block>; ++k) partial[k] = sums[k / wide][tile * wide + k % wide];
+    sum_lanes<1>(block, partial, kColumns);
     for (int c = block.tid; c < kColumns && tile * kColumns + c < columns; c += Block::threads)
       norms[tile * kColumns + c] = sqrtf(block.lanes[c]);
     block.sync();

@@ -10,7 +10,7 @@ namespace {
 constexpr int kWarp = 32, kWarps = 8, kVector = 8;
 
 template <int V, class G>
-__global__ void __launch_bounds__(kWarp * kWarps) row_norms(const G* g, float* norms, int64_t rows, int64_t columns) {
+__global__ void __launch_bounds__(kWarp * kWarps, 4) row_norms(const G* g, float* norms, int64_t rows, int64_t columns) {
   __shared__ float lanes[kWarps][kLanes];
   const int warp = threadIdx.x / kWarp;
   const int64_t row = int64_t(blockIdx.x) * kWarps + warp;

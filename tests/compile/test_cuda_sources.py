@@ -1,0 +1,78 @@
+"""csrc/cuda builds for every architecture with no GPU: no spills, and 16-byte loads where the data are aligned."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHS = re.findall(r'"(\d+)"', re.search(r"^CUDA_ARCHS = (.*)$", (ROOT / "setup.py").read_text(), re.M).group(1))
+SOURCES = ("adamw.cu", "norms.cu")
+# Kernels of each source that must read 16 bytes at once: every pair of dtypes of adamw, and the vector form of row_norms.
+WIDE = {"adamw.cu": r"5adamwI", "norms.cu": r"9row_normsILi8"}
+
+
+def tool(name):
+    """Path of an NVIDIA binary tool: on PATH, or bundled with Triton."""
+    triton = pytest.importorskip("triton")
+    return shutil.which(name, path=f"{Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'}:{os.environ['PATH']}")
+
+
+def run(*command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """Object file of each source, with code for every architecture."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    folder = tmp_path_factory.mktemp("cuda")
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    for source in SOURCES:
+        run(nvcc, "-std=c++20", "-O3", "--fmad=false", "--threads", "2", "-Werror", "all-warnings", *targets, "-c",
+            str(ROOT / "csrc" / "cuda" / source), "-o", str(folder / f"{source}.o"))
+    return folder
+
+
+def functions(text, pattern):
+    """{function: its lines} of a cuobjdump listing."""
+    pieces = re.split(pattern, text)
+    return dict(zip(pieces[1::2], pieces[2::2]))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_spills(objects, source, arch):
+    usage = run(tool("cuobjdump"), "-res-usage", "-arch", f"sm_{arch}", str(objects / f"{source}.o"))
+    kernels = functions(usage, r"Function (\w+):")
+    assert len(kernels) >= 9
+    for name, line in kernels.items():
+        used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
+        assert used["STACK"] == used["LOCAL"] == 0, name
+        # 256 threads of 128 registers still leave room for two blocks in a multiprocessor.
+        assert used["REG"] <= 128, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_wide_loads(objects, source, arch):
+    sass = functions(run(tool("cuobjdump"), "-sass", "-arch", f"sm_{arch}", str(objects / f"{source}.o")), r"Function : (\w+)")
+    wide = {name: code for name, code in sass.items() if re.search(WIDE[source], name)}
+    assert len(wide) == {"adamw.cu": 9, "norms.cu": 3}[source]
+    for name, code in wide.items():
+        assert len(re.findall(r"LDG\.E[.\w]*\.128", code)) >= (4 if source == "adamw.cu" else 1), name
+        assert source == "norms.cu" or len(re.findall(r"STG\.E[.\w]*\.128", code)) >= 4, name
+
+
+def test_sums_of_squares_round_one_by_one(objects):
+    """No fused multiply-add before the square root, whose library code has some."""
+    sass = functions(run(tool("cuobjdump"), "-sass", "-arch", f"sm_{ARCHS[0]}", str(objects / "norms.cu.o")), r"Function : (\w+)")
+    for name, code in sass.items():
+        assert "FADD" in code and not re.search(r"\bFFMA\b", code.partition("MUFU.RSQ")[0]), name
