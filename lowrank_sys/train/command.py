@@ -104,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         _check(args)
         _train(args)
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; pip install 'lowrank-sys[train]' brings it", code=1) from error
     except KeyboardInterrupt:
         raise CommandError(f"interrupted; --resume goes on from the last checkpoint in {args.out}", code=130) from None
     return 0

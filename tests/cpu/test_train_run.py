@@ -307,6 +307,11 @@ def test_every_flag_is_bound_or_free_for_a_resume():
     assert sorted(command.BOUND + command.FREE) == sorted(a.dest for a in parser._actions if a.dest != "help")
 
 
+def test_a_missing_package_is_named(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    fails(capsys, flags(text, tmp_path), 1, "transformers", "pip install 'lowrank-sys[train]'")
+
+
 def test_two_runs_never_share_a_folder(text, tmp_path, capsys):
     with command._claim(tmp_path):
         fails(capsys, flags(text, tmp_path), 2, "another run is writing there")
