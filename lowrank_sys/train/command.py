@@ -161,8 +161,6 @@ def _train(args: argparse.Namespace) -> None:
         config = models.config(args.model, vocab=corpus.vocab if args.tokenizer else None, seq_len=args.seq_len)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
         model = models.build(config, dtype=dtype, device=device)
-        if args.gradient_checkpointing:
-            model.activation_checkpointing_enable()
         optimizer = methods.build(model, args)
         held_out = data.sample(corpus.valid, args.seq_len, args.eval_tokens)
         sequences = args.batch_size * args.gradient_accumulation_steps
@@ -207,7 +205,7 @@ def _train(args: argparse.Namespace) -> None:
             "train_loss": trainer.mean_loss(model, seen, args.batch_size),
             "unigram_entropy": data.unigram_entropy(corpus.train, held_out[:, 1:], config.vocab_size),
             "tokens_per_second": report.speed(recorder.rows),
-            "optimizer_state_bytes": methods.state_bytes(optimizer),
+            "optimizer_state_bytes": optimizer.state_bytes(),
             "adamw_state_bytes": 2 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad),
             "peak_memory_bytes": report.peak_memory_bytes(device),
             "skipped": recorder.rows[-1]["skipped"],

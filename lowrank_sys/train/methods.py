@@ -11,21 +11,22 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lowrank_sys.optim import LowRankOptimizer
+
 
 class Method(NamedTuple):
-    build: Callable[[torch.nn.Module, argparse.Namespace], torch.optim.Optimizer]
+    build: Callable[[torch.nn.Module, argparse.Namespace], LowRankOptimizer]
     lr: float
     plain_lr: float
 
 
 def _adamw(model, args):
-    from lowrank_sys.train.adamw import SkippingAdamW
-    from lowrank_sys.optim import param_groups
+    from lowrank_sys.optim import GaLoreAdamW, param_groups
 
     # the same split as the low-rank methods, so that embeddings, norms and head have their own rate here too
     plain, linear = param_groups(model)
-    groups = [{"params": plain["params"], "lr": args.plain_lr}, {"params": linear["params"], "lr": args.lr}]
-    return SkippingAdamW(groups, weight_decay=args.weight_decay)
+    groups = [{"params": plain["params"], "lr": args.plain_lr}, {"params": linear["params"]}]
+    return GaLoreAdamW(groups, lr=args.lr, weight_decay=args.weight_decay)  # without a rank: plain AdamW
 
 
 def _low_rank_groups(model, args):
@@ -69,23 +70,12 @@ METHODS = {
 }
 
 
-def build(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+def build(model: torch.nn.Module, args: argparse.Namespace) -> LowRankOptimizer:
     """The optimizer of `args.method` over the parameters of `model`; its last group is the linear weights.
 
-    It has `skipped()`: the number of weight elements left untouched so far because a gradient was not finite.
     Raises CommandError with the optimizer's own words, as for a rank above min(m, n) of a weight.
     """
     try:
         return METHODS[args.method].build(model, args)
     except ValueError as error:
         raise CommandError(str(error)) from error
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that the optimizer keeps between steps."""
-    import torch
-
-    if hasattr(optimizer, "state_bytes"):
-        return optimizer.state_bytes()
-    tensors = (v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
-    return sum(t.numel() * t.element_size() for t in tensors)

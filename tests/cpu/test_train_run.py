@@ -276,12 +276,12 @@ def test_a_nan_in_one_step(text, tmp_path, monkeypatch):
     assert [row["skipped"] for row in rows(tmp_path / "run")][-1] == 192
 
 
-def test_a_nan_with_adamw_leaves_out_the_step(text, tmp_path, monkeypatch):
+def test_a_nan_with_adamw_leaves_out_its_element(text, tmp_path, monkeypatch):
     poison(monkeypatch, "model.layers.0.self_attn.q_proj.weight", (5, 7), steps=[2])
     assert train(flags(text, tmp_path / "run", steps=3, method="adamw")) == 0
     after = weights(tmp_path / "run")
     assert all(w.isfinite().all() for w in after.values())
-    assert rows(tmp_path / "run")[-1]["skipped"] == sum(w.numel() for w in after.values())
+    assert rows(tmp_path / "run")[-1]["skipped"] == 1
 
 
 def test_accumulated_micro_batches_are_one_batch(text, tmp_path):
