@@ -74,7 +74,7 @@ def arguments(args: argparse.Namespace, device: torch.device) -> TrainingArgumen
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        gradient_checkpointing=args.gradient_checkpointing,
+        **({"gradient_checkpointing": True} if args.gradient_checkpointing else {}),
         max_grad_norm=args.grad_clip,
         seed=args.seed,
         save_strategy="steps",
