@@ -47,8 +47,8 @@ def cases(args):
         for (m, n), rank, left in itertools.product(sizes, args.rank, sides):
             if op.ranked:
                 shapes.check_rank(rank, m, n)
-            case = Case(name, m, n, rank if op.ranked else None, shapes.DTYPES[dtype], left if op.sided else None, args.device)
-            found[case] = None  # a dict: unique, in order
+            rank, left = rank if op.ranked else None, left if op.sided else None
+            found[Case(name, m, n, rank, shapes.DTYPES[dtype], left, args.device)] = None  # a dict: unique, in order
     return list(found)
 
 
@@ -56,8 +56,9 @@ def command(case, base):
     """The command that repeats a case."""
     side = {True: " --side left", False: " --side right", None: ""}[case.left]
     rank = f" --rank {case.rank}" if case.rank else ""
-    return (f"lowrank bench kernels --op {case.op} --shape {case.m}x{case.n}{rank} --dtype {shapes.SPELLING[case.dtype]}{side} "
-            f"--base {base} --device {case.device}")
+    dtype = shapes.SPELLING[case.dtype]
+    return (f"lowrank bench kernels --op {case.op} --shape {case.m}x{case.n}{rank} --dtype {dtype}{side} --base {base} "
+            f"--device {case.device}")
 
 
 def energies(grad):

@@ -228,8 +228,8 @@ def run(args):
     rows = measure(settings, names, timing.Timer(args.device), base=args.base, steps=args.steps or args.gap, svd=args.svd)
     named = {"model": args.model, "matrices": len(matrices), "elements": sum(m * n for m, n in matrices), "rank": args.rank,
              "dtype": args.dtype, "gap": args.gap, "base": args.base, "command": command(args)}
-    out.table(f"{named['command']}\n{facts['device']}: {len(matrices)} matrices, {named['elements'] / 1e6:.1f}M weights",
-              COLUMNS, [{**named, **row} for row in rows])
+    title = f"{facts['device']} | matrices: {len(matrices)}, weights: {named['elements'] / 1e6:.1f}M"
+    out.table(f"{named['command']}\n{title}", COLUMNS, [{**named, **row} for row in rows])
     out.say("step: median; amortised, worst: over a whole gap with its refreshes; extra: most memory a step holds beyond the "
             f"state; overhead: a step's time a matrix on {TINY}x{TINY} matrices")
     if "galore-torch" in names and not args.svd:

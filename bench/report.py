@@ -114,7 +114,7 @@ def _flatten(row, prefix=""):
 
 def _temporary(path):
     """An empty file beside `path`, to be renamed to it."""
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.parent / f".{path.name}.partial"
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")

@@ -65,8 +65,8 @@ class Timer:
     def interleave(self, functions, *, seconds, at_least=7, at_most=200, warmup=2):
         """Seconds of each call of each of `functions` {name: function}, {name: [seconds, ...]}; item i is round i.
 
-        Stops after `at_least` rounds once `seconds` have passed, or after `at_most`, if that is more. The order of a round is random, since
-        what ran before warms or cools the machine.
+        Stops after `at_least` rounds once `seconds` have passed, or after `at_most`, if that is more. The order of a round
+        is random, since what ran before warms or cools the machine.
         """
         for function in functions.values():
             for _ in range(warmup):

@@ -18,6 +18,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(timing, "_largest_cache", lambda: 0)
     monkeypatch.setattr(timing, "LEAST_FILL", 1 << 10)
     monkeypatch.setattr(machine, "ceilings", lambda timer, dtypes: dict(CEILINGS))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def run(capsys, *argv):
@@ -49,8 +53,8 @@ def test_every_op_gives_rows_with_all_fields(capsys, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("dtype", shapes.DTYPES)
-def test_every_op_passes_its_check_in_every_dtype(capsys, dtype):
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_every_op_passes_its_check_in_low_precision(capsys, dtype):
     code, out, err = run_kernels(capsys, "--shape", "65x48", "--rank", "8", "--dtype", dtype)
     assert (code, err) == (0, "")
 
