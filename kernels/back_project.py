@@ -66,7 +66,7 @@ def launch_back_project(param, low_rank, basis, scalars, *, left, step, skipped=
         return
     m, n = param.shape
     r = basis.shape[1]
-    config = configs.config_for(configs.target(param.device).arch, "back_project", rank=r,
+    config = configs.config_for(configs.target(param.device).arch, "back_project", n=n, r=r,
                                 dtypes=(low_rank.dtype, basis.dtype, param.dtype))
     back_project_kernel[triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),](
         param=param,

@@ -1,8 +1,8 @@
 """Launch configurations: one table per architecture, and the rule that splits a thin projection over the card.
 
-A table maps (kernel, bits) to {largest rank: keyword arguments of the launch}. BLOCK_R is the tile along the rank, BLOCK_C
-along the channels, BLOCK_D along the projected axis. bits is 16 if the two operands share a 16-bit type and nothing else a tile
-holds is wider, else 32.
+A table maps (kernel, kind) to {largest rank: keyword arguments of the launch}. BLOCK_R is the tile along the rank, BLOCK_C
+along the channels, BLOCK_D along the projected axis. The kind is 16 if the two operands share a 16-bit type and nothing else a
+tile holds is wider, else 32; "odd" if n or r is no multiple of 16: elements then move one by one, and a large tile would spill.
 """
 
 import functools
@@ -38,6 +38,14 @@ def _table(stages):
             16: _tile(8, 1, BLOCK_M=128, BLOCK_N=128, BLOCK_R=16),
             32: _tile(8, 1, BLOCK_M=128, BLOCK_N=128, BLOCK_R=32),
             128: _tile(8, stages, BLOCK_M=128, BLOCK_N=128, BLOCK_R=64),
+        },
+        ("project", "odd"): {
+            16: _tile(4, 2, BLOCK_R=16, BLOCK_C=64, BLOCK_D=32),
+            64: _tile(8, 2, BLOCK_R=64, BLOCK_C=32, BLOCK_D=32),
+            128: _tile(8, 2, BLOCK_R=128, BLOCK_C=32, BLOCK_D=16),
+        },
+        ("back_project", "odd"): {
+            128: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=16),
         },
     }
 
@@ -81,15 +89,15 @@ def target(device):
     return Target(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
-def config_for(arch, kernel, *, rank, dtypes):
-    """Launch arguments of `kernel` on `arch`; an unlisted architecture uses the next older table.
+def config_for(arch, kernel, *, n, r, dtypes):
+    """Launch arguments of `kernel` on `arch` for W (m, n) and rank r; an unlisted architecture uses the next older table.
 
     dtypes: the two operands', then the weight's if there is one.
     """
     table = TABLES[max((known for known in TABLES if known <= arch), default=min(TABLES))]
     narrow = dtypes[0] == dtypes[1] and all(dtype.itemsize == 2 for dtype in dtypes)
-    by_rank = table[kernel, 16 if narrow else 32]
-    return by_rank[min((limit for limit in by_rank if limit >= rank), default=max(by_rank))]
+    by_rank = table[kernel, "odd" if n % 16 or r % 16 else 16 if narrow else 32]
+    return by_rank[min((limit for limit in by_rank if limit >= r), default=max(by_rank))]
 
 
 def plan_project(m, n, r, *, left, dtypes, card):
@@ -98,7 +106,7 @@ def plan_project(m, n, r, *, left, dtypes, card):
     Two programs a multiprocessor fill the card; the fp32 partials, written and read once, stay under 25% of the gradient:
     splits * r * 8 <= depth * itemsize / 4.
     """
-    config = config_for(card.arch, "project", rank=r, dtypes=dtypes)
+    config = config_for(card.arch, "project", n=n, r=r, dtypes=dtypes)
     channels, depth = (n, m) if left else (m, n)
     tiles = triton.cdiv(channels, config["BLOCK_C"]) * triton.cdiv(r, config["BLOCK_R"])
     blocks = max(1, triton.cdiv(depth, config["BLOCK_D"]))

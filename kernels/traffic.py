@@ -34,7 +34,7 @@ def project(m, n, r, *, left, grad, basis, card, out=torch.float32, moments=Fals
 
 def back_project(m, n, r, *, left, param, low_rank, basis, card):
     """W <- decay W + alpha back(X). param, low_rank, basis are types."""
-    config = configs.config_for(card.arch, "back_project", rank=r, dtypes=(low_rank, basis, param))
+    config = configs.config_for(card.arch, "back_project", n=n, r=r, dtypes=(low_rank, basis, param))
     rows_of_tiles, columns_of_tiles = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"])
     by_row, by_column = (basis, low_rank) if left else (low_rank, basis)
     tall = Bytes(columns_of_tiles * m * r * by_row.itemsize, 0)

@@ -30,7 +30,7 @@ def card(device, monkeypatch):
 
 @SIDES
 @TYPES
-@pytest.mark.parametrize("shape", [(520, 200, 8), (200, 520, 8), (63, 100, 63), (140, 150, 128), (150, 140, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(520, 200, 8), (208, 528, 16), (63, 100, 63), (144, 160, 128), (140, 150, 130), (160, 144, 144)], ids=str)
 def test_galore_step(lane, meter, card, shape, dtype, left):
     m, n, r = shape
     case = lane.case(m, n, r, left, dtype, dtype, dtype)
@@ -75,9 +75,9 @@ def test_subspace_step(lane, meter, card, left):
 
 @SIDES
 def test_back_project(lane, meter, card, left):
-    case = lane.case(140, 150, 70, left, BF16, BF16, BF16)
+    case = lane.case(140, 160, 80, left, BF16, BF16, BF16)
     back_project_(case.param, case.low_rank, case.basis, left=left)
-    rows = traffic.back_project(140, 150, 70, left=left, param=BF16, low_rank=FP32, basis=BF16, card=card)
+    rows = traffic.back_project(140, 160, 80, left=left, param=BF16, low_rank=FP32, basis=BF16, card=card)
     assert_bytes(meter, meter.launches[0], rows, {})
 
 
