@@ -42,22 +42,24 @@ def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left
         subspace: 'randomized' | 'svd'.
         moments: 'keep' | 'reset' (the step counter too) | 'rotate'.
     """
-    _ops.check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, left=left, gap=gap, first_gaps=first_gaps,
-                       seeds=seeds, subspace=subspace, moments=moments)
-    idle = lr.device.type == "cpu" and lr.item() == 0
-    for i, (basis, grad, countdown) in enumerate(zip(bases, grads, countdowns)):
-        left_steps = countdown.item()
-        if left_steps <= 0:
-            cold = left_steps == COLD
-            new = SELECT[subspace](grad, None if cold else basis, rank=basis.shape[1], left=left, seed=seeds[i])
-            if not cold and moments == "reset":
-                for tensor in (exp_avgs[i], exp_avg_sqs[i], steps[i]):
-                    tensor.zero_()
-            elif not cold and moments == "rotate":
-                exp_avg, exp_avg_sq = rotate_moments(exp_avgs[i], exp_avg_sqs[i], basis, new, left=left)
-                exp_avgs[i].copy_(exp_avg)
-                exp_avg_sqs[i].copy_(exp_avg_sq)
-            basis.copy_(new)
-            left_steps = first_gaps[i] if cold else gap
-        if not idle:
-            countdown.fill_(left_steps - 1)
+    _ops.check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, gap=gap, first_gaps=first_gaps, seeds=seeds,
+                       subspace=subspace, moments=moments)
+    waits = torch.stack(countdowns).tolist() if countdowns else []
+    due = [i for i, wait in enumerate(waits) if wait <= 0]
+    for i in due:
+        _ops.check_project(grads[i], bases[i], left=left, op="refresh_")
+    for i in due:
+        basis, cold = bases[i], waits[i] == COLD
+        new = SELECT[subspace](grads[i], None if cold else basis, rank=basis.shape[1], left=left, seed=seeds[i])
+        if not cold and moments == "reset":
+            for tensor in (exp_avgs[i], exp_avg_sqs[i], steps[i]):
+                tensor.zero_()
+        elif not cold and moments == "rotate":
+            exp_avg, exp_avg_sq = rotate_moments(exp_avgs[i], exp_avg_sqs[i], basis, new, left=left)
+            exp_avgs[i].copy_(exp_avg)
+            exp_avg_sqs[i].copy_(exp_avg_sq)
+        basis.copy_(new)
+    if lr.device.type != "cpu" or lr.item() != 0:
+        for i in due:
+            countdowns[i].fill_(first_gaps[i] if waits[i] == COLD else gap)
+        torch._foreach_sub_(countdowns, 1)
