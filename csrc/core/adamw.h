@@ -14,27 +14,30 @@ LR_HD int adamw_element(W& w, G grad, float& m, float& v, float grad_scale, cons
   float new_m = m, new_v = v;
   const W new_w = from_float<W>(apply_update(to_float(w), adam_update(g, new_m, new_v, s), s));
   const bool ok = usable(g);
-  w = ok ? new_w : w;
-  m = ok ? new_m : m;
-  v = ok ? new_v : v;
+  w = choose(ok, new_w, w);
+  m = choose(ok, new_m, m);
+  v = choose(ok, new_v, v);
   return !ok;
 }
 
 // n elements, V at a time (the pointers must then be aligned for it). Returns how many elements this thread left out.
 template <int V, class Block, class W, class G>
-LR_HD int adamw_chunk(const Block& block, W* w, const G* g, float* m, float* v, int n, float grad_scale, const AdamStep& s) {
+LR_HD int adamw_chunk(const Block& block, W* w, const G* g, float* m, float* v, int n, float grad_scale, AdamStep s) {
   int skipped = 0;
-  const int whole = n / V * V;
-  LR_SIMD_SUM(skipped)
-  for (int i = block.tid * V; i < whole; i += Block::threads * V) {
-    auto pw = load<V>(w + i);
-    auto pm = load<V>(m + i), pv = load<V>(v + i);
-    const auto pg = load<V>(g + i);
-    for (int e = 0; e < V; ++e) skipped += adamw_element(pw.at[e], pg.at[e], pm.at[e], pv.at[e], grad_scale, s);
-    store(w + i, pw);
-    store(m + i, pm);
-    store(v + i, pv);
+  int whole = 0;
+  if constexpr (V > 1) {
+    whole = n / V * V;
+    for (int i = block.tid * V; i < whole; i += Block::threads * V) {
+      auto pw = load<V>(w + i);
+      auto pm = load<V>(m + i), pv = load<V>(v + i);
+      const auto pg = load<V>(g + i);
+      for (int e = 0; e < V; ++e) skipped += adamw_element(pw.at[e], pg.at[e], pm.at[e], pv.at[e], grad_scale, s);
+      store(w + i, pw);
+      store(m + i, pm);
+      store(v + i, pv);
+    }
   }
+  LR_SIMD_SUM(skipped)
   for (int i = whole + block.tid; i < n; i += Block::threads)
     skipped += adamw_element(w[i], g[i], m[i], v[i], grad_scale, s);
   return skipped;

@@ -39,6 +39,14 @@ LR_HD float to_float(fp16 x) {
   return bits_float(sign | (magnitude < 0x0400 ? subnormal : normal));
 }
 
+// a if ok, else b: without a branch, also where T is a struct.
+LR_HD float choose(bool ok, float a, float b) { return ok ? a : b; }
+
+template <class T>
+LR_HD T choose(bool ok, T a, T b) {
+  return {uint16_t(ok ? a.bits : b.bits)};
+}
+
 template <class T>
 LR_HD T from_float(float x);
 

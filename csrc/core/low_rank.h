@@ -18,7 +18,7 @@ LR_HD void low_rank_element(bool ok, float g, float& m, float& v, float& x, cons
 // c was usable. x may be r. Returns how many columns of this thread were left out.
 template <class Block>
 LR_HD int adam_columns(const Block& block, const float* r, float* m, float* v, float* x, uint8_t* ok, int64_t rows, int columns,
-                       int64_t stride, float grad_scale, const AdamStep& s) {
+                       int64_t stride, float grad_scale, AdamStep s) {
   const int owned = columns > block.tid ? (columns - 1 - block.tid) / Block::threads + 1 : 0;
   float bad[kOwned<Block>] = {};
   for (int64_t i = 0; i < rows; ++i) {
@@ -45,7 +45,7 @@ LR_HD int adam_columns(const Block& block, const float* r, float* m, float* v, f
 // The channel is one row of n elements; returns whether it was usable. x may be r.
 template <class Block>
 LR_HD bool adam_row(const Block& block, const float* r, float* m, float* v, float* x, int64_t n, float grad_scale,
-                    const AdamStep& s) {
+                    AdamStep s) {
   float bad = 0.0f;
   LR_SIMD_SUM(bad)
   for (int64_t i = block.tid; i < n; i += Block::threads) bad += usable(r[i] * grad_scale) ? 0.0f : 1.0f;

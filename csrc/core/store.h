@@ -19,7 +19,7 @@ LR_HD void apply_row(const Block& block, W* w, const float* update, const uint8_
   for (int64_t i = block.tid; i < n; i += Block::threads) {
     const float kept = decay == 0.0f ? 0.0f : decay * to_float(w[i]);
     const W next = from_float<W>(kept + alpha * update[i]);
-    w[i] = ok == nullptr || ok[i] ? next : w[i];
+    w[i] = choose(ok == nullptr || ok[i], next, w[i]);
   }
 }
 
