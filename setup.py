@@ -74,9 +74,10 @@ def cuda_options(torch_folder, torch_cuda):
                 "LOWRANK_CUDA_ARCHS": ";".join(arch for arch in CUDA_ARCHS if f"compute_{arch}" in supported),
                 "LOWRANK_CUDA_LIBS": ";".join(libraries),
             }
-        note = f"no nvcc: pip install 'nvidia-cuda-nvcc=={major}.*' and install again"
-        print(f"lowrank: torch has CUDA {torch_cuda} but nvcc is missing, so this builds for the CPU alone; to get it: "
-              f"pip install 'nvidia-cuda-nvcc=={major}.*'", file=sys.stderr)
+        # PyPI has the compiler itself from CUDA 13 on.
+        get = f"pip install 'nvidia-cuda-nvcc=={major}.*'" if int(major) >= 13 else f"install the CUDA {major} toolkit"
+        note = f"no nvcc; to get it: {get}, then install lowrank-sys again"
+        print(f"lowrank: torch has CUDA {torch_cuda}, but this builds for the CPU alone: {note}", file=sys.stderr)
     if wish == "1":
         sys.exit(f"lowrank: LOWRANK_CUDA=1, but {note}")
     return {"LOWRANK_CUDA_NOTE": note}

@@ -86,7 +86,7 @@ int64_t low_rank_adam(int threads, bool columns, Array r, Array m, Array v, Arra
   return skipped;
 }
 
-void channel_norms(int threads, bool columns, Array g, const std::string& dtype, Array norms) {
+void channel_norms(int threads, int vector, bool columns, Array g, const std::string& dtype, Array norms) {
   const int64_t high = g.shape(0), wide = g.shape(1);
   float* out = data<float>(norms);
   dispatch(parse(dtype), [&](auto type) {
@@ -97,7 +97,9 @@ void channel_norms(int threads, bool columns, Array g, const std::string& dtype,
           column_norms<1>(block, matrix + c, out + c, high, int(wide - c < kColumns ? wide - c : kColumns), wide);
       } else {
         for (int64_t i = 0; i < high; ++i) {
-          const float norm = row_norm<1>(block, matrix + i * wide, wide);
+          constexpr int wide_vector = kOwned<std::decay_t<decltype(block)>> % 8 == 0 ? 8 : 1;
+          const float norm = vector == 8 ? row_norm<wide_vector>(block, matrix + i * wide, wide)
+                                         : row_norm<1>(block, matrix + i * wide, wide);
           if (block.tid == 0) out[i] = norm;
         }
       }
@@ -121,6 +123,6 @@ PYBIND11_MODULE(_host, module) {
              py::arg("g_dtype"), py::arg("m"), py::arg("v"), py::arg("grad_scale"), py::arg("step"));
   module.def("low_rank_adam", &low_rank_adam, py::arg("threads"), py::arg("columns"), py::arg("r"), py::arg("m"), py::arg("v"),
              py::arg("x"), py::arg("ok"), py::arg("grad_scale"), py::arg("step"));
-  module.def("channel_norms", &channel_norms, py::arg("threads"), py::arg("columns"), py::arg("g"), py::arg("dtype"),
-             py::arg("norms"));
+  module.def("channel_norms", &channel_norms, py::arg("threads"), py::arg("vector"), py::arg("columns"), py::arg("g"),
+             py::arg("dtype"), py::arg("norms"));
 }
