@@ -46,7 +46,7 @@ def adam_kernel(low_rank_grad, out, exp_avg, exp_avg_sq, scalars, channels, r, b
         o_tile += step
 
 
-def launch_adam(low_rank_grad, out, exp_avg, exp_avg_sq, scalars, *, left, beta1, beta2, eps):
+def launch_adam(low_rank_grad, out, *, left, exp_avg, exp_avg_sq, scalars, beta1, beta2, eps):
     """out <- Adam's update from R; moments in place. out: R's shape, fp32 or the basis' type."""
     if out.numel() == 0:
         return

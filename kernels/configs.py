@@ -1,8 +1,8 @@
 """Launch configurations: one table per architecture, and the rule that splits a thin projection over the card.
 
 A table maps (kernel, kind) to {largest rank: keyword arguments of the launch}. BLOCK_R is the tile along the rank, BLOCK_C
-along the channels, BLOCK_D along the projected axis. The kind is 16 if the two operands share a 16-bit type and nothing else a
-tile holds is wider, else 32; "odd" if n or r is no multiple of 16: elements then move one by one, and a large tile would spill.
+along the channels, BLOCK_D along the projected axis. The kind is 16 if the two operands share a 16-bit type and nothing else
+a tile holds is wider, else 32; "odd" if n or r is no multiple of 16: elements then move one by one, and a large tile spills.
 """
 
 import functools
@@ -56,7 +56,7 @@ _SMALL = _table(stages=3)  # 99 KiB
 TABLES = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMALL}
 
 # Adam on an already projected gradient: elementwise but for the test of a channel.
-ADAM = _tile(4, 1, BLOCK_R=64, BLOCK_C=32)
+ADAM = _tile(4, 1, BLOCK_R=32, BLOCK_C=32)
 
 
 class Target(NamedTuple):

@@ -9,15 +9,16 @@ from lowrank_sys.kernels.common import as_scalar, on_device_of, step_scalars
 from lowrank_sys.kernels.project import launch_project, new_counters
 
 
-def _update(param, gradient, basis, exp_avg, exp_avg_sq, scalars, *, projected, left, beta1, beta2, eps, counters, skipped=None):
+def _update(param, gradient, basis, exp_avg, exp_avg_sq, scalars, *, projected, left, beta1, beta2, eps, counters,
+            skipped=None):
     """One matrix: gradient (the full one, or R if `projected`) -> Adam's update X -> W."""
     # A 16-bit X keeps the second product on the 16-bit tensor cores.
     update = torch.empty_like(exp_avg, dtype=basis.dtype)
-    adam = {"left": left, "beta1": beta1, "beta2": beta2, "eps": eps}
+    adam = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "scalars": scalars, "beta1": beta1, "beta2": beta2, "eps": eps}
     if projected:
-        launch_adam(gradient, update, exp_avg, exp_avg_sq, scalars, **adam)
+        launch_adam(gradient, update, left=left, **adam)
     else:
-        launch_project(gradient, basis, update, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, scalars=scalars, counters=counters, **adam)
+        launch_project(gradient, basis, update, left=left, counters=counters, **adam)
     launch_back_project(param, update, basis, scalars, left=left, step=True, skipped=skipped)
 
 
@@ -59,8 +60,8 @@ def subspace_step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, *, step, lr,
     """galore_step from a gradient that is already projected: R (r, n) if left, else (m, r), fp32."""
     _ops.check_subspace_step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, left=left)
     _ops._check_step_scalars("subspace_step", param.device, step, lr)
-    _step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, projected=True, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-          weight_decay=weight_decay, scale=scale, left=left)
+    _step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, projected=True, step=step, lr=lr, beta1=beta1, beta2=beta2,
+          eps=eps, weight_decay=weight_decay, scale=scale, left=left)
 
 
 def galore_step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, beta1, beta2, eps, weight_decay, scale, left,
@@ -70,14 +71,14 @@ def galore_step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, 
     grad_scale multiplies the gradients; found_inf != 0 makes the whole step a no-op; skipped (int64) counts the weights left
     out. To change lr between replays of a captured step, keep it on the device.
     """
-    _ops.check_low_rank_lists("galore_step", _ops.check_galore_step, params, grads, bases, exp_avgs, exp_avg_sqs, steps, lr, left,
-                              (grad_scale, found_inf, skipped))
+    _ops.check_low_rank_lists("galore_step", _ops.check_galore_step, params, grads, bases, exp_avgs, exp_avg_sqs, steps, lr,
+                              left, (grad_scale, found_inf, skipped))
     _step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, projected=False, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
                weight_decay=weight_decay, scale=scale, left=left, grad_scale=grad_scale, found_inf=found_inf, skipped=skipped)
 
 
-def subspace_step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, beta1, beta2, eps, weight_decay, scale,
-                       left, grad_scale=None, found_inf=None, skipped=None):
+def subspace_step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, beta1, beta2, eps, weight_decay,
+                       scale, left, grad_scale=None, found_inf=None, skipped=None):
     """subspace_step for many matrices; steps and guards as in galore_step_list."""
     _ops.check_low_rank_lists("subspace_step", _ops.check_subspace_step, params, low_rank_grads, bases, exp_avgs, exp_avg_sqs,
                               steps, lr, left, (grad_scale, found_inf, skipped))

@@ -14,8 +14,8 @@ def finish(b_r, out, exp_avg, exp_avg_sq, scalars, o_tile, m_tile, beta1, beta2,
     """Store a tile of R, or advance Adam with it and store the update."""
     if exp_avg is not None:
         b_r = b_r * tl.load(scalars + GRAD_SCALE)
-        b_r = adam(b_r, usable_channels(b_r, LEFT), exp_avg + o_tile, exp_avg_sq + o_tile, m_tile, scalars, beta1, beta2, gain1,
-                   gain2, eps)
+        b_ok = usable_channels(b_r, LEFT)
+        b_r = adam(b_r, b_ok, exp_avg + o_tile, exp_avg_sq + o_tile, m_tile, scalars, beta1, beta2, gain1, gain2, eps)
     store(out + o_tile, b_r, m_tile)
 
 

@@ -29,8 +29,9 @@ class Build(NamedTuple):
 
 
 def compile_triton(module, name, types, constants, *, arch, num_warps, num_stages, sizes):
-    """Build kernel `name` of `module` for sm_`arch`. types: Triton types of its runtime arguments, the rest are constants or None.
+    """Build kernel `name` of `module` for sm_`arch`.
 
+    types: Triton types of its runtime arguments; the rest are constants, or None.
     sizes, as the launcher would find them: "aligned" (multiples of 16), "odd", and "ones" or one "row": Triton bakes a 1 in.
     """
     from triton.backends.compiler import GPUTarget
@@ -100,5 +101,5 @@ def pytest_terminal_summary(terminalreporter):
         most = max(build.registers for _, build in PROVEN)
         shared = max(build.shared for _, build in PROVEN) / 1024
         terminalreporter.write_line(
-            f"triton: {len(PROVEN)} builds = {len(kernels)} kernels, {len(rows)} configurations, {len(archs)} architectures: no "
-            f"spills, at most {most} registers and {shared:.0f} KiB of shared memory")
+            f"triton: {len(PROVEN)} builds of {len(kernels)} kernels, {len(rows)} configurations, {len(archs)} architectures: "
+            f"no spills, at most {most} registers and {shared:.0f} KiB of shared memory")

@@ -22,7 +22,8 @@ HYPER = dict.fromkeys(("beta1", "beta2", "gain1", "gain2", "eps"), "fp32")
 MOMENTS = dict.fromkeys(("exp_avg", "exp_avg_sq", "scalars"), "*fp32")
 KERNELS = {"project": project.project_kernel, "back_project": back_project.back_project_kernel, "adam": adam.adam_kernel}
 
-FLOATS, HALVES = ("fp32", "bf16", "fp16"), ("bf16", "fp16")
+FLOATS = ("fp32", "bf16", "fp16")
+SAME = [("bf16", "bf16"), ("fp16", "fp16")]
 MIXED = [("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "fp32"), ("bf16", "fp16")]
 
 
@@ -53,8 +54,8 @@ class Case(NamedTuple):
 
     def __str__(self):
         side = "left" if self.left else "right"
-        return (f"sm_{self.arch}-{self.kernel}-{self.row.kind}-r{self.row.rank}-{side}-{'-'.join(self.types)}-{self.variant}-{self.sizes}-"
-                f"{self.precision}")
+        row = f"{self.kernel}-{self.row.kind}-r{self.row.rank}"
+        return f"sm_{self.arch}-{row}-{side}-{'-'.join(self.types)}-{self.variant}-{self.sizes}-{self.precision}"
 
     def arguments(self):
         """Arguments of `compile_triton`."""
@@ -75,7 +76,8 @@ class Case(NamedTuple):
         config = dict(self.config)
         launch = {name: config.pop(name) for name in ("num_warps", "num_stages")}
         constants = {"LEFT": self.left, "STEP": "step" in self.variant, "PRECISION": self.precision, **config}
-        return {"module": KERNELS[self.kernel].__module__, "name": KERNELS[self.kernel].__name__, "types": runtime, "constants": constants,
+        kernel = KERNELS[self.kernel]
+        return {"module": kernel.__module__, "name": kernel.__name__, "types": runtime, "constants": constants,
                 "arch": self.arch, "sizes": self.sizes, **launch}
 
 
@@ -84,12 +86,13 @@ def variants(arch, row):
     if row.kernel == "adam":
         calls = [((out,), "step") for out in FLOATS]
     elif row.kernel == "project":
-        same, mixed = [(kind, kind) for kind in HALVES], MIXED
-        calls = itertools.product({16: same, 32: mixed, "odd": same + mixed}[row.kind], ("step", "step+split", "plain", "plain+split"))
+        types = {16: SAME, 32: MIXED, "odd": SAME + MIXED}[row.kind]
+        calls = itertools.product(types, ("step", "step+split", "plain", "plain+split"))
     else:
         # A step's update has the basis' type; `back_project_` brings fp32.
-        steps = [((basis, basis, param), variant) for basis in FLOATS for param in FLOATS for variant in ("step", "step+counted")]
-        plain = [(("fp32", basis, param), "plain") for basis in FLOATS for param in FLOATS]
+        types = list(itertools.product(FLOATS, FLOATS))
+        steps = [((basis, basis, param), variant) for basis, param in types for variant in ("step", "step+counted")]
+        plain = [(("fp32", basis, param), "plain") for basis, param in types]
         narrow = [call for call in steps if "fp32" not in call[0]]
         calls = {16: narrow, 32: [call for call in steps + plain if call not in narrow], "odd": steps + plain}[row.kind]
     sizes = {"odd": ("odd", "ones"), "any": ("aligned", "odd", "ones")}.get(row.kind, ("aligned", "row"))

@@ -189,7 +189,7 @@ def test_no_synchronisation(left):
 
 @SIDES
 def test_nonfinite_gradient(left):
-    """A NaN stays in its channel: weights and moments there keep their bytes, and the counter rises by the channel's length."""
+    """A NaN stays in its channel: weights and moments there keep their bytes, and its weights are counted."""
     case = tensors(512, 768, 64, left)
     case[1][5, 7] = float("nan")
     before = [tensor.clone() for tensor in case]
@@ -218,9 +218,10 @@ def test_nothing_of_full_size_is_allocated(dtype, left):
 def test_opcheck(left):
     param, grad, basis, exp_avg, exp_avg_sq, low_rank = tensors(64, 96, 8, left)
     step, lr = torch.ones((), device="cuda"), torch.tensor(1e-2, device="cuda")
-    hyper = {**LOW_RANK, "left": left}
+    hyper, moments = {**LOW_RANK, "left": left}, (exp_avg, exp_avg_sq)
     torch.library.opcheck(ops.project.default, (grad, basis), {"left": left})
     torch.library.opcheck(ops.back_project_.default, (param, low_rank, basis), {"left": left})
-    torch.library.opcheck(ops.galore_step.tensor, (param, grad, basis, exp_avg, exp_avg_sq), {"step": step, "lr": lr, **hyper})
-    torch.library.opcheck(ops.subspace_step.tensor, (param, low_rank, basis, exp_avg, exp_avg_sq), {"step": step, "lr": lr, **hyper})
-    torch.library.opcheck(ops.galore_step.list, ([param], [grad], [basis], [exp_avg], [exp_avg_sq], [step]), {"lr": lr, **hyper})
+    torch.library.opcheck(ops.galore_step.tensor, (param, grad, basis, *moments), {"step": step, "lr": lr, **hyper})
+    torch.library.opcheck(ops.subspace_step.tensor, (param, low_rank, basis, *moments), {"step": step, "lr": lr, **hyper})
+    lists = ([param], [grad], [basis], [exp_avg], [exp_avg_sq], [step])
+    torch.library.opcheck(ops.galore_step.list, lists, {"lr": lr, **hyper})

@@ -118,8 +118,8 @@ def assert_close(name, got, want, *, rtol, atol):
     bad = ~((got - want).abs() <= atol + rtol * want.abs()) & ~(got.isnan() & want.isnan()) & (got != want)
     if bad.any():
         first = tuple(bad.nonzero()[0].tolist())
-        raise AssertionError(f"{name}: {int(bad.sum())} of {bad.numel()} differ, largest {(got - want).abs().max():.3g}; first at "
-                             f"{first}: {got[first]:.9g}, expected {want[first]:.9g}")
+        raise AssertionError(f"{name}: {int(bad.sum())} of {bad.numel()} differ, largest {(got - want).abs().max():.3g}; "
+                             f"first at {first}: {got[first]:.9g}, expected {want[first]:.9g}")
 
 
 @pytest.fixture

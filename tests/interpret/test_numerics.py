@@ -17,8 +17,8 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [(63, 100, 1), (63, 100, 16), (63, 100, 63), (129, 64, 17), (129, 64, 64), (1, 70, 1), (70, 1, 1), (257, 40, 33),
           (140, 150, 130), (144, 160, 128), (140, 160, 144), (1, 64, 16), (1000, 20, 4), (20, 1000, 4)]
 # Types of weight, gradient and basis.
-DTYPES = [(BF16, BF16, BF16), (BF16, BF16, FP32), (FP32, BF16, BF16), (FP16, FP16, FP16), (FP32, FP32, BF16), (FP16, BF16, FP16),
-          (BF16, FP32, FP32)]
+DTYPES = [(BF16, BF16, BF16), (BF16, BF16, FP32), (FP32, BF16, BF16), (FP16, FP16, FP16), (FP32, FP32, BF16),
+          (FP16, BF16, FP16), (BF16, FP32, FP32)]
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 
 
@@ -49,7 +49,7 @@ def test_galore_step_types(lane, shape, dtypes, left):
 
 @SIDES
 @pytest.mark.parametrize("dtypes", [(FP32, FP32, FP32), (BF16, BF16, BF16), (FP16, FP32, FP16)], ids=name)
-@pytest.mark.parametrize("shape", [(63, 100, 33), (140, 150, 130), (1, 70, 1)], ids=name)
+@pytest.mark.parametrize("shape", [(63, 100, 33), (60, 70, 130), (1, 70, 1)], ids=name)
 def test_subspace_step(lane, shape, dtypes, left):
     case = lane.case(*shape, left, *dtypes)
     before = case.param.clone()
@@ -60,7 +60,7 @@ def test_subspace_step(lane, shape, dtypes, left):
 
 @SIDES
 @pytest.mark.parametrize("dtypes", [(FP32, FP32, FP32), *DTYPES], ids=name)
-@pytest.mark.parametrize("shape", [(63, 100, 33), (140, 150, 130), (100, 160, 48)], ids=name)
+@pytest.mark.parametrize("shape", [(63, 100, 33), (60, 70, 130), (100, 160, 48)], ids=name)
 def test_project(lane, shape, dtypes, left):
     case = lane.case(*shape, left, *dtypes)
     got = project(case.grad, case.basis, left=left)
@@ -72,12 +72,13 @@ def test_project(lane, shape, dtypes, left):
 
 @SIDES
 @pytest.mark.parametrize("dtypes", [(FP32, FP32, FP32), *DTYPES], ids=name)
-@pytest.mark.parametrize("shape", [(63, 100, 33), (129, 64, 144)], ids=name)
+@pytest.mark.parametrize("shape", [(63, 100, 33), (65, 64, 144)], ids=name)
 def test_back_project(lane, shape, dtypes, left):
     case = lane.case(*shape, left, *dtypes)
     back_project_(case.param, case.low_rank, case.basis, alpha=-0.5, beta=0.75, left=left)
-    reference.back_project_(case.wants["param"], case.wants["low_rank"], case.wants["basis"], alpha=-0.5, beta=0.75, left=left)
-    lane.assert_close("param", case.param, case.wants["param"], rtol=torch.finfo(case.param.dtype).eps, atol=2e-6 * case.r**0.5)
+    want = case.wants["param"]
+    reference.back_project_(want, case.wants["low_rank"], case.wants["basis"], alpha=-0.5, beta=0.75, left=left)
+    lane.assert_close("param", case.param, want, rtol=torch.finfo(case.param.dtype).eps, atol=2e-6 * case.r**0.5)
     case.check_guards()
 
 
@@ -95,7 +96,8 @@ def test_store_rounds_to_nearest_even(lane, dtype):
     patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     patterns = patterns[patterns.isfinite()].float()
     above = torch.nextafter(patterns, torch.tensor(torch.inf))
-    values = torch.cat((patterns, patterns / 2 + patterns.roll(1) / 2, above, torch.randn(5000), torch.tensor([3.4e38, 1e-44])))
+    middle = patterns / 2 + patterns.roll(1) / 2
+    values = torch.cat((patterns, middle, above, torch.randn(5000), torch.tensor([3.4e38, 1e-44])))
     values = values[values.isfinite()]
     values = values[: values.numel() // 128 * 128].reshape(128, -1).to(lane.device)
     eye = torch.eye(128, device=lane.device)
@@ -132,7 +134,8 @@ def test_split_does_not_matter(lane, monkeypatch, r, dtype, left):
 def test_list(lane, projected, basis, left):
     """Several shapes in one call; steps advance; grad_scale multiplies; two steps in a row."""
     gradient = "low_rank" if projected else "grad"
-    cases = [lane.case(*shape, left, FP32, basis, basis, seed=i) for i, shape in enumerate([(63, 100, 7), (300, 40, 5), (1, 9, 1)])]
+    shapes = [(63, 100, 7), (300, 40, 5), (1, 9, 1)]
+    cases = [lane.case(*shape, left, FP32, basis, basis, seed=i) for i, shape in enumerate(shapes)]
     steps = [torch.tensor(float(i), device=lane.device) for i in (0, 4, 9)]
     skipped = torch.zeros((), dtype=torch.int64, device=lane.device)
     function = subspace_step_list if projected else galore_step_list
@@ -167,19 +170,20 @@ def test_found_inf(lane, projected, left):
 
 
 # At r > 128 an overflow of a finite full gradient may skip a part of its channel's moments only: left out.
-NONFINITE = [(5, FP32, float("nan")), (5, FP32, float("inf")), (5, FP32, -float("inf")), (5, FP32, 2.0**66), (5, BF16, float("nan")),
-             (130, FP32, float("nan")), (130, BF16, -float("inf"))]
+NAN, INF = float("nan"), float("inf")
+NONFINITE = [(5, FP32, NAN), (5, FP32, INF), (5, FP32, -INF), (5, FP32, 2.0**66), (5, BF16, NAN), (130, FP32, NAN),
+             (130, BF16, -INF)]
 
 
 @SIDES
-@pytest.mark.parametrize("projected, r, dtype, value", [(False, *row) for row in NONFINITE] + [(True, *row) for row in NONFINITE]
-                         + [(True, 130, FP32, 2.0**66)])
+@pytest.mark.parametrize("projected, r, dtype, value", [(False, *row) for row in NONFINITE]
+                         + [(True, *row) for row in [*NONFINITE, (130, FP32, 2.0**66)]])
 def test_nonfinite(lane, projected, r, dtype, value, left):
     """A channel that is not usable keeps its moments and its weights to the bit, and is counted; the others step."""
     gradient = "low_rank" if projected else "grad"
-    case = lane.case(140, 150, r, left, dtype, dtype, dtype)
+    case = lane.case(60, 70, r, left, dtype, dtype, dtype)
     case.basis.copy_(case.basis.abs().clamp(min=0.5))
-    bad = [2, 139]
+    bad = [2, 59]
     for channel in bad:
         getattr(case, gradient)[(3, channel) if left else (channel, 3)] = value
     for tensor in ("basis", gradient):
@@ -191,7 +195,7 @@ def test_nonfinite(lane, projected, r, dtype, value, left):
              **lane.hyper)
     case.oracle(gradient, step=3)
     case.check(before[0])
-    assert skipped.item() == len(bad) * (140 if left else 150)
+    assert skipped.item() == len(bad) * (60 if left else 70)
     for old, new in zip((before[0], before[3], before[4]), (case.param, case.exp_avg, case.exp_avg_sq)):
         index = (slice(None), bad) if left else (bad, slice(None))
         assert torch.equal(old[index], new[index])
@@ -228,7 +232,7 @@ def test_empty_shard(lane, shape, left):
     galore_step(*case.tensors(), step=3, lr=1e-2, left=left, **lane.hyper)
     case.oracle(step=3)
     case.check(before)
-    assert torch.equal(project(case.grad, case.basis, left=left).cpu().double(), case.wants["basis"].new_zeros(case.exp_avg.shape))
+    assert torch.equal(project(case.grad, case.basis, left=left), torch.zeros_like(case.exp_avg))
 
 
 def test_empty_list(lane):

@@ -13,11 +13,11 @@ SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 TYPES = pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 
 
-def assert_bytes(meter, launch, rows, rename):
+def assert_bytes(meter, launch, rows):
     """Every argument of `launch` but the scalars moves the bytes of its row."""
     for name in launch.counts:
         if name not in ("scalars", "counters"):
-            assert meter.bytes(launch, name) == rows.pop(rename.get(name, name)), name
+            assert meter.bytes(launch, name) == rows.pop(name), name
     assert all(row == (0, 0) for row in rows.values()), rows
 
 
@@ -30,15 +30,16 @@ def card(device, monkeypatch):
 
 @SIDES
 @TYPES
-@pytest.mark.parametrize("shape", [(520, 200, 8), (208, 528, 16), (63, 100, 63), (144, 160, 128), (140, 150, 130), (160, 144, 144)], ids=str)
+@pytest.mark.parametrize("shape", [(520, 200, 8), (208, 528, 16), (63, 100, 63), (144, 160, 128), (60, 70, 130),
+                                   (160, 144, 144)], ids=str)
 def test_galore_step(lane, meter, card, shape, dtype, left):
     m, n, r = shape
     case = lane.case(m, n, r, left, dtype, dtype, dtype)
     galore_step(*case.tensors(), step=1, lr=1e-2, left=left, **lane.hyper)
     first, second = meter.launches
     kind = {"left": left, "basis": dtype, "card": card}
-    assert_bytes(meter, first, traffic.project(m, n, r, grad=dtype, out=dtype, moments=True, **kind), {})
-    assert_bytes(meter, second, traffic.back_project(m, n, r, param=dtype, low_rank=dtype, **kind), {})
+    assert_bytes(meter, first, traffic.project(m, n, r, grad=dtype, out=dtype, moments=True, **kind))
+    assert_bytes(meter, second, traffic.back_project(m, n, r, param=dtype, low_rank=dtype, **kind))
     # The full-sized tensors: G once per tile of r, W once each way, and nothing else of that size.
     assert (first.counts["grad"]["loaded"] == -(-r // 128)).all() and not first.counts["grad"]["stored"].any()
     assert (second.counts["param"]["loaded"] == 1).all() and (second.counts["param"]["stored"] == 1).all()
@@ -69,8 +70,9 @@ def test_subspace_step(lane, meter, card, left):
     case = lane.case(140, 150, 70, left)
     subspace_step(*case.tensors("low_rank"), step=1, lr=1e-2, left=left, **lane.hyper)
     first, second = meter.launches
-    assert_bytes(meter, first, traffic.adam(140, 150, 70, left=left, out=FP32), {})
-    assert_bytes(meter, second, traffic.back_project(140, 150, 70, left=left, param=FP32, low_rank=FP32, basis=FP32, card=card), {})
+    assert_bytes(meter, first, traffic.adam(140, 150, 70, left=left, out=FP32))
+    rows = traffic.back_project(140, 150, 70, left=left, param=FP32, low_rank=FP32, basis=FP32, card=card)
+    assert_bytes(meter, second, rows)
 
 
 @SIDES
@@ -78,18 +80,18 @@ def test_back_project(lane, meter, card, left):
     case = lane.case(140, 160, 80, left, BF16, BF16, BF16)
     back_project_(case.param, case.low_rank, case.basis, left=left)
     rows = traffic.back_project(140, 160, 80, left=left, param=BF16, low_rank=FP32, basis=BF16, card=card)
-    assert_bytes(meter, meter.launches[0], rows, {})
+    assert_bytes(meter, meter.launches[0], rows)
 
 
-CARDS = [configs.Target(80, 108), configs.Target(86, 84), configs.Target(89, 128), configs.Target(90, 132), configs.Target(100, 148),
-         configs.Target(120, 170)]
+CARDS = [configs.Target(80, 108), configs.Target(86, 84), configs.Target(89, 128), configs.Target(90, 132),
+         configs.Target(100, 148), configs.Target(120, 170)]
 
 
 @SIDES
 @TYPES
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: f"sm_{card.arch}")
-@pytest.mark.parametrize("shape", [(4096, 4096, 128), (4096, 11008, 128), (11008, 4096, 128), (1024, 1024, 64), (4096, 4096, 1024)],
-                         ids=str)
+@pytest.mark.parametrize("shape", [(4096, 4096, 128), (4096, 11008, 128), (11008, 4096, 128), (1024, 1024, 64),
+                                   (4096, 4096, 1024)], ids=str)
 def test_realistic_shapes_by_formula(shape, card, dtype, left):
     m, n, r = shape
     rows = traffic.galore_step(m, n, r, left=left, param=dtype, grad=dtype, basis=dtype, card=card)
