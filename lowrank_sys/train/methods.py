@@ -64,9 +64,9 @@ def _galore_adafactor(model, args):
 
 
 METHODS = {
-    "adamw": Method(_adamw, lr=1e-3, plain_lr=1e-3),
-    "galore": Method(_galore, lr=5e-3, plain_lr=1e-3),
-    "galore-adafactor": Method(_galore_adafactor, lr=5e-3, plain_lr=1e-3),
+    "adamw": Method(_adamw, lr=3e-4, plain_lr=1e-2),
+    "galore": Method(_galore, lr=5e-3, plain_lr=3e-3),
+    "galore-adafactor": Method(_galore_adafactor, lr=5e-3, plain_lr=3e-3),
 }
 
 
