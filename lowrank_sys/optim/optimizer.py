@@ -41,6 +41,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._counters = {}
         super().__init__(params, defaults)
 
+    def __getstate__(self):
+        # torch's names three fields only: a copy would lose its parts.
+        return {**super().__getstate__(), "inner": self.inner, "subspace": self.subspace, "nonfinite": self.nonfinite,
+                "_counters": self._counters}
+
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
         group = self.param_groups[-1]

@@ -276,6 +276,20 @@ def test_dcp_state_dict_round_trip():
         assert torch.equal(p, q)
 
 
+def test_a_copy_goes_on_alike():
+    model = build()
+    optimizer = adamw(model)
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    for m, o in ((model, optimizer), (twin, twin_optimizer)):
+        backward(m, 3)
+        o.step()
+    for p, q in zip(model.parameters(), twin.parameters()):
+        assert torch.equal(p, q)
+
+
 def test_parameters_without_a_gradient_are_left_alone():
     model = build()
     optimizer = adamw(model)
