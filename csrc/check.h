@@ -1,4 +1,5 @@
-// The rules of shapes, dtypes and devices of lowrank_sys/_ops.py, with the same messages. Only ops_*.cpp include this.
+// The rules of shapes, dtypes and devices of lowrank_sys/_ops.py with the same messages, and what ops_cpu and ops_cuda share.
+// Only ops_*.cpp include this.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

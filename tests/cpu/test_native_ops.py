@@ -250,7 +250,6 @@ def test_adamw_step_against_oracle(shape, grad_dtype, dtype):
     got, step, skipped = [w.clone(), g, m.clone(), v.clone()], torch.tensor(2.0), torch.tensor(1)
     want = clone([w, g, m, v], torch.Tensor.double)
     ops.adamw_step(*[[x] for x in got], [step], lr=torch.tensor(0.1), **ADAM, grad_scale=torch.tensor(0.5), skipped=skipped)
-
     adamw_oracle(*want, step=3, lr=0.1, grad_scale=0.5)
     assert step == 3 and skipped == 1 + (2 if w.numel() > 9 else 0)
     assert_near(got[0], want[0], ROUNDING[dtype] * (2 * want[0].abs() + 2.0**-14) + 2.0**-22 * 5)
