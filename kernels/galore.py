@@ -51,7 +51,7 @@ def galore_step(param, grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, bet
     1; step and lr are numbers or 0-dim tensors. Channels of R that are not finite keep their moments and weights.
     """
     _ops.check_galore_step(param, grad, basis, exp_avg, exp_avg_sq, left=left)
-    _ops._check_step_scalars("galore_step", param.device, step, lr)
+    _ops.check_step_and_rate("galore_step", param.device, step, lr)
     _step(param, grad, basis, exp_avg, exp_avg_sq, projected=False, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
           weight_decay=weight_decay, scale=scale, left=left)
 
@@ -59,7 +59,7 @@ def galore_step(param, grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, bet
 def subspace_step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left):
     """galore_step from a gradient that is already projected: R (r, n) if left, else (m, r), fp32."""
     _ops.check_subspace_step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, left=left)
-    _ops._check_step_scalars("subspace_step", param.device, step, lr)
+    _ops.check_step_and_rate("subspace_step", param.device, step, lr)
     _step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, projected=True, step=step, lr=lr, beta1=beta1, beta2=beta2,
           eps=eps, weight_decay=weight_decay, scale=scale, left=left)
 

@@ -14,6 +14,7 @@ a value that is not finite, or whose square overflows fp32, is skipped: its mome
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+NUMBERS = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 _library = torch.library.Library("lowrank", "DEF")
 
@@ -156,15 +157,19 @@ def check_subspace_iteration(grad, basis, *, rank, left, n_iter, oversample, op=
         _expect(basis.shape[1] == rank, op, lambda: f"basis must have rank = {rank} columns, got {basis.shape[1]}")
 
 
-def _check_step_scalars(op, device, step, lr):
+def _expect_number(op, name, tensor, device):
+    _expect_scalar(op, name, tensor, device)
+    _expect(tensor.dtype in NUMBERS, op, lambda: f"{name} must be float32, float64, int32 or int64, got {tensor.dtype}")
+
+
+def check_step_and_rate(op, device, step, lr):
+    """step and lr, each a number or a 0-dim tensor."""
     if isinstance(step, torch.Tensor):
-        _expect_scalar(op, "step", step, device)
-        _expect_dtype(op, "step", step, torch.float32)
+        _expect_number(op, "step", step, device)
     else:
         _expect(step >= 1, op, lambda: f"step counts from 1, got {step}")
     if isinstance(lr, torch.Tensor):
-        _expect_scalar(op, "lr", lr, device)
-        _expect_dtype(op, "lr", lr, torch.float32)
+        _expect_number(op, "lr", lr, device)
 
 
 def check_lists(op, **lists):
@@ -178,8 +183,7 @@ def check_lists(op, **lists):
 def check_guards(op, params, steps, lr, grad_scale, found_inf, skipped):
     """`skipped` is an int64 counter; the guards and the counters are 0-dim tensors of the parameters' device."""
     device = params[0].device if params else lr.device
-    _expect_scalar(op, "lr", lr, device)
-    _expect_dtype(op, "lr", lr, torch.float32)
+    _expect_number(op, "lr", lr, device)
     for i, step in enumerate(steps):
         _expect_scalar(op, f"steps[{i}]", step, params[i].device, own_device=True)
         _expect_dtype(op, f"steps[{i}]", step, torch.float32)
@@ -266,7 +270,7 @@ def _fake(name):
 def _one_matrix_fake(op, check):
     def fake(param, grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left):
         check(param, grad, basis, exp_avg, exp_avg_sq, left=left, op=op)
-        _check_step_scalars(op, param.device, step, lr)
+        check_step_and_rate(op, param.device, step, lr)
 
     return fake
 

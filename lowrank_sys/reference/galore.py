@@ -42,6 +42,7 @@ def subspace_step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, *, step, lr,
     """
     if param.dtype != torch.float64:
         _ops.check_subspace_step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, left=left)
+        _ops.check_step_and_rate("subspace_step", param.device, step, lr)
     _step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
           weight_decay=weight_decay, scale=scale, left=left)
 
@@ -56,11 +57,12 @@ def _step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, 
     return (~ok).sum() * param.shape[axis]
 
 
-def galore_step(param, grad, basis, exp_avg, exp_avg_sq, *, left, **hyper):
+def galore_step(param, grad, basis, exp_avg, exp_avg_sq, *, step, lr, left, **hyper):
     """project, then subspace_step: one GaLore-AdamW step from the full gradient (m, n)."""
     if param.dtype != torch.float64:
         _ops.check_galore_step(param, grad, basis, exp_avg, exp_avg_sq, left=left)
-    subspace_step(param, project(grad, basis, left=left), basis, exp_avg, exp_avg_sq, left=left, **hyper)
+        _ops.check_step_and_rate("galore_step", param.device, step, lr)
+    _step(param, project(grad, basis, left=left), basis, exp_avg, exp_avg_sq, step=step, lr=lr, left=left, **hyper)
 
 
 def _step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, *, found_inf, grad_scale, skipped, **hyper):
