@@ -66,6 +66,6 @@ def launch_adam(low_rank_grad, out, *, left, exp_avg, exp_avg_sq, scalars, beta1
         gain2=1 - beta2,
         eps=eps,
         LEFT=left,
-        enable_fp_fusion=False,
         **configs.ADAM,
+        **configs.OPTIONS,
     )

@@ -80,8 +80,8 @@ def launch_back_project(param, low_rank, basis, scalars, *, left, step, skipped=
         LEFT=left,
         STEP=step,
         PRECISION=precision(),
-        enable_fp_fusion=False,
         **config,
+        **configs.OPTIONS,
     )
 
 

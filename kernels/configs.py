@@ -12,6 +12,11 @@ import torch
 import triton
 
 
+# Of every launch. Sums are rounded as written; left alone, ptxas spills a few registers where that lets two programs share a
+# multiprocessor.
+OPTIONS = {"enable_fp_fusion": False, "maxnreg": 255}
+
+
 def _tile(num_warps, num_stages, **blocks):
     return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
 

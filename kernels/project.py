@@ -122,8 +122,8 @@ def launch_project(grad, basis, out, *, left, counters, exp_avg=None, exp_avg_sq
         eps=eps,
         LEFT=left,
         PRECISION=precision(),
-        enable_fp_fusion=False,
         **plan.config,
+        **configs.OPTIONS,
     )
 
 

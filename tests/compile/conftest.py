@@ -28,7 +28,7 @@ class Build(NamedTuple):
     sass: str
 
 
-def compile_triton(module, name, types, constants, *, arch, num_warps, num_stages, sizes):
+def compile_triton(module, name, types, constants, options, *, arch, sizes):
     """Build kernel `name` of `module` for sm_`arch`.
 
     types: Triton types of its runtime arguments; the rest are constants, or None.
@@ -51,7 +51,6 @@ def compile_triton(module, name, types, constants, *, arch, num_warps, num_stage
         constexprs={argument: constants.get(argument) for argument in names if argument not in types},
         attrs={(names.index(argument),): [["tt.divisibility", 16]] for argument in divisible},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -60,7 +59,7 @@ def compile_triton(module, name, types, constants, *, arch, num_warps, num_stage
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
         sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return Build(compiled.metadata.shared, 32 * num_warps, used["REG"], used["STACK"], used["LOCAL"], sass)
+    return Build(compiled.metadata.shared, 32 * options["num_warps"], used["REG"], used["STACK"], used["LOCAL"], sass)
 
 
 def pytest_collection_modifyitems(items):

@@ -74,11 +74,11 @@ class Case(NamedTuple):
             runtime = {"low_rank_grad": "*fp32", "out": types[0]} | MOMENTS
         runtime |= {name: type_ for name, type_ in (SIZES | HYPER).items() if name in names}
         config = dict(self.config)
-        launch = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+        options = {name: config.pop(name) for name in ("num_warps", "num_stages")} | configs.OPTIONS
         constants = {"LEFT": self.left, "STEP": "step" in self.variant, "PRECISION": self.precision, **config}
         kernel = KERNELS[self.kernel]
         return {"module": kernel.__module__, "name": kernel.__name__, "types": runtime, "constants": constants,
-                "arch": self.arch, "sizes": self.sizes, **launch}
+                "options": options, "arch": self.arch, "sizes": self.sizes}
 
 
 def variants(arch, row):
@@ -149,6 +149,7 @@ def test_fits(case, builds, proven):
 def test_spills_are_seen(submit):
     """A tile far too large for its registers is reported as such: the reading of resources works."""
     case = the_step(80, Row("back_project", 32, 128))[0]
-    arguments = case.arguments() | {"num_warps": 4}
+    arguments = case.arguments()
+    arguments["options"]["num_warps"] = 4
     arguments["constants"] |= {"BLOCK_M": 128, "BLOCK_N": 256}
     assert submit(**arguments).result().stack > 0
