@@ -3,6 +3,7 @@
 LOWRANK_NATIVE=0 installs pure Python, LOWRANK_CUDA=0 or 1 leaves CUDA out or demands it, MAX_JOBS bounds the build.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -26,21 +27,17 @@ def torch_package():
     spec = importlib.util.find_spec("torch")
     if spec is None:
         sys.exit("lowrank: torch is not installed: pip install 'torch>=2.10' first")
-    folder = Path(spec.origin).parent
-    version = runpy.run_path(str(folder / "version.py"))
-    return folder, str(version["__version__"]), version["cuda"]
-
-
-def works(compiler):
-    """Whether `compiler` knows C++20."""
-    source = "#include <barrier>\nint main() {}\n"
-    command = [compiler, "-std=c++20", "-x", "c++", "-fsyntax-only", "-"]
-    return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
+    version = runpy.run_path(os.path.join(os.path.dirname(spec.origin), "version.py"))
+    return Path(spec.origin).parent, str(version["__version__"]), version["cuda"]
 
 
 def find_compiler():
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
-    return next((path for path in map(shutil.which, names) if path and works(path)), None)
+    """The first compiler that knows C++20."""
+    for name in [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]:
+        command = [shutil.which(name) or "false", "-std=c++20", "-x", "c++", "-fsyntax-only", "-"]
+        if subprocess.run(command, input="#include <barrier>\n", text=True, capture_output=True).returncode == 0:
+            return command[0]
+    return None
 
 
 def find_nvcc(torch_folder, major):
@@ -48,10 +45,6 @@ def find_nvcc(torch_folder, major):
     homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), torch_folder.parent / "nvidia" / f"cu{major}"]
     candidates = [shutil.which("nvcc")] + [str(Path(home) / "bin" / "nvcc") for home in homes]
     return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
-
-
-def output(*command):
-    return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 def cuda_options(torch_folder, torch_cuda):
@@ -65,15 +58,13 @@ def cuda_options(torch_folder, torch_cuda):
         major = torch_cuda.partition(".")[0]
         nvcc = find_nvcc(torch_folder, major)
         if nvcc:
-            supported = output(nvcc, "--list-gpu-arch").stdout.split()
-            libraries = re.findall(r'-L([^"\s]+)', output(nvcc, "--dryrun", "-x", "cu", os.devnull).stderr)
-            release = re.search(r"V([\d.]+)", output(nvcc, "--version").stdout).group(1)
-            return {
-                "LOWRANK_NVCC": nvcc,
-                "LOWRANK_CUDA_NOTE": f"nvcc {release}",
-                "LOWRANK_CUDA_ARCHS": ";".join(arch for arch in CUDA_ARCHS if f"compute_{arch}" in supported),
-                "LOWRANK_CUDA_LIBS": ";".join(libraries),
-            }
+            ask = functools.partial(subprocess.run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+            supported = ask([nvcc, "--list-gpu-arch"]).stdout.split()
+            libraries = re.findall(r'-L([^"\s]+)', ask([nvcc, "--dryrun", "-x", "cu", os.devnull]).stdout)
+            release = re.search(r"V([\d.]+)", ask([nvcc, "--version"]).stdout).group(1)
+            archs = ";".join(arch for arch in CUDA_ARCHS if f"compute_{arch}" in supported)
+            return {"LOWRANK_NVCC": nvcc, "LOWRANK_CUDA_NOTE": f"nvcc {release}", "LOWRANK_CUDA_ARCHS": archs,
+                    "LOWRANK_CUDA_LIBS": ";".join(libraries)}
         # PyPI has the compiler itself from CUDA 13 on.
         get = f"pip install 'nvidia-cuda-nvcc=={major}.*'" if int(major) >= 13 else f"install the CUDA {major} toolkit"
         note = f"no nvcc; to get it: {get}, then install lowrank-sys again"
@@ -89,9 +80,9 @@ class Build(build_ext):
     def run(self):
         in_tree = self.inplace or self.editable_mode
         package = ROOT / "lowrank_sys" if in_tree else Path(self.build_lib).resolve() / "lowrank_sys"
-        compiler = None if os.environ.get("LOWRANK_NATIVE") == "0" else find_compiler()
-        if compiler is None:
-            why = "LOWRANK_NATIVE=0" if os.environ.get("LOWRANK_NATIVE") == "0" else "no C++20 compiler found"
+        unwanted = os.environ.get("LOWRANK_NATIVE") == "0"
+        if unwanted or (compiler := find_compiler()) is None:
+            why = "LOWRANK_NATIVE=0" if unwanted else "no C++20 compiler found"
             print(f"lowrank: {why}: installing pure Python, the reference serves every op", file=sys.stderr)
             package.mkdir(parents=True, exist_ok=True)
             for module in package.glob("*.so"):
@@ -110,9 +101,9 @@ class Build(build_ext):
             options |= {"LOWRANK_HOST": "ON", "LOWRANK_PYBIND11_INCLUDE": pybind11.get_include(),
                         "LOWRANK_HOST_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX")}
         build = ROOT / "build" / ("native-in-tree" if in_tree else "native-wheel")
-        subprocess.run(["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
-                        *(f"-D{name}={value}" for name, value in options.items())], check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel", os.environ.get("MAX_JOBS", str(os.cpu_count()))], check=True)
+        definitions = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.run(["cmake", "--fresh", "-G", "Ninja", "-S", ROOT, "-B", build, *definitions], check=True)
+        subprocess.run(["cmake", "--build", build, "--parallel", os.environ.get("MAX_JOBS", str(os.cpu_count()))], check=True)
 
     def get_outputs(self):
         return []

@@ -222,8 +222,8 @@ void step_tensor(const Tensor& param, const Tensor& grad, const Tensor& basis, c
   expect_scalar(Op::name, "lr", lr, place_of(param));
   const Hyper hyper{beta1, beta2, eps, weight_decay, scale};
   Workspace work;
-  Op::run(param, grad, basis, exp_avg, exp_avg_sq, hyper.at(read_number(Op::name, "step", step), read_number(Op::name, "lr", lr)), 1.0f,
-          left, work);
+  const AdamStep at = hyper.at(read_number(Op::name, "step", step), read_number(Op::name, "lr", lr));
+  Op::run(param, grad, basis, exp_avg, exp_avg_sq, at, 1.0f, left, work);
 }
 
 template <class Op>

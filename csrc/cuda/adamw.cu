@@ -36,7 +36,8 @@ __global__ void advance(const __grid_constant__ AdamWList list, const float* fou
 
 template <class W, class G>
 __global__ void __launch_bounds__(kThreads)
-    adamw(const __grid_constant__ AdamWList list, const __grid_constant__ Chunks chunks, const __grid_constant__ AdamWScalars s) {
+    adamw(const __grid_constant__ AdamWList list, const __grid_constant__ Chunks chunks,
+          const __grid_constant__ AdamWScalars s) {
   if (s.found_inf != nullptr && *s.found_inf != 0.0f) return;
   __shared__ float lanes[kLanes];
   __shared__ AdamStep step;

@@ -82,9 +82,9 @@ def test_galore_step_against_oracle(shape, dtype, left):
 
 
 @pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("dtypes", [(FLOATS[1], FLOATS[0], FLOATS[2]), (FLOATS[0], FLOATS[2], FLOATS[1]), (FLOATS[2], FLOATS[1], FLOATS[0])])
+@pytest.mark.parametrize("dtypes", [(1, 0, 2), (0, 2, 1), (2, 1, 0)])
 def test_mixed_dtypes_against_oracle(dtypes, left):
-    args = inputs(63, 100, 7, left, *dtypes)
+    args = inputs(63, 100, 7, left, *(FLOATS[i] for i in dtypes))
     want = clone(args, torch.Tensor.double)
     hyper = dict(step=torch.tensor(1.0), lr=torch.tensor(0.1), **LOW_RANK, left=left)
     ops.galore_step(*args, **hyper)
@@ -363,8 +363,8 @@ def test_bad_lists(name, op):
     ("project", (torch.zeros(3), torch.zeros(3, 2)), dict(left=True), "project: grad must be a matrix (m, n), got shape (3,)"),
     ("project", (torch.zeros(3, 4), torch.zeros(4, 2)), dict(left=True), "basis must have shape (m = 3, r) for left=True"),
     ("back_project_", (torch.zeros(3, 4), torch.zeros(2, 3), torch.zeros(3, 2)), dict(left=True), "low_rank must have shape"),
-    ("back_project_", (torch.zeros(3, 4), torch.zeros(2, 4).half(), torch.zeros(3, 2)), dict(left=True), "low_rank must be torch.f"),
-    ("channel_norms", (torch.zeros(3, 4).double(),), dict(left=True), "grad must be float32, bfloat16 or float16, got torch.float64"),
+    ("back_project_", (torch.zeros(3, 4), torch.zeros(2, 4).half(), torch.zeros(3, 2)), dict(left=True), "got torch.float16"),
+    ("channel_norms", (torch.zeros(3, 4).double(),), dict(left=True), "grad must be float32, bfloat16 or float16"),
 ])
 def test_bad_products(name, args, hyper, expected):
     assert_refused(getattr(ops, name), list(args), hyper, expected)
@@ -426,6 +426,6 @@ def test_no_memory_of_the_size_of_the_weight(kind, left):
 @pytest.mark.skipif(sys.platform != "linux", reason="MALLOC_PERTURB_ is glibc's")
 def test_no_read_of_uninitialised_memory():
     """Allocations come filled with 3e38: the same tests must still pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "against_oracle and not 1100"]
+    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", __file__, "-k", "against_oracle and not 1100"]
     done = subprocess.run(command, env=os.environ | {"MALLOC_PERTURB_": "128"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
