@@ -299,6 +299,8 @@ BAD = {
     "left": ("galore_step", lambda a: a.update(left=False), "basis must have shape (n = 30, r) for left=False"),
     "step 1-dim": ("galore_step", lambda a: a.update(step=torch.ones(1), lr=torch.tensor(0.1)), "step must be a 0-dim"),
     "lr 1-dim": ("galore_step", lambda a: a.update(step=torch.tensor(1.0), lr=torch.ones(2)), "lr must be a 0-dim"),
+    "step bool": ("galore_step", lambda a: a.update(step=torch.tensor(True), lr=torch.tensor(0.1)), "step must be float32, fl"),
+    "lr bf16": ("galore_step", lambda a: a.update(step=torch.tensor(1), lr=torch.tensor(0.1).bfloat16()), "lr must be float32"),
     "low_rank_grad shape": ("subspace_step", lambda a: a.update(grad=torch.zeros(20, 30)), "low_rank_grad must have shape"),
 }
 
@@ -340,6 +342,7 @@ BAD_LISTS = {
     "steps int": (lambda a, h: a[-1].__setitem__(1, torch.tensor(1)), "steps[1] must be torch.float32, got torch.int64"),
     "steps 1-dim": (lambda a, h: a[-1].__setitem__(1, torch.ones(3)), "steps[1] must be a 0-dim tensor, got shape (3,)"),
     "lr 1-dim": (lambda a, h: h.update(lr=torch.ones(1)), "lr must be a 0-dim tensor"),
+    "lr bool": (lambda a, h: h.update(lr=torch.tensor(True)), "lr must be float32, float64, int32 or int64, got torch.bool"),
     "grad_scale size": (lambda a, h: h.update(grad_scale=torch.ones(2)), "grad_scale must have one element, got shape (2,)"),
     "found_inf dtype": (lambda a, h: h.update(found_inf=torch.tensor(True)), "found_inf must be torch.float32, got torch.bool"),
     "skipped dtype": (lambda a, h: h.update(skipped=torch.tensor(1.0)), "skipped must be torch.int64, got torch.float32"),
