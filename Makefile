@@ -34,9 +34,9 @@ test-host: $(VENV)/.ready
 test-parity: $(VENV)/.ready
 	$(PYTEST) tests/parity
 
-# Every test of this lane is skipped by name where there is no GPU; pytest's exit code 5 would say that none was found.
+# Skipped by name where there is no GPU. The interpreter's numerics tests run on the device here.
 test-gpu: $(VENV)/.ready
-	$(PYTEST) tests/gpu
+	$(PYTEST) tests/gpu tests/interpret
 
 floors: $(VENV)/.ready
 	$(BIN)/lowrank bench floors
@@ -46,6 +46,7 @@ $(VENV)/.ready: $(NATIVE)
 	$(BIN)/pip install -q "setuptools>=77" "$(TORCH)" ninja "cmake>=3.25" "pybind11>=2.13"
 	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
 	$(BIN)/pip install -q --no-deps $(PEERS)
+	$(BIN)/lowrank info
 	touch $@
 
 clean:

@@ -9,6 +9,7 @@ import torch
 from lowrank_sys.bench import kernels, machine, optimizers, report, shapes, timing
 from lowrank_sys.bench.cases import Case, make
 from lowrank_sys.cli import CommandError
+from lowrank_sys.subspace.refresh import randomized_basis
 from lowrank_sys.train import data, models
 
 SIZE, RANK = 4096, 128
@@ -61,7 +62,7 @@ def refresh(timer, rank):
     t = make(_refresh_case(rank))
 
     def run():
-        torch.ops.lowrank.subspace_iteration(t["grad"], t["basis"], rank=rank, left=False)
+        randomized_basis(t["grad"], t["basis"], rank=rank, left=False)
 
     return _svd_seconds(timer) / timing.quantile(timer.interleave({"refresh": run}, seconds=3, at_least=5)["refresh"], 0.5)
 
@@ -106,7 +107,7 @@ def energy(timer, ranks=(8, 32, RANK), batch=8, seq_len=128, gap=10, refreshes=2
             grad, left, energies = weight.grad, weight.shape[0] < weight.shape[1], kernels.energies(weight.grad)
             for rank in ranks:
                 old = bases.get((name, rank))
-                basis, _ = torch.ops.lowrank.subspace_iteration(grad, old, rank=rank, left=left, n_iter=2 if step else 0)
+                basis = randomized_basis(grad, old, rank=rank, left=left)
                 bases[name, rank] = basis
                 if step:
                     shares.append(kernels.captured(grad, basis, left) / energies[:rank].sum().item())

@@ -49,7 +49,10 @@ def back_project_kernel(param, low_rank, basis, scalars, skipped, m, n, r,
     p_w = param + o_m[:, None] * n + o_n[None, :]
     m_w = m_m[:, None] & m_n[None, :]
     b_w = tl.load(p_w, mask=m_w, other=0.0).to(tl.float32)
-    b_new = tl.load(scalars + DECAY) * b_w + tl.load(scalars + ALPHA) * b_back
+    decay = tl.load(scalars + DECAY)
+    if not STEP:
+        b_w = tl.where(decay == 0, 0.0, b_w)  # as in BLAS, 0 * NaN is 0
+    b_new = decay * b_w + tl.load(scalars + ALPHA) * b_back
     if STEP:
         b_ok = tl.abs(b_back) < float("inf")
         b_new = tl.where(b_ok, b_new, b_w)
@@ -86,7 +89,10 @@ def launch_back_project(param, low_rank, basis, scalars, *, left, step, skipped=
 
 
 def back_project_(param, low_rank, basis, *, alpha=1.0, beta=1.0, left):
-    """W <- beta W + alpha back(X), in place. param (m, n) fp32 | bf16 | fp16; low_rank X of R's shape, fp32."""
+    """W <- beta W + alpha back(X), in place. param (m, n) fp32 | bf16 | fp16; low_rank X of R's shape, fp32.
+
+    beta = 0 does not depend on W, as in BLAS.
+    """
     _ops.check_back_project(param, low_rank, basis, left=left)
     with on_device_of(param):
         scalars = torch.full((SLOTS,), alpha, dtype=torch.float32, device=param.device)

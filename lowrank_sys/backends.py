@@ -5,7 +5,9 @@
 
 import importlib
 import importlib.util
+import json
 import os
+import platform
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,13 +38,24 @@ class Served(NamedTuple):
     reason: str
 
 
+def build_record():
+    """What the native build wrote about itself: compiler, flags, CUDA, or why there is none."""
+    path = Path(__file__).with_name("_build.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def _load_native():
     """Load the C++ module; its CPU (and CUDA) kernels register themselves. Returns why it is missing, or ''."""
     if os.environ.get("LOWRANK_BACKEND") == "reference":
         return "LOWRANK_BACKEND=reference"
     if importlib.util.find_spec("lowrank_sys._C") is None:
-        return "lowrank_sys._C is not built"
-    importlib.import_module("lowrank_sys._C")
+        return build_record().get("reason") or "lowrank_sys._C is not built"
+    if platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        return "the C++ kernels need AVX2"
+    try:
+        importlib.import_module("lowrank_sys._C")
+    except ImportError as error:
+        return f"lowrank_sys._C does not load: {error}"
     return ""
 
 

@@ -10,8 +10,6 @@ import torch
 import lowrank_sys
 from lowrank_sys import backends
 
-BUILD = Path(__file__).with_name("_build.json")
-
 
 def add_arguments(parser):
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -56,7 +54,7 @@ def _version(package):
 def _build():
     if backends.NATIVE_MISSING:
         return {"status": f"none ({backends.NATIVE_MISSING})"}
-    return json.loads(BUILD.read_text()) if BUILD.exists() else {"status": "loaded"}
+    return backends.build_record() or {"status": "loaded"}
 
 
 def run(args):

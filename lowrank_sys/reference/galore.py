@@ -21,10 +21,14 @@ def back(low_rank, basis, left):
 
 
 def back_project_(param, low_rank, basis, *, alpha=1.0, beta=1.0, left):
-    """W <- beta W + alpha back(X), in place. param (m, n) fp32 | bf16 | fp16; low_rank X of R's shape, fp32."""
+    """W <- beta W + alpha back(X), in place. param (m, n) fp32 | bf16 | fp16; low_rank X of R's shape, fp32.
+
+    beta = 0 does not read W, as in BLAS.
+    """
     if param.dtype != torch.float64:
         _ops.check_back_project(param, low_rank, basis, left=left)
-    param.copy_(beta * param.to(low_rank.dtype) + alpha * back(low_rank, basis, left))
+    kept = beta * param.to(low_rank.dtype) if beta != 0 else 0
+    param.copy_(kept + alpha * back(low_rank, basis, left))
 
 
 def channel_norms(grad, *, left):

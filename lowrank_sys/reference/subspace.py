@@ -84,7 +84,7 @@ def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, se
             (2 n_iter + 1 products).
         rank: r, at most min(m, n).
         n_iter: power iterations with G Gᵀ; at least 1 with a basis.
-        oversample: additional directions that are sketched and dropped; r/8 by default.
+        oversample: additional directions that are sketched and dropped; r/8 and at least 8 by default.
         seed: of the Gaussian sketch.
         project: computes the products with G.
 
@@ -95,7 +95,7 @@ def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, se
     """
     _ops.check_subspace_iteration(grad, basis, rank=rank, left=left, n_iter=n_iter, oversample=oversample)
     d, other = grad.shape if left else grad.shape[::-1]
-    columns = min(rank + (-(-rank // 8) if oversample is None else oversample), d, other)
+    columns = min(rank + (max(8, -(-rank // 8)) if oversample is None else oversample), d, other)
     old = None if basis is None else basis.to(accumulator(grad))
 
     def to_basis_side(z):
@@ -110,9 +110,11 @@ def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, se
         z = cholesky_qr(gaussian(other, columns, seed, grad), passes=2)
         y = to_basis_side(z)
     else:
-        y = torch.cat([old, gaussian(d, columns - rank, seed, grad)], dim=1)
+        y = torch.cat([old, unit_columns(gaussian(d, columns - rank, seed, grad))], dim=1)
     for i in range(n_iter):
-        z = cholesky_qr(to_other_side(cholesky_qr(y, passes=1)), passes=2 if i + 1 == n_iter else 1)
+        if i > 0 or old is None:
+            y = cholesky_qr(y, passes=1)
+        z = cholesky_qr(to_other_side(y), passes=2 if i + 1 == n_iter else 1)
         y = to_basis_side(z)
 
     # y = G z with orthonormal z: the eigenvectors of yᵀy are the Ritz vectors, at no further product with G.

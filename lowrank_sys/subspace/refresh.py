@@ -12,9 +12,12 @@ MOMENTS = ("keep", "reset", "rotate")
 COLD = -1
 
 
-def _randomized(grad, basis, *, rank, left, seed):
-    # The first basis takes a single product with G: the first step of a model refreshes every matrix at once.
-    n_iter = 0 if basis is None else 2
+def randomized_basis(grad, basis, *, rank, left, seed=0):
+    """The next basis of G (m, n) by subspace iteration: from the old one with two products with G, the first with one.
+
+    A first basis is refreshed within a gap, and the first step of a model needs one for every matrix at once.
+    """
+    n_iter = 0 if basis is None else 1
     return torch.ops.lowrank.subspace_iteration(grad, basis, rank=rank, left=left, n_iter=n_iter, seed=seed)[0]
 
 
@@ -22,7 +25,7 @@ def _svd(grad, basis, *, rank, left, seed):
     return svd_basis(grad, basis, rank=rank, left=left)
 
 
-SELECT = {"randomized": _randomized, "svd": _svd}
+SELECT = {"randomized": randomized_basis, "svd": _svd}
 
 
 def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap, first_gaps, seeds, subspace, moments):

@@ -80,10 +80,9 @@ def test_info_tells_why_there_is_no_native_build(capsys, monkeypatch):
     assert "none (lowrank_sys._C is not built)" in run(capsys, "info")[1]
 
 
-def test_info_prints_the_metadata_of_the_build(capsys, monkeypatch, tmp_path):
-    build = tmp_path / "_build.json"
-    build.write_text(json.dumps({"compiler": "g++ 13.2", "cuda_architectures": ["80", "90"]}))
-    monkeypatch.setattr(info, "BUILD", build)
+def test_info_prints_the_metadata_of_the_build(capsys, monkeypatch):
+    record = {"compiler": "g++ 13.2", "cuda_architectures": ["80", "90"]}
+    monkeypatch.setattr(info.backends, "build_record", lambda: record)
     monkeypatch.setattr(info.backends, "NATIVE_MISSING", "")
     out = run(capsys, "info")[1]
     assert "compiler: g++ 13.2" in out and "cuda_architectures: 80, 90" in out

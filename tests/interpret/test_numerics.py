@@ -82,6 +82,13 @@ def test_back_project(lane, shape, dtypes, left):
     case.check_guards()
 
 
+def test_back_project_with_beta_0_does_not_depend_on_the_weight(lane):
+    case = lane.case(8, 40, 4, True)
+    case.param.fill_(float("nan"))
+    back_project_(case.param, case.low_rank, case.basis, beta=0.0, left=True)
+    assert case.param.isfinite().all()
+
+
 def test_back_project_spreads_nan(lane):
     case = lane.case(8, 40, 4, True)
     case.low_rank[1, 5] = float("nan")
