@@ -9,6 +9,9 @@ PEERS = galore-torch bitsandbytes
 
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
+# One thread a worker: two thread pools on the same cores would wait for each other.
+WORKERS ?= 2
+SPREAD = OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS)
 NATIVE = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: train test test-cpu test-interpret test-compile test-host test-parity test-gpu floors clean
@@ -19,11 +22,11 @@ train: $(VENV)/.ready
 test: test-cpu test-host test-interpret test-compile test-parity test-gpu
 
 test-cpu: $(VENV)/.ready
-	$(PYTEST) tests/cpu
+	$(SPREAD) tests/cpu
 
 # Kernels are either interpreted or compiled in a process, so these lanes do not share one.
 test-interpret: $(VENV)/.ready
-	TRITON_INTERPRET=1 $(PYTEST) tests/interpret
+	TRITON_INTERPRET=1 $(SPREAD) tests/interpret
 
 test-compile: $(VENV)/.ready
 	$(PYTEST) tests/compile
@@ -32,7 +35,7 @@ test-host: $(VENV)/.ready
 	$(PYTEST) tests/host
 
 test-parity: $(VENV)/.ready
-	$(PYTEST) tests/parity
+	$(SPREAD) tests/parity
 
 # Skipped by name where there is no GPU. The interpreter's numerics tests run on the device here.
 test-gpu: $(VENV)/.ready

@@ -432,3 +432,17 @@ def test_no_read_of_uninitialised_memory():
     command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", __file__, "-k", "against_oracle and not 1100"]
     done = subprocess.run(command, env=os.environ | {"MALLOC_PERTURB_": "128"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_step_on_several_threads(dtype, left):
+    got, want = (inputs(1100, 1030, 5, left, dtype) for _ in range(2))
+    got[1][3, 7] = want[1][3, 7] = float("nan")
+    before = torch.get_num_threads()
+    for values, threads in ((got, 3), (want, 1)):
+        torch.set_num_threads(threads)
+        ops.galore_step(*values, step=2, lr=0.1, left=left, **LOW_RANK)
+    torch.set_num_threads(before)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=2 * ROUNDING[a.dtype], equal_nan=True)
