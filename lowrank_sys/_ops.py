@@ -14,6 +14,8 @@ a value that is not finite, or whose square overflows fp32, is skipped: its mome
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SUBSPACES = ("randomized", "svd")
+MOMENTS = ("keep", "reset", "rotate")
 NUMBERS = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 _library = torch.library.Library("lowrank", "DEF")
@@ -213,9 +215,8 @@ def check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, *, gap
     if moments != "keep":
         check_lists(op, bases=bases, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps)
     _expect(gap >= 1, op, lambda: f"gap must be at least 1, got {gap}")
-    _expect(subspace in ("randomized", "svd"), op, lambda: f"subspace must be 'randomized' or 'svd', got {subspace!r}")
-    _expect(moments in ("keep", "reset", "rotate"), op,
-            lambda: f"moments must be 'keep', 'reset' or 'rotate', got {moments!r}")
+    _expect(subspace in SUBSPACES, op, lambda: f"subspace must be one of {', '.join(SUBSPACES)}, got {subspace!r}")
+    _expect(moments in MOMENTS, op, lambda: f"moments must be one of {', '.join(MOMENTS)}, got {moments!r}")
     _expect(min(first_gaps, default=1) >= 1, op, lambda: f"first_gaps must be at least 1, got {min(first_gaps)}")
     # Every step of every matrix comes by here: one comparison each, and a message only for a bad one.
     for i, c in enumerate(countdowns):

@@ -5,9 +5,6 @@ import torch
 from lowrank_sys import _ops
 from lowrank_sys.reference.subspace import rotate_moments, svd_basis
 
-SUBSPACES = ("randomized", "svd")
-MOMENTS = ("keep", "reset", "rotate")
-
 # A countdown of COLD says that there is no basis yet.
 COLD = -1
 

@@ -46,8 +46,8 @@ def test_refresh(left, options):
     ({"gap": 0}, "gap must be at least 1, got 0"),
     ({"first_gaps": [1, 0]}, "first_gaps must be at least 1, got 0"),
     ({"seeds": [1]}, "seeds must have 2 tensors like bases, got 1"),
-    ({"subspace": "pca"}, "subspace must be 'randomized' or 'svd', got 'pca'"),
-    ({"moments": "drop"}, "moments must be 'keep', 'reset' or 'rotate', got 'drop'"),
+    ({"subspace": "pca"}, "subspace must be one of randomized, svd, got 'pca'"),
+    ({"moments": "drop"}, "moments must be one of keep, reset, rotate, got 'drop'"),
     ({"countdowns": (0, 1.5)}, r"countdowns\[1\] must be a 0-dim int64 tensor on the CPU"),
 ])
 def test_refresh_refuses(changes, message):
