@@ -19,7 +19,7 @@ NATIVE = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 train: $(VENV)/.ready
 	$(BIN)/lowrank train --out $(OUT)
 
-test: test-cpu test-host test-interpret test-compile test-parity test-gpu
+test: test-gpu test-parity test-host test-interpret test-compile test-cpu
 
 test-cpu: $(VENV)/.ready
 	$(SPREAD) tests/cpu
