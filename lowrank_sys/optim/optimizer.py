@@ -2,15 +2,15 @@
 
 import torch
 
+from lowrank_sys.optim.store import InPlace
 from lowrank_sys.subspace.subspace import Subspace
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
     """Low-rank updates for groups with a `rank`, the plain inner rule for the others.
 
-    Composed of a subspace part (select, store, refresh, transport), an inner rule on the low-rank state, a residual (what
-    happens to G - back(R): dropped here) and a store (how weights are kept: in place, in their own dtype). The residual and
-    the store are properties of the fused op that the inner rule calls.
+    Composed of a subspace part (select, store, refresh, transport), an inner rule on the low-rank state, a store (how weights
+    are kept) and a residual: what happens to G - back(R) is part of the fused op that the inner rule calls, which drops it.
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. Keys of a low-rank group: `rank`, `scale`
@@ -37,32 +37,36 @@ class LowRankOptimizer(torch.optim.Optimizer):
             raise ValueError(f"weight_decay must be at least 0, got {defaults['weight_decay']}")
         self.inner = inner
         self.subspace = Subspace()
+        self.store = InPlace()
         self.nonfinite = nonfinite
         self._counters = {}
         super().__init__(params, defaults)
 
     def __getstate__(self):
         # torch's names three fields only: a copy would lose its parts.
-        return {**super().__getstate__(), "inner": self.inner, "subspace": self.subspace, "nonfinite": self.nonfinite,
-                "_counters": self._counters}
+        return {**super().__getstate__(), "inner": self.inner, "subspace": self.subspace, "store": self.store,
+                "nonfinite": self.nonfinite, "_counters": self._counters}
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if "rank" not in group:
-            return
-        for key, value in {**self.subspace.defaults, "scale": 0.25}.items():
-            group.setdefault(key, value)
         first = sum(len(g["params"]) for g in self.param_groups[:-1])
         names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
         try:
-            self.subspace.check(group, names)
-            if group["moments"] not in self.inner.transports:
-                raise ValueError(f"moments must be one of {', '.join(self.inner.transports)} for "
-                                 f"{type(self.inner).__name__}, got {group['moments']!r}")
+            self.store.check(group, names)
+            if "rank" in group:
+                self._check_low_rank(group, names)
         except ValueError:
             self.param_groups.pop()
             raise
+
+    def _check_low_rank(self, group, names):
+        for key, value in {**self.subspace.defaults, "scale": 0.25}.items():
+            group.setdefault(key, value)
+        self.subspace.check(group, names)
+        if group["moments"] not in self.inner.transports:
+            raise ValueError(f"moments must be one of {', '.join(self.inner.transports)} for {type(self.inner).__name__}, "
+                             f"got {group['moments']!r}")
 
     def _init_state(self):
         matrices = [(p, g) for g in self.param_groups if "rank" in g for p in g["params"]]

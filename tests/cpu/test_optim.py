@@ -328,6 +328,16 @@ def test_bad_arguments(keys, message):
         adamw(build(), **keys)
 
 
+@pytest.mark.parametrize("weight, message", [
+    (torch.zeros(4, 6, dtype=torch.float64), "weight must be float32, bfloat16 or float16, got torch.float64"),
+    (torch.zeros(6, 4).T, r"weight must be contiguous, got strides \(1, 4\)"),
+])
+@pytest.mark.parametrize("keys", [{}, {"rank": 2}], ids=["plain", "low-rank"])
+def test_a_weight_that_cannot_be_kept(weight, message, keys):
+    with pytest.raises(ValueError, match=message):
+        GaLoreAdamW([{"params": [("weight", nn.Parameter(weight))], **keys}])
+
+
 def test_a_refused_group_is_not_added():
     optimizer = adamw(build())
     with pytest.raises(ValueError, match="must be a matrix"):
