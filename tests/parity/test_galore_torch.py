@@ -46,6 +46,22 @@ def peer_adamw(model, **hyper):
     return galore_torch.GaLoreAdamW(peer_groups(model), no_deprecation_warning=True, **hyper)
 
 
+def force(pairs):
+    """Hand the peer's weights and gradients to ours; returns the weights."""
+    for (_, p), q in pairs:
+        p.data.copy_(q.data)
+        p.grad = q.grad.clone()
+    return [q.detach().clone() for _, q in pairs]
+
+
+def assert_same_update(pairs, before, tolerance, step):
+    for ((name, p), q), w in zip(pairs, before):
+        want = q.detach() - w
+        # Both weights are stored in fp32: half a unit in the last place of each is no difference of the updates.
+        rounding = torch.finfo(torch.float32).eps * w.norm()
+        assert (p.detach() - w - want).norm() <= tolerance * want.norm() + rounding, (step, name)
+
+
 def test_follows_the_peer_for_50_steps(llama, backward):
     hyper = {"lr": 2e-3, "betas": (0.9, 0.999), "eps": 1e-30, "weight_decay": 0.0}
     ours, theirs = llama(), llama()
@@ -66,13 +82,10 @@ def test_teacher_forced(llama, backward):
     pairs = list(zip(ours.named_parameters(), theirs.parameters()))
     for step in range(50):
         backward(theirs, step)
-        for (_, p), q in pairs:
-            p.data.copy_(q.data)
-            p.grad = q.grad.clone()
-            if step:
-                for key in ("exp_avg", "exp_avg_sq"):
-                    optimizer.state[p][key].copy_(peer.state[q][key])
-        before = [q.detach().clone() for _, q in pairs]
+        before = force(pairs)
+        for (_, p), q in pairs if step else ():
+            for key in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[p][key].copy_(peer.state[q][key])
         peer.step()
         if step:
             # The peer refreshes inside its step: hand its new basis over and keep ours from refreshing.
@@ -83,11 +96,7 @@ def test_teacher_forced(llama, backward):
                     state["basis"].copy_(matrix if state["left"] else matrix.T)
                     state["countdown"].fill_(10)
         optimizer.step()
-        for ((name, p), q), w in zip(pairs, before):
-            want = q.detach() - w
-            # Weights are stored in fp32: half a unit in their last place is no difference of the updates.
-            rounding = torch.finfo(torch.float32).eps * w.norm()
-            assert (p.detach() - w - want).norm() <= 1e-5 * want.norm() + rounding, (step, name)
+        assert_same_update(pairs, before, 1e-5, step)
 
 
 @pytest.mark.parametrize("options", [{}, {"lr": 1e-3, "relative_step": False, "beta1": 0.9, "weight_decay": 0.1}],
@@ -100,13 +109,7 @@ def test_adafactor_teacher_forced(llama, backward, options):
     pairs = list(zip(ours.named_parameters(), theirs.parameters()))
     for step in range(25):
         backward(theirs, step)
-        for (_, p), q in pairs:
-            p.data.copy_(q.data)
-            p.grad = q.grad.clone()
-        before = [q.detach().clone() for _, q in pairs]
+        before = force(pairs)
         optimizer.step()
         peer.step()
-        for ((name, p), q), w in zip(pairs, before):
-            want = q.detach() - w
-            rounding = torch.finfo(torch.float32).eps * w.norm()
-            assert (p.detach() - w - want).norm() <= 1e-4 * want.norm() + rounding, (step, name)
+        assert_same_update(pairs, before, 1e-4, step)
