@@ -93,7 +93,7 @@ def back_project_(param, low_rank, basis, *, alpha=1.0, beta=1.0, left):
 
     beta = 0 does not depend on W, as in BLAS.
     """
-    _ops.check_back_project(param, low_rank, basis, left=left)
+    _ops.projection.check_back_project(param, low_rank, basis, left=left)
     with on_device_of(param):
         scalars = torch.full((SLOTS,), alpha, dtype=torch.float32, device=param.device)
         scalars[DECAY.value].fill_(beta)

@@ -50,16 +50,16 @@ def galore_step(param, grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, bet
     param (m, n) fp32 | bf16 | fp16 and the moments (fp32, R's shape) are updated in place; basis (m or n, r). step counts from
     1; step and lr are numbers or 0-dim tensors. Channels of R that are not finite keep their moments and weights.
     """
-    _ops.check_galore_step(param, grad, basis, exp_avg, exp_avg_sq, left=left)
-    _ops.check_step_and_rate("galore_step", param.device, step, lr)
+    _ops.steps.check_galore_step(param, grad, basis, exp_avg, exp_avg_sq, left=left)
+    _ops.rules.check_step_and_rate("galore_step", param.device, step, lr)
     _step(param, grad, basis, exp_avg, exp_avg_sq, projected=False, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
           weight_decay=weight_decay, scale=scale, left=left)
 
 
 def subspace_step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left):
     """galore_step from a gradient that is already projected: R (r, n) if left, else (m, r), fp32."""
-    _ops.check_subspace_step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, left=left)
-    _ops.check_step_and_rate("subspace_step", param.device, step, lr)
+    _ops.steps.check_subspace_step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, left=left)
+    _ops.rules.check_step_and_rate("subspace_step", param.device, step, lr)
     _step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, projected=True, step=step, lr=lr, beta1=beta1, beta2=beta2,
           eps=eps, weight_decay=weight_decay, scale=scale, left=left)
 
@@ -71,7 +71,7 @@ def galore_step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, 
     grad_scale multiplies the gradients; found_inf != 0 makes the whole step a no-op; skipped (int64) counts the weights left
     out. To change lr between replays of a captured step, keep it on the device.
     """
-    _ops.check_low_rank_lists("galore_step", _ops.check_galore_step, params, grads, bases, exp_avgs, exp_avg_sqs, steps, lr,
+    _ops.steps.check_low_rank_lists("galore_step", _ops.steps.check_galore_step, params, grads, bases, exp_avgs, exp_avg_sqs, steps, lr,
                               left, (grad_scale, found_inf, skipped))
     _step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, projected=False, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
                weight_decay=weight_decay, scale=scale, left=left, grad_scale=grad_scale, found_inf=found_inf, skipped=skipped)
@@ -80,7 +80,7 @@ def galore_step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, 
 def subspace_step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, beta1, beta2, eps, weight_decay,
                        scale, left, grad_scale=None, found_inf=None, skipped=None):
     """subspace_step for many matrices; steps and guards as in galore_step_list."""
-    _ops.check_low_rank_lists("subspace_step", _ops.check_subspace_step, params, low_rank_grads, bases, exp_avgs, exp_avg_sqs,
+    _ops.steps.check_low_rank_lists("subspace_step", _ops.steps.check_subspace_step, params, low_rank_grads, bases, exp_avgs, exp_avg_sqs,
                               steps, lr, left, (grad_scale, found_inf, skipped))
     _step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, projected=True, lr=lr, beta1=beta1, beta2=beta2,
                eps=eps, weight_decay=weight_decay, scale=scale, left=left, grad_scale=grad_scale, found_inf=found_inf,

@@ -129,7 +129,7 @@ def launch_project(grad, basis, out, *, left, counters, exp_avg=None, exp_avg_sq
 
 def project(grad, basis, *, left):
     """R = Bᵀ G (r, n) if left, else G B (m, r); fp32. grad (m, n), basis (m or n, r): fp32 | bf16 | fp16."""
-    _ops.check_project(grad, basis, left=left)
+    _ops.projection.check_project(grad, basis, left=left)
     out = torch.empty(_ops.low_rank_shape(grad, basis, left), dtype=torch.float32, device=grad.device)
     with on_device_of(grad):
         launch_project(grad, basis, out, left=left, counters=new_counters(grad.device))

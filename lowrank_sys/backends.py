@@ -69,7 +69,7 @@ def _load_triton():
         return "triton is not installed"
     for op, (module, function) in TRITON.items():
         launcher = getattr(importlib.import_module(f"lowrank_sys.kernels.{module}"), function)
-        _ops._library.impl(op, launcher, "CUDA")
+        _ops.library.impl(op, launcher, "CUDA")
     return ""
 
 
@@ -95,7 +95,7 @@ def table():
     return rows
 
 
-reference.register(_ops._library)
-operators.register(_ops._library)
+reference.register(_ops.library)
+operators.register(_ops.library)
 NATIVE_MISSING = _load_native()
 TRITON_MISSING = _load_triton()

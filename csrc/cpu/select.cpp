@@ -1,28 +1,42 @@
 // Which of the compiled instruction sets serves on this processor.
-#include "kernels.h"
-
-namespace lowrank {
+#include "norms.h"
+#include "steps.h"
+#include "store.h"
 
 #ifdef LR_X86
-namespace x86_64_v3 {
-extern const Kernels table;
-}
-namespace x86_64_v4 {
-extern const Kernels table;
-}
+namespace lowrank {
+namespace {
 
-const Kernels& kernels() {
+bool has_v4() {
   static const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                          __builtin_cpu_supports("avx512vl");
-  return v4 ? x86_64_v4::table : x86_64_v3::table;
-}
-#else
-namespace portable {
-extern const Kernels table;
+  return v4;
 }
 
-const Kernels& kernels() { return portable::table; }
+}  // namespace
+}  // namespace lowrank
+
+#define LR_SELECT(Type, name)                                                             \
+  namespace lowrank {                                                                     \
+  namespace x86_64_v3 {                                                                   \
+  extern const Type name##_table;                                                         \
+  }                                                                                       \
+  namespace x86_64_v4 {                                                                   \
+  extern const Type name##_table;                                                         \
+  }                                                                                       \
+  const Type& name##_kernels() { return has_v4() ? x86_64_v4::name##_table : x86_64_v3::name##_table; } \
+  }
+#else
+#define LR_SELECT(Type, name)                              \
+  namespace lowrank {                                      \
+  namespace portable {                                     \
+  extern const Type name##_table;                          \
+  }                                                        \
+  const Type& name##_kernels() { return portable::name##_table; } \
+  }
 #endif
 
-}  // namespace lowrank
+LR_SELECT(NormKernels, norm)
+LR_SELECT(StepKernels, step)
+LR_SELECT(StoreKernels, store)

@@ -43,7 +43,7 @@ def adafactor_step(param, grad, basis, exp_avg, row, col, exp_avg_sq, step, *, l
         lr: 0-dim rate, unused with relative_step.
         skipped: int64 counter of the elements left out because their gradient is not finite.
     """
-    _ops.check_adafactor_step(param, grad, basis, exp_avg, row, col, exp_avg_sq, step, lr, left=left, skipped=skipped)
+    _ops.steps.check_adafactor_step(param, grad, basis, exp_avg, row, col, exp_avg_sq, step, lr, left=left, skipped=skipped)
     step += 1
     dtype = accumulator(param)
     r = grad.to(dtype) if basis is None else project(grad, basis, left=left)

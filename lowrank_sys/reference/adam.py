@@ -45,7 +45,7 @@ def adamw_step(params, grads, exp_avgs, exp_avg_sqs, steps, *, lr, beta1, beta2,
     lr: 0-dim. grad_scale multiplies the gradients; found_inf != 0 makes the whole step a no-op; skipped (int64) counts
     elements left out.
     """
-    _ops.check_adamw_step(params, grads, exp_avgs, exp_avg_sqs, steps, lr, (grad_scale, found_inf, skipped))
+    _ops.steps.check_adamw_step(params, grads, exp_avgs, exp_avg_sqs, steps, lr, (grad_scale, found_inf, skipped))
     if skip(params, found_inf):
         return
     for param, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps):

@@ -9,7 +9,7 @@ from lowrank_sys.reference.adam import accumulator, adam_, skip, usable
 def project(grad, basis, *, left):
     """R = Bᵀ G (r, n) if left, else G B (m, r); fp32. grad (m, n), basis (m or n, r): fp32 | bf16 | fp16."""
     if grad.dtype != torch.float64:
-        _ops.check_project(grad, basis, left=left)
+        _ops.projection.check_project(grad, basis, left=left)
     g, b = grad.to(accumulator(grad)), basis.to(accumulator(grad))
     return b.T @ g if left else g @ b
 
@@ -26,7 +26,7 @@ def back_project_(param, low_rank, basis, *, alpha=1.0, beta=1.0, left):
     beta = 0 does not read W, as in BLAS.
     """
     if param.dtype != torch.float64:
-        _ops.check_back_project(param, low_rank, basis, left=left)
+        _ops.projection.check_back_project(param, low_rank, basis, left=left)
     kept = beta * param.to(low_rank.dtype) if beta != 0 else 0
     param.copy_(kept + alpha * back(low_rank, basis, left))
 
@@ -34,7 +34,7 @@ def back_project_(param, low_rank, basis, *, alpha=1.0, beta=1.0, left):
 def channel_norms(grad, *, left):
     """2-norm of every channel of G (m, n): (n,) if left, else (m,); fp32."""
     if grad.dtype != torch.float64:
-        _ops.check_channel_norms(grad)
+        _ops.projection.check_channel_norms(grad)
     return torch.linalg.vector_norm(grad.to(accumulator(grad)), dim=0 if left else 1)
 
 
@@ -45,8 +45,8 @@ def subspace_step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, *, step, lr,
     from 1. Channels of R that are not finite keep their moments and weights.
     """
     if param.dtype != torch.float64:
-        _ops.check_subspace_step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, left=left)
-        _ops.check_step_and_rate("subspace_step", param.device, step, lr)
+        _ops.steps.check_subspace_step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, left=left)
+        _ops.rules.check_step_and_rate("subspace_step", param.device, step, lr)
     _step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
           weight_decay=weight_decay, scale=scale, left=left)
 
@@ -64,8 +64,8 @@ def _step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, 
 def galore_step(param, grad, basis, exp_avg, exp_avg_sq, *, step, lr, left, **hyper):
     """project, then subspace_step: one GaLore-AdamW step from the full gradient (m, n)."""
     if param.dtype != torch.float64:
-        _ops.check_galore_step(param, grad, basis, exp_avg, exp_avg_sq, left=left)
-        _ops.check_step_and_rate("galore_step", param.device, step, lr)
+        _ops.steps.check_galore_step(param, grad, basis, exp_avg, exp_avg_sq, left=left)
+        _ops.rules.check_step_and_rate("galore_step", param.device, step, lr)
     _step(param, project(grad, basis, left=left), basis, exp_avg, exp_avg_sq, step=step, lr=lr, left=left, **hyper)
 
 
@@ -84,7 +84,7 @@ def _step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, *, f
 def subspace_step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, left, grad_scale=None,
                        found_inf=None, skipped=None, **hyper):
     """subspace_step for many matrices; steps (0-dim fp32) are advanced by one first. Guards as in adamw_step."""
-    _ops.check_low_rank_lists("subspace_step", _ops.check_subspace_step, params, low_rank_grads, bases, exp_avgs, exp_avg_sqs,
+    _ops.steps.check_low_rank_lists("subspace_step", _ops.steps.check_subspace_step, params, low_rank_grads, bases, exp_avgs, exp_avg_sqs,
                               steps, lr, left, (grad_scale, found_inf, skipped))
     _step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, lr=lr, left=left, grad_scale=grad_scale,
                found_inf=found_inf, skipped=skipped, **hyper)
@@ -93,7 +93,7 @@ def subspace_step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, ste
 def galore_step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, left, grad_scale=None, found_inf=None,
                      skipped=None, **hyper):
     """galore_step for many matrices; steps (0-dim fp32) are advanced by one first. Guards as in adamw_step."""
-    _ops.check_low_rank_lists("galore_step", _ops.check_galore_step, params, grads, bases, exp_avgs, exp_avg_sqs, steps, lr,
+    _ops.steps.check_low_rank_lists("galore_step", _ops.steps.check_galore_step, params, grads, bases, exp_avgs, exp_avg_sqs, steps, lr,
                               left, (grad_scale, found_inf, skipped))
     low_rank_grads = (project(grad, basis, left=left) for grad, basis in zip(grads, bases))
     _step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, lr=lr, left=left, grad_scale=grad_scale,

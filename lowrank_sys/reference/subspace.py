@@ -66,7 +66,7 @@ def canonical_signs(basis, old=None):
 
 def svd_basis(grad, basis, *, rank, left):
     """The leading `rank` left (or right) singular vectors of G (m, n), as GaLore; the old basis if G is not finite or zero."""
-    _ops.check_subspace_iteration(grad, basis, rank=rank, left=left, n_iter=1, oversample=None, op="svd_basis")
+    _ops.subspace.check_subspace_iteration(grad, basis, rank=rank, left=left, n_iter=1, oversample=None, op="svd_basis")
     g = grad.to(accumulator(grad))
     valid = g.isfinite().all() & (g != 0).any()
     if not valid:
@@ -93,7 +93,7 @@ def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, se
         Ritz values: at most sigma², close to it after two iterations. Directions in which G has no energy are completed. A gradient that is zero or not finite
         returns the old basis unchanged (without one, a seeded orthonormal basis) and energies 0.
     """
-    _ops.check_subspace_iteration(grad, basis, rank=rank, left=left, n_iter=n_iter, oversample=oversample)
+    _ops.subspace.check_subspace_iteration(grad, basis, rank=rank, left=left, n_iter=n_iter, oversample=oversample)
     d, other = grad.shape if left else grad.shape[::-1]
     columns = min(rank + (max(8, -(-rank // 8)) if oversample is None else oversample), d, other)
     old = None if basis is None else basis.to(accumulator(grad))

@@ -42,12 +42,12 @@ def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left
         subspace: 'randomized' | 'svd'.
         moments: 'keep' | 'reset' (the step counter too) | 'rotate'.
     """
-    _ops.check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, gap=gap, first_gaps=first_gaps, seeds=seeds,
+    _ops.subspace.check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, gap=gap, first_gaps=first_gaps, seeds=seeds,
                        subspace=subspace, moments=moments)
     waits = torch.stack(countdowns).tolist() if countdowns else []
     due = [i for i, wait in enumerate(waits) if wait <= 0]
     for i in due:
-        _ops.check_project(grads[i], bases[i], left=left, op="refresh_")
+        _ops.projection.check_project(grads[i], bases[i], left=left, op="refresh_")
     for i in due:
         basis, cold = bases[i], waits[i] == COLD
         new = SELECT[subspace](grads[i], None if cold else basis, rank=basis.shape[1], left=left, seed=seeds[i])

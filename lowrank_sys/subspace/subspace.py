@@ -2,7 +2,7 @@
 
 import torch
 
-from lowrank_sys._ops import MOMENTS, SUBSPACES
+from lowrank_sys._ops.subspace import MOMENTS, SUBSPACES
 from lowrank_sys.subspace.refresh import COLD
 
 # proj_type -> whether the basis lies on the left of a matrix (m, n). 'std' follows the GaLore reference; 'short-moments'

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowrank_sys.reference import philox
+
 ROOT = Path(__file__).resolve().parents[2]
 THREADS = (1, 32, 256)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -144,3 +146,11 @@ def test_no_thread_count_of_torch_changes_the_bits():
         results.append([w, m, v] + [torch.ops.lowrank.channel_norms(g, left=left) for left in (True, False)])
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize("seed", [0, 12345, 2**64 - 1])
+@pytest.mark.parametrize("group", [0, 2**32 - 1])
+def test_random_bits_are_the_oracles(seed, group):
+    bits = torch.empty(100, dtype=torch.uint16)
+    _host.random16(seed=seed, step=9, parameter=4, group=group, out=bits.numpy())
+    assert torch.equal(bits.long(), philox.random16(8 * group, 100, seed=seed, step=9, parameter=4))

@@ -1,35 +1,11 @@
-// torch.ops.lowrank on CUDA, the byte-shaped ops: check, unpack, launch on the current stream.
+// torch.ops.lowrank on CUDA: fused optimizer steps.
 #include <map>
 
-#include "check.h"
-#include "cuda/launch.h"
+#include "../steps.h"
+#include "tensors.h"
 
 namespace lowrank {
 namespace {
-
-using torch::stable::accelerator::DeviceGuard;
-
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-// A number of any type: on the CPU it is read now, on the device by the kernel.
-Number number(const char* op, const char* name, const Tensor& t) {
-  const std::pair<int32_t, Number::Type> types[] = {{aoti_torch_dtype_float32(), Number::Type::f32},
-                                                    {aoti_torch_dtype_float64(), Number::Type::f64},
-                                                    {aoti_torch_dtype_int32(), Number::Type::i32},
-                                                    {aoti_torch_dtype_int64(), Number::Type::i64}};
-  for (const auto& [dtype, type] : types) {
-    if (dtype != dtype_of(t)) continue;
-    if (!t.is_cpu()) return {type, t.data_ptr(), 0};
-    return {Number::Type::host, nullptr, read_number(op, name, t)};
-  }
-  fail(op, name, " must be float32, float64, int32 or int64, got ", dtype_name(dtype_of(t)));
-}
-
-const float* pointer(const std::optional<Tensor>& t) { return t ? static_cast<const float*>(t->data_ptr()) : nullptr; }
 
 void adamw_step(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
                 const Tensors& steps, const Tensor& lr, double beta1, double beta2, double eps, double weight_decay,
@@ -63,19 +39,8 @@ void adamw_step(const Tensors& params, const Tensors& grads, const Tensors& exp_
     if (list.count > 0) flush(dtypes.first, dtypes.second, list);
 }
 
-Tensor channel_norms(const Tensor& grad, bool left) {
-  expect_matrix("channel_norms", "grad", grad);
-  const int64_t m = grad.size(0), n = grad.size(1);
-  const DeviceGuard guard(grad.get_device_index());
-  const Tensor norms = empty({left ? n : m}, place_of(grad));
-  const auto launch = left ? launch_column_norms : launch_row_norms;
-  STD_CUDA_CHECK(launch(storage(grad), grad.data_ptr(), static_cast<float*>(norms.data_ptr()), m, n, current_stream(grad)));
-  return norms;
-}
-
 STABLE_TORCH_LIBRARY_IMPL(lowrank, CUDA, library) {
   library.impl("adamw_step", TORCH_BOX(&adamw_step));
-  library.impl("channel_norms", TORCH_BOX(&channel_norms));
 }
 
 }  // namespace

@@ -1,5 +1,4 @@
-// The rules of shapes, dtypes and devices of lowrank_sys/_ops.py with the same messages, and what ops_cpu and ops_cuda share.
-// Only ops_*.cpp include this.
+// The rules of lowrank_sys/_ops/rules.py with the same messages, and what the ops of all devices share.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -13,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "core/dtype.h"
+#include "../core/dtype.h"
 
 namespace lowrank {
 
@@ -132,47 +131,6 @@ inline void expect_basis(const char* op, const Tensor& matrix, const Tensor& bas
   expect_contiguous(op, "basis", basis);
 }
 
-inline Shape low_rank_shape(const Tensor& matrix, const Tensor& basis, bool left) {
-  if (left) return {basis.size(1), matrix.size(1)};
-  return {matrix.size(0), basis.size(1)};
-}
-
-inline void check_project(const char* op, const Tensor& grad, const Tensor& basis, bool left) {
-  expect_matrix(op, "grad", grad);
-  expect_basis(op, grad, basis, left);
-}
-
-inline void expect_low_rank(const char* op, const char* name, const Tensor& t, const Shape& shape, const Place& place) {
-  expect_like(op, name, t, shape, place);
-  expect_dtype(op, name, t, aoti_torch_dtype_float32());
-}
-
-// `low_rank_grad` is null where the gradient is the full one.
-inline void check_subspace_step(const char* op, const Tensor& param, const Tensor* low_rank_grad, const Tensor& basis,
-                                const Tensor& exp_avg, const Tensor& exp_avg_sq, bool left) {
-  expect_matrix(op, "param", param);
-  expect_basis(op, param, basis, left);
-  const Shape shape = low_rank_shape(param, basis, left);
-  const Place place = place_of(param);
-  if (low_rank_grad != nullptr) expect_low_rank(op, "low_rank_grad", *low_rank_grad, shape, place);
-  expect_low_rank(op, "exp_avg", exp_avg, shape, place);
-  expect_low_rank(op, "exp_avg_sq", exp_avg_sq, shape, place);
-}
-
-inline void check_galore_step(const char* op, const Tensor& param, const Tensor& grad, const Tensor& basis,
-                              const Tensor& exp_avg, const Tensor& exp_avg_sq, bool left) {
-  expect_matrix(op, "param", param);
-  expect_float(op, "grad", grad);
-  expect_like(op, "grad", grad, param.sizes(), place_of(param));
-  check_subspace_step(op, param, nullptr, basis, exp_avg, exp_avg_sq, left);
-}
-
-inline void check_back_project(const char* op, const Tensor& param, const Tensor& low_rank, const Tensor& basis, bool left) {
-  expect_matrix(op, "param", param);
-  expect_basis(op, param, basis, left);
-  expect_low_rank(op, "low_rank", low_rank, low_rank_shape(param, basis, left), place_of(param));
-}
-
 // The name of a tensor of a list, spelled out only where a rule fails.
 struct Item {
   const char* list;
@@ -211,28 +169,6 @@ inline void check_guards(const char* op, const Tensors& params, const Tensors& s
   if (guards.skipped) {
     expect_scalar(op, "skipped", *guards.skipped, place, true);
     expect_dtype(op, "skipped", *guards.skipped, aoti_torch_dtype_int64());
-  }
-}
-
-inline void check_adamw_step(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-                             const Tensors& steps, const Tensor& lr, const Guards& guards) {
-  constexpr const char* op = "adamw_step";
-  check_length(op, "grads", grads, "params", params);
-  check_length(op, "exp_avgs", exp_avgs, "params", params);
-  check_length(op, "exp_avg_sqs", exp_avg_sqs, "params", params);
-  check_length(op, "steps", steps, "params", params);
-  check_guards(op, params, steps, lr, guards);
-  for (size_t i = 0; i < params.size(); ++i) {
-    const Place place = place_of(params[i]);
-    const auto shape = params[i].sizes();
-    expect_float(op, Item{"params", i}, params[i]);
-    expect_float(op, Item{"grads", i}, grads[i]);
-    expect_like(op, Item{"params", i}, params[i], shape, place);
-    expect_like(op, Item{"grads", i}, grads[i], shape, place);
-    expect_like(op, Item{"exp_avgs", i}, exp_avgs[i], shape, place);
-    expect_dtype(op, Item{"exp_avgs", i}, exp_avgs[i], aoti_torch_dtype_float32());
-    expect_like(op, Item{"exp_avg_sqs", i}, exp_avg_sqs[i], shape, place);
-    expect_dtype(op, Item{"exp_avg_sqs", i}, exp_avg_sqs[i], aoti_torch_dtype_float32());
   }
 }
 

@@ -1,8 +1,8 @@
 // A norm whose threads do not wait for each other: the thread sanitizer must report it.
 #include <cstdio>
 
-#include "../core/norms.h"
-#include "threads.h"
+#include "../../core/norms.h"
+#include "../threads.h"
 
 using namespace lowrank;
 

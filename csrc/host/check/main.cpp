@@ -1,0 +1,10 @@
+// Runs every block algorithm with 1, 32 and 256 threads and compares the bits. Built once for each sanitizer.
+#include "check.h"
+
+int main() {
+  lowrank::check_norms();
+  lowrank::check_steps();
+  lowrank::check_store();
+  std::printf(lowrank::failures ? "%d failures\n" : "ok\n", lowrank::failures);
+  return lowrank::failures != 0;
+}

@@ -1,0 +1,33 @@
+// What the CUDA ops share: the current stream, and scalars that may lie on the device.
+#pragma once
+
+#include "../../cuda/launch.h"
+#include "../rules.h"
+
+namespace lowrank {
+
+using torch::stable::accelerator::DeviceGuard;
+
+inline cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// A number of any type: on the CPU it is read now, on the device by the kernel.
+inline Number number(const char* op, const char* name, const Tensor& t) {
+  const std::pair<int32_t, Number::Type> types[] = {{aoti_torch_dtype_float32(), Number::Type::f32},
+                                                    {aoti_torch_dtype_float64(), Number::Type::f64},
+                                                    {aoti_torch_dtype_int32(), Number::Type::i32},
+                                                    {aoti_torch_dtype_int64(), Number::Type::i64}};
+  for (const auto& [dtype, type] : types) {
+    if (dtype != dtype_of(t)) continue;
+    if (!t.is_cpu()) return {type, t.data_ptr(), 0};
+    return {Number::Type::host, nullptr, read_number(op, name, t)};
+  }
+  fail(op, name, " must be float32, float64, int32 or int64, got ", dtype_name(dtype_of(t)));
+}
+
+inline const float* pointer(const std::optional<Tensor>& t) { return t ? static_cast<const float*>(t->data_ptr()) : nullptr; }
+
+}  // namespace lowrank

@@ -1,0 +1,19 @@
+"""Schemas and fakes of every `torch.ops.lowrank` op: the API, and the executable rules of its shapes and dtypes.
+
+Symbols: W (m, n) is a weight as `nn.Linear` stores it, G its gradient, B the basis, R the low-rank gradient.
+
+| side         | basis B | project            | back  |
+|--------------|---------|--------------------|-------|
+| `left=True`  | (m, r)  | R = Bᵀ G, (r, n)   | B X   |
+| `left=False` | (n, r)  | R = G B, (m, r)    | X Bᵀ  |
+
+A *channel* is an index of the axis that is not projected: a column of G if left, a row if right. A channel of R that holds
+a value that is not finite, or whose square overflows fp32, is skipped: its moments and its weights stay as they are.
+
+One module a group of ops: its schemas, the rules of its arguments (`check_*`, which every implementation calls) and its fakes.
+"""
+
+from lowrank_sys._ops import projection, steps, subspace
+from lowrank_sys._ops.rules import FLOATS, library, low_rank_shape
+
+SCHEMAS = {name: schema for group in (projection, steps, subspace) for name, schema in group.SCHEMAS.items()}

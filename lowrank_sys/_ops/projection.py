@@ -1,0 +1,47 @@
+"""Products with a basis, and the norms of channels."""
+
+import torch
+
+from lowrank_sys._ops.rules import define, expect_basis, expect_dtype, expect_like, expect_matrix, fake, low_rank_shape
+
+SCHEMAS = {
+    "project": "(Tensor grad, Tensor basis, *, bool left) -> Tensor",
+    "back_project_": "(Tensor(a!) param, Tensor low_rank, Tensor basis, *, float alpha=1.0, float beta=1.0, bool left) -> ()",
+    "channel_norms": "(Tensor grad, *, bool left) -> Tensor",
+}
+
+
+def check_project(grad, basis, *, left, op="project"):
+    expect_matrix(op, "grad", grad)
+    expect_basis(op, grad, basis, left)
+
+
+def check_back_project(param, low_rank, basis, *, left, op="back_project_"):
+    expect_matrix(op, "param", param)
+    expect_basis(op, param, basis, left)
+    expect_like(op, "low_rank", low_rank, low_rank_shape(param, basis, left), param.device)
+    expect_dtype(op, "low_rank", low_rank, torch.float32)
+
+
+def check_channel_norms(grad, *, op="channel_norms"):
+    expect_matrix(op, "grad", grad)
+
+
+define(SCHEMAS)
+
+
+@fake("project")
+def _(grad, basis, *, left):
+    check_project(grad, basis, left=left)
+    return grad.new_empty(low_rank_shape(grad, basis, left), dtype=torch.float32)
+
+
+@fake("back_project_")
+def _(param, low_rank, basis, *, alpha=1.0, beta=1.0, left):
+    check_back_project(param, low_rank, basis, left=left)
+
+
+@fake("channel_norms")
+def _(grad, *, left):
+    check_channel_norms(grad)
+    return grad.new_empty(grad.shape[1 if left else 0], dtype=torch.float32)
