@@ -58,7 +58,8 @@ class Case(NamedTuple):
     def __str__(self):
         side = "left" if self.left else "right"
         row = f"{self.kernel}-{self.row.kind}-r{self.row.rank}"
-        return f"sm_{self.arch}-{row}-{side}-{'-'.join(self.types)}-{self.variant}-{self.sizes}-{self.precision}-{self.together}"
+        types = "-".join(self.types)
+        return f"sm_{self.arch}-{row}-{side}-{types}-{self.variant}-{self.sizes}-{self.precision}-{self.together}"
 
     def arguments(self):
         """Arguments of `compile_triton`."""
@@ -107,7 +108,7 @@ def variants(arch, row):
 
 
 def the_step(arch, row):
-    """Both kernels of a step at r = 128 with every argument given, in one type throughout: left alone, right eight together."""
+    """Both kernels of a step at r = 128 with every argument given, in one type: left alone, right eight together."""
     if row.rank != 128 or row.kind not in (16, 32):
         return []
     types = ("bf16" if row.kind == 16 else "fp32",) * (2 if row.kernel == "project" else 3)
