@@ -8,6 +8,7 @@ import sys
 # name -> (module with add_arguments(parser) and run(args) -> exit code, help)
 COMMANDS = {
     "train": ("lowrank_sys.train.command", "pre-train a LLaMA"),
+    "plan": ("lowrank_sys.memory.command", "say what a run will need in memory, and whether that fits"),
     "bench": ("lowrank_sys.bench.command", "time kernels and optimizers on this machine"),
     "info": ("lowrank_sys.info", "show versions, devices, and which implementation serves each op"),
 }

@@ -3,6 +3,7 @@
 import torch
 
 from lowrank_sys._ops.rules import define, expect_basis, expect_dtype, expect_like, expect_matrix, fake, low_rank_shape
+from lowrank_sys._ops.workspace import copy_unless_fp32, tile_unless_fp32, workspace
 
 SCHEMAS = {
     "project": "(Tensor grad, Tensor basis, *, bool left) -> Tensor",
@@ -45,3 +46,15 @@ def _(param, low_rank, basis, *, alpha=1.0, beta=1.0, left):
 def _(grad, *, left):
     check_channel_norms(grad)
     return grad.new_empty(grad.shape[1 if left else 0], dtype=torch.float32)
+
+
+@workspace("project", "back_project_")
+def _(matrix, *operands, cuda=False, **_):
+    if cuda:
+        return matrix.numel() * matrix.element_size() // 4  # the parts of a split product, under 25% of what is read
+    return copy_unless_fp32(operands[-1]) + tile_unless_fp32(matrix)
+
+
+@workspace("channel_norms")
+def _(grad, *, left, cuda=False):
+    return 0

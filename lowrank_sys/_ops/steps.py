@@ -5,6 +5,7 @@ import torch
 from lowrank_sys._ops.projection import check_project
 from lowrank_sys._ops.rules import (ADAM, GUARDS, check_guards, check_lists, check_step_and_rate, define, expect,
                                     expect_basis, expect_dtype, expect_float, expect_like, expect_matrix, fake, low_rank_shape)
+from lowrank_sys._ops.workspace import (copy_unless_fp32, fp32, launched_together, reused, tile_unless_fp32, workspace)
 
 SCHEMAS = {
     # W <- (1 - lr*weight_decay) W - lr*scale*back(Adam(project(G)))
@@ -129,3 +130,20 @@ def _(params, grads, exp_avgs, exp_avg_sqs, steps, *, lr, beta1, beta2, eps, wei
 @fake("adafactor_step")
 def _(param, grad, basis, exp_avg, row, col, exp_avg_sq, step, *, lr, left, skipped=None, **hyper):
     check_adafactor_step(param, grad, basis, exp_avg, row, col, exp_avg_sq, step, lr, left=left, skipped=skipped)
+
+
+@workspace(*(f"{op}{form}" for op in ("galore_step", "subspace_step") for form in ("", ".tensor", ".list")))
+def _(params, gradients, bases, exp_avgs, *_, cuda=False, **__):
+    if isinstance(params, torch.Tensor):
+        params, gradients, bases, exp_avgs = [params], [gradients], [bases], [exp_avgs]
+    if cuda:  # the update in the basis' type, and the parts of a split product: under 25% of the gradient
+        return max((launched_together(*p.shape) * (x.numel() * b.element_size() + g.numel() * g.element_size() // 4)
+                    for p, g, b, x in zip(params, gradients, bases, exp_avgs)), default=0)
+    # R or the update; the basis in fp32; a tile of the gradient, then of the weight
+    return (reused(fp32(*x.shape) for x in exp_avgs) + reused(copy_unless_fp32(b) for b in bases)
+            + reused(max(tile_unless_fp32(t) for t in pair) for pair in zip(params, gradients)))
+
+
+@workspace("adamw_step")
+def _(*_, cuda=False, **__):
+    return 0

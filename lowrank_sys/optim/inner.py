@@ -1,7 +1,8 @@
 """Inner rules: the state of a (low-rank) gradient and the fused op that advances it and updates the weight.
 
 A rule keeps its hyper-parameters in the group and does no arithmetic of its own. `states` are the state dicts of `params`,
-`guards` the keyword arguments grad_scale, found_inf and skipped of the ops.
+`guards` the keyword arguments grad_scale, found_inf and skipped of the ops. `categories` says what each state key is to the
+ledger (lowrank_sys.memory).
 """
 
 import torch
@@ -15,6 +16,7 @@ class Adam:
     """AdamW (torch.optim.AdamW's order: decay before the update, eps after bias correction); moments in fp32."""
 
     transports = ("keep", "reset", "rotate")
+    categories = {"exp_avg": "moments", "exp_avg_sq": "moments"}
 
     def init(self, state, shape, param, group):
         for key in ("exp_avg", "exp_avg_sq"):
@@ -39,6 +41,7 @@ class Adafactor:
     """Adafactor with factored second moments of R for matrices; `beta1=None` keeps no first moment."""
 
     transports = ("keep",)
+    categories = dict.fromkeys(("exp_avg", "exp_avg_sq", "row", "col"), "moments")
 
     def init(self, state, shape, param, group):
         def zeros(*size):

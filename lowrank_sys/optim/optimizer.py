@@ -2,6 +2,7 @@
 
 import torch
 
+from lowrank_sys.memory import ledger
 from lowrank_sys.optim.store import InPlace
 from lowrank_sys.subspace.subspace import Subspace
 
@@ -141,9 +142,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return sum(int(counter) for counter in self._counters.values())
 
     def state_bytes(self):
-        """Bytes of all state tensors."""
-        return sum(t.numel() * t.element_size() for state in self.state.values() for t in state.values()
-                   if isinstance(t, torch.Tensor))
+        """Bytes of the state, as the ledger has them: `memory()` without weights, gradients and what is no state."""
+        return ledger.state_bytes(self)
+
+    def memory(self):
+        """Bytes held now by category (weights, gradients, basis, moments, scales, accumulators, counters, other), and `total`.
+
+        Counts distinct storages, so memory that tensors share counts once. See lowrank_sys.memory.ledger.
+        """
+        return ledger.memory(self)
 
     def load_state_dict(self, state_dict):
         """Load a state, in its own dtypes: torch's casts every tensor but `step` to the parameter's dtype."""

@@ -28,6 +28,7 @@ class Subspace:
     """
 
     defaults = {"update_proj_gap": 200, "proj_type": "std", "subspace": "randomized", "moments": "keep", "seed": 0}
+    categories = {"basis": "basis", "countdown": "counters"}
 
     def check(self, group, names):
         """Raise a ValueError that names the key, or the weight that does not fit."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_sys.cli import CommandError
 from lowrank_sys.train.methods import METHODS
-from lowrank_sys.train.models import PRESETS
+from lowrank_sys.train.models import PRESETS, is_known
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "final weights in final/, which from_pretrained reads. Losses are nats a token."
     )
     add = parser.add_argument
-    add("--model", metavar="NAME", default="llama-9m", help=f"one of {', '.join(PRESETS)} (default: %(default)s)")
+    models = f"one of {', '.join(PRESETS)}, or the path of a Hugging Face config.json"
+    add("--model", metavar="NAME", default="llama-9m", help=f"{models} (default: %(default)s)")
     add("--method", metavar="NAME", default="galore", help=f"one of {', '.join(METHODS)} (default: %(default)s)")
     add(
         "--data",
@@ -95,6 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _title(model: str) -> str:
+    """The name of a model in those of files: of a config.json, its folder's."""
+    path = Path(model).resolve()
+    return model if model in PRESETS else path.parent.name if path.stem == "config" else path.stem
+
+
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -113,13 +120,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Fill the defaults that depend on other flags; raise CommandError for the first bad value."""
-    for flag, valid in (("model", PRESETS), ("method", METHODS), ("dtype", DTYPES), ("device", DEVICES)):
+    if not is_known(args.model):
+        raise CommandError(f"--model: unknown {args.model!r}; valid: {', '.join(PRESETS)}, or a config.json")
+    for flag, valid in (("method", METHODS), ("dtype", DTYPES), ("device", DEVICES)):
         if getattr(args, flag) not in valid:
             raise CommandError(f"--{flag}: unknown {getattr(args, flag)!r}; valid: {', '.join(valid)}")
     method = METHODS[args.method]
     args.lr = method.lr if args.lr is None else args.lr
     args.plain_lr = method.plain_lr if args.plain_lr is None else args.plain_lr
-    args.out = args.out or f"runs/{args.model}-{args.method}"
+    args.out = args.out or f"runs/{_title(args.model)}-{args.method}"
 
     at_least = {
         **dict.fromkeys(("steps", "batch_size", "gradient_accumulation_steps", "rank", "update_proj_gap"), 1),
@@ -140,6 +149,7 @@ def _train(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
+    from lowrank_sys.memory import allocator
     from lowrank_sys.train import checkpoint, data, methods, models, report, trainer
     from lowrank_sys.train.record import Recorder
 
@@ -161,6 +171,8 @@ def _train(args: argparse.Namespace) -> None:
         config = models.config(args.model, vocab=corpus.vocab if args.tokenizer else None, seq_len=args.seq_len)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
         model = models.build(config, dtype=dtype, device=device)
+        if device.type == "cpu" and allocator.is_tight(model, allocator.available_bytes()):
+            allocator.save_memory()
         optimizer = methods.build(model, args)
         held_out = data.sample(corpus.valid, args.seq_len, args.eval_tokens)
         sequences = args.batch_size * args.gradient_accumulation_steps
@@ -193,6 +205,7 @@ def _train(args: argparse.Namespace) -> None:
             runner.train(resume_from_checkpoint=str(start) if start else None)
         finally:
             recorder.close()
+        training_peak = report.peak_memory_bytes(device)
 
         trainer.save_final(model, out / "final", args.tokenizer)
         seen = data.sample(corpus.train, args.seq_len, args.eval_tokens)
@@ -207,6 +220,8 @@ def _train(args: argparse.Namespace) -> None:
             "tokens_per_second": report.speed(recorder.rows),
             "optimizer_state_bytes": optimizer.state_bytes(),
             "adamw_state_bytes": 2 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "memory": optimizer.memory(),
+            "training_peak_memory_bytes": training_peak,
             "peak_memory_bytes": report.peak_memory_bytes(device),
             "skipped": recorder.rows[-1]["skipped"],
             "seed": args.seed,

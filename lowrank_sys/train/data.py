@@ -217,14 +217,20 @@ def _bytes_encoder():
     return encode, 256
 
 
-def _tokenizer_encoder(name: str):
-    import torch
+def load_tokenizer(name: str):
+    """The Hugging Face tokenizer `name`, or of a folder. Raises CommandError."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # as with data sets: no such name, no network, a broken file
         raise CommandError(f"--tokenizer {name}: cannot load it: {error}") from error
+
+
+def _tokenizer_encoder(name: str):
+    import torch
+
+    tokenizer = load_tokenizer(name)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def encode(texts: list[bytes]) -> torch.Tensor:

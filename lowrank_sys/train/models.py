@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from lowrank_sys.cli import CommandError
 
 if TYPE_CHECKING:
     import torch
@@ -29,14 +32,27 @@ PRESETS = {
 }
 
 
+def is_known(name: str) -> bool:
+    """Whether `name` is a preset, or a configuration file that is there."""
+    return name in PRESETS or name.endswith(".json") and Path(name).is_file()
+
+
 def config(name: str, *, vocab: int | None = None, seq_len: int = 1024) -> LlamaConfig:
-    """Configuration of the preset `name`, with untied embedding and head.
+    """Configuration of the preset `name`, with untied embedding and head; or of a Hugging Face config file.
 
     vocab: size of the vocabulary in tokens, None for the preset's own. seq_len: longest sequence in tokens.
-    Raises KeyError for a name that is not in PRESETS.
+    Raises KeyError for a name that is_known does not know, CommandError for a file that is no configuration.
     """
-    from transformers import LlamaConfig
+    from transformers import AutoConfig, LlamaConfig
 
+    if name.endswith(".json"):
+        try:
+            read = AutoConfig.from_pretrained(name)
+        except Exception as error:  # no JSON, no model_type, an unknown one: a type of its own each
+            raise CommandError(f"--model {name}: transformers cannot read it: {error}") from error
+        read.vocab_size = vocab or read.vocab_size
+        read.use_cache = False
+        return read
     p = PRESETS[name]
     return LlamaConfig(
         hidden_size=p.hidden,

@@ -1,0 +1,75 @@
+"""Scratch memory inside the ops, in bytes: what a step allocates and frees again, and no tensor outside shows.
+
+A formula stands next to the op that it is about, takes the op's own arguments and says how much is held at once; the planner
+(lowrank_sys.memory) adds it to the tensors that are alive while the op runs. Compositions and the oracle need none: they are
+run op by op. An op without a formula is bounded by `bound`: the house rule allows it fp32 copies of its small operands and one
+tile, and no matrix of the weight's size.
+"""
+
+import torch
+
+# csrc/ops/cpu/tensors.h: other storage than fp32 passes through fp32 in tiles of at most 1024 rows and 4 MiB.
+TILE_SIDE, TILE_ELEMENTS = 1024, 1 << 20
+# Two programs a multiprocessor of a large card: matrices of fewer tiles share a launch, up to 8 at once.
+FULL_CARD, SHARED_LAUNCH = 2 * 148, 8
+
+FORMULAS = {}
+
+
+def workspace(*names):
+    """Decorator: the function gives the bytes of scratch of these ops on the CPU, or with `cuda=True` on a GPU."""
+
+    def add(function):
+        FORMULAS.update(dict.fromkeys(names, function))
+        return function
+
+    return add
+
+
+def fp32(*shape):
+    """Bytes of an fp32 tensor."""
+    elements = 4
+    for size in shape:
+        elements *= size
+    return elements
+
+
+def tile(m, n):
+    """Bytes of the tile that a matrix (m, n) passes through."""
+    high = min(m, TILE_SIDE)
+    return fp32(high, min(n, TILE_ELEMENTS // max(1, high)))
+
+
+def tile_unless_fp32(matrix):
+    return 0 if matrix.dtype == torch.float32 else tile(*matrix.shape)
+
+
+def copy_unless_fp32(tensor):
+    return 0 if tensor.dtype == torch.float32 else fp32(*tensor.shape)
+
+
+def reused(needs):
+    """Most bytes held when memory is kept from one matrix to the next and replaced where it is too small."""
+    have = most = 0
+    for need in needs:
+        if need > have:
+            most, have = max(most, have + need), need
+    return most
+
+
+def launched_together(m, n):
+    """How many matrices (m, n) a launch on a GPU serves at most."""
+    return SHARED_LAUNCH if -(-m // 128) * -(-n // 128) < FULL_CARD else 1
+
+
+def bound(*args, **kwargs):
+    """For an op without a formula: of its largest matrix, fp32 copies of all operands but those of the weight's size."""
+    operands = [*args, *kwargs.values()]
+    lists = [o for o in operands if isinstance(o, (list, tuple)) and o and isinstance(o[0], torch.Tensor)]
+    matrices = list(zip(*lists)) or [[o for o in operands if isinstance(o, torch.Tensor)]]
+    most = 0
+    for tensors in matrices:
+        sizes = [t.numel() for t in tensors if isinstance(t, torch.Tensor)]
+        full = max(sizes, default=0)
+        most = max(most, 4 * sum(size for size in sizes if size < full) + 4 * min(full, TILE_ELEMENTS))
+    return most

@@ -1,0 +1,112 @@
+"""`lowrank plan`: the flags, and how a plan is told."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from lowrank_sys.cli import CommandError
+from lowrank_sys.memory import units
+from lowrank_sys.train import command
+
+NO_FIT = 3
+
+KINDS = {
+    "weights": "and buffers",
+    "gradients": "alive at the peak",
+    "basis": "of the low-rank matrices",
+    "moments": "of the inner rule",
+    "activations": "saved for backward, and their gradients",
+    "workspace": "scratch of clipping and step",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `lowrank train`, and those of the plan; imports nothing heavy."""
+    command.add_arguments(parser)
+    parser.description = (
+        "Say what a run of `lowrank train` with the same flags will need, before it runs: put `plan` in the place of `train`. "
+        "Two steps are rehearsed on tensors that hold nothing; the process without tensors is measured in a fresh one. "
+        f"Exit code {NO_FIT}: it does not fit."
+    )
+    add = parser.add_argument
+    add("--device-memory", metavar="SIZE", help="memory of the device, as 24GiB: says whether the run fits, and what would")
+    add("--json", action="store_true", help="print one JSON object, in bytes")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; returns 0, or NO_FIT where the run does not fit. Raises CommandError, code 2 for bad input."""
+    memory = None if args.device_memory is None else units.parse(args.device_memory, "--device-memory")
+    command._check(args)
+    try:
+        result = make(args, memory)
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; pip install 'lowrank-sys[train]' brings it", code=1) from error
+    print(json.dumps(result, indent=1) if args.json else report(result))
+    return NO_FIT if result["fits"] is False else 0
+
+
+def make(args: argparse.Namespace, memory: int | None) -> dict[str, Any]:
+    """The plan of `args` (checked) for a device with `memory` bytes, as plain JSON values."""
+    import torch
+    import transformers
+
+    from lowrank_sys.memory.planner import Planner
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.dtype = {"auto": "bf16" if args.device == "cuda" else "fp32"}.get(args.dtype, args.dtype)
+
+    planner = Planner(args, memory, tell=lambda line: print(f"{line} ...", file=sys.stderr, flush=True))
+    plan = planner.plan()
+    turned = planner.other_checkpointing()["tensors"]["activations"]
+    with_, without = (plan["tensors"]["activations"], turned)[:: 1 if args.gradient_checkpointing else -1]
+    result = {
+        "model": args.model,
+        "method": args.method,
+        "device": args.device,
+        "dtype": args.dtype,
+        "device_memory_bytes": memory,
+        **plan,
+        "activations_with_checkpointing_bytes": with_,
+        "activations_without_checkpointing_bytes": without,
+    }
+    if plan["fits"] is False:
+        result["would_fit"], result["smallest"] = planner.suggestions()
+    return result
+
+
+def report(plan: dict[str, Any]) -> str:
+    """The plan as a table for people."""
+    rows = [(name, size, KINDS.get(name, "")) for name, size in plan["tensors"].items() if size]
+    measured = "libraries, threads, corpus: measured in a fresh process" if plan["process_baseline_measured"] else (
+        "CUDA context and libraries: stated, not measured")
+    rows += [
+        ("tensors, peak", plan["tensor_peak_bytes"], "counted over two rehearsed steps"),
+        ("process", plan["process_baseline_bytes"], measured),
+        ("allocator", plan["allocator_bytes"], "held beyond the tensors: stated"),
+        ("peak", plan["peak_bytes"], ""),
+    ]
+    if plan["peak_bytes"] > plan["training_peak_bytes"]:
+        rows[-1] = ("peak", plan["peak_bytes"], "at the end, when plots and files are made")
+    lines = [f"{plan['model']}, {plan['method']}, {plan['dtype']} on {plan['device']}"]
+    lines += [f"  {name:<16}{units.show(size):>12}  {note}".rstrip() for name, size, note in rows]
+    with_, without = (units.show(plan[f"activations_{w}_checkpointing_bytes"]) for w in ("with", "without"))
+    lines.append(f"activations at the peak: {with_} with --gradient-checkpointing, {without} without")
+    if plan["fits"] is None:
+        return "\n".join(lines)
+    memory = units.show(plan["device_memory_bytes"])
+    if plan["fits"]:
+        spare = units.show(plan["device_memory_bytes"] - plan["peak_bytes"])
+        return "\n".join([*lines, f"fits into {memory}: {spare} to spare"])
+    lines.append(f"does not fit into {memory}: {units.show(plan['peak_bytes'] - plan['device_memory_bytes'])} too much")
+    lines += [f"  would fit: {change['flags']}  ({units.show(change['peak_bytes'])})" for change in plan["would_fit"]]
+    if not plan["would_fit"]:
+        smallest = plan["smallest"]
+        lines.append(f"  nothing that was tried fits; the least: {units.show(smallest['peak_bytes'])} "
+                     f"with {smallest['flags'] or 'no change'}")
+    return "\n".join(lines)

@@ -1,0 +1,139 @@
+"""The plan: what a run will need before it runs, whether that fits, and what would make it fit.
+
+    process peak = baseline + peak of live tensors, scratch inside operators included + what the allocator holds beyond them
+
+The tensors are counted on a rehearsal of the real run (rehearsal), the baseline is measured in a fresh process (process), the
+allocator's share is stated (allocator). A change is suggested only after it was planned in the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any, Callable, Iterator
+
+from lowrank_sys.cli import CommandError
+from lowrank_sys.memory import allocator, process
+from lowrank_sys.memory.ledger import CATEGORIES
+from lowrank_sys.memory.rehearsal import Rehearsal, rehearse
+from lowrank_sys.train.methods import METHODS
+
+PARTS = (*CATEGORIES, "activations", "workspace")
+
+
+class Planner:
+    """Plans of `args` (those of `lowrank train`, checked) and of variants.
+
+    memory: bytes of the device, None: unknown. tell: called with a line before something that takes seconds.
+    """
+
+    def __init__(self, args: argparse.Namespace, memory: int | None, tell: Callable[[str], None]):
+        self._args = args
+        self._memory = memory
+        self._tell = tell
+        self._rehearsals: dict[tuple, Rehearsal] = {}
+        tell("measuring a process without tensors")
+        self.baseline = process.measure(args)
+
+    def plan(self, **changes: Any) -> dict[str, Any]:
+        """Bytes by part for the run with `changes` to its arguments, as plain JSON values."""
+        run = self._rehearse(changes)
+        held, tight = self._allocator(run)
+        training = self.baseline.training + run.peak + held
+        finishing = self.baseline.finishing + run.rest + held  # plots and files
+        peak = max(training, finishing)
+        return {
+            "tensors": {part: run.at_peak.get(part, 0) for part in (*PARTS, *sorted(run.at_peak.keys() - PARTS))},
+            "tensor_peak_bytes": run.peak,
+            "tensors_between_steps_bytes": run.rest,
+            "process_baseline_bytes": self.baseline.training,
+            "process_baseline_measured": self.baseline.measured,
+            "allocator_bytes": held,
+            "allocator_tight": tight,
+            "training_peak_bytes": training,
+            "finishing_peak_bytes": finishing,
+            "peak_bytes": peak,
+            "fits": None if self._memory is None else peak <= self._memory,
+        }
+
+    def _rehearse(self, changes: dict[str, Any]) -> Rehearsal:
+        key = tuple(sorted(changes.items()))
+        if key not in self._rehearsals:
+            self._tell(f"rehearsing {_described(changes) or 'the run'}")
+            self._rehearsals[key] = rehearse(argparse.Namespace(**{**vars(self._args), **changes}))
+        return self._rehearsals[key]
+
+    def _allocator(self, run: Rehearsal) -> tuple[int, bool]:
+        """Bytes held beyond the tensors, and whether `lowrank train` would find memory tight."""
+        if self._args.device == "cuda":
+            return round(allocator.CUDA_SHARE * run.peak), False
+        memory = self._memory or allocator.available_bytes()
+        # `lowrank train` asks when the weights are there
+        tight = allocator.is_tight(run.model, memory - self.baseline.training - run.at_rest["weights"])
+        held = allocator.TIGHT_SHARE * run.peak if tight else allocator.HEAP_SHARE * run.in_heap
+        return round(held), tight
+
+    def other_checkpointing(self) -> dict[str, Any]:
+        """The plan with gradient checkpointing where the run has none, and the reverse."""
+        return self.plan(gradient_checkpointing=not self._args.gradient_checkpointing)
+
+    def suggestions(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """(changes that make the run fit, the smallest plan found); a change: {"flags", "peak_bytes"}, every one planned.
+
+        All single changes that do, of every family in `_changes` the mildest (every method); else the first combination.
+        """
+        fitting, best = [], []
+        unchanged = self.plan()["peak_bytes"]
+        for family in _changes(self._args):
+            planned = []
+            for change in family:
+                planned.append((self._peak(change), change))
+                if planned[-1][0] <= self._memory:
+                    fitting.append(planned[-1])
+                    if "method" not in change:
+                        break
+            best += [min(planned, key=lambda pair: pair[0])] if planned else []
+        smallest = min([(unchanged, {}), *best], key=lambda pair: pair[0])
+        together: dict[str, Any] = {}
+        for peak, change in best:
+            if fitting:
+                break
+            if peak < unchanged:
+                together |= change
+                smallest = min(smallest, (self._peak(together), dict(together)), key=lambda pair: pair[0])
+                fitting += [smallest] if smallest[0] <= self._memory else []
+        return [_change(*pair) for pair in fitting], _change(*smallest)
+
+    def _peak(self, changes: dict[str, Any]) -> float:
+        try:
+            return self.plan(**changes)["peak_bytes"]
+        except CommandError:
+            return math.inf  # the method or the model refuses it
+
+
+def _changes(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Families of changes, the ones that alter the training least first; in a family from mild to strong."""
+    if not args.gradient_checkpointing:
+        yield [{"gradient_checkpointing": True}]
+    sizes = []
+    while args.batch_size >> (len(sizes) + 1):
+        size = args.batch_size >> (len(sizes) + 1)
+        # as many sequences a step as before
+        micro_batches = -(-args.batch_size * args.gradient_accumulation_steps // size)
+        sizes.append({"batch_size": size, "gradient_accumulation_steps": micro_batches})
+    yield sizes
+    if args.dtype == "fp32":
+        yield [{"dtype": "bf16"}]
+    yield [{"method": method} for method in METHODS if method != args.method]
+    yield [{"rank": args.rank >> halvings} for halvings in (1, 2, 3) if args.rank >> halvings >= 4]
+
+
+def _described(changes: dict[str, Any]) -> str:
+    return " ".join(
+        f"{'no ' if value is False else ''}--{name.replace('_', '-')}{'' if isinstance(value, bool) else f' {value}'}"
+        for name, value in changes.items()
+    )
+
+
+def _change(peak: int, changes: dict[str, Any]) -> dict[str, Any]:
+    return {"flags": _described(changes), "peak_bytes": peak}

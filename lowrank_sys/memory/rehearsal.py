@@ -1,0 +1,84 @@
+"""A run rehearsed: two steps of the real model, hooks, optimizer and training loop, with every tensor counted."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lowrank_sys.memory import allocator, ledger
+from lowrank_sys.memory.live import LiveStorages
+from lowrank_sys.train import data, methods, models, trainer
+
+STEPS = 2  # the first makes the state, the second has gradients and activations beside it
+
+
+class Rehearsal(NamedTuple):
+    """Bytes of live tensors: `peak`, with its parts `at_peak`; `rest`, what stays when a step is over, with `at_rest`.
+
+    in_heap: the most that was alive in blocks that glibc takes from its heap. model: as it was after the run.
+    """
+
+    peak: int
+    at_peak: dict[str, int]
+    rest: int
+    at_rest: dict[str, int]
+    in_heap: int
+    model: torch.nn.Module
+
+
+def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
+    """Train `args` (those of `lowrank train`, checked) for two steps as it would, evaluations included; nothing is written.
+
+    fake: tensors hold nothing, and operators compute nothing but shapes. Otherwise the run is real, on the CPU, from tokens 0.
+    Raises CommandError as `lowrank train` for what model and optimizer refuse.
+    """
+    args = argparse.Namespace(**{**vars(args), "steps": STEPS, "save_steps": STEPS + 1})
+    cpu = torch.device("cpu")
+    with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as modes, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of flags that newer releases of transformers rename
+        args.out = out
+        if fake:
+            modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        live = modes.enter_context(LiveStorages(cuda=args.device == "cuda"))
+        model = _model(args, cpu)
+        if fake:
+            model.to = lambda *_, **__: model  # a fake weight cannot be swapped, and there is nowhere to go
+        for tensor in (*model.parameters(), *model.buffers()):
+            live.track(tensor, "weights")
+        for param in model.parameters():
+            if param.requires_grad:  # before the optimizer's own hooks, which may drop the gradient
+                param.register_post_accumulate_grad_hook(lambda p: live.track(p.grad, "gradients"))
+        model.register_forward_pre_hook(lambda *_: setattr(live, "phase", "activations"))
+        optimizer = methods.build(model, args)
+
+        sequences = args.batch_size * args.gradient_accumulation_steps
+        stream = torch.zeros(2 * STEPS * sequences * args.seq_len, dtype=torch.uint8)
+        held_out = data.sample(stream, args.seq_len, min(args.eval_tokens, args.batch_size * args.seq_len))
+        runner = trainer.LowRankTrainer(
+            model,
+            optimizer,
+            trainer.cosine(optimizer, 0, STEPS, args.min_lr_ratio),
+            data.Windows(stream, args.seq_len, args.seed, STEPS * sequences),
+            trainer.arguments(args, cpu),
+            lambda step, fill: None,
+            lambda loss: setattr(live, "phase", "workspace"),
+        )
+        trainer.mean_loss(model, held_out, args.batch_size)
+        runner.train()
+        trainer.mean_loss(model, held_out, args.batch_size)
+        for category, tensor, _ in ledger.entries(optimizer):
+            live.track(tensor, category)
+        in_heap = live.most_in_blocks(below=allocator.HEAP_BLOCK)
+        return Rehearsal(live.peak, live.at_peak(), live.bytes, live.now(), in_heap, model)
+
+
+def _model(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
+    vocab = len(data.load_tokenizer(args.tokenizer)) if args.tokenizer else None
+    config = models.config(args.model, vocab=vocab, seq_len=args.seq_len)
+    return models.build(config, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], device=device)
