@@ -19,6 +19,7 @@ TIGHT_SHARE = 0.02
 CUDA_SHARE = 0.05
 
 M_MMAP_THRESHOLD = -3  # malloc.h
+VARIABLE = "MALLOC_MMAP_THRESHOLD_"  # sets it from outside
 
 
 def available_bytes():
@@ -39,9 +40,15 @@ def is_tight(model, available):
     return 2 * to_come > available
 
 
+def is_saving():
+    """Whether freed blocks go back because the environment says so."""
+    chosen = os.environ.get(VARIABLE, "")
+    return chosen.isdigit() and int(chosen) <= MMAP_THRESHOLD
+
+
 def save_memory():
     """Give freed blocks above MMAP_THRESHOLD back to the system. True if the C library takes it (glibc)."""
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+    if VARIABLE in os.environ:
         return False  # the user has chosen
     try:
         return ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD) == 1

@@ -68,10 +68,9 @@ class Planner:
         if self._args.device == "cuda":
             return round(allocator.CUDA_SHARE * run.peak), False
         memory = self._memory or allocator.available_bytes()
-        # `lowrank train` asks when the weights are there
-        tight = allocator.is_tight(run.model, memory - self.baseline.training - run.at_rest["weights"])
-        held = allocator.TIGHT_SHARE * run.peak if tight else allocator.HEAP_SHARE * run.in_heap
-        return round(held), tight
+        available = memory - self.baseline.training - run.at_rest["weights"]  # `lowrank train` asks when the weights are there
+        tight = allocator.is_saving() or allocator.is_tight(run.model, available)
+        return round(allocator.TIGHT_SHARE * run.peak if tight else allocator.HEAP_SHARE * run.in_heap), tight
 
     def other_checkpointing(self) -> dict[str, Any]:
         """The plan with gradient checkpointing where the run has none, and the reverse."""
@@ -80,10 +79,16 @@ class Planner:
     def suggestions(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """(changes that make the run fit, the smallest plan found); a change: {"flags", "peak_bytes"}, every one planned.
 
-        All single changes that do, of every family in `_changes` the mildest (every method); else the first combination.
+        First the allocator's, where the run would not find memory tight by itself; all single changes that do, of every
+        family in `_changes` the mildest (every method); else the first combination.
         """
+        plan = self.plan()
+        unchanged = plan["peak_bytes"]
         fitting, best = [], []
-        unchanged = self.plan()["peak_bytes"]
+        if not plan["allocator_tight"] and self._args.device == "cpu":
+            saving = unchanged - plan["allocator_bytes"] + round(allocator.TIGHT_SHARE * plan["tensor_peak_bytes"])
+            if saving <= self._memory:
+                fitting.append((saving, {allocator.VARIABLE: allocator.MMAP_THRESHOLD}))
         for family in _changes(self._args):
             planned = []
             for change in family:
@@ -129,6 +134,8 @@ def _changes(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 
 
 def _described(changes: dict[str, Any]) -> str:
+    if allocator.VARIABLE in changes:
+        return f"{allocator.VARIABLE}={changes[allocator.VARIABLE]} in the environment"
     return " ".join(
         f"{'no ' if value is False else ''}--{name.replace('_', '-')}{'' if isinstance(value, bool) else f' {value}'}"
         for name, value in changes.items()

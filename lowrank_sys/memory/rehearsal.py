@@ -7,6 +7,7 @@ import contextlib
 import tempfile
 import warnings
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -45,6 +46,7 @@ def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
         args.out = out
         if fake:
             modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            modes.enter_context(_as_if_real())
         live = modes.enter_context(LiveStorages(cuda=args.device == "cuda"))
         model = _model(args, cpu)
         if fake:
@@ -76,6 +78,15 @@ def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
             live.track(tensor, category)
         in_heap = live.most_in_blocks(below=allocator.HEAP_BLOCK)
         return Rehearsal(live.peak, live.at_peak(), live.bytes, live.now(), in_heap, model)
+
+
+def _as_if_real():
+    """transformers materializes attention masks where it sees fake tensors, which a real run does without."""
+    from transformers.utils import import_utils
+
+    if not hasattr(import_utils, "is_fake_tensor"):
+        return contextlib.nullcontext()
+    return mock.patch.object(import_utils, "is_fake_tensor", lambda tensor: False)
 
 
 def _model(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:

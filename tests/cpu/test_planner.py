@@ -1,4 +1,4 @@
-"""The planner against what is measured: tensors counted on real runs, scratch by torch's allocator, a process by the system."""
+"""The planner against what is measured: tensors of real runs, scratch by torch's allocator, a process by the system."""
 
 import argparse
 import json
@@ -34,8 +34,8 @@ def arguments(**changes):
 
 @pytest.mark.parametrize("changes", [
     {"model": "llama-9m"},
-    {"model": "llama-60m", "batch_size": 1, "seq_len": 64, "rank": 64},
-    {"gradient_checkpointing": True, "seq_len": 512},
+    {"model": "llama-60m", "batch_size": 1, "seq_len": 32},
+    {"gradient_checkpointing": True},
     {"gradient_accumulation_steps": 2, "dtype": "bf16"},
     {"method": "galore-adafactor", "subspace": "svd"},
     {"method": "adamw", "batch_size": 1},
@@ -133,7 +133,7 @@ def test_scratch_of_torchs_own_operators():
     assert allocated(norm, grads, 2, dtype=torch.float64) == pytest.approx(8 * 500 * 300, rel=0.01)
     assert expected(norm, grads, 2, dtype=torch.float64) == 8 * 500 * 300 and expected(norm, grads, 2) == 0
     svd = torch.ops.aten._linalg_svd.default
-    assert allocated(svd, grads[0]) == pytest.approx(expected(svd, grads[0]), rel=0.25)
+    assert allocated(svd, grads[0]) == pytest.approx(expected(svd, grads[0]), rel=0.03)
 
 
 def test_an_op_without_a_formula_is_bounded():
@@ -228,16 +228,26 @@ def test_parts_add_up(plan):
 
 
 def test_a_run_that_does_not_fit(plan):
-    needed = json.loads(plan("--json")[1])["peak_bytes"]
-    code, out, err = plan("--json", device_memory=needed - 4 * 2**20)
+    memory = GIB + int(0.95 * json.loads(plan("--json")[1])["tensor_peak_bytes"])
+    code, out, err = plan("--json", device_memory=memory)
     facts = json.loads(out)
     assert code == 3 and facts["fits"] is False and "rehearsing --gradient-checkpointing" in err
     assert facts["would_fit"]
     for change in facts["would_fit"]:  # each was planned: planning it again says the same
-        again = json.loads(plan("--json", *change["flags"].split(), device_memory=facts["device_memory_bytes"])[1])
-        assert again["fits"] and again["peak_bytes"] == change["peak_bytes"] <= facts["device_memory_bytes"]
-    code, out, _ = plan(device_memory=needed - 4 * 2**20)
+        again = json.loads(plan("--json", *change["flags"].split(), device_memory=memory)[1])
+        assert again["fits"] and again["peak_bytes"] == change["peak_bytes"] <= memory
+    code, out, _ = plan(device_memory=memory)
     assert code == 3 and "does not fit" in out and f"would fit: {facts['would_fit'][0]['flags']}" in out
+
+
+def test_the_allocator_is_suggested_where_it_is_enough(plan, monkeypatch):
+    monkeypatch.setattr(allocator, "is_tight", lambda model, available: False)
+    memory = GIB + int(1.05 * json.loads(plan("--json")[1])["tensor_peak_bytes"])
+    facts = json.loads(plan("--json", device_memory=memory)[1])
+    assert not facts["fits"] and facts["would_fit"][0]["flags"] == "MALLOC_MMAP_THRESHOLD_=1048576 in the environment"
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1048576")
+    again = json.loads(plan("--json", device_memory=memory)[1])
+    assert again["fits"] and again["allocator_tight"] and again["peak_bytes"] == facts["would_fit"][0]["peak_bytes"]
 
 
 def test_a_combination_is_tried_and_the_least_is_told(plan):
@@ -290,8 +300,8 @@ def test_sizes(text, size):
 def test_a_wrong_size_is_one_error(plan, text):
     code, out, err = plan(f"--device-memory={text}")
     assert (code, out) == (2, "")
-    assert err == (f"lowrank plan: error: --device-memory: got {text!r}; it must be a size above 0 in bytes, KiB, MiB, GiB, TiB "
-                   "or KB, MB, GB, TB, as 24GiB\n")
+    assert err == (f"lowrank plan: error: --device-memory: got {text!r}; it must be a size above 0 in bytes, KiB, MiB, GiB, "
+                   "TiB or KB, MB, GB, TB, as 24GiB\n")
 
 
 @pytest.mark.parametrize("flag, value, part", [
