@@ -1,0 +1,67 @@
+"""The kernels of the fused steps and of the products with a basis."""
+
+import itertools
+
+from lowrank_sys.bench.static.kernel import FLOATS, Kernel
+from lowrank_sys.kernels import adam, back_project, configs, project
+
+MOMENTS = dict.fromkeys(("exp_avg", "exp_avg_sq", "scalars"), "*fp32")
+SAME = [("bf16", "bf16"), ("fp16", "fp16")]
+MIXED = [("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "fp32"), ("bf16", "fp16")]
+
+
+def rows_of(kernel):
+    """The rows of `kernel` in the tables of `configs`."""
+    def rows(arch):
+        return {(kind, rank): config for (name, kind), ranks in configs.TABLES[arch].items() if name == kernel
+                for rank, config in ranks.items()}
+
+    return rows
+
+
+def in_one_type(count, variant):
+    """`always` for a step at r = 128: every argument given, in one type throughout."""
+    def calls(kind, rank):
+        types = {16: ("bf16",) * count, 32: ("fp32",) * count}.get(kind)
+        return [(types, variant)] if types and rank == 128 else []
+
+    return calls
+
+
+def project_calls(kind):
+    return itertools.product({16: SAME, 32: MIXED, "odd": SAME + MIXED}[kind], ("step", "step+split", "plain", "plain+split"))
+
+
+def project_tensors(types, variant):
+    # The update has the basis' type; R itself is fp32.
+    stepping = "step" in variant
+    return ({"grad": f"*{types[0]}", "basis": f"*{types[1]}", "out": f"*{types[1]}" if stepping else "*fp32"}
+            | (MOMENTS if stepping else {}) | ({"partials": "*fp32", "counters": "*i32"} if "split" in variant else {}))
+
+
+def back_project_calls(kind):
+    # A step's update has the basis' type; `back_project_` brings fp32.
+    types = list(itertools.product(FLOATS, FLOATS))
+    steps = [((basis, basis, param), variant) for basis, param in types for variant in ("step", "step+counted")]
+    plain = [(("fp32", basis, param), "plain") for basis, param in types]
+    narrow = [call for call in steps if "fp32" not in call[0]]
+    return {16: narrow, 32: [call for call in steps + plain if call not in narrow], "odd": steps + plain}[kind]
+
+
+def back_project_tensors(types, variant):
+    tensors = {name: f"*{type_}" for name, type_ in zip(("low_rank", "basis", "param"), types)}
+    return tensors | {"scalars": "*fp32"} | ({"skipped": "*i64"} if "counted" in variant else {})
+
+
+KERNELS = {
+    "project": Kernel(
+        project.project_kernel, rows_of("project"), project_calls, project_tensors,
+        always=in_one_type(2, "step+split"), each=("grad", "basis", "out", "exp_avg", "exp_avg_sq")),
+    "back_project": Kernel(
+        back_project.back_project_kernel, rows_of("back_project"), back_project_calls, back_project_tensors,
+        always=in_one_type(3, "step+counted"), each=("param", "low_rank", "basis")),
+    "adam": Kernel(
+        adam.adam_kernel, lambda arch: {("any", 0): configs.ADAM}, lambda kind: [((out,), "step") for out in FLOATS],
+        lambda types, variant: {"low_rank_grad": "*fp32", "out": f"*{types[0]}"} | MOMENTS,
+        each=("low_rank_grad", "out", "exp_avg", "exp_avg_sq"), product=False),
+}
