@@ -1,7 +1,7 @@
 """Every kernel and configuration fits every architecture: shared memory, registers, no spills, tensor cores in the products.
 
 By default each configuration is built once per architecture, in variants (side, types, arguments, sizes) chosen to cover all
-pairs, and the step at r = 128 on both sides. LOWRANK_COMPILE=all builds the full product (hours).
+pairs, and the step at r = 128 on both sides. LOWRANK_COMPILE=all builds the full product (days).
 """
 
 import os
