@@ -13,7 +13,8 @@ SUMMARY = "compile every kernel for every architecture, with no GPU: resources, 
 
 
 def add_arguments(parser):
-    parser.add_argument("--op", nargs="+", metavar="NAME", help="kernels and ops whose names contain one of these (default: all)")
+    parser.add_argument("--op", nargs="+", metavar="NAME",
+                        help="kernels and ops whose names contain one of these (default: all)")
     parser.add_argument("--arch", nargs="+", type=int, metavar="A", help="compute capabilities, as in 80 90 (default: all)")
     parser.add_argument("--shape", type=shapes.parse_shape, default=(4096, 4096), metavar="MxN",
                         help="of the rooflines (default: 4096x4096)")
@@ -49,8 +50,8 @@ def triton_rows(args, progress):
     for case, future in zip(chosen, futures):
         together = f" x{case.together}" if case.together > 1 else ""
         variant = f"{'left' if case.left else 'right'} {'-'.join(case.types)} {case.variant} {case.sizes}{together}"
-        yield facts_of(f"triton {case.row.kernel}", f"{case.row.kind} r<={case.row.rank}" if case.row.rank else "any", case.arch,
-                       future.result(), variant)
+        configuration = f"{case.row.kind} r<={case.row.rank}" if case.row.rank else "any"
+        yield facts_of(f"triton {case.row.kernel}", configuration, case.arch, future.result(), variant)
 
 
 def cuda_rows(args, progress, say):

@@ -21,7 +21,7 @@ def _mean_over(x, ok, dim):
 
 
 def _preconditioned(r, square, ok, row, col, beta2):
-    """Advance the factored statistics (m, 1), (1, n) where ok; return r over the root of the rank-1 estimate row col / mean(row).
+    """Advance the factored statistics (m, 1), (1, n) where ok; return r over the root of the estimate row col / mean(row).
 
     Factor by factor: the estimate itself leaves fp32 where some rows are zero and others large.
     """

@@ -22,5 +22,6 @@ def test_an_install_has_every_module_and_imports(tmp_path):
     code = ("import lowrank_sys, lowrank_sys.optim, lowrank_sys.bench.command, lowrank_sys.train.command, sys\n"
             "assert lowrank_sys.__file__.startswith(sys.argv[1]), lowrank_sys.__file__")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=tmp_path, env=environment, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr

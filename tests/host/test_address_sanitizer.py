@@ -28,10 +28,11 @@ def build():
     if not Path(library("libasan.so")).is_absolute():
         pytest.skip("g++ has no libasan")
     folder = ROOT / "build" / "asan"
-    options = {"CMAKE_CXX_COMPILER": "g++", "LOWRANK_OPS": "ON", "LOWRANK_SANITIZE": "ON", "LOWRANK_OUTPUT": folder / "package",
-               "LOWRANK_TORCH": Path(torch.__file__).parent, "LOWRANK_PYTHON_INCLUDE": sysconfig.get_path("include")}
-    subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *(f"-D{name}={value}" for name, value in options.items())],
-                   check=True, capture_output=True)
+    options = {"CMAKE_CXX_COMPILER": "g++", "LOWRANK_OPS": "ON", "LOWRANK_SANITIZE": "ON",
+               "LOWRANK_OUTPUT": folder / "package", "LOWRANK_TORCH": Path(torch.__file__).parent,
+               "LOWRANK_PYTHON_INCLUDE": sysconfig.get_path("include")}
+    definitions = [f"-D{name}={value}" for name, value in options.items()]
+    subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *definitions], check=True, capture_output=True)
     done = subprocess.run(["cmake", "--build", folder, "--parallel", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     return folder
