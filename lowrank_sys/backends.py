@@ -26,6 +26,8 @@ TRITON = {
     "subspace_step.list": ("galore", "subspace_step_list"),
     "project": ("project", "project"),
     "back_project_": ("back_project", "back_project_"),
+    "project_int4": ("project", "project_int4"),
+    "back_project_int4_": ("back_project", "back_project_int4_"),
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from lowrank_sys.reference.adam import adamw_step
 from lowrank_sys.reference.galore import (back_project_, channel_norms, galore_step, galore_step_list, project, subspace_step,
                                           subspace_step_list)
+from lowrank_sys.reference.int4 import back_project_int4_, dequantize_int4, project_int4, quantize_int4
 
 IMPLEMENTATIONS = {
     "galore_step.tensor": galore_step,
@@ -20,8 +21,11 @@ IMPLEMENTATIONS = {
     "project": project,
     "back_project_": back_project_,
     "channel_norms": channel_norms,
+    "quantize_int4": quantize_int4,
+    "dequantize_int4": dequantize_int4,
+    "project_int4": project_int4,
+    "back_project_int4_": back_project_int4_,
 }
-
 
 def register(library):
     """Serve every op of IMPLEMENTATIONS on every device that has no kernel of its own."""
