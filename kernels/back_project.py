@@ -7,7 +7,7 @@ import triton.language as tl
 from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.basis import Int4Basis, arguments, load_int4, rank
-from lowrank_sys.kernels.common import ALPHA, DECAY, SLOTS, dot, is_off, on_device_of, precision, store
+from lowrank_sys.kernels.common import ALPHA, DECAY, SLOTS, dot, is_off, on_device_of, pick, precision, store
 
 
 @triton.jit
@@ -19,9 +19,16 @@ def back_project_kernel(param, low_rank, basis, scale, offset, scalars, skipped,
     GaLore (Zhao et al. 2024, Algorithm 2), with AdamW's decay before the update. In a STEP an element whose product is not
     finite keeps its bytes (X is NaN in a skipped channel) and is counted in `skipped`; the whole launch may be switched off.
     With scale and offset, the basis is in INT4, see `load_int4`; `width` bytes hold a vector.
+    A launch serves several matrices of one shape: param, low_rank and what the basis is made of are tuples, scalars has a row
+    a matrix.
 
     Bytes: W read once and written once; X once per tile of rows if LEFT (else of columns), B once per tile of the other axis.
     """
+    i_matrix = tl.program_id(1)
+    param, low_rank, basis = pick(param, i_matrix), pick(low_rank, i_matrix), pick(basis, i_matrix)
+    if GROUP:
+        scale, offset = pick(scale, i_matrix), pick(offset, i_matrix)
+    scalars += i_matrix * SLOTS
     if STEP:
         if is_off(scalars):
             return
@@ -42,7 +49,7 @@ def back_project_kernel(param, low_rank, basis, scale, offset, scalars, skipped,
     b_back = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_r in range(0, r, BLOCK_R):
         m_r = i_r + tl.arange(0, BLOCK_R) < r
-        if scale is None:
+        if not GROUP:
             b_a = tl.load(p_a, mask=m_m[:, None] & m_r[None, :], other=0.0)
             b_b = tl.load(p_b, mask=m_r[:, None] & m_n[None, :], other=0.0)
         elif LEFT:
@@ -72,21 +79,22 @@ def back_project_kernel(param, low_rank, basis, scale, offset, scalars, skipped,
     store(p_w, b_new, m_w)
 
 
-def launch_back_project(param, low_rank, basis, scalars, *, left, step, skipped=None):
-    """W <- scalars[DECAY] W + scalars[ALPHA] back(X). low_rank: R's shape, fp32 or the basis' type.
+def launch_back_project(params, low_ranks, bases, scalars, *, left, step, skipped=None):
+    """W <- scalars[DECAY] W + scalars[ALPHA] back(X), for matrices of one shape and one set of dtypes.
 
-    basis: a matrix, or an `Int4Basis`.
+    low_ranks: R's shape, fp32 or the bases' type; bases: matrices, or each an `Int4Basis`; scalars: a row a matrix.
     """
+    param, low_rank, basis = params[0], low_ranks[0], bases[0]
     if param.numel() == 0:
         return
     m, n = param.shape
     r = rank(basis)
     config = configs.config_for(configs.target(param.device).arch, "back_project", n=n, r=r,
                                 dtypes=(low_rank.dtype, basis.dtype, param.dtype))
-    back_project_kernel[triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),](
-        param=param,
-        low_rank=low_rank,
-        **arguments(basis),
+    back_project_kernel[triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]), len(params)](
+        param=tuple(params),
+        low_rank=tuple(low_ranks),
+        **arguments(bases),
         scalars=scalars,
         skipped=skipped,
         m=m,
@@ -106,18 +114,17 @@ def back_project_(param, low_rank, basis, *, alpha=1.0, beta=1.0, left):
     beta = 0 does not depend on W, as in BLAS.
     """
     _ops.projection.check_back_project(param, low_rank, basis, left=left)
-    apply_back(param, low_rank, basis, alpha=alpha, beta=beta, left=left)
+    _back_project(param, low_rank, basis, alpha=alpha, beta=beta, left=left)
 
 
 def back_project_int4_(param, low_rank, packed, scale, offset, *, alpha=1.0, beta=1.0, left, group_size=256):
     """back_project_ with a basis in INT4, see `quantize_int4`."""
     _ops.int4.check_back_project_int4(param, low_rank, packed, scale, offset, left=left, group_size=group_size)
-    apply_back(param, low_rank, Int4Basis(packed, scale, offset, group_size), alpha=alpha, beta=beta, left=left)
+    _back_project(param, low_rank, Int4Basis(packed, scale, offset, group_size), alpha=alpha, beta=beta, left=left)
 
 
-def apply_back(param, low_rank, basis, *, alpha, beta, left):
-    """back_project_ with arguments that are checked; basis: a matrix, or an `Int4Basis`."""
+def _back_project(param, low_rank, basis, *, alpha, beta, left):
     with on_device_of(param):
-        scalars = torch.full((SLOTS,), alpha, dtype=torch.float32, device=param.device)
+        scalars = torch.full((SLOTS.value,), alpha, dtype=torch.float32, device=param.device)
         scalars[DECAY.value].fill_(beta)
-        launch_back_project(param, low_rank, basis, scalars, left=left, step=False)
+        launch_back_project([param], [low_rank], [basis], scalars, left=left, step=False)

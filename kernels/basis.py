@@ -30,12 +30,12 @@ def rank(basis):
     return basis.rank if isinstance(basis, Int4Basis) else basis.shape[1]
 
 
-def arguments(basis):
-    """What a launch passes for the basis."""
-    if isinstance(basis, Int4Basis):
-        return {"basis": basis.packed, "scale": basis.scale, "offset": basis.offset, "width": basis.packed.shape[1],
-                "GROUP": basis.group_size}
-    return {"basis": basis, "scale": None, "offset": None, "width": 0, "GROUP": 0}
+def arguments(bases):
+    """What a launch passes for its bases, which are all matrices or all INT4 in groups of one size."""
+    if not isinstance(bases[0], Int4Basis):
+        return {"basis": tuple(bases), "scale": None, "offset": None, "width": 0, "GROUP": 0}
+    packed, scales, offsets, sizes = zip(*bases)
+    return {"basis": packed, "scale": scales, "offset": offsets, "width": packed[0].shape[1], "GROUP": sizes[0]}
 
 
 @triton.jit
