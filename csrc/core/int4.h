@@ -1,4 +1,5 @@
-// INT4 groups of a basis vector: value = offset + scale * code. Byte i holds entry 2 i in its low and 2 i + 1 in its high nibble.
+// INT4 groups of a basis vector: value = offset + scale * code. Byte i holds entry 2 i in its low nibble and 2 i + 1 in its
+// high one.
 #pragma once
 
 #include "block.h"
@@ -138,7 +139,8 @@ LR_HD void quantize_int4_group(const Block& block, const B* basis, int64_t strid
 
 // The inverse: the same group and vectors to fp32 rows, `stride` apart.
 template <class Block>
-LR_HD void dequantize_int4_group(const Block& block, const Int4& from, float* basis, int64_t stride, int entries, int vectors) {
+LR_HD void dequantize_int4_group(const Block& block, const Int4& from, float* basis, int64_t stride, int entries,
+                                 int vectors) {
   using Tile = Int4Tile<Block>;
   const Tile tile(block, vectors);
   float scale[Tile::wide], offset[Tile::wide];

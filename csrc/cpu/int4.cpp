@@ -17,7 +17,8 @@ void run_quantize(const Matrix& basis, const Int4& to, int64_t begin, int64_t en
     const auto* data = static_cast<const typename decltype(type)::type*>(basis.data);
     for (int64_t i = begin; i < end; ++i) {
       const Int4Piece p = piece_of(to, i);
-      quantize_int4_group(OneThread{nullptr}, data + p.entry * basis.stride + p.vector, basis.stride, p.at, p.entries, p.vectors);
+      const auto* from = data + p.entry * basis.stride + p.vector;
+      quantize_int4_group(OneThread{nullptr}, from, basis.stride, p.at, p.entries, p.vectors);
     }
   });
 }

@@ -1,7 +1,7 @@
 """A basis in INT4: 4-bit codes in groups of consecutive entries of one basis vector, each with its own scale and offset.
 
 A basis (d, r) is stored vector by vector: packed (r, ⌈d/2⌉) uint8, entry 2i of a vector in the low nibble of byte i and entry
-2i + 1 in the high one (0 where d is odd); scale and offset (r, ⌈d/group_size⌉) fp32. An entry's value is offset + scale * code.
+2i + 1 in the high one (0 where d is odd); scale and offset (r, ⌈d/group_size⌉) fp32. An entry is offset + scale * code.
 """
 
 import torch

@@ -51,7 +51,8 @@ def project_int4(grad, packed, scale, offset, *, left, group_size=256):
     """R = Bᵀ G (r, n) if left, else G B (m, r); fp32. grad (m, n) fp32 | bf16 | fp16; B in INT4, see quantize_int4."""
     if grad.dtype != torch.float64:
         _ops.int4.check_project_int4(grad, packed, scale, offset, left=left, group_size=group_size)
-    return project(grad, dequantize_int4(packed, scale, offset, d=grad.shape[0 if left else 1], group_size=group_size), left=left)
+    basis = dequantize_int4(packed, scale, offset, d=grad.shape[0 if left else 1], group_size=group_size)
+    return project(grad, basis, left=left)
 
 
 def back_project_int4_(param, low_rank, packed, scale, offset, *, alpha=1.0, beta=1.0, left, group_size=256):

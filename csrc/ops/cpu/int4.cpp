@@ -14,7 +14,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& basis, int64_t group_s
   const Tensor packed = empty({r, (d + 1) / 2}, aoti_torch_dtype_uint8()), scale = empty(scales), offset = empty(scales);
   const Int4 to = as_int4(packed, scale, offset, d, group_size);
   const Matrix from{storage(basis), data<void>(basis), r};
-  parallel(int4_pieces(to), 32 * group_size, [&](int64_t begin, int64_t end) { int4_kernels().quantize(from, to, begin, end); });
+  parallel(int4_pieces(to), kVectors * group_size,
+           [&](int64_t begin, int64_t end) { int4_kernels().quantize(from, to, begin, end); });
   return {packed, scale, offset};
 }
 
@@ -23,7 +24,7 @@ Tensor dequantize(const Tensor& packed, const Tensor& scale, const Tensor& offse
   const Int4 from = as_int4(packed, scale, offset, d, group_size);
   const Tensor basis = empty({d, from.r});
   float* to = data<float>(basis);
-  parallel(int4_pieces(from), 32 * group_size,
+  parallel(int4_pieces(from), kVectors * group_size,
            [&](int64_t begin, int64_t end) { int4_kernels().dequantize(from, to, begin, end); });
   return basis;
 }
