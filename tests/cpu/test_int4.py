@@ -119,7 +119,8 @@ def test_a_group_that_cannot_be_kept_is_nan(bad):
     assert torch.equal(packed, want[0]) and all(map(torch.equal, others, want[1:]))
 
 
-HOSTILE = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 2.0**-122, 1.0, -1.0, 1e38, -1e38, FP32_MAX, -FP32_MAX, torch.inf, -torch.inf, torch.nan]
+HOSTILE = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 2.0**-122, 1.0, -1.0, 1e38, -1e38, FP32_MAX, -FP32_MAX, torch.inf, -torch.inf,
+           torch.nan]
 
 
 @settings(max_examples=150, deadline=None)
@@ -186,7 +187,8 @@ def test_back_project_against_oracle(shape, dtype, left, alpha, beta):
 
 @settings(max_examples=60, deadline=None)
 @given(m=st.integers(1, 90), n=st.integers(1, 90), r=st.integers(1, 40), group_size=st.sampled_from((32, 64)),
-       dtype=st.sampled_from(FLOATS), left=st.booleans(), seed=st.integers(0, 2**31), bad=st.sampled_from((None, torch.nan, torch.inf)))
+       dtype=st.sampled_from(FLOATS), left=st.booleans(), seed=st.integers(0, 2**31),
+       bad=st.sampled_from((None, torch.nan, torch.inf)))
 def test_products_of_anything(m, n, r, group_size, dtype, left, seed, bad):
     """Back and forth; a NaN or an infinity in G reaches its channel of R and no other."""
     int4, b = quantized(m if left else n, r, group_size, seed)
