@@ -8,6 +8,7 @@ import torch
 from lowrank_sys.reference.adam import adamw_step
 from lowrank_sys.reference.galore import (back_project_, channel_norms, galore_step, galore_step_list, project, subspace_step,
                                           subspace_step_list)
+from lowrank_sys.reference.int8 import (dequantize_int8, int8_linear, int8_linear_backward, int8_update_, quantize_int8)
 
 IMPLEMENTATIONS = {
     "galore_step.tensor": galore_step,
@@ -20,6 +21,12 @@ IMPLEMENTATIONS = {
     "project": project,
     "back_project_": back_project_,
     "channel_norms": channel_norms,
+    "quantize_int8": quantize_int8,
+    "dequantize_int8": dequantize_int8,
+    "int8_update_.tensor": int8_update_,
+    "int8_update_": int8_update_,
+    "int8_linear": int8_linear,
+    "int8_linear_backward": int8_linear_backward,
 }
 
 
