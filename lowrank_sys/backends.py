@@ -26,6 +26,8 @@ TRITON = {
     "subspace_step.list": ("galore", "subspace_step_list"),
     "project": ("project", "project"),
     "back_project_": ("back_project", "back_project_"),
+    "int8_linear": ("int8_linear", "int8_linear"),
+    "int8_linear_backward": ("int8_linear", "int8_linear_backward"),
 }
 
 

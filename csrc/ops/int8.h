@@ -71,9 +71,6 @@ inline void check_int8_linear_backward(const Tensor& grad_out, const Tensor& cod
   expect_rows("int8_linear_backward", "grad_out", grad_out, codes, codes.size(0), "m");
 }
 
-// The counter's step: a number of any type, modulo 2^32.
-inline uint32_t int8_step(double step) { return std::isfinite(step) ? uint32_t(int64_t(std::fmod(step, 0x1p32))) : 0; }
-
 inline Int8Matrix as_int8(const Tensor& codes, const Tensor& scale, int64_t group_size) {
   return {static_cast<int8_t*>(codes.data_ptr()), static_cast<float*>(scale.data_ptr()), codes.size(1), int(group_size)};
 }

@@ -110,7 +110,8 @@ def int8_linear(x, codes, scale, bias=None, *, group_size=256):
 
     Products and sums are fp32. Differentiable in x and bias.
     """
-    _ops.int8.check_int8_linear(x, codes, scale, bias, group_size=group_size)
+    if x.dtype != torch.float64:
+        _ops.int8.check_int8_linear(x, codes, scale, bias, group_size=group_size)
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x.to(wide) @ dequantize_int8(codes, scale, group_size=group_size).to(wide).T
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
@@ -118,6 +119,7 @@ def int8_linear(x, codes, scale, bias=None, *, group_size=256):
 
 def int8_linear_backward(grad_out, codes, scale, *, group_size=256):
     """dx = dy W (..., n) in dy's type; grad_out dy (..., m)."""
-    _ops.int8.check_int8_linear_backward(grad_out, codes, scale, group_size=group_size)
+    if grad_out.dtype != torch.float64:
+        _ops.int8.check_int8_linear_backward(grad_out, codes, scale, group_size=group_size)
     wide = torch.promote_types(grad_out.dtype, torch.float32)
     return (grad_out.to(wide) @ dequantize_int8(codes, scale, group_size=group_size).to(wide)).to(grad_out.dtype)

@@ -56,7 +56,7 @@ void int8_update_tensor(const Tensor& codes, const Tensor& scale, const Tensor& 
     values[i] = read_number(op, numbers[i].first, numbers[i].second);
   }
   check_int8_stream(parameter, offset);
-  update(codes, scale, dense, values[0], values[1], seed, int8_step(values[2]), parameter, offset, group_size);
+  update(codes, scale, dense, values[0], values[1], seed, counter_step(values[2]), parameter, offset, group_size);
 }
 
 // Rows of an fp32 matrix into `to`, of any type.
