@@ -21,7 +21,8 @@ void each_group(const Int8Matrix& w, const Matrix& dense, const Int8Tile& tile, 
 
 void run_quantize(const Matrix& dense, const Int8Matrix& w, const Int8Tile& tile, int64_t begin, int64_t end) {
   dispatch(dense.dtype, [&](auto type) {
-    each_group<typename decltype(type)::type>(w, dense, tile, begin, end, [](auto* codes, auto* scale, auto* x, int n, int64_t) {
+    using W = typename decltype(type)::type;
+    each_group<W>(w, dense, tile, begin, end, [](auto* codes, auto* scale, auto* x, int n, int64_t) {
       quantize_group<1>(OneThread{nullptr}, x, n, codes, scale);
     });
   });
@@ -29,7 +30,8 @@ void run_quantize(const Matrix& dense, const Int8Matrix& w, const Int8Tile& tile
 
 void run_dequantize(const Int8Matrix& w, const Matrix& dense, const Int8Tile& tile, int64_t begin, int64_t end) {
   dispatch(dense.dtype, [&](auto type) {
-    each_group<typename decltype(type)::type>(w, dense, tile, begin, end, [](auto* codes, auto* scale, auto* x, int n, int64_t) {
+    using W = typename decltype(type)::type;
+    each_group<W>(w, dense, tile, begin, end, [](auto* codes, auto* scale, auto* x, int n, int64_t) {
       dequantize_group<1>(OneThread{nullptr}, codes, *scale, n, x);
     });
   });

@@ -1,7 +1,7 @@
 """INT8 weights: symmetric codes with a scale a group, and updates that are rounded stochastically.
 
-Q-GaLore (Zhang et al. 2024, section 3.4) trains INT8 weights with stochastic rounding and keeps no high-precision copy. Here the
-groups are symmetric, and a scale stays as it is until a value no longer fits: with a fresh scale a step, every weight of a
+Q-GaLore (Zhang et al. 2024, section 3.4) trains INT8 weights with stochastic rounding and keeps no high-precision copy. Here
+the groups are symmetric, and a scale stays as it is until a value no longer fits: with a fresh scale a step, every weight of a
 group would be rounded again even where its update is zero.
 
 Codes are exact functions of fp32 inputs, whatever the precision of the other results.

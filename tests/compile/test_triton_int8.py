@@ -10,7 +10,8 @@ from lowrank_sys.kernels.int8_linear import int8_linear_kernel
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_CORE = r"\b(HMMA|HGMMA|QMMA|UTC\w*MMA)"
 # type of x, backward, sizes, group size: both directions of either width, an odd shape, and the smallest group.
-CASES = [("bf16", False, "aligned", 256), ("fp16", True, "aligned", 256), ("fp32", False, "aligned", 256), ("fp32", True, "odd", 32)]
+CASES = [("bf16", False, "aligned", 256), ("fp16", True, "aligned", 256), ("fp32", False, "aligned", 256),
+         ("fp32", True, "odd", 32)]
 
 
 @pytest.fixture(scope="module")

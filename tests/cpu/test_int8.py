@@ -180,7 +180,7 @@ def test_steps_of_a_hundredth_arrive():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_zero_update_touches_no_byte(dtype):
-    """10⁸ weights: groups after many steps, groups far below their range, scales that are 0, denormal, negative or not finite."""
+    """10⁸ weights, with groups far below their range, and scales that are 0, denormal, negative, huge or not finite."""
     m, n = 4096, 24576
     codes = torch.randint(-127, 128, (m, n), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     scale = torch.rand(m, n // 256, generator=torch.Generator().manual_seed(1))
@@ -205,7 +205,7 @@ def test_few_groups_are_rescaled(size):
 
 
 def test_nothing_is_clamped():
-    """A value that does not fit gives its group a new scale, with headroom; a group that shrinks below half takes a finer one."""
+    """A value that does not fit gives its group a new scale, with headroom; a group under half of its range a finer one."""
     codes, scale = ops.quantize_int8(torch.linspace(-1, 1, 256)[None])
     old = scale.item()
     update = torch.zeros(1, 256)
@@ -313,7 +313,8 @@ def test_linear_against_oracle(shape, lead, bias, dtype):
         assert got.dtype == dtype and got.shape == want.shape
         # One rounding of the result, and one of fp32 for each root of the depth.
         depth = 2.0**-23 * max(1, matrix.shape[0]) ** 0.5 * (a.double().abs() @ matrix.abs() + 1)
-        assert ((got.double() - want).abs() <= ROUNDING[dtype] * want.abs() + depth + 2.0**-25 * (dtype == torch.float16)).all()
+        smallest = 2.0**-25 if dtype == torch.float16 else 0.0
+        assert ((got.double() - want).abs() <= ROUNDING[dtype] * want.abs() + depth + smallest).all()
 
 
 def test_linear_gradients():
@@ -355,13 +356,13 @@ def call(op, **change):
 ZERO = torch.tensor(0.0)
 BAD = [
     (("quantize_int8", dict(weight=torch.zeros(3))), "weight must be a matrix (m, n), got shape (3,)"),
-    (("quantize_int8", dict(weight=torch.zeros(3, 4).double())), "weight must be float32, bfloat16 or float16, got torch.float64"),
+    (("quantize_int8", dict(weight=torch.zeros(3, 4).int())), "weight must be float32, bfloat16 or float16, got torch.int32"),
     (("quantize_int8", dict(weight=torch.zeros(3, 4).T)), "weight must be contiguous, got strides (1, 4)"),
     *((("quantize_int8", dict(weight=torch.zeros(3, 4), group_size=size)),
        f"group_size must be a power of two from 32 to 1024, got {size}") for size in (-256, 0, 16, 48, 2048)),
     (call("dequantize_int8", group_size=0), "group_size must be a power of two from 32 to 1024, got 0"),
     (call("dequantize_int8", dtype=torch.float64), "dtype must be float32, bfloat16 or float16, got torch.float64"),
-    (call("dequantize_int8", codes=torch.zeros(6, 2, 2, dtype=torch.int8)), "codes must be a matrix (m, n), got shape (6, 2, 2)"),
+    (call("dequantize_int8", codes=torch.zeros(6, 1, 2).char()), "codes must be a matrix (m, n), got shape (6, 1, 2)"),
     (call("dequantize_int8", codes=torch.zeros(6, 300, dtype=torch.uint8)), "codes must be torch.int8, got torch.uint8"),
     (call("dequantize_int8", codes=torch.zeros(300, 6, dtype=torch.int8).T), "codes must be contiguous, got strides (1, 6)"),
     (call("dequantize_int8", scale=torch.zeros(6, 3)), "scale must have shape (6, 2), got (6, 3)"),
@@ -377,7 +378,7 @@ BAD = [
     (call_update(parameter=2**32), "parameter must be from 0 to 2^32 - 1, got 4294967296"),
     (call_update(offset=-8), "offset must be at least 0, got -8"),
     (call_update(alpha=torch.ones(1), decay=ZERO, step=ZERO), "alpha must be a 0-dim tensor, got shape (1,)"),
-    (call_update(alpha=ZERO, decay=ZERO.bfloat16(), step=ZERO), "decay must be float32, float64, int32 or int64, got torch.bfloat16"),
+    (call_update(alpha=ZERO, decay=ZERO.char(), step=ZERO), "decay must be float32, float64, int32 or int64, got torch.int8"),
     (call_update(alpha=ZERO, decay=ZERO, step=ZERO.bool()), "step must be float32, float64, int32 or int64, got torch.bool"),
     (call_update(alpha=ZERO, decay=ZERO, step=ZERO, offset=-1), "offset must be at least 0, got -1"),
     (call("int8_linear", x=torch.zeros(2, 299)), "x must have shape (..., n = 300), got (2, 299)"),

@@ -33,8 +33,8 @@ Tensor dequantize_int8(const Tensor& codes, const Tensor& scale, int64_t group_s
 
 void update(const Tensor& codes, const Tensor& scale, const Tensor& dense, const Int8Scalars& scalars, int64_t group_size) {
   const DeviceGuard guard(codes.get_device_index());
-  STD_CUDA_CHECK(launch_update_int8(storage(dense), as_int8(codes, scale, group_size), dense.data_ptr(), scalars, codes.size(0),
-                                    current_stream(codes)));
+  STD_CUDA_CHECK(launch_update_int8(storage(dense), as_int8(codes, scale, group_size), dense.data_ptr(), scalars,
+                                    codes.size(0), current_stream(codes)));
 }
 
 Number known(double value) { return {Number::Type::host, nullptr, value}; }
