@@ -9,6 +9,7 @@ from lowrank_sys.reference.adam import adamw_step
 from lowrank_sys.reference.galore import (back_project_, channel_norms, galore_step, galore_step_list, project, subspace_step,
                                           subspace_step_list)
 from lowrank_sys.reference.int4 import back_project_int4_, dequantize_int4, project_int4, quantize_int4
+from lowrank_sys.reference.int8 import (dequantize_int8, int8_linear, int8_linear_backward, int8_update_, quantize_int8)
 
 IMPLEMENTATIONS = {
     "galore_step.tensor": galore_step,
@@ -21,10 +22,16 @@ IMPLEMENTATIONS = {
     "project": project,
     "back_project_": back_project_,
     "channel_norms": channel_norms,
-    "quantize_int4": quantize_int4,
-    "dequantize_int4": dequantize_int4,
-    "project_int4": project_int4,
     "back_project_int4_": back_project_int4_,
+    "dequantize_int4": dequantize_int4,
+    "dequantize_int8": dequantize_int8,
+    "int8_linear": int8_linear,
+    "int8_linear_backward": int8_linear_backward,
+    "int8_update_": int8_update_,
+    "int8_update_.tensor": int8_update_,
+    "project_int4": project_int4,
+    "quantize_int4": quantize_int4,
+    "quantize_int8": quantize_int8,
 }
 
 def register(library):

@@ -3,6 +3,7 @@
 
 int main() {
   lowrank::check_int4();
+  lowrank::check_int8();
   lowrank::check_norms();
   lowrank::check_steps();
   lowrank::check_store();

@@ -165,7 +165,8 @@ def spoiled_tensor(tensor, draw):
 def spoiled(op, arguments, draw):
     """`arguments` with one of them changed, legal or not."""
     kinds = {a.name: str(a.type) for a in overload(op)._schema.arguments}
-    able = [name for name, value in arguments.items() if value is not None and kinds[name] not in ("bool", "float")]
+    able = [name for name, value in arguments.items()
+            if not (value is None or isinstance(value, torch.dtype) or kinds[name] in ("bool", "float"))]
     name = draw.of(*able)
     value = arguments[name]
     if isinstance(value, torch.Tensor):

@@ -1,0 +1,23 @@
+// A Number, read by the kernel that needs it.
+#pragma once
+
+#include "launch.h"
+
+LR_BEGIN
+
+__device__ inline double read(const Number& x) {
+  switch (x.type) {
+    case Number::Type::f32:
+      return *static_cast<const float*>(x.device);
+    case Number::Type::f64:
+      return *static_cast<const double*>(x.device);
+    case Number::Type::i32:
+      return *static_cast<const int32_t*>(x.device);
+    case Number::Type::i64:
+      return double(*static_cast<const int64_t*>(x.device));
+    default:
+      return x.host;
+  }
+}
+
+LR_END
