@@ -1,5 +1,6 @@
 // Which of the compiled instruction sets serves on this processor.
 #include "norms.h"
+#include "sparse.h"
 #include "steps.h"
 #include "store.h"
 
@@ -38,5 +39,6 @@ bool has_v4() {
 #endif
 
 LR_SELECT(NormKernels, norm)
+LR_SELECT(SparseKernels, sparse)
 LR_SELECT(StepKernels, step)
 LR_SELECT(StoreKernels, store)

@@ -182,12 +182,12 @@ inline double read_number(const char* op, const char* name, const Tensor& t) {
   fail(op, name, " must be float32, float64, int32 or int64, got ", dtype_name(dtype));
 }
 
-inline Tensor empty(const Shape& shape, const Place& place) {
+inline Tensor empty(const Shape& shape, const Place& place, int32_t dtype = aoti_torch_dtype_float32()) {
   Shape strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
   AtenTensorHandle out;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(),
-                                                         aoti_torch_dtype_float32(), place.type, place.index, &out));
+                                                         dtype, place.type, place.index, &out));
   return Tensor(out);
 }
 

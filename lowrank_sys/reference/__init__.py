@@ -8,6 +8,8 @@ import torch
 from lowrank_sys.reference.adam import adamw_step
 from lowrank_sys.reference.galore import (back_project_, channel_norms, galore_step, galore_step_list, project, subspace_step,
                                           subspace_step_list)
+from lowrank_sys.reference.selection import select_rows
+from lowrank_sys.reference.sparse import gather_rows, grass_step, grass_step_list, scatter_add_rows_
 
 IMPLEMENTATIONS = {
     "galore_step.tensor": galore_step,
@@ -20,6 +22,12 @@ IMPLEMENTATIONS = {
     "project": project,
     "back_project_": back_project_,
     "channel_norms": channel_norms,
+    "select_rows": select_rows,
+    "gather_rows": gather_rows,
+    "scatter_add_rows_": scatter_add_rows_,
+    "grass_step.tensor": grass_step,
+    "grass_step": grass_step,
+    "grass_step.list": grass_step_list,
 }
 
 

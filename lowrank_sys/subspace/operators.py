@@ -6,6 +6,7 @@ import torch
 
 from lowrank_sys import _ops
 from lowrank_sys.reference.adafactor import adafactor_step
+from lowrank_sys.reference.sparse import row_norms
 from lowrank_sys.reference.subspace import subspace_iteration
 from lowrank_sys.subspace.refresh import refresh_
 
@@ -18,7 +19,12 @@ def _back_project_(param, low_rank, basis, **arguments):
     torch.ops.lowrank.back_project_(param, low_rank, basis, **arguments)
 
 
+def _channel_norms(grad, *, left):
+    return torch.ops.lowrank.channel_norms(grad, left=left)
+
+
 IMPLEMENTATIONS = {
+    "row_norms": functools.partial(row_norms, norms=_channel_norms),
     "subspace_iteration": functools.partial(subspace_iteration, project=_project),
     "refresh_": refresh_,
     "adafactor_step": functools.partial(adafactor_step, project=_project, back_project_=_back_project_),
