@@ -4,20 +4,7 @@
 #include "adam.h"
 #include "block.h"
 #include "convert.h"
-
-namespace lowrank {
-
-// Which of `size` rows (or columns) are selected. owner[i] is the first j with indices[j] == i, or kNobody: an index that is
-// out of range or repeats an earlier one is left out. scale may be null, for ones.
-struct SelectedRows {
-  static constexpr uint32_t kNobody = 0xffffffffu;
-  const int32_t* indices;
-  const float* scale;
-  const uint32_t* owner;
-  int64_t count, size;
-};
-
-}  // namespace lowrank
+#include "sparse.h"
 
 LR_BEGIN
 

@@ -6,24 +6,7 @@
 
 #include "block.h"
 #include "philox.h"
-
-namespace lowrank {
-
-enum class Method : int { top, sample, sample_replace };
-
-// One selection. `keys` has d entries; `shares` (d), `counts` (d) and `draws` (r) are for sample_replace alone.
-struct RowSelection {
-  Method method;
-  const float* norms;
-  int64_t d, r;
-  uint64_t* keys;
-  uint64_t* shares;  // running sums of whole-number shares
-  int32_t *counts, *draws;
-  int32_t* indices;
-  float* scale;
-};
-
-}  // namespace lowrank
+#include "sparse.h"
 
 LR_BEGIN
 

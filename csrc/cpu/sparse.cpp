@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "../core/rows.h"
+#include "../core/selection.h"
 #include "one_thread.h"
 
 namespace lowrank {

@@ -1,8 +1,9 @@
 // Selected rows on raw pointers.
 #pragma once
 
-#include "../core/rows.h"
-#include "../core/selection.h"
+#include "../core/adam.h"
+#include "../core/philox.h"
+#include "../core/sparse.h"
 #include "matrix.h"
 
 namespace lowrank {

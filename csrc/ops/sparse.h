@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "../core/selection.h"
+#include "../core/sparse.h"
 #include "projection.h"
 
 namespace lowrank {

@@ -58,6 +58,7 @@ void compare(const char* name, const F& run) {
 
 // One function a group of block algorithms.
 void check_norms();
+void check_sparse();
 void check_steps();
 void check_store();
 

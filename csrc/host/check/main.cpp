@@ -3,6 +3,7 @@
 
 int main() {
   lowrank::check_norms();
+  lowrank::check_sparse();
   lowrank::check_steps();
   lowrank::check_store();
   std::printf(lowrank::failures ? "%d failures\n" : "ok\n", lowrank::failures);
