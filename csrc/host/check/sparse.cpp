@@ -75,8 +75,8 @@ void grass(const char* name, bool left, int64_t high, int64_t wide, int count) {
 }  // namespace
 
 void check_sparse() {
-  selection("top rows", Method::top, 300, 20);
-  selection("sampled rows", Method::sample, 300, 20);
+  selection("top rows", Method::top, 100, 20);
+  selection("sampled rows", Method::sample, 60, 9);
   selection("drawn rows", Method::sample_replace, 300, 40);
   selection("all of few rows", Method::sample, 5, 5);
   grass<1, float, float>("grass left", true, 20, 45, 9);
