@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from lowrank_sys.kernels import configs
-from lowrank_sys.kernels.common import GRAD_SCALE, adam, is_off, store, usable_channels
+from lowrank_sys.kernels.common import GRAD_SCALE, SLOTS, adam, is_off, pick, store, usable_channels
 
 
 @triton.jit
@@ -13,9 +13,14 @@ def adam_kernel(low_rank_grad, out, exp_avg, exp_avg_sq, scalars, channels, r, b
     """out = X = Adam(grad_scale * R) for R (r, channels) if LEFT, else (channels, r); NaN in channels that are not usable.
 
     Kingma and Ba 2015, with torch.optim.AdamW's bias corrections. A program owns whole channels: it tests them, then steps.
+    A launch serves several matrices of one shape: R, out and the moments are tuples, scalars has a row a matrix.
 
     Bytes per element of R: R twice (the second time from the cache), moments twice each, out once.
     """
+    i_matrix = tl.program_id(1)
+    low_rank_grad, out = pick(low_rank_grad, i_matrix), pick(out, i_matrix)
+    exp_avg, exp_avg_sq = pick(exp_avg, i_matrix), pick(exp_avg_sq, i_matrix)
+    scalars += i_matrix * SLOTS
     if is_off(scalars):
         return
     o_c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
@@ -46,17 +51,17 @@ def adam_kernel(low_rank_grad, out, exp_avg, exp_avg_sq, scalars, channels, r, b
         o_tile += step
 
 
-def launch_adam(low_rank_grad, out, *, left, exp_avg, exp_avg_sq, scalars, beta1, beta2, eps):
-    """out <- Adam's update from R; moments in place. out: R's shape, fp32 or the basis' type."""
-    if out.numel() == 0:
+def launch_adam(low_rank_grads, outs, *, left, exp_avgs, exp_avg_sqs, scalars, beta1, beta2, eps):
+    """outs <- Adam's update from R, for matrices of one shape; moments in place. outs: R's shape, fp32 or the bases' type."""
+    if outs[0].numel() == 0:
         return
-    rows, cols = out.shape
+    rows, cols = outs[0].shape
     channels, r = (cols, rows) if left else (rows, cols)
-    adam_kernel[triton.cdiv(channels, configs.ADAM["BLOCK_C"]),](
-        low_rank_grad=low_rank_grad,
-        out=out,
-        exp_avg=exp_avg,
-        exp_avg_sq=exp_avg_sq,
+    adam_kernel[triton.cdiv(channels, configs.ADAM["BLOCK_C"]), len(outs)](
+        low_rank_grad=tuple(low_rank_grads),
+        out=tuple(outs),
+        exp_avg=tuple(exp_avgs),
+        exp_avg_sq=tuple(exp_avg_sqs),
         scalars=scalars,
         channels=channels,
         r=r,

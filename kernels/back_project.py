@@ -6,7 +6,7 @@ import triton.language as tl
 
 from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
-from lowrank_sys.kernels.common import ALPHA, DECAY, SLOTS, dot, is_off, on_device_of, precision, store
+from lowrank_sys.kernels.common import ALPHA, DECAY, SLOTS, dot, is_off, on_device_of, pick, precision, store
 
 
 @triton.jit
@@ -17,9 +17,13 @@ def back_project_kernel(param, low_rank, basis, scalars, skipped, m, n, r,
 
     GaLore (Zhao et al. 2024, Algorithm 2), with AdamW's decay before the update. In a STEP an element whose product is not
     finite keeps its bytes (X is NaN in a skipped channel) and is counted in `skipped`; the whole launch may be switched off.
+    A launch serves several matrices of one shape: param, low_rank and basis are tuples, scalars has a row a matrix.
 
     Bytes: W read once and written once; X once per tile of rows if LEFT (else of columns), B once per tile of the other axis.
     """
+    i_matrix = tl.program_id(1)
+    param, low_rank, basis = pick(param, i_matrix), pick(low_rank, i_matrix), pick(basis, i_matrix)
+    scalars += i_matrix * SLOTS
     if STEP:
         if is_off(scalars):
             return
@@ -63,18 +67,22 @@ def back_project_kernel(param, low_rank, basis, scalars, skipped, m, n, r,
     store(p_w, b_new, m_w)
 
 
-def launch_back_project(param, low_rank, basis, scalars, *, left, step, skipped=None):
-    """W <- scalars[DECAY] W + scalars[ALPHA] back(X). low_rank: R's shape, fp32 or the basis' type."""
+def launch_back_project(params, low_ranks, bases, scalars, *, left, step, skipped=None):
+    """W <- scalars[DECAY] W + scalars[ALPHA] back(X), for matrices of one shape and one set of dtypes.
+
+    low_ranks: R's shape, fp32 or the bases' type; scalars: a row a matrix.
+    """
+    param, low_rank, basis = params[0], low_ranks[0], bases[0]
     if param.numel() == 0:
         return
     m, n = param.shape
     r = basis.shape[1]
     config = configs.config_for(configs.target(param.device).arch, "back_project", n=n, r=r,
                                 dtypes=(low_rank.dtype, basis.dtype, param.dtype))
-    back_project_kernel[triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),](
-        param=param,
-        low_rank=low_rank,
-        basis=basis,
+    back_project_kernel[triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]), len(params)](
+        param=tuple(params),
+        low_rank=tuple(low_ranks),
+        basis=tuple(bases),
         scalars=scalars,
         skipped=skipped,
         m=m,
@@ -95,6 +103,6 @@ def back_project_(param, low_rank, basis, *, alpha=1.0, beta=1.0, left):
     """
     _ops.projection.check_back_project(param, low_rank, basis, left=left)
     with on_device_of(param):
-        scalars = torch.full((SLOTS,), alpha, dtype=torch.float32, device=param.device)
+        scalars = torch.full((SLOTS.value,), alpha, dtype=torch.float32, device=param.device)
         scalars[DECAY.value].fill_(beta)
-        launch_back_project(param, low_rank, basis, scalars, left=left, step=False)
+        launch_back_project([param], [low_rank], [basis], scalars, left=left, step=False)

@@ -14,7 +14,18 @@ MAX_GRADIENT = tl.constexpr(reference.MAX_GRADIENT)
 
 # Slots of a step's row of scalars (fp32, on the device). Rows are padded so that each starts on 16 bytes.
 CORRECTION1, CORRECTION2, DECAY, ALPHA, GRAD_SCALE, ACTIVE = (tl.constexpr(i) for i in range(6))
-SLOTS = 8
+SLOTS = tl.constexpr(8)
+
+
+@triton.jit
+def pick(matrices, i):
+    """Entry i of a tuple of pointers, one a matrix of the launch; None stays None."""
+    if matrices is None:
+        return None
+    p_matrix = matrices[0]
+    for k in tl.static_range(1, len(matrices)):
+        p_matrix = tl.where(i == k, matrices[k], p_matrix)
+    return p_matrix
 
 
 @triton.jit
@@ -87,7 +98,7 @@ def step_scalars(steps, *, lr, beta1, beta2, weight_decay, scale, grad_scale=Non
     """One row of scalars per entry of `steps` (k,) float64; everything stays on its device."""
     lr = as_scalar(lr, steps.device)
     one = torch.ones_like(lr)
-    columns = [None] * SLOTS
+    columns = [None] * SLOTS.value
     for slot, beta in ((CORRECTION1, beta1), (CORRECTION2, beta2)):
         columns[slot.value] = -torch.expm1(steps * (math.log(beta) if beta > 0 else -math.inf))
     columns[DECAY.value] = 1 - lr * weight_decay

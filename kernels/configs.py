@@ -60,6 +60,9 @@ _SMALL = _table(stages=3)  # 99 KiB
 
 TABLES = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMALL}
 
+# Matrices of one shape that one launch serves at most; a group is cut into launches of 8, 4, 2 and 1.
+MOST = 8
+
 # Adam on an already projected gradient: elementwise but for the test of a channel.
 ADAM = _tile(4, 1, BLOCK_R=32, BLOCK_C=32)
 
@@ -74,6 +77,12 @@ class Target(NamedTuple):
     def counters(self):
         """Only fewer tiles than this are split, so that many counters serve any matrix."""
         return 2 * self.multiprocessors
+
+
+def together(m, n, card):
+    """How many matrices (m, n) share a launch: many where one is too small to fill the card."""
+    tiles = triton.cdiv(m, 128) * triton.cdiv(n, 128)
+    return MOST if tiles < card.counters else 1
 
 
 class Plan(NamedTuple):

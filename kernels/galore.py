@@ -3,31 +3,47 @@
 import torch
 
 from lowrank_sys import _ops
+from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.adam import launch_adam
 from lowrank_sys.kernels.back_project import launch_back_project
 from lowrank_sys.kernels.common import as_scalar, on_device_of, step_scalars
 from lowrank_sys.kernels.project import launch_project, new_counters
 
 
-def _update(param, gradient, basis, exp_avg, exp_avg_sq, scalars, *, projected, left, beta1, beta2, eps, counters,
+def _update(params, gradients, bases, exp_avgs, exp_avg_sqs, scalars, *, projected, left, beta1, beta2, eps, counters,
             skipped=None):
-    """One matrix: gradient (the full one, or R if `projected`) -> Adam's update X -> W."""
+    """Matrices of one shape: gradients (the full ones, or R if `projected`) -> Adam's updates X -> W."""
     # A 16-bit X keeps the second product on the 16-bit tensor cores.
-    update = torch.empty_like(exp_avg, dtype=basis.dtype)
-    adam = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "scalars": scalars, "beta1": beta1, "beta2": beta2, "eps": eps}
+    updates = [torch.empty_like(exp_avg, dtype=basis.dtype) for exp_avg, basis in zip(exp_avgs, bases)]
+    adam = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "scalars": scalars, "beta1": beta1, "beta2": beta2, "eps": eps}
     if projected:
-        launch_adam(gradient, update, left=left, **adam)
+        launch_adam(gradients, updates, left=left, **adam)
     else:
-        launch_project(gradient, basis, update, left=left, counters=counters, **adam)
-    launch_back_project(param, update, basis, scalars, left=left, step=True, skipped=skipped)
+        launch_project(gradients, bases, updates, left=left, counters=counters, **adam)
+    launch_back_project(params, updates, bases, scalars, left=left, step=True, skipped=skipped)
 
 
 def _step(param, gradient, basis, exp_avg, exp_avg_sq, *, projected, step, lr, weight_decay, scale, beta1, beta2, **rest):
     with on_device_of(param):
-        scalars, = step_scalars(as_scalar(step, param.device).reshape(1), lr=lr, beta1=beta1, beta2=beta2,
-                                weight_decay=weight_decay, scale=scale)
-        _update(param, gradient, basis, exp_avg, exp_avg_sq, scalars, projected=projected, beta1=beta1, beta2=beta2,
+        scalars = step_scalars(as_scalar(step, param.device).reshape(1), lr=lr, beta1=beta1, beta2=beta2,
+                               weight_decay=weight_decay, scale=scale)
+        _update([param], [gradient], [basis], [exp_avg], [exp_avg_sq], scalars, projected=projected, beta1=beta1, beta2=beta2,
                 counters=None if projected else new_counters(param.device), **rest)
+
+
+def launches(params, gradients, bases):
+    """Lists of indices of matrices that share a launch: one shape and set of dtypes, 8, 4, 2 or 1 of them."""
+    alike = {}
+    for i, (param, *operands) in enumerate(zip(params, gradients, bases)):
+        key = (*param.shape, operands[-1].shape[1], param.dtype, *(tensor.dtype for tensor in operands))
+        alike.setdefault(key, []).append(i)
+    for (m, n, *_), indices in alike.items():
+        most = configs.together(m, n, configs.target(params[0].device))
+        while indices:
+            # Powers of two, so that a kernel is compiled for few numbers of matrices.
+            count = min(most, 1 << (len(indices).bit_length() - 1))
+            yield indices[:count]
+            indices = indices[count:]
 
 
 def _step_list(params, gradients, bases, exp_avgs, exp_avg_sqs, steps, *, projected, lr, weight_decay, scale, beta1, beta2,
@@ -37,10 +53,12 @@ def _step_list(params, gradients, bases, exp_avgs, exp_avg_sqs, steps, *, projec
     with on_device_of(params[0]):
         active = None if found_inf is None else (found_inf.reshape(()) == 0).to(torch.float32)
         torch._foreach_add_(steps, 1 if active is None else active)
-        rows = step_scalars(torch.stack(steps).to(torch.float64), lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
-                            scale=scale, grad_scale=grad_scale, active=active)
+        order = list(launches(params, gradients, bases))
+        rows = step_scalars(torch.stack([steps[i] for launch in order for i in launch]).to(torch.float64), lr=lr, beta1=beta1,
+                            beta2=beta2, weight_decay=weight_decay, scale=scale, grad_scale=grad_scale, active=active)
         counters = None if projected else new_counters(params[0].device)
-        for *tensors, scalars in zip(params, gradients, bases, exp_avgs, exp_avg_sqs, rows.unbind()):
+        for launch, scalars in zip(order, rows.split([len(launch) for launch in order])):
+            tensors = ([items[i] for i in launch] for items in (params, gradients, bases, exp_avgs, exp_avg_sqs))
             _update(*tensors, scalars, projected=projected, beta1=beta1, beta2=beta2, counters=counters, **rest)
 
 
@@ -71,8 +89,8 @@ def galore_step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, 
     grad_scale multiplies the gradients; found_inf != 0 makes the whole step a no-op; skipped (int64) counts the weights left
     out. To change lr between replays of a captured step, keep it on the device.
     """
-    _ops.steps.check_low_rank_lists("galore_step", _ops.steps.check_galore_step, params, grads, bases, exp_avgs, exp_avg_sqs, steps, lr,
-                              left, (grad_scale, found_inf, skipped))
+    _ops.steps.check_low_rank_lists("galore_step", _ops.steps.check_galore_step, params, grads, bases, exp_avgs, exp_avg_sqs,
+                                    steps, lr, left, (grad_scale, found_inf, skipped))
     _step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, projected=False, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
                weight_decay=weight_decay, scale=scale, left=left, grad_scale=grad_scale, found_inf=found_inf, skipped=skipped)
 
@@ -80,8 +98,8 @@ def galore_step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, 
 def subspace_step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, beta1, beta2, eps, weight_decay,
                        scale, left, grad_scale=None, found_inf=None, skipped=None):
     """subspace_step for many matrices; steps and guards as in galore_step_list."""
-    _ops.steps.check_low_rank_lists("subspace_step", _ops.steps.check_subspace_step, params, low_rank_grads, bases, exp_avgs, exp_avg_sqs,
-                              steps, lr, left, (grad_scale, found_inf, skipped))
+    _ops.steps.check_low_rank_lists("subspace_step", _ops.steps.check_subspace_step, params, low_rank_grads, bases, exp_avgs,
+                                    exp_avg_sqs, steps, lr, left, (grad_scale, found_inf, skipped))
     _step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, projected=True, lr=lr, beta1=beta1, beta2=beta2,
                eps=eps, weight_decay=weight_decay, scale=scale, left=left, grad_scale=grad_scale, found_inf=found_inf,
                skipped=skipped)

@@ -6,7 +6,8 @@ import triton.language as tl
 
 from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
-from lowrank_sys.kernels.common import (GRAD_SCALE, adam, dot, is_off, on_device_of, precision, store, usable_channels)
+from lowrank_sys.kernels.common import (GRAD_SCALE, SLOTS, adam, dot, is_off, on_device_of, pick, precision, store,
+                                        usable_channels)
 
 
 @triton.jit
@@ -30,10 +31,16 @@ def project_kernel(grad, basis, out, exp_avg, exp_avg_sq, scalars, partials, cou
     partials, the last program to reach a tile adds its parts in order and finishes it, so results do not depend on timing. A
     channel (column of R if LEFT, else row) that is not usable keeps its moments, and its X is NaN for `back_project_kernel`.
     For r > BLOCK_R a tile sees a part of its channel: NaN and inf in G reach every part, overflow of a finite G need not.
+    A launch serves several matrices of one shape: grad, basis, out and the moments are tuples; scalars, partials and counters
+    hold one part a matrix.
 
     Bytes: G once per tile of r, B once per tile of channels, R-sized: moments twice each, out once, partials 2 * splits times.
     """
+    i_matrix = tl.program_id(2)
+    grad, basis, out = pick(grad, i_matrix), pick(basis, i_matrix), pick(out, i_matrix)
     if scalars is not None:
+        exp_avg, exp_avg_sq = pick(exp_avg, i_matrix), pick(exp_avg_sq, i_matrix)
+        scalars += i_matrix * SLOTS
         if is_off(scalars):
             return
     tiles_r = tl.cdiv(r, BLOCK_R)
@@ -73,7 +80,8 @@ def project_kernel(grad, basis, out, exp_avg, exp_avg_sq, scalars, partials, cou
         finish(b_r, out, exp_avg, exp_avg_sq, scalars, o_tile, m_tile, beta1, beta2, gain1, gain2, eps, LEFT)
     else:
         size = tl.full([], 1, tl.int64) * r * (n if LEFT else m)
-        p_part = partials + o_tile
+        p_part = partials + i_matrix * splits * size + o_tile
+        counters += i_matrix * tl.num_programs(0)
         tl.store(p_part + i_split * size, b_r, mask=m_tile, cache_modifier=".cg")
         # All threads' stores come before the count that publishes them.
         tl.debug_barrier()
@@ -88,25 +96,29 @@ def project_kernel(grad, basis, out, exp_avg, exp_avg_sq, scalars, partials, cou
 
 def new_counters(device):
     """Zeroed counters for any number of launches on one stream: they reset themselves."""
-    return torch.zeros(configs.target(device).counters, dtype=torch.int32, device=device)
+    return torch.zeros(configs.MOST * configs.target(device).counters, dtype=torch.int32, device=device)
 
 
-def launch_project(grad, basis, out, *, left, counters, exp_avg=None, exp_avg_sq=None, scalars=None, beta1=0.0, beta2=0.0,
+def launch_project(grads, bases, outs, *, left, counters, exp_avgs=None, exp_avg_sqs=None, scalars=None, beta1=0.0, beta2=0.0,
                    eps=0.0):
-    """out <- R, or Adam's update from it if there are moments. out: R's shape, fp32 or the basis' type."""
+    """outs <- R, or Adam's update from it if there are moments, for matrices of one shape and one set of dtypes.
+
+    outs: R's shape, fp32 or the bases' type; scalars: a row a matrix.
+    """
+    grad, basis, out = grads[0], bases[0], outs[0]
     if out.numel() == 0:
         return
     m, n = grad.shape
     r = basis.shape[1]
     plan = configs.plan_project(m, n, r, left=left, dtypes=(grad.dtype, basis.dtype), card=configs.target(grad.device))
     split = plan.splits > 1
-    partials = torch.empty((plan.splits, *out.shape), dtype=torch.float32, device=grad.device) if split else None
-    project_kernel[plan.tiles, plan.splits](
-        grad=grad,
-        basis=basis,
-        out=out,
-        exp_avg=exp_avg,
-        exp_avg_sq=exp_avg_sq,
+    partials = torch.empty((len(grads), plan.splits, *out.shape), dtype=torch.float32, device=grad.device) if split else None
+    project_kernel[plan.tiles, plan.splits, len(grads)](
+        grad=tuple(grads),
+        basis=tuple(bases),
+        out=tuple(outs),
+        exp_avg=None if exp_avgs is None else tuple(exp_avgs),
+        exp_avg_sq=None if exp_avg_sqs is None else tuple(exp_avg_sqs),
         scalars=scalars,
         partials=partials,
         counters=counters if split else None,
@@ -132,5 +144,5 @@ def project(grad, basis, *, left):
     _ops.projection.check_project(grad, basis, left=left)
     out = torch.empty(_ops.low_rank_shape(grad, basis, left), dtype=torch.float32, device=grad.device)
     with on_device_of(grad):
-        launch_project(grad, basis, out, left=left, counters=new_counters(grad.device))
+        launch_project([grad], [basis], [out], left=left, counters=new_counters(grad.device))
     return out

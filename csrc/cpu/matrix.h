@@ -14,4 +14,6 @@ struct Matrix {
   int64_t stride;
 };
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 }  // namespace lowrank

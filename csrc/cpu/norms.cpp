@@ -1,7 +1,5 @@
 #include "norms.h"
 
-#include <algorithm>
-
 #include "../core/norms.h"
 #include "one_thread.h"
 
@@ -23,7 +21,7 @@ void run_column_norms(const Matrix& g, int64_t rows, float* norms, int64_t begin
   dispatch(g.dtype, [&](auto type) {
     const auto* data = static_cast<const typename decltype(type)::type*>(g.data);
     for (int64_t c = begin; c < end; c += tiles * kColumns)
-      column_norms<tiles>(OneThread{lanes}, data + c, norms + c, rows, int(std::min<int64_t>(tiles * kColumns, end - c)), g.stride);
+      column_norms<tiles>(OneThread{lanes}, data + c, norms + c, rows, int(smaller(tiles * kColumns, end - c)), g.stride);
   });
 }
 

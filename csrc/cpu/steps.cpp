@@ -1,7 +1,5 @@
 #include "steps.h"
 
-#include <algorithm>
-
 #include "../core/adamw.h"
 #include "../core/low_rank.h"
 #include "one_thread.h"
@@ -14,7 +12,7 @@ int64_t run_adam_columns(const LowRankAdam& a, int64_t begin, int64_t end) {
   const OneThread block{nullptr};
   int64_t skipped = 0;
   for (int64_t c = begin; c < end; c += kLanes)
-    skipped += adam_columns(block, a.r + c, a.m + c, a.v + c, a.x + c, a.ok + c, a.rows, int(std::min<int64_t>(kLanes, end - c)),
+    skipped += adam_columns(block, a.r + c, a.m + c, a.v + c, a.x + c, a.ok + c, a.rows, int(smaller(kLanes, end - c)),
                             a.columns, a.grad_scale, a.step);
   return skipped;
 }
@@ -39,7 +37,7 @@ int64_t run_adamw(const AdamW& a, int64_t begin, int64_t end) {
       const auto* g = static_cast<const typename decltype(g_type)::type*>(a.g);
       int64_t skipped = 0;
       for (int64_t i = begin; i < end; i += chunk)
-        skipped += adamw_chunk<1>(block, w + i, g + i, a.m + i, a.v + i, int(std::min<int64_t>(chunk, end - i)), a.grad_scale, a.step);
+        skipped += adamw_chunk<1>(block, w + i, g + i, a.m + i, a.v + i, int(smaller(chunk, end - i)), a.grad_scale, a.step);
       return skipped;
     });
   });

@@ -31,7 +31,7 @@ class Build(NamedTuple):
 def compile_triton(module, name, types, constants, options, *, arch, sizes):
     """Build kernel `name` of `module` for sm_`arch`.
 
-    types: Triton types of its runtime arguments; the rest are constants, or None.
+    types: Triton types of its runtime arguments, a tuple where the argument is one; the rest are constants, or None.
     sizes, as the launcher would find them: "aligned" (multiples of 16), "odd", and "ones" or one "row": Triton bakes a 1 in.
     """
     from triton.backends.compiler import GPUTarget
@@ -44,12 +44,16 @@ def compile_triton(module, name, types, constants, options, *, arch, sizes):
     types = {argument: type_ for argument, type_ in types.items() if argument not in baked}
     constants = constants | dict.fromkeys(baked, 1)
     multiples = ["chunk", *(shape if sizes in ("aligned", "row") else [])]
-    divisible = [argument for argument, type_ in types.items() if type_.startswith("*") or argument in multiples]
+    # An argument by its index, an entry of a tuple by that of both.
+    places = {(names.index(argument), *([i] if isinstance(type_, tuple) else [])): (argument, each)
+              for argument, type_ in types.items()
+              for i, each in enumerate(type_ if isinstance(type_, tuple) else (type_,))}
+    divisible = [place for place, (argument, each) in places.items() if each.startswith("*") or argument in multiples]
     source = ASTSource(
         fn=kernel,
         signature={argument: types.get(argument, "constexpr") for argument in names},
         constexprs={argument: constants.get(argument) for argument in names if argument not in types},
-        attrs={(names.index(argument),): [["tt.divisibility", 16]] for argument in divisible},
+        attrs={place: [["tt.divisibility", 16]] for place in divisible},
     )
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder

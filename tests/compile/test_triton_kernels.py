@@ -20,6 +20,8 @@ ANY_TENSOR_CORE = r"\b(HMMA|HGMMA|QMMA|UTC\w*MMA)"
 SIZES = dict.fromkeys(("m", "n", "r", "splits", "chunk", "channels"), "i32")
 HYPER = dict.fromkeys(("beta1", "beta2", "gain1", "gain2", "eps"), "fp32")
 MOMENTS = dict.fromkeys(("exp_avg", "exp_avg_sq", "scalars"), "*fp32")
+# Arguments of which a launch takes one a matrix.
+EACH = ("grad", "basis", "out", "exp_avg", "exp_avg_sq", "low_rank", "param", "low_rank_grad")
 KERNELS = {"project": project.project_kernel, "back_project": back_project.back_project_kernel, "adam": adam.adam_kernel}
 
 FLOATS = ("fp32", "bf16", "fp16")
@@ -43,6 +45,7 @@ class Case(NamedTuple):
     variant: str
     sizes: str
     precision: str
+    together: int  # matrices that share the launch
 
     @property
     def kernel(self):
@@ -55,7 +58,8 @@ class Case(NamedTuple):
     def __str__(self):
         side = "left" if self.left else "right"
         row = f"{self.kernel}-{self.row.kind}-r{self.row.rank}"
-        return f"sm_{self.arch}-{row}-{side}-{'-'.join(self.types)}-{self.variant}-{self.sizes}-{self.precision}"
+        types = "-".join(self.types)
+        return f"sm_{self.arch}-{row}-{side}-{types}-{self.variant}-{self.sizes}-{self.precision}-{self.together}"
 
     def arguments(self):
         """Arguments of `compile_triton`."""
@@ -73,6 +77,7 @@ class Case(NamedTuple):
         else:
             runtime = {"low_rank_grad": "*fp32", "out": types[0]} | MOMENTS
         runtime |= {name: type_ for name, type_ in (SIZES | HYPER).items() if name in names}
+        runtime |= {name: (runtime[name],) * self.together for name in EACH if name in runtime}
         config = dict(self.config)
         options = {name: config.pop(name) for name in ("num_warps", "num_stages")} | configs.OPTIONS
         constants = {"LEFT": self.left, "STEP": "step" in self.variant, "PRECISION": self.precision, **config}
@@ -97,21 +102,24 @@ def variants(arch, row):
         calls = {16: narrow, 32: [call for call in steps + plain if call not in narrow], "odd": steps + plain}[row.kind]
     sizes = {"odd": ("odd", "ones"), "any": ("aligned", "odd", "ones")}.get(row.kind, ("aligned", "row"))
     precisions = ["tf32x3", "tf32"] if row.kind in (32, "odd") else ["tf32x3"]
-    return [Case(arch, row, left, *call, size, precision)
-            for left, call, size, precision in itertools.product((True, False), calls, sizes, precisions)]
+    return [Case(arch, row, left, *call, size, precision, together)
+            for left, call, size, precision in itertools.product((True, False), calls, sizes, precisions)
+            for together in ((1, configs.MOST) if "step" in call[1] else (1,))]
 
 
 def the_step(arch, row):
-    """Both kernels of a step at r = 128 with every argument given, in one type throughout, on both sides."""
+    """Both kernels of a step at r = 128 with every argument given, in one type: left alone, right eight together."""
     if row.rank != 128 or row.kind not in (16, 32):
         return []
     types = ("bf16" if row.kind == 16 else "fp32",) * (2 if row.kernel == "project" else 3)
     variant = "step+split" if row.kernel == "project" else "step+counted"
-    return [Case(arch, row, left, types, variant, "aligned", "tf32x3") for left in (True, False)]
+    return [Case(arch, row, left, types, variant, "aligned", "tf32x3", together)
+            for left, together in ((True, 1), (False, configs.MOST))]
 
 
 def pairs(case):
-    fields = [(name, getattr(case, name)) for name in ("arch", "row", "left", "types", "variant", "sizes", "precision")]
+    fields = [(name, getattr(case, name)) for name in ("arch", "row", "left", "types", "variant", "sizes", "precision",
+                                                            "together")]
     return set(itertools.combinations(fields, 2))
 
 

@@ -8,7 +8,9 @@ import torch
 
 from lowrank_sys import cli
 from lowrank_sys.bench import floors, kernels, machine, optimizers, shapes, timing
-from lowrank_sys.bench.cases import OPS, Case, make, serving
+from lowrank_sys.bench.cases import OPS, make, serving
+from lowrank_sys.bench.cases.case import Case
+from lowrank_sys.bench.floors.floor import Floor
 
 CEILINGS = {"copy_gb_per_s": 10.0, "gemm_gflop_per_s": {"float32": 100.0, "bfloat16": 100.0, "float16": 100.0}}
 
@@ -235,8 +237,8 @@ def test_floors_exit_1_on_a_miss(capsys, monkeypatch, tmp_path):
     pytest.importorskip("galore_torch")
     path = tmp_path / "floors.json"
     monkeypatch.setattr(floors, "FLOORS", [
-        floors.Floor("a time over its base", "<= 1.15x", 1.15, lambda timer: 1.1, at_least=False),
-        floors.Floor("a speedup", ">= 1.8x faster", 1.8, lambda timer: 1.5, at_least=True),
+        Floor("a time over its base", "<= 1.15x", 1.15, lambda timer: 1.1, at_least=False),
+        Floor("a speedup", ">= 1.8x faster", 1.8, lambda timer: 1.5, at_least=True),
     ])
     code, out, err = run(capsys, "floors", "--json", str(path))
     assert code == 1 and "1 of 2 floors missed" in err

@@ -136,22 +136,28 @@ class Meter:
         self.launches = []
 
     def begin(self, kernel, arguments):
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-        self.spans = [(name, t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), t.element_size())
-                      for name, t in tensors.items()]
-        counts = {name: {"loaded": np.zeros(t.numel(), np.int64), "stored": np.zeros(t.numel(), np.int64)}
-                  for name, t in tensors.items()}
+        # An argument is a tensor or a tuple with one a matrix; the elements of a tuple are counted as one.
+        groups = {name: value if isinstance(value, tuple) else (value,) for name, value in arguments.items()}
+        groups = {name: group for name, group in groups.items() if all(isinstance(t, torch.Tensor) for t in group)}
+        self.spans, counts = [], {}
+        for name, group in groups.items():
+            total = sum(t.numel() for t in group)
+            counts[name] = {"loaded": np.zeros(total, np.int64), "stored": np.zeros(total, np.int64)}
+            first = 0
+            for t in group:
+                self.spans.append((name, t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), t.element_size(), first))
+                first += t.numel()
         self.launches.append(types.SimpleNamespace(kernel=kernel, counts=counts, itemsize={s[0]: s[3] for s in self.spans}))
 
     def touch(self, kind, pointers, mask):
         addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data].reshape(-1)
         if not addresses.size:
             return
-        for name, start, end, size in self.spans:
+        for name, start, end, size, first in self.spans:
             if start <= addresses[0] < end:
-                index = (addresses - np.uint64(start)) // np.uint64(size)
+                index = first + ((addresses - np.uint64(start)) // np.uint64(size)).astype(np.int64)
                 assert addresses.min() >= start and addresses.max() < end, f"{kind} outside of {name}"
-                np.add.at(self.launches[-1].counts[name][kind], index.astype(np.int64), 1)
+                np.add.at(self.launches[-1].counts[name][kind], index, 1)
                 return
         raise AssertionError(f"{self.launches[-1].kernel}: {kind} outside of every argument")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowrank_sys import reference
-from lowrank_sys.kernels import configs
+from lowrank_sys.kernels import configs, galore
 from lowrank_sys.kernels.back_project import back_project_
 from lowrank_sys.kernels.galore import galore_step, galore_step_list, subspace_step, subspace_step_list
 from lowrank_sys.kernels.project import project
@@ -157,6 +157,29 @@ def test_list(lane, projected, basis, left):
         case.oracle(gradient, grad_scale=0.5, step=first)
         case.oracle(gradient, grad_scale=0.5, step=first + 1)
         case.check(before)
+
+
+@SIDES
+@pytest.mark.parametrize("projected", [False, True], ids=["grad", "low_rank"])
+def test_matrices_of_one_shape_share_launches(lane, monkeypatch, projected, left):
+    """Eleven small ones take launches of 8, 2 and 1; each has the bits of a step of its own."""
+    gradient = "low_rank" if projected else "grad"
+    cases = [lane.case(300, 40, 5, left, seed=i) for i in range(11)]
+    alone = [lane.case(300, 40, 5, left, seed=i) for i in range(11)]
+    function, one = (subspace_step_list, subspace_step) if projected else (galore_step_list, galore_step)
+    counts = []
+    launch = galore.launch_back_project
+    monkeypatch.setattr(galore, "launch_back_project",
+                        lambda params, *args, **kwargs: (counts.append(len(params)), launch(params, *args, **kwargs)))
+    steps = [torch.tensor(float(i), device=lane.device) for i in range(11)]
+    function(*map(list, zip(*(case.tensors(gradient) for case in cases))), steps, lr=torch.tensor(1e-2), left=left,
+             **lane.hyper)
+    assert counts == [8, 2, 1]
+    for i, (case, other) in enumerate(zip(cases, alone)):
+        one(*other.tensors(gradient), step=i + 1, lr=torch.tensor(1e-2), left=left, **lane.hyper)
+        for name in ("param", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(getattr(case, name), getattr(other, name)), (i, name)
+        case.check_guards()
 
 
 @SIDES

@@ -5,7 +5,7 @@ import torch
 
 from lowrank_sys.kernels import configs, traffic
 from lowrank_sys.kernels.back_project import back_project_
-from lowrank_sys.kernels.galore import galore_step, subspace_step
+from lowrank_sys.kernels.galore import galore_step, galore_step_list, subspace_step
 from lowrank_sys.kernels.project import project
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -50,6 +50,21 @@ def test_galore_step(lane, meter, card, shape, dtype, left):
     counted = sum(sum(meter.bytes(launch, name)) for launch in (first, second) for name in launch.counts
                   if name not in ("scalars", "counters"))
     assert counted == sum(map(sum, total.values()))
+
+
+@SIDES
+def test_a_shared_launch_moves_the_bytes_of_its_matrices(lane, meter, card, left):
+    cases = [lane.case(208, 528, 16, left, seed=i) for i in range(4)]
+    steps = [torch.zeros((), device=lane.device) for _ in cases]
+    galore_step_list(*map(list, zip(*(case.tensors() for case in cases))), steps, lr=torch.tensor(1e-2), left=left,
+                     **lane.hyper)
+    first, second = meter.launches
+    kind = {"left": left, "basis": FP32, "card": card}
+    four = [{name: (4 * loaded, 4 * stored) for name, (loaded, stored) in rows.items()}
+            for rows in (traffic.project(208, 528, 16, grad=FP32, out=FP32, moments=True, **kind),
+                         traffic.back_project(208, 528, 16, param=FP32, low_rank=FP32, **kind))]
+    assert_bytes(meter, first, four[0])
+    assert_bytes(meter, second, four[1])
 
 
 @SIDES

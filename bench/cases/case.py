@@ -1,0 +1,99 @@
+"""One op at one size, what the microbenchmark knows of an op, and the inputs and bases that several ops share."""
+
+from typing import Callable, NamedTuple
+
+import torch
+
+ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+
+
+class Case(NamedTuple):
+    """One op at one size; rank and left are None where the op has none."""
+
+    op: str
+    m: int
+    n: int
+    rank: int | None
+    dtype: torch.dtype
+    left: bool | None
+    device: str
+
+    @property
+    def element(self):
+        return self.dtype.itemsize
+
+    @property
+    def matrix(self):
+        """Elements of G."""
+        return self.m * self.n
+
+    @property
+    def basis(self):
+        """Elements of B."""
+        return (self.m if self.left else self.n) * self.rank
+
+    @property
+    def low_rank(self):
+        """Elements of R."""
+        return (self.n if self.left else self.m) * self.rank
+
+
+class Op(NamedTuple):
+    inputs: Callable  # (case, randn) -> {name: tensor}
+    call: Callable  # (function, tensors, case) -> tensors that hold the result
+    traffic: Callable  # case -> bytes
+    flop: Callable  # case -> FLOP
+    bases: dict  # name -> (tensors, case) -> a function to time; the first is the default
+    overload: str  # the row of backends.table() that is called
+    oracle: Callable
+    ranked: bool = True
+    sided: bool = True
+    truth: Callable | None = None  # called on fp64 tensors in place of the oracle
+    exact: bool = False  # the results are codes or indices: equal to the oracle's at the same precision
+
+
+def low_rank(case):
+    return (case.rank, case.n) if case.left else (case.m, case.rank)
+
+
+def orthonormal(case, randn):
+    d = case.m if case.left else case.n
+    return torch.linalg.qr(randn(d, case.rank, dtype=torch.float32)).Q.to(case.dtype).contiguous()
+
+
+def moments(shape, randn):
+    return {"exp_avg": 0.1 * randn(*shape, dtype=torch.float32),
+            "exp_avg_sq": 0.01 + 0.01 * randn(*shape, dtype=torch.float32).square()}
+
+
+def scalars(case):
+    return {name: torch.tensor(value, device=case.device) for name, value in (("step", 10.0), ("lr", 0.1))}
+
+
+def adam_bytes(elements):
+    """Two fp32 moments, read and written."""
+    return 16 * elements
+
+
+def product(t, case):
+    """The bare GEMM of `project`, in the dtype of the case."""
+    grad, basis = t["grad"], t["basis"]
+    out = grad.new_empty(low_rank(case))
+    return (lambda: torch.mm(basis.T, grad, out=out)) if case.left else (lambda: torch.mm(grad, basis, out=out))
+
+
+def product_back(t, case):
+    """The bare GEMM of `back_project_`, accumulating into the weights."""
+    param, basis = t["param"], t["basis"]
+    x = 1e-3 * basis.new_ones(low_rank(case))
+    return (lambda: param.addmm_(basis, x)) if case.left else (lambda: param.addmm_(x, basis.T))
+
+
+def two_products(t, case):
+    project, back = product(t, case), product_back(t, case)
+
+    def run():
+        project()
+        back()
+
+    return run

@@ -1,0 +1,70 @@
+"""Promises of the optimizers' steps."""
+
+import functools
+
+import torch
+
+from lowrank_sys.bench import kernels, optimizers, shapes, timing
+from lowrank_sys.bench.cases.case import Case
+from lowrank_sys.bench.floors.floor import CEILINGS, HERE, RANK, SIZE, Floor
+from lowrank_sys.cli import CommandError
+
+
+def galore_step(timer):
+    """Time of galore_step over that of its two bare GEMMs, on the worse side."""
+    ratios = []
+    for left in (True, False):
+        case = Case("galore_step", SIZE, SIZE, RANK, torch.float32, left, "cpu")
+        served = kernels.measure(case, timer, CEILINGS, seconds=5)[0]
+        if served["check"] != "ok":
+            raise CommandError(f"galore_step, served by {served['variant']}: {served['check']}", code=1)
+        ratios.append(served["ratio"])
+    return max(ratios)
+
+
+def steady_step(timer):
+    """Time of galore-torch's steady step over ours."""
+    settings = optimizers.Settings([(SIZE, SIZE)], RANK, torch.float32, optimizers.NEVER, "cpu")
+    ours, _ = optimizers.measure(settings, ("lowrank", "galore-torch"), timer, base="galore-torch", steps=30, svd=False)
+    return 1 / ours["ratio"]
+
+
+@functools.cache
+def _model_cycle(timer):
+    """Rows of llama-60m's matrices over two gaps."""
+    settings = optimizers.Settings(shapes.matrices("llama-60m"), RANK, torch.float32, 200, "cpu")
+    return optimizers.measure(settings, ("lowrank", "galore-torch"), timer, base="galore-torch", steps=2 * settings.gap,
+                              svd=True)
+
+
+def amortised(timer):
+    return 1 / _model_cycle(timer)[0]["amortised_ratio"]
+
+
+def worst_step(timer):
+    ours = _model_cycle(timer)[0]
+    return ours["worst_s"] / ours["median_s"]
+
+
+def overhead(timer):
+    """Microseconds a matrix of a step on as many tiny matrices as llama-7b has weights."""
+    return 1e6 * optimizers.overhead("lowrank", len(shapes.matrices("llama-7b")), "cpu")
+
+
+def extra_memory(timer):
+    """Most bytes a step holds beyond weights, gradients and state, over the bytes of the m x n matrix."""
+    settings = optimizers.Settings([(SIZE, SIZE)], RANK, torch.float32, optimizers.NEVER, "cpu")
+    optimizer = optimizers.build("lowrank", settings)
+    optimizer.step()
+    return timing.extra_bytes(optimizer.step, "cpu") / (4 * SIZE * SIZE)
+
+
+FLOORS = [
+    Floor(f"galore_step over its two bare GEMMs, {HERE}", "<= 1.15x", 1.15, galore_step, False),
+    Floor(f"GaLoreAdamW step against galore-torch, {HERE}", ">= 1.8x faster", 1.8, steady_step, True),
+    Floor("GaLoreAdamW on llama-60m, amortised over a gap of 200, against galore-torch", ">= 1.4x faster", 1.4, amortised,
+          True),
+    Floor("GaLoreAdamW on llama-60m, worst step over the median", "<= 2x", 2.0, worst_step, False),
+    Floor("memory a step holds beyond the state, of an m x n matrix", "< 50%", 0.5, extra_memory, False, "{:.1%}"),
+    Floor("overhead of a step a matrix, llama-7b's 224 weights", "<= 25 µs", 25.0, overhead, False, "{:.1f} µs"),
+]
