@@ -71,13 +71,12 @@ def scatter_add_rows_(param, low_rank, indices, scale, *, alpha=1.0, left):
     if param.dtype != torch.float64:
         _ops.sparse.check_scatter_add_rows(param, low_rank, indices, scale, left=left)
         check_indices("scatter_add_rows_", indices, param.shape[axis])
-    _add_rows_(param, alpha * low_rank, indices, scale, counted(indices, param.shape[axis]), axis)
+    scale = low_rank.new_ones(len(indices)) if scale is None else scale.to(low_rank.dtype)
+    _add_rows_(param, per_row(alpha * scale, left) * low_rank, indices, counted(indices, param.shape[axis]), axis)
 
 
-def _add_rows_(param, rows, indices, scale, count, axis):
+def _add_rows_(param, rows, indices, count, axis):
     left = axis == 0
-    if scale is not None:
-        rows = rows * per_row(scale.to(rows.dtype), left)
     at = indices.long().clamp(0, max(param.shape[axis] - 1, 0))
     param.copy_(param.to(rows.dtype).index_add(axis, at, torch.where(per_row(count, left), rows, 0)))
 
@@ -94,7 +93,9 @@ def _step(param, grad, indices, row_scale, exp_avg, exp_avg_sq, *, step, lr, bet
     ok = (usable(r) | ~per_row(count, left)).all(dim=axis, keepdim=True)
     x = adam_(r, exp_avg, exp_avg_sq, ok & per_row(count, left), step=step, beta1=beta1, beta2=beta2, eps=eps)
     new = (1 - lr * weight_decay) * w
-    _add_rows_(new, -(lr * scale) * x, indices, row_scale, count, axis)
+    if row_scale is not None:
+        x = x * per_row(row_scale.to(x.dtype), left)
+    _add_rows_(new, -(lr * scale) * x, indices, count, axis)
     param.copy_(torch.where(ok, new, w))
     return (~ok).sum() * param.shape[axis]
 
