@@ -52,6 +52,11 @@ def newton_schulz(x, *, steps=5, a=3.4445, b=-4.7750, c=2.0315):
         (m, n) fp32. An x of zeros, or with a value that is not finite, gives zeros. A rank-deficient x keeps its rank.
     """
     _ops.orthogonalize.check_newton_schulz(x, steps=steps)
+    return iterate(x, steps=steps, a=a, b=b, c=c)
+
+
+def iterate(x, *, steps=5, a=3.4445, b=-4.7750, c=2.0315):
+    """newton_schulz without its checks; an x in fp64 is iterated in fp64."""
     x = x.to(accumulator(x))
     if x.numel() == 0:
         return x.clone()

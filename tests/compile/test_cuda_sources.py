@@ -10,9 +10,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = re.findall(r'"(\d+)"', re.search(r"^CUDA_ARCHS = (.*)$", (ROOT / "setup.py").read_text(), re.M).group(1))
-SOURCES = ("adamw.cu", "norms.cu")
-# Kernels of each source that must read 16 bytes at once: every pair of dtypes of adamw, and the vector form of row_norms.
-WIDE = {"adamw.cu": r"5adamwI", "norms.cu": r"9row_normsILi8"}
+SOURCES = ("adamw.cu", "grass.cu", "norms.cu", "rows.cu", "selection.cu")
+# Kernels of each source that must read 16 bytes at once, how many of them, and their fewest wide loads and stores: every pair
+# of dtypes of adamw and of the Grass step (fp32 moments), the vector forms of row_norms, gather and scatter.
+WIDE = {"adamw.cu": (r"5adamwI", 9, 4, 4), "grass.cu": (r"10grass_leftILi4", 9, 2, 2), "norms.cu": (r"9row_normsILi8", 3, 1, 0),
+        "rows.cu": (r"8add_rowsILi4", 3, 1, 0)}
+# Kernels of a source.
+FEWEST = {"selection.cu": 3}
 
 
 def tool(name):
@@ -52,7 +56,7 @@ def functions(text, pattern):
 def test_no_spills(objects, source, arch):
     usage = run(tool("cuobjdump"), "-res-usage", "-arch", f"sm_{arch}", str(objects / f"{source}.o"))
     kernels = functions(usage, r"Function (\w+):")
-    assert len(kernels) >= 9
+    assert len(kernels) >= FEWEST.get(source, 9)
     for name, line in kernels.items():
         used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
         assert used["STACK"] == used["LOCAL"] == 0, name
@@ -61,14 +65,15 @@ def test_no_spills(objects, source, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", WIDE)
 def test_wide_loads(objects, source, arch):
     sass = functions(run(tool("cuobjdump"), "-sass", "-arch", f"sm_{arch}", str(objects / f"{source}.o")), r"Function : (\w+)")
-    wide = {name: code for name, code in sass.items() if re.search(WIDE[source], name)}
-    assert len(wide) == {"adamw.cu": 9, "norms.cu": 3}[source]
+    pattern, count, loads, stores = WIDE[source]
+    wide = {name: code for name, code in sass.items() if re.search(pattern, name)}
+    assert len(wide) == count
     for name, code in wide.items():
-        assert len(re.findall(r"LDG\.E[.\w]*\.128", code)) >= (4 if source == "adamw.cu" else 1), name
-        assert source == "norms.cu" or len(re.findall(r"STG\.E[.\w]*\.128", code)) >= 4, name
+        assert len(re.findall(r"LDG\.E[.\w]*\.128", code)) >= loads, name
+        assert len(re.findall(r"STG\.E[.\w]*\.128", code)) >= stores, name
 
 
 def test_sums_of_squares_round_one_by_one(objects):
