@@ -2,6 +2,7 @@
 #include "int4.h"
 #include "int8.h"
 #include "norms.h"
+#include "sparse.h"
 #include "steps.h"
 #include "store.h"
 
@@ -41,5 +42,6 @@ bool has_v4() {
 
 LR_SELECT(Int4Kernels, int4, Int8Kernels, int8)
 LR_SELECT(NormKernels, norm)
+LR_SELECT(SparseKernels, sparse)
 LR_SELECT(StepKernels, step)
 LR_SELECT(StoreKernels, store)

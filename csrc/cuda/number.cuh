@@ -1,9 +1,9 @@
-// A Number, read by the kernel that needs it.
+// Numbers that may lie on the device, read by a kernel.
 #pragma once
 
 #include "launch.h"
 
-LR_BEGIN
+namespace lowrank {
 
 __device__ inline double read(const Number& x) {
   switch (x.type) {
@@ -20,4 +20,4 @@ __device__ inline double read(const Number& x) {
   }
 }
 
-LR_END
+}  // namespace lowrank

@@ -60,6 +60,7 @@ void compare(const char* name, const F& run) {
 void check_int4();
 void check_int8();
 void check_norms();
+void check_sparse();
 void check_steps();
 void check_store();
 
