@@ -27,7 +27,10 @@ class Kernel(NamedTuple):
     tensors: Callable  # (types, variant) -> {argument: Triton type}, what is not listed is None
     always: Callable = no_calls  # (kind, rank) -> calls that are built on every architecture and side
     each: tuple = ()  # arguments of which a launch with "step" takes one a matrix
-    product: bool = True  # must use the tensor cores
+    product: bool = True  # must use the tensor cores,
+    own: bool = True  # in its required builds the architecture's own, and 16-byte stores
+    constants: Callable = lambda variant, config: {}  # further constants
+    sizes: dict = {}  # kind -> kinds of sizes, where they are not the usual ones
 
 
 class Row(NamedTuple):
@@ -66,14 +69,16 @@ class Case(NamedTuple):
         runtime |= {name: (runtime[name],) * self.together for name in kernel.each if name in runtime}
         config = dict(kernel.rows(self.arch)[self.row.kind, self.row.rank])
         options = {name: config.pop(name) for name in ("num_warps", "num_stages")} | configs.OPTIONS
-        constants = {"LEFT": self.left, "STEP": "step" in self.variant, "PRECISION": self.precision, **config}
+        constants = {"LEFT": self.left, "STEP": "step" in self.variant, "PRECISION": self.precision, **config,
+                     **kernel.constants(self.variant, config)}
         return {"module": kernel.function.__module__, "name": kernel.function.__name__, "types": runtime,
                 "constants": constants, "options": options, "arch": self.arch, "sizes": self.sizes}
 
 
 def variants(arch, row, kernel):
     """Everything the launchers make of one configuration."""
-    sizes = {"odd": ("odd", "ones"), "any": ("aligned", "odd", "ones")}.get(row.kind, ("aligned", "row"))
+    sizes = {"odd": ("odd", "ones"), "any": ("aligned", "odd", "ones")} | kernel.sizes
+    sizes = sizes.get(row.kind, ("aligned", "row"))
     precisions = ["tf32x3", "tf32"] if row.kind in (32, "odd") else ["tf32x3"]
     return [Case(arch, row, left, tuple(types), variant, size, precision, together)
             for left, (types, variant), size, precision in itertools.product(sides(kernel), kernel.calls(row.kind), sizes,
