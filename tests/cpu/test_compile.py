@@ -59,11 +59,12 @@ def test_the_plain_op_with_tensors():
 
 HYPER = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 LOW_RANK = {**HYPER, "scale": 0.25, "left": True}
-# List ops, with the shapes of their lists of tensors and their other arguments. The optimizers call no other form.
+# List ops, with the shapes of their lists of tensors (or a tensor) and their other arguments. The optimizers call no other form.
 LISTS = {
     "galore_step.list": ([(16, 24), (16, 24), (16, 4), (4, 24), (4, 24)], LOW_RANK),
     "subspace_step.list": ([(16, 24), (4, 24), (16, 4), (4, 24), (4, 24)], LOW_RANK),
     "adamw_step": ([(16, 24)] * 4, HYPER),
+    "grass_step.list": ([(16, 24), (16, 24), torch.tensor([1, 5, 8, 9], dtype=torch.int32), (4,), (4, 24), (4, 24)], LOW_RANK),
 }
 
 
@@ -87,7 +88,8 @@ def test_a_list_op_is_compiled_once(op):
     states = []
     for call in (torch.compile(run, fullgraph=True, backend=counter), run):
         draw = torch.Generator().manual_seed(0)
-        lists = [[torch.randn(shape, generator=draw).abs() for _ in range(2)] for shape in shapes]
+        lists = [[shape.clone() if isinstance(shape, torch.Tensor) else torch.randn(shape, generator=draw).abs()
+                  for _ in range(2)] for shape in shapes]
         steps, skipped = [torch.tensor(0.0), torch.tensor(5.0)], torch.tensor(0)
         for i in range(12):
             call(lists, steps, torch.tensor(1e-2 / (i + 1)), torch.tensor(1.0 + i), torch.tensor(float(i == 7)), skipped)
