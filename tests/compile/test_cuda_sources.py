@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = re.findall(r'"(\d+)"', re.search(r"^CUDA_ARCHS = (.*)$", (ROOT / "setup.py").read_text(), re.M).group(1))
 # Each source, and how many kernels it has at least.
-SOURCES = {"adamw.cu": 9, "grass.cu": 9, "int4.cu": 4, "int8.cu": 3, "norms.cu": 9, "rows.cu": 9, "selection.cu": 3}
+SOURCES = {"adamw.cu": 9, "grass.cu": 9, "int4.cu": 4, "int8.cu": 18, "norms.cu": 9, "rows.cu": 9, "selection.cu": 3}
 # Kernels of each source that must read 16 bytes at once, how many of them, and their fewest wide loads and stores: every pair
 # of dtypes of adamw and of the Grass step (fp32 moments), the vector forms of the others.
 WIDE = {"adamw.cu": (r"5adamwI", 9, 4, 4), "grass.cu": (r"10grass_leftILi4", 9, 2, 2),
