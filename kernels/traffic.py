@@ -102,6 +102,20 @@ def subspace_step(m, n, r, *, left, param, basis, card):
     return _and_apply(adam(m, n, r, left=left, out=basis), m, n, r, left=left, param=param, basis=basis, card=card)
 
 
+def int8_linear(t, m, n, *, back, dtype, group_size, bias=None):
+    """y (t, m) = x Wᵀ + bias, or dx (t, n) = dy W if `back`: the type of x or dy, and of the bias."""
+    config = configs.int8_linear(m=m, n=n, back=back, dtype=dtype, group_size=group_size)
+    depth, outputs = (m, n) if back else (n, m)
+    tall, wide, deep = (triton.cdiv(size, config[f"BLOCK_{axis}"]) for size, axis in ((t, "T"), (outputs, "O"), (depth, "D")))
+    return {
+        "rows": Bytes(wide * t * depth * dtype.itemsize, 0),
+        "codes": Bytes(tall * m * n, 0),
+        "scale": Bytes(tall * (wide * m if back else deep * m) * FP32, 0),
+        "bias": Bytes(tall * m * bias.itemsize if bias else 0, 0),
+        "out": Bytes(0, t * outputs * dtype.itemsize),
+    }
+
+
 def compulsory(m, n, r, *, left, param, grad, basis):
     """Bytes a step moves if every tensor is read once and written once, as the L2 cache allows: G, 2 W, B, 4 moments."""
     channels, depth = (n, m) if left else (m, n)

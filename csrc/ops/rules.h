@@ -120,6 +120,11 @@ void expect_scalar(const char* op, const Name& name, const Tensor& t, const Plac
   if (own_device || !t.is_cpu()) expect_on(op, name, t, place);
 }
 
+inline void expect_group_size(const char* op, int64_t group_size) {
+  if (group_size < 32 || group_size > 1024 || (group_size & (group_size - 1)) != 0)
+    fail(op, "group_size must be a power of two from 32 to 1024, got ", group_size);
+}
+
 inline void expect_basis(const char* op, const Tensor& matrix, const Tensor& basis, bool left) {
   const int64_t d = matrix.size(left ? 0 : 1);
   if (basis.dim() != 2 || basis.size(0) != d)

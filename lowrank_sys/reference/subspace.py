@@ -135,14 +135,3 @@ def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, se
     if old is not None:
         new = torch.where(valid, new, old)
     return new, torch.where(valid, norms * size, 0).square()
-
-
-def rotate_moments(exp_avg, exp_avg_sq, old, new, *, left):
-    """Moments carried into a new basis: M' = C M and V' = (C∘C) V >= 0 with C = newᵀ old (right: times Cᵀ).
-
-    V' is the variance of C R for a gradient R of uncorrelated entries, so it cannot be negative.
-    """
-    c = new.to(exp_avg.dtype).T @ old.to(exp_avg.dtype)
-    if left:
-        return c @ exp_avg, (c * c) @ exp_avg_sq
-    return exp_avg @ c.T, exp_avg_sq @ (c * c).T
