@@ -40,7 +40,8 @@ bool has_v4() {
   }
 #endif
 
-LR_SELECT(Int4Kernels, int4, Int8Kernels, int8)
+LR_SELECT(Int4Kernels, int4)
+LR_SELECT(Int8Kernels, int8)
 LR_SELECT(NormKernels, norm)
 LR_SELECT(SparseKernels, sparse)
 LR_SELECT(StepKernels, step)
