@@ -21,7 +21,9 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-inline Tensor empty(const Shape& shape) { return lowrank::empty(shape, Place{aoti_torch_device_type_cpu(), 0}); }
+inline Tensor empty(const Shape& shape, int32_t dtype = aoti_torch_dtype_float32()) {
+  return lowrank::empty(shape, Place{aoti_torch_device_type_cpu(), 0}, dtype);
+}
 
 // A view of rows x columns of t's memory; `offset` counts elements from t's first.
 inline Tensor view(const Tensor& t, int64_t offset, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
