@@ -9,14 +9,16 @@ namespace lowrank {
 struct Moments8bit {
   uint8_t *m, *v;
   float *m_absmax, *v_absmax;  // one a block
-
-  // Of block i.
-  constexpr Moments8bit at(int64_t i) const { return {m + i * 256, v + i * 256, m_absmax + i, v_absmax + i}; }
 };
 
 }  // namespace lowrank
 
 LR_BEGIN
+
+// The moments of block i.
+LR_HD Moments8bit at_block(const Moments8bit& all, int64_t i) {
+  return {all.m + i * kBlock, all.v + i * kBlock, all.m_absmax + i, all.v_absmax + i};
+}
 
 // First moments are signed, second ones are not.
 struct Codebooks {

@@ -48,7 +48,7 @@ int64_t run_adam(const Adam8bit& a, int64_t begin, int64_t end) {
       int64_t skipped = 0;
       for (int64_t i = begin; i < end; ++i)
         skipped += adam_8bit_block<1>(block, kBooks, g + i * kBlock, IntoWeights<W>{static_cast<W*>(a.w) + i * kBlock},
-                                      a.moments.at(i), length(i, a.numel), a.grad_scale, a.step, EveryChannel{});
+                                      at_block(a.moments, i), length(i, a.numel), a.grad_scale, a.step, EveryChannel{});
       return skipped;
     });
   });
@@ -65,7 +65,7 @@ void run_low_rank_adam(const LowRankAdam8bit& a, int64_t begin, int64_t end) {
     using X = typename decltype(type)::type;
     for (int64_t i = begin; i < end; ++i) {
       const auto run = [&](const auto& channels) {
-        adam_8bit_block<1>(block, kBooks, a.r + i * kBlock, IntoUpdate<X>{static_cast<X*>(a.x) + i * kBlock}, a.moments.at(i),
+        adam_8bit_block<1>(block, kBooks, a.r + i * kBlock, IntoUpdate<X>{static_cast<X*>(a.x) + i * kBlock}, at_block(a.moments, i),
                            length(i, a.rows * a.columns), a.grad_scale, a.step, channels);
       };
       a.ok == nullptr ? run(EveryChannel{}) : run(channel_flags(a.ok, i * kBlock, a.columns, a.left));
