@@ -48,7 +48,8 @@ struct IntoUpdate {
 
   template <int V>
   LR_HD void put(int lane, const float* g, const float* update, const AdamStep&) const {
-    store_each<V>(x + lane, [&](int e) { return from_float<X>(usable(g[e]) ? update[e] : bits_float(0x7fc00000)); });
+    const X nan = from_float<X>(bits_float(0x7fc00000));
+    store_each<V>(x + lane, [&](int e) { return choose(usable(g[e]), from_float<X>(update[e]), nan); });
   }
 };
 
@@ -90,7 +91,7 @@ LR_HD float adam_8bit_element(float g, float& m, float& v, const AdamStep& s) {
 template <int V, class Block, class G, class Target, class Channels>
 LR_HD int adam_8bit_block(const Block& block, const Codebooks& books, const G* grad, const Target& target,
                           const Moments8bit& moments, int n, float grad_scale, const AdamStep& s, const Channels& channels) {
-  float g[kOwned<Block>], m[kOwned<Block>], v[kOwned<Block>], update[kOwned<Block>];
+  float g[kOwned<Block>], m[kOwned<Block>], v[kOwned<Block>], update[kOwned<Block>] = {};
   const int owned = owned_lanes<V>(block, n);
   for_owned<V, Block>(owned, [&](int k) {
     const int lane = lane_of<V>(block, k);

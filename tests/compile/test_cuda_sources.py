@@ -10,9 +10,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = re.findall(r'"(\d+)"', re.search(r"^CUDA_ARCHS = (.*)$", (ROOT / "setup.py").read_text(), re.M).group(1))
-SOURCES = ("adamw.cu", "norms.cu")
-# Kernels of each source that must read 16 bytes at once: every pair of dtypes of adamw, and the vector form of row_norms.
-WIDE = {"adamw.cu": r"5adamwI", "norms.cu": r"9row_normsILi8"}
+# Kernels of each source that must read and write 16 bytes at once: their names, how many there are, loads and stores of each.
+WIDE = {
+    "adamw.cu": [(r"5adamwI", 9, 4, 4)],  # every pair of dtypes
+    "blockwise.cu": [(r"\d4adamI", 9, 2, 1), (r"13low_rank_adamI", 3, 2, 1), (r"8quantizeI", 6, 1, 0), (r"10dequantizeI", 2, 0, 1),
+                     (r"\d4markE", 1, 2, 0)],
+    "norms.cu": [(r"9row_normsILi8", 3, 1, 0)],  # the vector form
+}
+SOURCES = tuple(WIDE)
 
 
 def tool(name):
@@ -64,11 +69,12 @@ def test_no_spills(objects, source, arch):
 @pytest.mark.parametrize("source", SOURCES)
 def test_wide_loads(objects, source, arch):
     sass = functions(run(tool("cuobjdump"), "-sass", "-arch", f"sm_{arch}", str(objects / f"{source}.o")), r"Function : (\w+)")
-    wide = {name: code for name, code in sass.items() if re.search(WIDE[source], name)}
-    assert len(wide) == {"adamw.cu": 9, "norms.cu": 3}[source]
-    for name, code in wide.items():
-        assert len(re.findall(r"LDG\.E[.\w]*\.128", code)) >= (4 if source == "adamw.cu" else 1), name
-        assert source == "norms.cu" or len(re.findall(r"STG\.E[.\w]*\.128", code)) >= 4, name
+    for pattern, count, loads, stores in WIDE[source]:
+        wide = {name: code for name, code in sass.items() if re.search(pattern, name)}
+        assert len(wide) == count, pattern
+        for name, code in wide.items():
+            assert len(re.findall(r"LDG\.E[.\w]*\.128", code)) >= loads, name
+            assert len(re.findall(r"STG\.E[.\w]*\.128", code)) >= stores, name
 
 
 def test_sums_of_squares_round_one_by_one(objects):
