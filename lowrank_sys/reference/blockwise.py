@@ -78,7 +78,7 @@ def dequantize_blockwise(codes, absmax, *, signed):
     return _decode(codes, absmax, signed)
 
 
-class _Moments:
+class Moments:
     """Both moments of a tensor, decoded for a step and encoded again."""
 
     def __init__(self, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, dtype):
@@ -112,7 +112,7 @@ def adam_8bit_(params, grads, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_s
         return
     for param, grad, *stored, step in zip(params, grads, *moments, steps):
         step += 1
-        left_out = adamw(param, grad, _Moments(*stored, torch.float32), step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+        left_out = adamw(param, grad, Moments(*stored, torch.float32), step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
                          weight_decay=weight_decay, grad_scale=grad_scale)
         if skipped is not None:
             skipped += left_out
@@ -145,7 +145,7 @@ def adam_8bit_low_rank_(low_rank_grads, updates, exp_avgs, exp_avg_sqs, exp_avg_
     for r, update, *stored, step in zip(low_rank_grads, updates, *moments, steps):
         r = r if grad_scale is None else r * grad_scale
         ok = usable(r).all(dim=0 if left else 1, keepdim=True)
-        x = _Moments(*stored, torch.float32).adam(r, ok, step=step, beta1=beta1, beta2=beta2, eps=eps)
+        x = Moments(*stored, torch.float32).adam(r, ok, step=step, beta1=beta1, beta2=beta2, eps=eps)
         update.copy_(torch.where(ok, x, torch.nan))
 
 
@@ -153,7 +153,7 @@ def _step(param, r, basis, moments, *, step, lr, beta1, beta2, eps, weight_decay
     """galore_step_8bit from R; returns how many weights were left out."""
     axis = 0 if left else 1
     ok = usable(r).all(dim=axis, keepdim=True)
-    x = _Moments(*moments, r.dtype).adam(r, ok, step=step, beta1=beta1, beta2=beta2, eps=eps)
+    x = Moments(*moments, r.dtype).adam(r, ok, step=step, beta1=beta1, beta2=beta2, eps=eps)
     w = param.to(r.dtype)
     param.copy_(torch.where(ok, (1 - lr * weight_decay) * w - (lr * scale) * back(x, basis, left), w))
     return (~ok).sum() * param.shape[axis]

@@ -224,7 +224,7 @@ def test_adam_8bit_against_oracle(shape, grad_dtype, dtype):
     assert step == 3 and skipped == 1 + (2 if w.numel() > 9 else 0)
 
     want = [w.double(), *clone(moments)]
-    left_out = reference.blockwise.adamw(want[0], g.double(), reference.blockwise._Moments(*want[1:], torch.float64), step=3,
+    left_out = reference.blockwise.adamw(want[0], g.double(), reference.blockwise.Moments(*want[1:], torch.float64), step=3,
                                          lr=0.1, **ADAM, grad_scale=0.5)
     assert left_out == skipped - 1
     assert_neighbours(got[1:], want[1:])
