@@ -1,4 +1,5 @@
 // Which of the compiled instruction sets serves on this processor.
+#include "blockwise.h"
 #include "int4.h"
 #include "int8.h"
 #include "norms.h"
@@ -40,6 +41,7 @@ bool has_v4() {
   }
 #endif
 
+LR_SELECT(BlockwiseKernels, blockwise)
 LR_SELECT(Int4Kernels, int4)
 LR_SELECT(Int8Kernels, int8)
 LR_SELECT(NormKernels, norm)

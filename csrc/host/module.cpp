@@ -3,6 +3,7 @@
 
 PYBIND11_MODULE(_host, module) {
   module.doc() = "The block algorithms of csrc/core on 1, 32 or 256 real threads.";
+  lowrank::bind_blockwise(module);
   lowrank::bind_int4(module);
   lowrank::bind_int8(module);
   lowrank::bind_norms(module);

@@ -6,6 +6,8 @@ Computes in fp32, or in fp64 where the tensors are fp64 (tests use that as the t
 import torch
 
 from lowrank_sys.reference.adam import adamw_step
+from lowrank_sys.reference.blockwise import (adam_8bit_, adam_8bit_low_rank_, dequantize_blockwise, galore_step_8bit,
+                                             galore_step_8bit_list, quantize_blockwise)
 from lowrank_sys.reference.galore import (back_project_, channel_norms, galore_step, galore_step_list, project, subspace_step,
                                           subspace_step_list)
 from lowrank_sys.reference.int4 import back_project_int4_, dequantize_int4, project_int4, quantize_int4
@@ -21,6 +23,13 @@ IMPLEMENTATIONS = {
     "subspace_step": subspace_step,
     "subspace_step.list": subspace_step_list,
     "adamw_step": adamw_step,
+    "quantize_blockwise": quantize_blockwise,
+    "dequantize_blockwise": dequantize_blockwise,
+    "adam_8bit_": adam_8bit_,
+    "adam_8bit_low_rank_": adam_8bit_low_rank_,
+    "galore_step_8bit.tensor": galore_step_8bit,
+    "galore_step_8bit": galore_step_8bit,
+    "galore_step_8bit.list": galore_step_8bit_list,
     "project": project,
     "back_project_": back_project_,
     "channel_norms": channel_norms,

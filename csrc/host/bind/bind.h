@@ -32,6 +32,7 @@ inline DType parse(const std::string& dtype) {
 }
 
 // One function a group of block algorithms.
+void bind_blockwise(py::module_& module);
 void bind_int4(py::module_& module);
 void bind_int8(py::module_& module);
 void bind_norms(py::module_& module);

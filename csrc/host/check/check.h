@@ -57,6 +57,7 @@ void compare(const char* name, const F& run) {
 }
 
 // One function a group of block algorithms.
+void check_blockwise();
 void check_int4();
 void check_int8();
 void check_norms();

@@ -2,6 +2,7 @@
 #include "check.h"
 
 int main() {
+  lowrank::check_blockwise();
   lowrank::check_int4();
   lowrank::check_int8();
   lowrank::check_norms();
