@@ -60,6 +60,15 @@ _SMALL = _table(stages=3)  # 99 KiB
 
 TABLES = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMALL}
 
+# A Gaussian basis is made in groups of 64 rows, 16 to a product: these are the other sides of the tiles, by the largest rank.
+GAUSSIAN_PROJECT = {
+    16: _tile(4, 2, BLOCK_R=16, BLOCK_C=128),
+    64: _tile(8, 2, BLOCK_R=64, BLOCK_C=128),
+    128: _tile(8, 2, BLOCK_R=128, BLOCK_C=64),
+}
+GAUSSIAN_BACK_PROJECT = _tile(8, 2, BLOCK_C=128, BLOCK_R=32)
+GAUSSIAN_BASIS = _tile(4, 1, BLOCK_R=64)
+
 # Matrices of one shape that one launch serves at most; a group is cut into launches of 8, 4, 2 and 1.
 MOST = 8
 
@@ -114,6 +123,13 @@ def config_for(arch, kernel, *, n, r, dtypes):
     return by_rank[min((limit for limit in by_rank if limit >= r), default=max(by_rank))]
 
 
+def plan_gaussian_project(m, n, r, *, left, dtype, card):
+    """Plan of R = project(G) for G (m, n) of `dtype` and a basis from its seed: split as `plan_project`, in whole groups."""
+    config = GAUSSIAN_PROJECT[min((limit for limit in GAUSSIAN_PROJECT if limit >= r), default=max(GAUSSIAN_PROJECT))]
+    channels, depth = (n, m) if left else (m, n)
+    return _split(config, channels, depth, r, 64, depth + 63, dtype, card)
+
+
 def plan_project(m, n, r, *, left, dtypes, card):
     """Plan of R = project(G) for G (m, n) and B of `dtypes`.
 
@@ -122,9 +138,14 @@ def plan_project(m, n, r, *, left, dtypes, card):
     """
     config = config_for(card.arch, "project", n=n, r=r, dtypes=dtypes)
     channels, depth = (n, m) if left else (m, n)
+    return _split(config, channels, depth, r, config["BLOCK_D"], depth, dtypes[0], card)
+
+
+def _split(config, channels, depth, r, block, span, dtype, card):
+    """Plan that sums over `span` entries in blocks; `depth` of them, at least, are the gradient's."""
     tiles = triton.cdiv(channels, config["BLOCK_C"]) * triton.cdiv(r, config["BLOCK_R"])
-    blocks = max(1, triton.cdiv(depth, config["BLOCK_D"]))
+    blocks = max(1, triton.cdiv(span, block))
     fill = triton.cdiv(card.counters, max(1, tiles))
-    splits = max(1, min(fill, blocks, depth * dtypes[0].itemsize // (32 * r)))
+    splits = max(1, min(fill, blocks, depth * dtype.itemsize // (32 * r)))
     chunk = triton.cdiv(blocks, splits)
-    return Plan(config, tiles, triton.cdiv(blocks, chunk), chunk * config["BLOCK_D"])
+    return Plan(config, tiles, triton.cdiv(blocks, chunk), chunk * block)

@@ -26,6 +26,9 @@ TRITON = {
     "subspace_step.list": ("galore", "subspace_step_list"),
     "project": ("project", "project"),
     "back_project_": ("back_project", "back_project_"),
+    "gaussian_basis_": ("gaussian", "gaussian_basis_"),
+    "gaussian_project": ("gaussian", "gaussian_project"),
+    "gaussian_back_project_": ("gaussian", "gaussian_back_project_"),
 }
 
 

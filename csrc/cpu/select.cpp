@@ -1,4 +1,5 @@
 // Which of the compiled instruction sets serves on this processor.
+#include "gaussian.h"
 #include "norms.h"
 #include "steps.h"
 #include "store.h"
@@ -37,6 +38,7 @@ bool has_v4() {
   }
 #endif
 
+LR_SELECT(GaussianKernels, gaussian)
 LR_SELECT(NormKernels, norm)
 LR_SELECT(StepKernels, step)
 LR_SELECT(StoreKernels, store)

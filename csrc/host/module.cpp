@@ -3,6 +3,7 @@
 
 PYBIND11_MODULE(_host, module) {
   module.doc() = "The block algorithms of csrc/core on 1, 32 or 256 real threads.";
+  lowrank::bind_gaussian(module);
   lowrank::bind_norms(module);
   lowrank::bind_philox(module);
   lowrank::bind_steps(module);

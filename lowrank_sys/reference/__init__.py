@@ -8,6 +8,7 @@ import torch
 from lowrank_sys.reference.adam import adamw_step
 from lowrank_sys.reference.galore import (back_project_, channel_norms, galore_step, galore_step_list, project, subspace_step,
                                           subspace_step_list)
+from lowrank_sys.reference.gaussian import gaussian_back_project_, gaussian_basis_, gaussian_project
 
 IMPLEMENTATIONS = {
     "galore_step.tensor": galore_step,
@@ -20,6 +21,9 @@ IMPLEMENTATIONS = {
     "project": project,
     "back_project_": back_project_,
     "channel_norms": channel_norms,
+    "gaussian_basis_": gaussian_basis_,
+    "gaussian_project": gaussian_project,
+    "gaussian_back_project_": gaussian_back_project_,
 }
 
 

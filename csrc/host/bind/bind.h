@@ -31,6 +31,7 @@ inline DType parse(const std::string& dtype) {
 }
 
 // One function a group of block algorithms.
+void bind_gaussian(py::module_& module);
 void bind_norms(py::module_& module);
 void bind_philox(py::module_& module);
 void bind_steps(py::module_& module);

@@ -2,6 +2,7 @@
 #include "check.h"
 
 int main() {
+  lowrank::check_gaussian();
   lowrank::check_norms();
   lowrank::check_steps();
   lowrank::check_store();
