@@ -63,11 +63,19 @@ TABLES = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMA
 # A Gaussian basis is made in groups of 64 rows, 16 to a product: these are the other sides of the tiles, by the largest rank.
 GAUSSIAN_PROJECT = {
     16: _tile(4, 2, BLOCK_R=16, BLOCK_C=128),
-    64: _tile(8, 2, BLOCK_R=64, BLOCK_C=128),
+    64: _tile(8, 2, BLOCK_R=64, BLOCK_C=64),
     128: _tile(8, 2, BLOCK_R=128, BLOCK_C=64),
 }
 GAUSSIAN_BACK_PROJECT = _tile(8, 2, BLOCK_C=128, BLOCK_R=32)
 GAUSSIAN_BASIS = _tile(4, 1, BLOCK_R=64)
+
+# Steps with a residual: without a product, with one, with two (tiles hold the weight, the gradient and as many sums).
+RESIDUAL = {
+    0: _tile(8, 1, BLOCK_M=32, BLOCK_N=128, BLOCK_R=16),
+    1: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=32),
+    2: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=32),
+}
+COEFFICIENT = _tile(8, 1, BLOCK=1024)
 
 # Matrices of one shape that one launch serves at most; a group is cut into launches of 8, 4, 2 and 1.
 MOST = 8
@@ -121,6 +129,12 @@ def config_for(arch, kernel, *, n, r, dtypes):
     narrow = dtypes[0] == dtypes[1] and all(dtype.itemsize == 2 for dtype in dtypes)
     by_rank = table[kernel, "odd" if n % 16 or r % 16 else 16 if narrow else 32]
     return by_rank[min((limit for limit in by_rank if limit >= r), default=max(by_rank))]
+
+
+def residual_config(rule, r):
+    """Launch arguments of the residual kernel; no tile is much deeper than the rank."""
+    config = RESIDUAL[rule]
+    return config if r > 16 else config | {"BLOCK_R": 16}
 
 
 def plan_gaussian_project(m, n, r, *, left, dtype, card):

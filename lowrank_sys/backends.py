@@ -29,6 +29,15 @@ TRITON = {
     "gaussian_basis_": ("gaussian", "gaussian_basis_"),
     "gaussian_project": ("gaussian", "gaussian_project"),
     "gaussian_back_project_": ("gaussian", "gaussian_back_project_"),
+    "apollo_step.tensor": ("residual", "apollo_step"),
+    "apollo_step": ("residual", "apollo_step"),
+    "apollo_step.list": ("residual", "apollo_step_list"),
+    "fira_step.tensor": ("residual", "fira_step"),
+    "fira_step": ("residual", "fira_step"),
+    "fira_step.list": ("residual", "fira_step_list"),
+    "frugal_step.tensor": ("residual", "frugal_step"),
+    "frugal_step": ("residual", "frugal_step"),
+    "frugal_step.list": ("residual", "frugal_step_list"),
 }
 
 

@@ -1,6 +1,7 @@
 // Which of the compiled instruction sets serves on this processor.
 #include "gaussian.h"
 #include "norms.h"
+#include "residual.h"
 #include "steps.h"
 #include "store.h"
 
@@ -40,5 +41,6 @@ bool has_v4() {
 
 LR_SELECT(GaussianKernels, gaussian)
 LR_SELECT(NormKernels, norm)
+LR_SELECT(ResidualKernels, residual)
 LR_SELECT(StepKernels, step)
 LR_SELECT(StoreKernels, store)

@@ -6,6 +6,7 @@ PYBIND11_MODULE(_host, module) {
   lowrank::bind_gaussian(module);
   lowrank::bind_norms(module);
   lowrank::bind_philox(module);
+  lowrank::bind_residual(module);
   lowrank::bind_steps(module);
   lowrank::bind_store(module);
 }

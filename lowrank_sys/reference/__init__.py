@@ -9,6 +9,8 @@ from lowrank_sys.reference.adam import adamw_step
 from lowrank_sys.reference.galore import (back_project_, channel_norms, galore_step, galore_step_list, project, subspace_step,
                                           subspace_step_list)
 from lowrank_sys.reference.gaussian import gaussian_back_project_, gaussian_basis_, gaussian_project
+from lowrank_sys.reference.residual import (apollo_step, apollo_step_list, fira_step, fira_step_list, frugal_step,
+                                            frugal_step_list)
 
 IMPLEMENTATIONS = {
     "galore_step.tensor": galore_step,
@@ -24,6 +26,15 @@ IMPLEMENTATIONS = {
     "gaussian_basis_": gaussian_basis_,
     "gaussian_project": gaussian_project,
     "gaussian_back_project_": gaussian_back_project_,
+    "apollo_step.tensor": apollo_step,
+    "apollo_step": apollo_step,
+    "apollo_step.list": apollo_step_list,
+    "fira_step.tensor": fira_step,
+    "fira_step": fira_step,
+    "fira_step.list": fira_step_list,
+    "frugal_step.tensor": frugal_step,
+    "frugal_step": frugal_step,
+    "frugal_step.list": frugal_step_list,
 }
 
 

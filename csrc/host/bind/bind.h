@@ -34,6 +34,7 @@ inline DType parse(const std::string& dtype) {
 void bind_gaussian(py::module_& module);
 void bind_norms(py::module_& module);
 void bind_philox(py::module_& module);
+void bind_residual(py::module_& module);
 void bind_steps(py::module_& module);
 void bind_store(py::module_& module);
 

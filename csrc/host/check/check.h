@@ -59,6 +59,7 @@ void compare(const char* name, const F& run) {
 // One function a group of block algorithms.
 void check_gaussian();
 void check_norms();
+void check_residual();
 void check_steps();
 void check_store();
 

@@ -4,6 +4,7 @@
 int main() {
   lowrank::check_gaussian();
   lowrank::check_norms();
+  lowrank::check_residual();
   lowrank::check_steps();
   lowrank::check_store();
   std::printf(lowrank::failures ? "%d failures\n" : "ok\n", lowrank::failures);

@@ -2,6 +2,7 @@
 #include "../steps.h"
 
 #include "../../cpu/steps.h"
+#include "guards.h"
 #include "products.h"
 
 namespace lowrank {
@@ -58,14 +59,6 @@ struct Subspace {
     return step_from(param, r, x, b, exp_avg, exp_avg_sq, step, grad_scale, left, work.tile);
   }
 };
-
-float grad_scale_of(const Guards& guards) { return guards.grad_scale ? *data<float>(*guards.grad_scale) : 1.0f; }
-
-bool is_no_op(const Guards& guards) { return guards.found_inf && *data<float>(*guards.found_inf) != 0.0f; }
-
-void count_skipped(const Guards& guards, int64_t skipped) {
-  if (guards.skipped) *data<int64_t>(*guards.skipped) += skipped;
-}
 
 template <class Op>
 void step_plain(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg, const Tensor& exp_avg_sq,
