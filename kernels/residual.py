@@ -59,8 +59,10 @@ def ratio_kernel(low_rank_grad, gram_grad, out, exp_avg, exp_avg_sq, squares, su
     b_ok = b_r_squares < float("inf")
     b_residual = tl.zeros([BLOCK_C], tl.float32)
     if squares is not None:
-        for i in range(splits):
-            b_residual += tl.load(squares + i.to(tl.int64) * channels + o_c, mask=m_c, other=0.0)
+        p_squares = squares + o_c
+        for _ in range(splits):
+            b_residual += tl.load(p_squares, mask=m_c, other=0.0)
+            p_squares += channels
         b_ok = b_ok & (b_residual < float("inf"))
     b_wide = b_ok[None, :] if LEFT else b_ok[:, None]
 
@@ -84,14 +86,14 @@ def ratio_kernel(low_rank_grad, gram_grad, out, exp_avg, exp_avg_sq, squares, su
         if out is not None:
             tl.store(out + o_tile, tl.where(b_wide, b_n, float("nan")), mask=m_tile)
         o_tile += step
-    tl.store(sums + N_SQUARES * channels + o_c, tl.where(b_ok, tl.sum(b_sum, axis=0 if LEFT else 1), float("nan")), mask=m_c)
-    tl.store(sums + R_SQUARES * channels + o_c, b_r_squares, mask=m_c)
+    tl.store(sums + o_c + N_SQUARES * channels, tl.where(b_ok, tl.sum(b_sum, axis=0 if LEFT else 1), float("nan")), mask=m_c)
+    tl.store(sums + o_c + R_SQUARES * channels, b_r_squares, mask=m_c)
     if squares is not None:
         b_in_basis = b_r_squares
         if gram_grad is not None:
             b_in_basis = tl.sum(b_inside, axis=0 if LEFT else 1)
         b_residual = b_residual * grad_scale * grad_scale - 2 * alpha * b_r_squares + alpha * alpha * b_in_basis
-        tl.store(sums + RESIDUAL * channels + o_c, tl.where(b_ok, tl.maximum(b_residual, 0.0), 0.0), mask=m_c)
+        tl.store(sums + o_c + RESIDUAL * channels, tl.where(b_ok, tl.maximum(b_residual, 0.0), 0.0), mask=m_c)
 
 
 @triton.jit
@@ -110,7 +112,7 @@ def coefficient_kernel(sums, limiter, coefficients, scalars, channels, growth, f
     """
     if is_off(scalars):
         return
-    channels = channels.to(tl.int64)
+    channels = tl.full([], 1, tl.int64) * channels
     p_n, p_r, p_residual = sums + N_SQUARES * channels, sums + R_SQUARES * channels, sums + RESIDUAL * channels
     whole = tl.full([], 0.0, tl.float64)
     if PER_TENSOR:
