@@ -73,7 +73,7 @@ GAUSSIAN_BASIS = _tile(4, 1, BLOCK_R=64)
 RESIDUAL = {
     0: _tile(8, 1, BLOCK_M=32, BLOCK_N=128, BLOCK_R=16),
     1: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=32),
-    2: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=32),
+    2: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=16),
 }
 COEFFICIENT = _tile(8, 1, BLOCK=1024)
 
