@@ -42,12 +42,15 @@ def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left
         subspace: 'randomized' | 'svd'.
         moments: 'keep' | 'reset' (the step counter too) | 'rotate'.
     """
-    _ops.subspace.check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, gap=gap, first_gaps=first_gaps, seeds=seeds,
-                       subspace=subspace, moments=moments)
-    waits = torch.stack(countdowns).tolist() if countdowns else []
+    _ops.subspace.check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, gap=gap, first_gaps=first_gaps,
+                                seeds=seeds, subspace=subspace, moments=moments)
+    if not countdowns:
+        return
+    waits = torch.stack(countdowns).tolist()
     due = [i for i, wait in enumerate(waits) if wait <= 0]
     for i in due:
-        _ops.projection.check_project(grads[i], bases[i], left=left, op="refresh_")
+        matrix = _ops.subspace.refresh_matrix(i, bases, grads, exp_avgs, exp_avg_sqs, steps, moments)
+        _ops.subspace.check_refresh_matrix(*matrix, left=left)
     for i in due:
         basis, cold = bases[i], waits[i] == COLD
         new = SELECT[subspace](grads[i], None if cold else basis, rank=basis.shape[1], left=left, seed=seeds[i])
