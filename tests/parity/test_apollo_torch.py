@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import lowrank_sys  # noqa: F401  registers the ops
+
 apollo_torch = pytest.importorskip("apollo_torch")
 
 SIDES = pytest.mark.parametrize("shape", [(40, 60), (60, 40), (48, 48)], ids=str)

@@ -4,6 +4,6 @@ One module a group of ops, each with a table FUZZ: name in `_ops.SCHEMAS` -> Fuz
 from the schema: guard bands around every tensor, arguments that are not marked as written, and spoiled arguments.
 """
 
-from fuzz import projection, steps, subspace
+from fuzz import gaussian, projection, residual, steps, subspace
 
-FUZZ = {name: entry for group in (projection, steps, subspace) for name, entry in group.FUZZ.items()}
+FUZZ = {name: entry for group in (gaussian, projection, residual, steps, subspace) for name, entry in group.FUZZ.items()}
