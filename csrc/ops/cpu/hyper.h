@@ -7,7 +7,7 @@
 namespace lowrank {
 
 struct Hyper {
-  double beta1, beta2, eps, weight_decay, scale;
+  double beta1, beta2, eps, weight_decay, scale = 1.0;
   AdamStep at(double step, double lr) const { return adam_step(beta1, beta2, eps, weight_decay, scale, lr, step); }
 };
 
