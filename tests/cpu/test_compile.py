@@ -5,6 +5,9 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from fuzz import FUZZ
+from fuzz.harness import Draw, overload, replace, same_bits, tensors_of
+
 from lowrank_sys import _ops
 from lowrank_sys.optim import GaLoreAdamW, param_groups
 
@@ -57,43 +60,49 @@ def test_the_plain_op_with_tensors():
     assert torch.equal(*states)
 
 
-HYPER = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
-LOW_RANK = {**HYPER, "scale": 0.25, "left": True}
-# List ops, with the shapes of their lists of tensors (or a tensor) and their other arguments. The optimizers call no other form.
-LISTS = {
-    "galore_step.list": ([(16, 24), (16, 24), (16, 4), (4, 24), (4, 24)], LOW_RANK),
-    "subspace_step.list": ([(16, 24), (4, 24), (16, 4), (4, 24), (4, 24)], LOW_RANK),
-    "adamw_step": ([(16, 24)] * 4, HYPER),
-    "grass_step.list": ([(16, 24), (16, 24), torch.tensor([1, 5, 8, 9], dtype=torch.int32), (4,), (4, 24), (4, 24)], LOW_RANK),
-}
+# Every list op: the optimizers call no other form.
+LISTS = [name for name, schema in _ops.SCHEMAS.items() if "[] steps" in schema and "grad_scale" in schema]
 
 
-def test_every_list_op_is_here():
-    listed = {name for name, schema in _ops.SCHEMAS.items() if "[] steps" in schema and "Tensor lr, *" not in schema}
-    assert listed == LISTS.keys()
+class First(Draw):
+    """The simplest choice each time, and no hostile value."""
+
+    def __init__(self):
+        super().__init__(None)
+
+    def of(self, *values):
+        return values[0]
+
+    def integer(self, low, high):
+        return low
+
+    def size(self, least=0, most=300):
+        return min(max(least, 16), most)
+
+    def values(self, *shape, dtype=torch.float32, hostile=True):
+        return super().values(*shape, dtype=dtype, hostile=False)
 
 
 @pytest.mark.parametrize("op", LISTS)
 def test_a_list_op_is_compiled_once(op):
     """Steps, rate, grad_scale and found_inf change, the graph does not."""
-    shapes, hyper = LISTS[op]
-    name, _, form = op.partition(".")
-    function = getattr(getattr(torch.ops.lowrank, name), form or "default")
+    function = overload(op)
+    arguments = FUZZ[op].arguments(First())
+    known = {argument.name for argument in function._schema.arguments}
 
-    def run(lists, steps, lr, grad_scale, found_inf, skipped):
-        function(*lists, steps, lr=lr, grad_scale=grad_scale, found_inf=found_inf, skipped=skipped, **hyper)
+    def run(values, guards):
+        function(**{**values, **guards})
 
     counter = CompileCounterWithBackend("eager")
     torch._dynamo.reset()
     states = []
     for call in (torch.compile(run, fullgraph=True, backend=counter), run):
-        draw = torch.Generator().manual_seed(0)
-        lists = [[shape.clone() if isinstance(shape, torch.Tensor) else torch.randn(shape, generator=draw).abs()
-                  for _ in range(2)] for shape in shapes]
-        steps, skipped = [torch.tensor(0.0), torch.tensor(5.0)], torch.tensor(0)
+        values, skipped = {name: replace(value, torch.clone) for name, value in arguments.items()}, torch.tensor(0)
         for i in range(12):
-            call(lists, steps, torch.tensor(1e-2 / (i + 1)), torch.tensor(1.0 + i), torch.tensor(float(i == 7)), skipped)
-        assert [step.item() for step in steps] == [11, 16]
-        states.append([tensor for column in lists for tensor in column])
+            guards = {"lr": torch.tensor(1e-2 / (i + 1)), "grad_scale": torch.tensor(1.0 + i),
+                      "found_inf": torch.tensor(float(i == 7)), "skipped": skipped}
+            call(values, {name: guards[name] for name in guards.keys() & known})
+        states.append(tensors_of(list(values.values())))
     assert counter.frame_count == 1
-    assert all(map(torch.equal, *states))
+    assert all(map(same_bits, *states))
+    assert not all(map(same_bits, states[0], tensors_of(list(arguments.values()))))
