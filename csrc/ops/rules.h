@@ -107,7 +107,8 @@ void expect_like(const char* op, const Name& name, const Tensor& t, const Sizes&
   expect_contiguous(op, name, t);
 }
 
-inline void expect_matrix(const char* op, const char* name, const Tensor& t) {
+template <class Name>
+void expect_matrix(const char* op, const Name& name, const Tensor& t) {
   if (t.dim() != 2) fail(op, name, " must be a matrix (m, n), got shape ", tuple(t.sizes()));
   expect_float(op, name, t);
   expect_contiguous(op, name, t);
@@ -118,6 +119,11 @@ template <class Name>
 void expect_scalar(const char* op, const Name& name, const Tensor& t, const Place& place, bool own_device = false) {
   if (t.dim() != 0) fail(op, name, " must be a 0-dim tensor, got shape ", tuple(t.sizes()));
   if (own_device || !t.is_cpu()) expect_on(op, name, t, place);
+}
+
+inline void expect_group_size(const char* op, int64_t group_size) {
+  if (group_size < 32 || group_size > 1024 || (group_size & (group_size - 1)) != 0)
+    fail(op, "group_size must be a power of two from 32 to 1024, got ", group_size);
 }
 
 inline void expect_basis(const char* op, const Tensor& matrix, const Tensor& basis, bool left) {
@@ -148,16 +154,18 @@ inline void check_length(const char* op, const char* name, const Tensors& list, 
     fail(op, name, " must have ", model.size(), " tensors like ", first, ", got ", list.size());
 }
 
-inline void check_guards(const char* op, const Tensors& params, const Tensors& steps, const Tensor& lr, const Guards& guards) {
-  const Place place = place_of(params.empty() ? lr : params[0]);
-  expect_scalar(op, "lr", lr, place);
+// `first` is the name of the list `params`; lr is null, and params are not empty, where the op has no rate.
+inline void check_guards(const char* op, const char* first, const Tensors& params, const Tensors& steps, const Tensor* lr,
+                         const Guards& guards) {
+  const Place place = place_of(params.empty() ? *lr : params[0]);
+  if (lr != nullptr) expect_scalar(op, "lr", *lr, place);
   for (size_t i = 0; i < steps.size(); ++i) {
     expect_scalar(op, Item{"steps", i}, steps[i], place_of(params[i]), true);
     expect_dtype(op, Item{"steps", i}, steps[i], aoti_torch_dtype_float32());
   }
   for (size_t i = 0; i < params.size(); ++i)
     if (place_of(params[i]) != place)
-      fail(op, Item{"params", i}, " must be on ", place, " like params[0], got ", place_of(params[i]));
+      fail(op, Item{first, i}, " must be on ", place, " like ", first, "[0], got ", place_of(params[i]));
   const std::pair<const char*, const std::optional<Tensor>&> flags[] = {{"grad_scale", guards.grad_scale},
                                                                         {"found_inf", guards.found_inf}};
   for (const auto& [name, flag] : flags) {
@@ -172,6 +180,10 @@ inline void check_guards(const char* op, const Tensors& params, const Tensors& s
   }
 }
 
+inline void check_guards(const char* op, const Tensors& params, const Tensors& steps, const Tensor& lr, const Guards& guards) {
+  check_guards(op, "params", params, steps, &lr, guards);
+}
+
 // A 0-dim tensor on the CPU of any number type.
 inline double read_number(const char* op, const char* name, const Tensor& t) {
   const int32_t dtype = dtype_of(t);
@@ -182,12 +194,12 @@ inline double read_number(const char* op, const char* name, const Tensor& t) {
   fail(op, name, " must be float32, float64, int32 or int64, got ", dtype_name(dtype));
 }
 
-inline Tensor empty(const Shape& shape, const Place& place) {
+inline Tensor empty(const Shape& shape, const Place& place, int32_t dtype = aoti_torch_dtype_float32()) {
   Shape strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
   AtenTensorHandle out;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(),
-                                                         aoti_torch_dtype_float32(), place.type, place.index, &out));
+                                                         dtype, place.type, place.index, &out));
   return Tensor(out);
 }
 

@@ -3,7 +3,8 @@
 import torch
 
 from lowrank_sys._ops.projection import check_project
-from lowrank_sys._ops.rules import check_lists, define, expect, expect_basis, expect_matrix, fake
+from lowrank_sys._ops.rules import (check_lists, define, expect, expect_basis, expect_dtype, expect_like, expect_matrix,
+                                    expect_number, expect_scalar, fake, low_rank_shape)
 
 SUBSPACES = ("randomized", "svd")
 MOMENTS = ("keep", "reset", "rotate")
@@ -31,7 +32,7 @@ def check_subspace_iteration(grad, basis, *, rank, left, n_iter, oversample, op=
         expect(basis.shape[1] == rank, op, lambda: f"basis must have rank = {rank} columns, got {basis.shape[1]}")
 
 
-def check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, *, gap, first_gaps, seeds, subspace, moments,
+def check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, gap, first_gaps, seeds, subspace, moments,
                   op="refresh_"):
     check_lists(op, bases=bases, grads=grads, countdowns=countdowns, first_gaps=first_gaps, seeds=seeds)
     if moments != "keep":
@@ -46,6 +47,24 @@ def check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, *, gap
         if not fits:
             expect(fits, op, lambda: f"countdowns[{i}] must be a 0-dim int64 tensor on the CPU, got shape {tuple(c.shape)}, "
                     f"{c.dtype} on {c.device}")
+    expect_number(op, "lr", lr, lr.device)
+
+
+def check_refresh_matrix(basis, grad, exp_avg, exp_avg_sq, step, *, left, op="refresh_"):
+    """The rules of a matrix that is due; the Adam state is None where the moments are kept."""
+    check_project(grad, basis, left=left, op=op)
+    check_subspace_iteration(grad, basis, rank=basis.shape[1], left=left, n_iter=1, oversample=None, op=op)
+    if step is not None:
+        for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+            expect_like(op, name, moment, low_rank_shape(grad, basis, left), grad.device)
+            expect_dtype(op, name, moment, torch.float32)
+        expect_scalar(op, "step", step, grad.device, own_device=True)
+        expect_dtype(op, "step", step, torch.float32)
+
+
+def refresh_matrix(i, bases, grads, exp_avgs, exp_avg_sqs, steps, moments):
+    """Arguments of `check_refresh_matrix` for matrix i."""
+    return bases[i], grads[i], *((None,) * 3 if moments == "keep" else (exp_avgs[i], exp_avg_sqs[i], steps[i]))
 
 
 define(SCHEMAS)
@@ -60,6 +79,7 @@ def _(grad, basis, *, rank, left, n_iter=2, oversample=None, seed=0):
 
 @fake("refresh_")
 def _(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, **arguments):
-    check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, **arguments)
-    for basis, grad in zip(bases, grads):
-        check_project(grad, basis, left=left, op="refresh_")
+    check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, **arguments)
+    for i in range(len(bases)):
+        matrix = refresh_matrix(i, bases, grads, exp_avgs, exp_avg_sqs, steps, arguments["moments"])
+        check_refresh_matrix(*matrix, left=left)

@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys import _ops
-from lowrank_sys.reference.subspace import rotate_moments, svd_basis
+from lowrank_sys.reference.subspace import svd_basis
 
 # A countdown of COLD says that there is no basis yet.
 COLD = -1
@@ -42,12 +42,15 @@ def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left
         subspace: 'randomized' | 'svd'.
         moments: 'keep' | 'reset' (the step counter too) | 'rotate'.
     """
-    _ops.subspace.check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, gap=gap, first_gaps=first_gaps, seeds=seeds,
-                       subspace=subspace, moments=moments)
-    waits = torch.stack(countdowns).tolist() if countdowns else []
+    _ops.subspace.check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, gap=gap, first_gaps=first_gaps,
+                                seeds=seeds, subspace=subspace, moments=moments)
+    if not countdowns:
+        return
+    waits = torch.stack(countdowns).tolist()
     due = [i for i, wait in enumerate(waits) if wait <= 0]
     for i in due:
-        _ops.projection.check_project(grads[i], bases[i], left=left, op="refresh_")
+        matrix = _ops.subspace.refresh_matrix(i, bases, grads, exp_avgs, exp_avg_sqs, steps, moments)
+        _ops.subspace.check_refresh_matrix(*matrix, left=left)
     for i in due:
         basis, cold = bases[i], waits[i] == COLD
         new = SELECT[subspace](grads[i], None if cold else basis, rank=basis.shape[1], left=left, seed=seeds[i])
@@ -55,9 +58,8 @@ def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left
             for tensor in (exp_avgs[i], exp_avg_sqs[i], steps[i]):
                 tensor.zero_()
         elif not cold and moments == "rotate":
-            exp_avg, exp_avg_sq = rotate_moments(exp_avgs[i], exp_avg_sqs[i], basis, new, left=left)
-            exp_avgs[i].copy_(exp_avg)
-            exp_avg_sqs[i].copy_(exp_avg_sq)
+            # From and to what is stored, which is rounded to the basis' dtype.
+            torch.ops.lowrank.rotate_moments_(exp_avgs[i], exp_avg_sqs[i], basis, new.to(basis.dtype), left=left)
         basis.copy_(new)
     if lr.device.type != "cpu" or lr.item() != 0:
         for i in due:

@@ -260,12 +260,12 @@ def test_the_allocator_is_suggested_where_it_is_enough(plan, monkeypatch):
 
 
 def test_a_combination_is_tried_and_the_least_is_told(plan):
-    wide = {"batch_size": 2}
+    wide = {"batch_size": 4, "seq_len": 128}
     code, out, _ = plan("--json", device_memory="1GiB", **wide)
     facts = json.loads(out)
     assert code == 3 and facts["would_fit"] == []
     least = facts["smallest"]
-    assert "--batch-size 1 --gradient-accumulation-steps 2" in least["flags"] and "--dtype bf16" in least["flags"]
+    assert "--batch-size 1 --gradient-accumulation-steps 4" in least["flags"] and "--dtype bf16" in least["flags"]
     code, out, _ = plan("--json", device_memory=least["peak_bytes"], **wide)
     assert code == 3 and json.loads(out)["would_fit"][-1]["peak_bytes"] <= least["peak_bytes"]
     assert "nothing that was tried fits; the least" in plan(device_memory="1GiB", **wide)[1]
