@@ -3,7 +3,8 @@
 import torch
 
 from lowrank_sys._ops.projection import check_project
-from lowrank_sys._ops.rules import check_lists, define, expect, expect_basis, expect_matrix, fake
+from lowrank_sys._ops.rules import (check_lists, define, expect, expect_basis, expect_dtype, expect_like, expect_matrix,
+                                    fake)
 
 SUBSPACES = ("randomized", "svd")
 MOMENTS = ("keep", "reset", "rotate")
@@ -15,6 +16,12 @@ SCHEMAS = {
     "refresh_": "(Tensor(a!)[] bases, Tensor[] grads, Tensor(b!)[] countdowns, Tensor(c!)[] exp_avgs, "
     "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps, Tensor lr, *, bool left, int gap, int[] first_gaps, int[] seeds, "
     "str subspace, str moments) -> ()",
+    # Omega of the sketch Y = G Omega that is accumulated for the next basis.
+    "sketch_directions": "(Tensor basis, Tensor? exp_avg, *, SymInt other, bool left, int seed=0) -> Tensor",
+    # refresh_ from sketches, after the step: None for a matrix that is not due, or got no gradient.
+    "refresh_from_sketch_": "(Tensor(a!)[] bases, Tensor?[] sketches, Tensor(b!)[] countdowns, Tensor(c!)[] exp_avgs, "
+    "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps, Tensor lr, *, bool left, int gap, int[] first_gaps, int[] seeds, "
+    "str moments) -> ()",
 }
 
 
@@ -36,8 +43,37 @@ def check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, *, gap
     check_lists(op, bases=bases, grads=grads, countdowns=countdowns, first_gaps=first_gaps, seeds=seeds)
     if moments != "keep":
         check_lists(op, bases=bases, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps)
-    expect(gap >= 1, op, lambda: f"gap must be at least 1, got {gap}")
     expect(subspace in SUBSPACES, op, lambda: f"subspace must be one of {', '.join(SUBSPACES)}, got {subspace!r}")
+    _check_schedule(op, countdowns, gap, first_gaps, moments)
+
+
+def check_refresh_from_sketch(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, steps, *, left, gap, first_gaps, seeds,
+                              moments, op="refresh_from_sketch_"):
+    check_lists(op, bases=bases, sketches=sketches, countdowns=countdowns, first_gaps=first_gaps, seeds=seeds)
+    if moments != "keep":
+        check_lists(op, bases=bases, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps)
+    _check_schedule(op, countdowns, gap, first_gaps, moments)
+    for i, (basis, sketch) in enumerate(zip(bases, sketches)):
+        if sketch is not None:
+            expect_matrix(op, f"bases[{i}]", basis)
+            d, rank = basis.shape
+            expect_dtype(op, f"sketches[{i}]", sketch, torch.float32)
+            fits = sketch.dim() == 2 and sketch.shape[0 if left else 1] == d and sketch.shape[1 if left else 0] >= rank
+            expect(fits, op, lambda: f"sketches[{i}] must have shape {f'({d}, l)' if left else f'(l, {d})'} with l >= {rank} "
+                   f"for left={left}, got {tuple(sketch.shape)}")
+
+
+def check_sketch_directions(basis, exp_avg, *, other, left, op="sketch_directions"):
+    expect_matrix(op, "basis", basis)
+    rank = basis.shape[1]
+    expect(1 <= rank <= basis.shape[0] and rank <= other, op,
+           lambda: f"rank must be between 1 and min(m, n) = {min(basis.shape[0], other)}, got {rank}")
+    if exp_avg is not None:
+        expect_like(op, "exp_avg", exp_avg, (rank, other) if left else (other, rank), basis.device)
+
+
+def _check_schedule(op, countdowns, gap, first_gaps, moments):
+    expect(gap >= 1, op, lambda: f"gap must be at least 1, got {gap}")
     expect(moments in MOMENTS, op, lambda: f"moments must be one of {', '.join(MOMENTS)}, got {moments!r}")
     expect(min(first_gaps, default=1) >= 1, op, lambda: f"first_gaps must be at least 1, got {min(first_gaps)}")
     # Every step of every matrix comes by here: one comparison each, and a message only for a bad one.
@@ -63,3 +99,15 @@ def _(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, **arg
     check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, **arguments)
     for basis, grad in zip(bases, grads):
         check_project(grad, basis, left=left, op="refresh_")
+
+
+@fake("sketch_directions")
+def _(basis, exp_avg, *, other, left, seed=0):
+    check_sketch_directions(basis, exp_avg, other=other, left=left)
+    rank = basis.shape[1]
+    return basis.new_empty((other, min(rank + max(8, -(-rank // 8)), basis.shape[0], other)))
+
+
+@fake("refresh_from_sketch_")
+def _(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, steps, lr, **arguments):
+    check_refresh_from_sketch(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, steps, **arguments)

@@ -3,5 +3,6 @@
 from lowrank_sys.optim.galore import GaLoreAdafactor, GaLoreAdamW
 from lowrank_sys.optim.groups import param_groups
 from lowrank_sys.optim.optimizer import LowRankOptimizer
+from lowrank_sys.optim.per_layer import Accumulate, InBackward
 
-__all__ = ["GaLoreAdafactor", "GaLoreAdamW", "LowRankOptimizer", "param_groups"]
+__all__ = ["Accumulate", "GaLoreAdafactor", "GaLoreAdamW", "InBackward", "LowRankOptimizer", "param_groups"]
