@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lowrank_sys.optim.per_layer import Coefficient
+from lowrank_sys.optim.coefficient import Coefficient
 from lowrank_sys.subspace.subspace import Subspace
 
 # Output heads by name, where the model does not say which module it is.

@@ -2,7 +2,8 @@
 
 import torch
 
-from lowrank_sys.optim import per_layer as layerwise
+from lowrank_sys.optim.coefficient import weights, with_coefficients, without_coefficients
+from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.store import InPlace
 from lowrank_sys.subspace.subspace import Subspace
 
@@ -43,7 +44,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.store = InPlace()
         self.nonfinite = nonfinite
         self._counters = {}
-        self.gradients = layerwise.resolve(per_layer, params)
+        self.gradients = resolve(per_layer, params)
         if self.gradients.served_by_hooks:
             self.gradients.bind(self)
         super().__init__(params, defaults)
@@ -61,7 +62,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        first = sum(len(layerwise.weights(g)) for g in self.param_groups[:-1])
+        first = sum(len(weights(g)) for g in self.param_groups[:-1])
         names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
         try:
             self.store.check(group, names)
@@ -85,7 +86,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _init_state(self, only=None):
         """Make the missing state of what has a gradient, or of the one parameter `only`."""
-        matrices = [p for g in self.param_groups if "rank" in g for p in layerwise.weights(g)]
+        matrices = [p for g in self.param_groups if "rank" in g for p in weights(g)]
         index = {p: i for i, p in enumerate(matrices)}
         for group in self.param_groups:
             params = [p for p, _ in self.gradients.of(group)] if only is None else [p for p in group["params"] if p is only]
@@ -195,14 +196,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def state_dict(self):
         """As torch's; a checkpoint has no coefficients and no gradients, so it is the same whatever per_layer is."""
-        return layerwise.without_coefficients(self, super().state_dict())
+        return without_coefficients(self, super().state_dict())
 
     def load_state_dict(self, state_dict):
         """Load a state, in its own dtypes: torch's casts every tensor but `step` to the parameter's dtype.
 
         With per_layer='accumulate', gradients accumulated so far are dropped.
         """
-        state_dict = layerwise.with_coefficients(self, state_dict)
+        self.gradients.check_loaded(state_dict["param_groups"])
+        state_dict = with_coefficients(self, state_dict)
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, param in zip(ids, params):

@@ -42,8 +42,8 @@ def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left
         subspace: 'randomized' | 'svd'.
         moments: 'keep' | 'reset' (the step counter too) | 'rotate'.
     """
-    _ops.subspace.check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, gap=gap, first_gaps=first_gaps, seeds=seeds,
-                       subspace=subspace, moments=moments)
+    _ops.subspace.check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, gap=gap, first_gaps=first_gaps,
+                                seeds=seeds, subspace=subspace, moments=moments)
     waits = torch.stack(countdowns).tolist() if countdowns else []
     due = [i for i, wait in enumerate(waits) if wait <= 0]
     for i in due:

@@ -26,9 +26,9 @@ class Subspace:
 
     Group keys: `rank`, `update_proj_gap` (steps between refreshes), `proj_type` (SIDES), `subspace` ('randomized' subspace
     iteration, staggered over matrices; or exact 'svd' at steps 0, gap, 2 gap, ... as the GaLore reference), `moments` at a
-    refresh ('keep' | 'reset' | 'rotate'), `seed`; `refresh`: 'now', a basis that is due is chosen from the step's gradient before
-    the step uses it, or 'next': a sketch of the step's gradient, linear in it, gives the basis of the next step, and training
-    starts on seeded orthonormal ones. 'next' is what makes micro-batches add up exactly.
+    refresh ('keep' | 'reset' | 'rotate'), `seed`; `refresh`: with 'now' a basis that is due is chosen from the step's gradient
+    before the step uses it, with 'next' a sketch of the step's gradient, linear in it, gives the basis of the next step, and
+    training starts on seeded orthonormal bases. 'next' lets micro-batches add up exactly.
 
     State of a matrix: `basis` (m or n, r) in the parameter's dtype; `left`; `countdown`, steps until the next refresh, on
     the host; `first_gap` and `seed`.

@@ -76,7 +76,7 @@ def arguments(args: argparse.Namespace, device: torch.device) -> TrainingArgumen
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         **({"gradient_checkpointing": True} if args.gradient_checkpointing else {}),
-        max_grad_norm=args.grad_clip,
+        max_grad_norm=0.0 if args.per_layer == "in_backward" else args.grad_clip,
         seed=args.seed,
         save_strategy="steps",
         save_steps=args.save_steps,
