@@ -6,23 +6,28 @@ import triton.language as tl
 
 from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
+from lowrank_sys.kernels.basis import Int4Basis, arguments, load_int4, rank
 from lowrank_sys.kernels.common import ALPHA, DECAY, SLOTS, dot, is_off, on_device_of, pick, precision, store
 
 
 @triton.jit
-def back_project_kernel(param, low_rank, basis, scalars, skipped, m, n, r,
-                        LEFT: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+def back_project_kernel(param, low_rank, basis, scale, offset, scalars, skipped, m, n, r, width,
+                        LEFT: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
     """W <- decay * W + alpha * (B X if LEFT, else X Bᵀ), in place.
 
     GaLore (Zhao et al. 2024, Algorithm 2), with AdamW's decay before the update. In a STEP an element whose product is not
     finite keeps its bytes (X is NaN in a skipped channel) and is counted in `skipped`; the whole launch may be switched off.
-    A launch serves several matrices of one shape: param, low_rank and basis are tuples, scalars has a row a matrix.
+    With scale and offset, the basis is in INT4, see `load_int4`; `width` bytes hold a vector.
+    A launch serves several matrices of one shape: param, low_rank and what the basis is made of are tuples, scalars has a row
+    a matrix.
 
     Bytes: W read once and written once; X once per tile of rows if LEFT (else of columns), B once per tile of the other axis.
     """
     i_matrix = tl.program_id(1)
     param, low_rank, basis = pick(param, i_matrix), pick(low_rank, i_matrix), pick(basis, i_matrix)
+    if GROUP:
+        scale, offset = pick(scale, i_matrix), pick(offset, i_matrix)
     scalars += i_matrix * SLOTS
     if STEP:
         if is_off(scalars):
@@ -44,8 +49,15 @@ def back_project_kernel(param, low_rank, basis, scalars, skipped, m, n, r,
     b_back = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_r in range(0, r, BLOCK_R):
         m_r = i_r + tl.arange(0, BLOCK_R) < r
-        b_a = tl.load(p_a, mask=m_m[:, None] & m_r[None, :], other=0.0)
-        b_b = tl.load(p_b, mask=m_r[:, None] & m_n[None, :], other=0.0)
+        if not GROUP:
+            b_a = tl.load(p_a, mask=m_m[:, None] & m_r[None, :], other=0.0)
+            b_b = tl.load(p_b, mask=m_r[:, None] & m_n[None, :], other=0.0)
+        elif LEFT:
+            b_a = tl.trans(load_int4(basis, scale, offset, i_r + o_r, i_m * BLOCK_M, m, r, width, GROUP, BLOCK_R, BLOCK_M))
+            b_b = tl.load(p_b, mask=m_r[:, None] & m_n[None, :], other=0.0)
+        else:
+            b_a = tl.load(p_a, mask=m_m[:, None] & m_r[None, :], other=0.0)
+            b_b = load_int4(basis, scale, offset, i_r + o_r, i_n * BLOCK_N, n, r, width, GROUP, BLOCK_R, BLOCK_N)
         b_back = dot(b_a, b_b, b_back, PRECISION)
         p_a += BLOCK_R
         p_b += step_b
@@ -70,19 +82,19 @@ def back_project_kernel(param, low_rank, basis, scalars, skipped, m, n, r,
 def launch_back_project(params, low_ranks, bases, scalars, *, left, step, skipped=None):
     """W <- scalars[DECAY] W + scalars[ALPHA] back(X), for matrices of one shape and one set of dtypes.
 
-    low_ranks: R's shape, fp32 or the bases' type; scalars: a row a matrix.
+    low_ranks: R's shape, fp32 or the bases' type; bases: matrices, or each an `Int4Basis`; scalars: a row a matrix.
     """
     param, low_rank, basis = params[0], low_ranks[0], bases[0]
     if param.numel() == 0:
         return
     m, n = param.shape
-    r = basis.shape[1]
+    r = rank(basis)
     config = configs.config_for(configs.target(param.device).arch, "back_project", n=n, r=r,
                                 dtypes=(low_rank.dtype, basis.dtype, param.dtype))
     back_project_kernel[triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]), len(params)](
         param=tuple(params),
         low_rank=tuple(low_ranks),
-        basis=tuple(bases),
+        **arguments(bases),
         scalars=scalars,
         skipped=skipped,
         m=m,
@@ -102,6 +114,16 @@ def back_project_(param, low_rank, basis, *, alpha=1.0, beta=1.0, left):
     beta = 0 does not depend on W, as in BLAS.
     """
     _ops.projection.check_back_project(param, low_rank, basis, left=left)
+    _back_project(param, low_rank, basis, alpha=alpha, beta=beta, left=left)
+
+
+def back_project_int4_(param, low_rank, packed, scale, offset, *, alpha=1.0, beta=1.0, left, group_size=256):
+    """back_project_ with a basis in INT4, see `quantize_int4`."""
+    _ops.int4.check_back_project_int4(param, low_rank, packed, scale, offset, left=left, group_size=group_size)
+    _back_project(param, low_rank, Int4Basis(packed, scale, offset, group_size), alpha=alpha, beta=beta, left=left)
+
+
+def _back_project(param, low_rank, basis, *, alpha, beta, left):
     with on_device_of(param):
         scalars = torch.full((SLOTS.value,), alpha, dtype=torch.float32, device=param.device)
         scalars[DECAY.value].fill_(beta)

@@ -66,6 +66,13 @@ MOST = 8
 # Adam on an already projected gradient: elementwise but for the test of a channel.
 ADAM = _tile(4, 1, BLOCK_R=32, BLOCK_C=32)
 
+# The linear layer on INT8 weights, by kind: T along the rows of x, O along the outputs, D along the summed axis.
+INT8_LINEAR = {
+    16: _tile(8, 3, BLOCK_T=128, BLOCK_O=128, BLOCK_D=64),
+    32: _tile(8, 3, BLOCK_T=128, BLOCK_O=64, BLOCK_D=32),
+    "odd": _tile(4, 2, BLOCK_T=64, BLOCK_O=32, BLOCK_D=32),
+}
+
 
 class Target(NamedTuple):
     """A card: its architecture (80 is sm_80) and its number of multiprocessors."""
@@ -112,6 +119,14 @@ def config_for(arch, kernel, *, n, r, dtypes):
     narrow = dtypes[0] == dtypes[1] and all(dtype.itemsize == 2 for dtype in dtypes)
     by_rank = table[kernel, "odd" if n % 16 or r % 16 else 16 if narrow else 32]
     return by_rank[min((limit for limit in by_rank if limit >= r), default=max(by_rank))]
+
+
+def int8_linear(*, m, n, back, dtype, group_size):
+    """Launch arguments of the INT8 linear layer; a tile stays in one group along n. One table serves every architecture."""
+    config = dict(INT8_LINEAR["odd" if m % 16 or n % 16 else 8 * dtype.itemsize])
+    axis = "BLOCK_O" if back else "BLOCK_D"
+    config[axis] = min(config[axis], group_size)
+    return config
 
 
 def plan_project(m, n, r, *, left, dtypes, card):

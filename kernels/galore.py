@@ -89,8 +89,8 @@ def galore_step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, 
     grad_scale multiplies the gradients; found_inf != 0 makes the whole step a no-op; skipped (int64) counts the weights left
     out. To change lr between replays of a captured step, keep it on the device.
     """
-    _ops.steps.check_low_rank_lists("galore_step", _ops.steps.check_galore_step, params, grads, bases, exp_avgs, exp_avg_sqs, steps, lr,
-                              left, (grad_scale, found_inf, skipped))
+    _ops.steps.check_low_rank_lists("galore_step", _ops.steps.check_galore_step, params, grads, bases, exp_avgs, exp_avg_sqs,
+                                    steps, lr, left, (grad_scale, found_inf, skipped))
     _step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, projected=False, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
                weight_decay=weight_decay, scale=scale, left=left, grad_scale=grad_scale, found_inf=found_inf, skipped=skipped)
 
@@ -98,8 +98,8 @@ def galore_step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, 
 def subspace_step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, beta1, beta2, eps, weight_decay,
                        scale, left, grad_scale=None, found_inf=None, skipped=None):
     """subspace_step for many matrices; steps and guards as in galore_step_list."""
-    _ops.steps.check_low_rank_lists("subspace_step", _ops.steps.check_subspace_step, params, low_rank_grads, bases, exp_avgs, exp_avg_sqs,
-                              steps, lr, left, (grad_scale, found_inf, skipped))
+    _ops.steps.check_low_rank_lists("subspace_step", _ops.steps.check_subspace_step, params, low_rank_grads, bases, exp_avgs,
+                                    exp_avg_sqs, steps, lr, left, (grad_scale, found_inf, skipped))
     _step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, projected=True, lr=lr, beta1=beta1, beta2=beta2,
                eps=eps, weight_decay=weight_decay, scale=scale, left=left, grad_scale=grad_scale, found_inf=found_inf,
                skipped=skipped)

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
+from lowrank_sys.kernels.basis import Int4Basis, arguments, load_int4, rank
 from lowrank_sys.kernels.common import (GRAD_SCALE, SLOTS, adam, dot, is_off, on_device_of, pick, precision, store,
                                         usable_channels)
 
@@ -21,9 +22,9 @@ def finish(b_r, out, exp_avg, exp_avg_sq, scalars, o_tile, m_tile, beta1, beta2,
 
 
 @triton.jit
-def project_kernel(grad, basis, out, exp_avg, exp_avg_sq, scalars, partials, counters, m, n, r, splits, chunk,
-                   beta1, beta2, gain1, gain2, eps,
-                   LEFT: tl.constexpr, PRECISION: tl.constexpr,
+def project_kernel(grad, basis, scale, offset, out, exp_avg, exp_avg_sq, scalars, partials, counters, m, n, r, width,
+                   splits, chunk, beta1, beta2, gain1, gain2, eps,
+                   LEFT: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
                    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
     """out = R = Bᵀ G (r, n) if LEFT, else G B (m, r); with moments, out = X = Adam(grad_scale * R) instead.
 
@@ -31,13 +32,16 @@ def project_kernel(grad, basis, out, exp_avg, exp_avg_sq, scalars, partials, cou
     partials, the last program to reach a tile adds its parts in order and finishes it, so results do not depend on timing. A
     channel (column of R if LEFT, else row) that is not usable keeps its moments, and its X is NaN for `back_project_kernel`.
     For r > BLOCK_R a tile sees a part of its channel: NaN and inf in G reach every part, overflow of a finite G need not.
-    A launch serves several matrices of one shape: grad, basis, out and the moments are tuples; scalars, partials and counters
-    hold one part a matrix.
+    With scale and offset, the basis is in INT4, see `load_int4`; `width` bytes hold a vector.
+    A launch serves several matrices of one shape: grad, what the basis is made of, out and the moments are tuples; scalars,
+    partials and counters hold one part a matrix.
 
     Bytes: G once per tile of r, B once per tile of channels, R-sized: moments twice each, out once, partials 2 * splits times.
     """
     i_matrix = tl.program_id(2)
     grad, basis, out = pick(grad, i_matrix), pick(basis, i_matrix), pick(out, i_matrix)
+    if GROUP:
+        scale, offset = pick(scale, i_matrix), pick(offset, i_matrix)
     if scalars is not None:
         exp_avg, exp_avg_sq = pick(exp_avg, i_matrix), pick(exp_avg_sq, i_matrix)
         scalars += i_matrix * SLOTS
@@ -68,8 +72,15 @@ def project_kernel(grad, basis, out, exp_avg, exp_avg_sq, scalars, partials, cou
     b_r = tl.zeros([BLOCK_R if LEFT else BLOCK_C, BLOCK_C if LEFT else BLOCK_R], tl.float32)
     for i_d in range(begin, end, BLOCK_D):
         m_d = i_d + tl.arange(0, BLOCK_D) < end
-        b_a = tl.load(p_a, mask=m_row[:, None] & m_d[None, :], other=0.0)
-        b_b = tl.load(p_b, mask=m_d[:, None] & m_col[None, :], other=0.0)
+        if not GROUP:
+            b_a = tl.load(p_a, mask=m_row[:, None] & m_d[None, :], other=0.0)
+            b_b = tl.load(p_b, mask=m_d[:, None] & m_col[None, :], other=0.0)
+        elif LEFT:
+            b_a = load_int4(basis, scale, offset, o_r, i_d, m, r, width, GROUP, BLOCK_R, BLOCK_D)
+            b_b = tl.load(p_b, mask=m_d[:, None] & m_col[None, :], other=0.0)
+        else:
+            b_a = tl.load(p_a, mask=m_row[:, None] & m_d[None, :], other=0.0)
+            b_b = tl.trans(load_int4(basis, scale, offset, o_r, i_d, n, r, width, GROUP, BLOCK_R, BLOCK_D))
         b_r = dot(b_a, b_b, b_r, PRECISION)
         p_a += step_a
         p_b += step_b
@@ -103,19 +114,19 @@ def launch_project(grads, bases, outs, *, left, counters, exp_avgs=None, exp_avg
                    eps=0.0):
     """outs <- R, or Adam's update from it if there are moments, for matrices of one shape and one set of dtypes.
 
-    outs: R's shape, fp32 or the bases' type; scalars: a row a matrix.
+    bases: matrices, or each an `Int4Basis`; outs: R's shape, fp32 or the bases' type; scalars: a row a matrix.
     """
     grad, basis, out = grads[0], bases[0], outs[0]
     if out.numel() == 0:
         return
     m, n = grad.shape
-    r = basis.shape[1]
+    r = rank(basis)
     plan = configs.plan_project(m, n, r, left=left, dtypes=(grad.dtype, basis.dtype), card=configs.target(grad.device))
     split = plan.splits > 1
     partials = torch.empty((len(grads), plan.splits, *out.shape), dtype=torch.float32, device=grad.device) if split else None
     project_kernel[plan.tiles, plan.splits, len(grads)](
         grad=tuple(grads),
-        basis=tuple(bases),
+        **arguments(bases),
         out=tuple(outs),
         exp_avg=None if exp_avgs is None else tuple(exp_avgs),
         exp_avg_sq=None if exp_avg_sqs is None else tuple(exp_avg_sqs),
@@ -142,7 +153,18 @@ def launch_project(grads, bases, outs, *, left, counters, exp_avgs=None, exp_avg
 def project(grad, basis, *, left):
     """R = Bᵀ G (r, n) if left, else G B (m, r); fp32. grad (m, n), basis (m or n, r): fp32 | bf16 | fp16."""
     _ops.projection.check_project(grad, basis, left=left)
-    out = torch.empty(_ops.low_rank_shape(grad, basis, left), dtype=torch.float32, device=grad.device)
+    return _project(grad, basis, _ops.low_rank_shape(grad, basis, left), left)
+
+
+def project_int4(grad, packed, scale, offset, *, left, group_size=256):
+    """project with a basis in INT4, see `quantize_int4`."""
+    _ops.int4.check_project_int4(grad, packed, scale, offset, left=left, group_size=group_size)
+    basis = Int4Basis(packed, scale, offset, group_size)
+    return _project(grad, basis, _ops.int4.int4_low_rank_shape(grad, packed, left), left)
+
+
+def _project(grad, basis, shape, left):
+    out = torch.empty(shape, dtype=torch.float32, device=grad.device)
     with on_device_of(grad):
         launch_project([grad], [basis], [out], left=left, counters=new_counters(grad.device))
     return out

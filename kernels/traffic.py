@@ -15,15 +15,38 @@ class Bytes(NamedTuple):
     stored: int
 
 
+class Int4(NamedTuple):
+    """A basis in INT4, where a type is asked for."""
+
+    group_size: int = 256
+
+    @property
+    def dtype(self):
+        """What an entry is in the products."""
+        return torch.float32
+
+
+def _type(basis):
+    return basis.dtype if isinstance(basis, Int4) else basis
+
+
+def _basis(basis, d, r, times, tile):
+    """A basis (d, r) that is read `times` times in tiles of `tile` entries of a vector. basis: a type or `Int4`."""
+    if not isinstance(basis, Int4):
+        return {"basis": Bytes(times * d * r * basis.itemsize, 0)}
+    scales = Bytes(times * r * triton.cdiv(d, min(tile, basis.group_size)) * FP32, 0)
+    return {"basis": Bytes(times * r * triton.cdiv(d, 2), 0), "scale": scales, "offset": scales}
+
+
 def project(m, n, r, *, left, grad, basis, card, out=torch.float32, moments=False):
-    """R = project(G); the moments of an Adam epilogue if `moments`. grad, basis, out are types."""
-    plan = configs.plan_project(m, n, r, left=left, dtypes=(grad, basis), card=card)
+    """R = project(G); the moments of an Adam epilogue if `moments`. grad, basis, out are types; basis may be `Int4`."""
+    plan = configs.plan_project(m, n, r, left=left, dtypes=(grad, _type(basis)), card=card)
     channels, depth = (n, m) if left else (m, n)
     size = r * channels
     parts = plan.splits * size * FP32 if plan.splits > 1 else 0
     rows = {
         "grad": Bytes(triton.cdiv(r, plan.config["BLOCK_R"]) * m * n * grad.itemsize, 0),
-        "basis": Bytes(triton.cdiv(channels, plan.config["BLOCK_C"]) * depth * r * basis.itemsize, 0),
+        **_basis(basis, depth, r, triton.cdiv(channels, plan.config["BLOCK_C"]), plan.config["BLOCK_D"]),
         "partials": Bytes(parts, parts),
         "out": Bytes(0, size * out.itemsize),
     }
@@ -33,16 +56,15 @@ def project(m, n, r, *, left, grad, basis, card, out=torch.float32, moments=Fals
 
 
 def back_project(m, n, r, *, left, param, low_rank, basis, card):
-    """W <- decay W + alpha back(X). param, low_rank, basis are types."""
-    config = configs.config_for(card.arch, "back_project", n=n, r=r, dtypes=(low_rank, basis, param))
+    """W <- decay W + alpha back(X). param, low_rank, basis are types; basis may be `Int4`."""
+    config = configs.config_for(card.arch, "back_project", n=n, r=r, dtypes=(low_rank, _type(basis), param))
     rows_of_tiles, columns_of_tiles = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"])
-    by_row, by_column = (basis, low_rank) if left else (low_rank, basis)
-    tall = Bytes(columns_of_tiles * m * r * by_row.itemsize, 0)
-    wide = Bytes(rows_of_tiles * n * r * by_column.itemsize, 0)
+    d, times, tile = (m, columns_of_tiles, config["BLOCK_M"]) if left else (n, rows_of_tiles, config["BLOCK_N"])
+    other, again = (n, rows_of_tiles) if left else (m, columns_of_tiles)
     return {
         "param": Bytes(m * n * param.itemsize, m * n * param.itemsize),
-        "basis": tall if left else wide,
-        "low_rank": wide if left else tall,
+        **_basis(basis, d, r, times, tile),
+        "low_rank": Bytes(again * other * r * low_rank.itemsize, 0),
     }
 
 
@@ -78,6 +100,20 @@ def galore_step(m, n, r, *, left, param, grad, basis, card):
 def subspace_step(m, n, r, *, left, param, basis, card):
     """Both kernels of a step from R."""
     return _and_apply(adam(m, n, r, left=left, out=basis), m, n, r, left=left, param=param, basis=basis, card=card)
+
+
+def int8_linear(t, m, n, *, back, dtype, group_size, bias=None):
+    """y (t, m) = x Wᵀ + bias, or dx (t, n) = dy W if `back`: the type of x or dy, and of the bias."""
+    config = configs.int8_linear(m=m, n=n, back=back, dtype=dtype, group_size=group_size)
+    depth, outputs = (m, n) if back else (n, m)
+    tall, wide, deep = (triton.cdiv(size, config[f"BLOCK_{axis}"]) for size, axis in ((t, "T"), (outputs, "O"), (depth, "D")))
+    return {
+        "rows": Bytes(wide * t * depth * dtype.itemsize, 0),
+        "codes": Bytes(tall * m * n, 0),
+        "scale": Bytes(tall * (wide * m if back else deep * m) * FP32, 0),
+        "bias": Bytes(tall * m * bias.itemsize if bias else 0, 0),
+        "out": Bytes(0, t * outputs * dtype.itemsize),
+    }
 
 
 def compulsory(m, n, r, *, left, param, grad, basis):

@@ -26,6 +26,10 @@ TRITON = {
     "subspace_step.list": ("galore", "subspace_step_list"),
     "project": ("project", "project"),
     "back_project_": ("back_project", "back_project_"),
+    "back_project_int4_": ("back_project", "back_project_int4_"),
+    "int8_linear": ("int8_linear", "int8_linear"),
+    "int8_linear_backward": ("int8_linear", "int8_linear_backward"),
+    "project_int4": ("project", "project_int4"),
 }
 
 

@@ -1,10 +1,10 @@
 """`lowrank bench floors`: what this package promises of its speed on a CPU, measured; exit 1 on a miss."""
 
 from lowrank_sys.bench import machine, report, timing
-from lowrank_sys.bench.floors import refresh, steps
+from lowrank_sys.bench.floors import int4, int8, orthogonalize, refresh, steps
 from lowrank_sys.cli import CommandError
 
-FLOORS = [*steps.FLOORS, *refresh.FLOORS]
+FLOORS = [*steps.FLOORS, *int4.FLOORS, *refresh.FLOORS, *int8.FLOORS, *orthogonalize.FLOORS]
 
 
 def add_arguments(parser):

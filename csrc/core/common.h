@@ -9,6 +9,7 @@
 #define LR_HD __host__ __device__ __forceinline__
 #define LR_SIMD
 #define LR_SIMD_SUM(x)
+#define LR_SIMD_MAX(...)
 // Loads of n iterations of the next loop are under way at once: a GPU thread hides its latency that way.
 #define LR_UNROLL(n) LR_PRAGMA(unroll n)
 #else
@@ -16,6 +17,7 @@
 // The iterations of the next loop are independent even where its pointers are equal.
 #define LR_SIMD LR_PRAGMA(omp simd)
 #define LR_SIMD_SUM(x) LR_PRAGMA(omp simd reduction(+ : x))
+#define LR_SIMD_MAX(...) LR_PRAGMA(omp simd reduction(max : __VA_ARGS__))
 #define LR_UNROLL(n)
 #endif
 
@@ -39,14 +41,20 @@ struct alignas(sizeof(T) * V <= 16 ? sizeof(T) * V : 16) Pack {
   T at[V];
 };
 
+// One element by itself, because a copied struct keeps a loop from vectors.
 template <int V, class T>
 LR_HD Pack<T, V> load(const T* p) {
+  if constexpr (V == 1) return {{*p}};
   return *reinterpret_cast<const Pack<T, V>*>(p);
 }
 
 template <int V, class T>
 LR_HD void store(T* p, const Pack<T, V>& x) {
-  *reinterpret_cast<Pack<T, V>*>(p) = x;
+  if constexpr (V == 1) {
+    *p = x.at[0];
+  } else {
+    *reinterpret_cast<Pack<T, V>*>(p) = x;
+  }
 }
 
 LR_END

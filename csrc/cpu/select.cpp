@@ -1,5 +1,8 @@
 // Which of the compiled instruction sets serves on this processor.
+#include "int4.h"
+#include "int8.h"
 #include "norms.h"
+#include "sparse.h"
 #include "steps.h"
 #include "store.h"
 
@@ -37,6 +40,8 @@ bool has_v4() {
   }
 #endif
 
+LR_SELECT(Int4Kernels, int4, Int8Kernels, int8)
 LR_SELECT(NormKernels, norm)
+LR_SELECT(SparseKernels, sparse)
 LR_SELECT(StepKernels, step)
 LR_SELECT(StoreKernels, store)

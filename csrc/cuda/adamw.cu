@@ -3,6 +3,7 @@
 
 #include "block.cuh"
 #include "launch.h"
+#include "number.cuh"
 
 LR_BEGIN
 namespace {
@@ -13,21 +14,6 @@ constexpr int kThreads = 256, kVector = 8, kChunk = kThreads * kVector * 8;
 struct Chunks {
   int first[AdamWList::kMost + 1];
 };
-
-__device__ double read(const Number& x) {
-  switch (x.type) {
-    case Number::Type::f32:
-      return *static_cast<const float*>(x.device);
-    case Number::Type::f64:
-      return *static_cast<const double*>(x.device);
-    case Number::Type::i32:
-      return *static_cast<const int32_t*>(x.device);
-    case Number::Type::i64:
-      return double(*static_cast<const int64_t*>(x.device));
-    default:
-      return x.host;
-  }
-}
 
 __global__ void advance(const __grid_constant__ AdamWList list, const float* found_inf) {
   if (found_inf != nullptr && *found_inf != 0.0f) return;

@@ -120,6 +120,11 @@ void expect_scalar(const char* op, const Name& name, const Tensor& t, const Plac
   if (own_device || !t.is_cpu()) expect_on(op, name, t, place);
 }
 
+inline void expect_group_size(const char* op, int64_t group_size) {
+  if (group_size < 32 || group_size > 1024 || (group_size & (group_size - 1)) != 0)
+    fail(op, "group_size must be a power of two from 32 to 1024, got ", group_size);
+}
+
 inline void expect_basis(const char* op, const Tensor& matrix, const Tensor& basis, bool left) {
   const int64_t d = matrix.size(left ? 0 : 1);
   if (basis.dim() != 2 || basis.size(0) != d)
@@ -182,12 +187,12 @@ inline double read_number(const char* op, const char* name, const Tensor& t) {
   fail(op, name, " must be float32, float64, int32 or int64, got ", dtype_name(dtype));
 }
 
-inline Tensor empty(const Shape& shape, const Place& place) {
+inline Tensor empty(const Shape& shape, const Place& place, int32_t dtype = aoti_torch_dtype_float32()) {
   Shape strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
   AtenTensorHandle out;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(),
-                                                         aoti_torch_dtype_float32(), place.type, place.index, &out));
+                                                         dtype, place.type, place.index, &out));
   return Tensor(out);
 }
 

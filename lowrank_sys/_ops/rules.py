@@ -80,6 +80,11 @@ def expect_number(op, name, tensor, device):
     expect(tensor.dtype in NUMBERS, op, lambda: f"{name} must be float32, float64, int32 or int64, got {tensor.dtype}")
 
 
+def expect_group_size(op, group_size):
+    expect(32 <= group_size <= 1024 and group_size & (group_size - 1) == 0, op,
+            lambda: f"group_size must be a power of two from 32 to 1024, got {group_size}")
+
+
 def check_step_and_rate(op, device, step, lr):
     """step and lr, each a number or a 0-dim tensor."""
     if isinstance(step, torch.Tensor):

@@ -156,8 +156,9 @@ def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, se
 
     Returns:
         (B, energies): B of the shape of `basis`, fp32, orthonormal columns with canonical signs; energies (r,), the squared
-        Ritz values: at most sigma², close to it after two iterations. Directions in which G has no energy are completed. A gradient that is zero or not finite
-        returns the old basis unchanged (without one, a seeded orthonormal basis) and energies 0.
+        Ritz values: at most sigma², close to it after two iterations. Directions in which G has no energy are completed. A
+        gradient that is zero or not finite returns the old basis unchanged (without one, a seeded orthonormal basis) and
+        energies 0.
     """
     _ops.subspace.check_subspace_iteration(grad, basis, rank=rank, left=left, n_iter=n_iter, oversample=oversample)
     d, other = grad.shape if left else grad.shape[::-1]
@@ -176,7 +177,7 @@ def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, se
         z = cholesky_qr(gaussian(other, columns, seed, grad), passes=2)
         y = to_basis_side(z)
     else:
-        y = torch.cat([old, unit_columns(gaussian(d, columns - rank, seed, grad))], dim=1)
+        y = old if columns == rank else torch.cat([old, unit_columns(gaussian(d, columns - rank, seed, grad))], dim=1)
     for i in range(n_iter):
         if i > 0 or old is None:
             y = cholesky_qr(y, passes=1)
@@ -184,14 +185,3 @@ def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, se
         y = to_basis_side(z)
 
     return leading_directions(y, old, rank=rank, seed=seed)
-
-
-def rotate_moments(exp_avg, exp_avg_sq, old, new, *, left):
-    """Moments carried into a new basis: M' = C M and V' = (C∘C) V >= 0 with C = newᵀ old (right: times Cᵀ).
-
-    V' is the variance of C R for a gradient R of uncorrelated entries, so it cannot be negative.
-    """
-    c = new.to(exp_avg.dtype).T @ old.to(exp_avg.dtype)
-    if left:
-        return c @ exp_avg, (c * c) @ exp_avg_sq
-    return exp_avg @ c.T, exp_avg_sq @ (c * c).T

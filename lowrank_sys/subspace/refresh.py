@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys import _ops
-from lowrank_sys.reference.subspace import basis_from_sketch, rotate_moments, svd_basis
+from lowrank_sys.reference.subspace import basis_from_sketch, svd_basis
 
 # A countdown of COLD says that there is no basis yet.
 COLD = -1
@@ -42,17 +42,20 @@ def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left
         subspace: 'randomized' | 'svd'.
         moments: 'keep' | 'reset' (the step counter too) | 'rotate'.
     """
-    _ops.subspace.check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, gap=gap, first_gaps=first_gaps,
+    _ops.subspace.check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, gap=gap, first_gaps=first_gaps,
                                 seeds=seeds, subspace=subspace, moments=moments)
-    waits = torch.stack(countdowns).tolist() if countdowns else []
+    if not countdowns:
+        return
+    waits = torch.stack(countdowns).tolist()
     due = [i for i, wait in enumerate(waits) if wait <= 0]
     for i in due:
-        _ops.projection.check_project(grads[i], bases[i], left=left, op="refresh_")
+        matrix = _ops.subspace.refresh_matrix(i, bases, grads, exp_avgs, exp_avg_sqs, steps, moments)
+        _ops.subspace.check_refresh_matrix(*matrix, left=left)
     for i in due:
         basis, cold = bases[i], waits[i] == COLD
         new = SELECT[subspace](grads[i], None if cold else basis, rank=basis.shape[1], left=left, seed=seeds[i])
         if not cold:
-            _transport(i, basis, new, exp_avgs, exp_avg_sqs, steps, left, moments)
+            _transport(i, basis, new.to(basis.dtype), exp_avgs, exp_avg_sqs, steps, left, moments)
         basis.copy_(new)
     if _trains(lr):
         for i in due:
@@ -66,22 +69,22 @@ def refresh_from_sketch_(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, ste
 
     Args:
         sketches: Y = G Omega (m, l) if left, else (Gᵀ Omega)ᵀ (l, n), of the matrices that are due (countdown 0 or COLD);
-            None for the others, and for a matrix whose sketch is not there: it keeps its basis.
+            empty for the others, and for a matrix whose sketch is not there: it keeps its basis.
         countdowns: as in refresh_; COLD - k waits k steps for the first refresh, so that not every matrix of a model needs
             its first sketch at once.
 
     The other arguments as in refresh_. Until the first refresh `bases` are seeded ones, so moments are transported then too.
     """
-    _ops.subspace.check_refresh_from_sketch(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, steps, left=left, gap=gap,
-                                            first_gaps=first_gaps, seeds=seeds, moments=moments)
-    if not _trains(lr):
+    _ops.subspace.check_refresh_from_sketch(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, steps, lr, left=left,
+                                            gap=gap, first_gaps=first_gaps, seeds=seeds, moments=moments)
+    if not countdowns or not _trains(lr):
         return
-    for i, wait in enumerate(torch.stack(countdowns).tolist() if countdowns else []):
+    for i, wait in enumerate(torch.stack(countdowns).tolist()):
         if wait < COLD:
             countdowns[i].add_(2)  # with the common step below: one nearer to COLD
         elif is_due(wait):
-            if sketches[i] is not None:
-                new = basis_from_sketch(sketches[i], bases[i], left=left, seed=seeds[i])
+            if sketches[i].numel() > 0:
+                new = basis_from_sketch(sketches[i], bases[i], left=left, seed=seeds[i]).to(bases[i].dtype)
                 _transport(i, bases[i], new, exp_avgs, exp_avg_sqs, steps, left, moments)
                 bases[i].copy_(new)
             countdowns[i].fill_(first_gaps[i] if wait == COLD else gap)
@@ -99,10 +102,9 @@ def _trains(lr):
 
 
 def _transport(i, old, new, exp_avgs, exp_avg_sqs, steps, left, moments):
+    """From and to what is stored, which is rounded to the basis' dtype."""
     if moments == "reset":
         for tensor in (exp_avgs[i], exp_avg_sqs[i], steps[i]):
             tensor.zero_()
     elif moments == "rotate":
-        exp_avg, exp_avg_sq = rotate_moments(exp_avgs[i], exp_avg_sqs[i], old, new, left=left)
-        exp_avgs[i].copy_(exp_avg)
-        exp_avg_sqs[i].copy_(exp_avg_sq)
+        torch.ops.lowrank.rotate_moments_(exp_avgs[i], exp_avg_sqs[i], old, new, left=left)

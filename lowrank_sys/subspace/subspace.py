@@ -106,6 +106,7 @@ class Subspace:
     def refresh_from_sketches(self, group, sketches, states, lr, left):
         """Advance the schedule by one step after it was taken; what is due takes its basis from its sketch (or None)."""
         moments = group["moments"]
+        sketches = [s["basis"].new_empty(0) if sketch is None else sketch for s, sketch in zip(states, sketches)]
         torch.ops.lowrank.refresh_from_sketch_(
             [s["basis"] for s in states], sketches, [s["countdown"] for s in states], *self._transported(moments, states), lr,
             left=left, gap=group["update_proj_gap"], first_gaps=[s["first_gap"] for s in states],

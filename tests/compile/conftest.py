@@ -43,7 +43,7 @@ def compile_triton(module, name, types, constants, options, *, arch, sizes):
     baked = {"ones": shape, "row": [size for size in shape if size == "m"]}.get(sizes, [])
     types = {argument: type_ for argument, type_ in types.items() if argument not in baked}
     constants = constants | dict.fromkeys(baked, 1)
-    multiples = ["chunk", *(shape if sizes in ("aligned", "row") else [])]
+    multiples = ["chunk", *([*shape, "width"] if sizes in ("aligned", "row") else [])]
     # An argument by its index, an entry of a tuple by that of both.
     places = {(names.index(argument), *([i] if isinstance(type_, tuple) else [])): (argument, each)
               for argument, type_ in types.items()

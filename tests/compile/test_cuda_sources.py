@@ -10,9 +10,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = re.findall(r'"(\d+)"', re.search(r"^CUDA_ARCHS = (.*)$", (ROOT / "setup.py").read_text(), re.M).group(1))
-SOURCES = ("adamw.cu", "norms.cu")
-# Kernels of each source that must read 16 bytes at once: every pair of dtypes of adamw, and the vector form of row_norms.
-WIDE = {"adamw.cu": r"5adamwI", "norms.cu": r"9row_normsILi8"}
+# Each source, and how many kernels it has at least.
+SOURCES = {"adamw.cu": 9, "grass.cu": 9, "int4.cu": 4, "int8.cu": 3, "norms.cu": 9, "rows.cu": 9, "selection.cu": 3}
+# Kernels of each source that must read 16 bytes at once, how many of them, and their fewest wide loads and stores: every pair
+# of dtypes of adamw and of the Grass step (fp32 moments), the vector forms of the others.
+WIDE = {"adamw.cu": (r"5adamwI", 9, 4, 4), "grass.cu": (r"10grass_leftILi4", 9, 2, 2),
+        "int8.cu": (r"(6update|8quantize)ILi8", 6, 1, 0), "norms.cu": (r"9row_normsILi8", 3, 1, 0),
+        "rows.cu": (r"8add_rowsILi4", 3, 1, 0)}
 
 
 def tool(name):
@@ -52,7 +56,7 @@ def functions(text, pattern):
 def test_no_spills(objects, source, arch):
     usage = run(tool("cuobjdump"), "-res-usage", "-arch", f"sm_{arch}", str(objects / f"{source}.o"))
     kernels = functions(usage, r"Function (\w+):")
-    assert len(kernels) >= 9
+    assert len(kernels) >= SOURCES[source]
     for name, line in kernels.items():
         used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
         assert used["STACK"] == used["LOCAL"] == 0, name
@@ -61,14 +65,22 @@ def test_no_spills(objects, source, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", WIDE)
 def test_wide_loads(objects, source, arch):
     sass = functions(run(tool("cuobjdump"), "-sass", "-arch", f"sm_{arch}", str(objects / f"{source}.o")), r"Function : (\w+)")
-    wide = {name: code for name, code in sass.items() if re.search(WIDE[source], name)}
-    assert len(wide) == {"adamw.cu": 9, "norms.cu": 3}[source]
+    pattern, count, loads, stores = WIDE[source]
+    wide = {name: code for name, code in sass.items() if re.search(pattern, name)}
+    assert len(wide) == count
     for name, code in wide.items():
-        assert len(re.findall(r"LDG\.E[.\w]*\.128", code)) >= (4 if source == "adamw.cu" else 1), name
-        assert source == "norms.cu" or len(re.findall(r"STG\.E[.\w]*\.128", code)) >= 4, name
+        assert len(re.findall(r"LDG\.E[.\w]*\.128", code)) >= loads, name
+        assert len(re.findall(r"STG\.E[.\w]*\.128", code)) >= stores, name
+
+
+def test_int4_values_round_one_by_one(objects):
+    """offset + scale * code is a product and a sum, for the same bits as on the CPU."""
+    listing = run(tool("cuobjdump"), "-sass", "-arch", f"sm_{ARCHS[0]}", str(objects / "int4.cu.o"))
+    code, = [code for name, code in functions(listing, r"Function : (\w+)").items() if "dequantize" in name]
+    assert "FMUL" in code and "FADD" in code and not re.search(r"\bFFMA\b", code)
 
 
 def test_sums_of_squares_round_one_by_one(objects):

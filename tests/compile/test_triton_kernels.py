@@ -1,7 +1,7 @@
 """Every kernel and configuration fits every architecture: shared memory, registers, no spills, tensor cores in the products.
 
 By default each configuration is built once per architecture, in variants (side, types, arguments, sizes) chosen to cover all
-pairs, and the step at r = 128 on both sides. LOWRANK_COMPILE=all builds the full product (hours).
+pairs, and the step at r = 128 on both sides, with a basis in INT4 too. LOWRANK_COMPILE=all builds the full product (hours).
 """
 
 import itertools
@@ -17,11 +17,11 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_CORES = {90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}
 ANY_TENSOR_CORE = r"\b(HMMA|HGMMA|QMMA|UTC\w*MMA)"
 
-SIZES = dict.fromkeys(("m", "n", "r", "splits", "chunk", "channels"), "i32")
+SIZES = dict.fromkeys(("m", "n", "r", "width", "splits", "chunk", "channels"), "i32")
 HYPER = dict.fromkeys(("beta1", "beta2", "gain1", "gain2", "eps"), "fp32")
 MOMENTS = dict.fromkeys(("exp_avg", "exp_avg_sq", "scalars"), "*fp32")
 # Arguments of which a launch takes one a matrix.
-EACH = ("grad", "basis", "out", "exp_avg", "exp_avg_sq", "low_rank", "param", "low_rank_grad")
+EACH = ("grad", "basis", "scale", "offset", "out", "exp_avg", "exp_avg_sq", "low_rank", "param", "low_rank_grad")
 KERNELS = {"project": project.project_kernel, "back_project": back_project.back_project_kernel, "adam": adam.adam_kernel}
 
 FLOATS = ("fp32", "bf16", "fp16")
@@ -58,7 +58,8 @@ class Case(NamedTuple):
     def __str__(self):
         side = "left" if self.left else "right"
         row = f"{self.kernel}-{self.row.kind}-r{self.row.rank}"
-        return f"sm_{self.arch}-{row}-{side}-{'-'.join(self.types)}-{self.variant}-{self.sizes}-{self.precision}-{self.together}"
+        types = "-".join(self.types)
+        return f"sm_{self.arch}-{row}-{side}-{types}-{self.variant}-{self.sizes}-{self.precision}-{self.together}"
 
     def arguments(self):
         """Arguments of `compile_triton`."""
@@ -75,11 +76,14 @@ class Case(NamedTuple):
             runtime |= {"skipped": "*i64"} if "counted" in self.variant else {}
         else:
             runtime = {"low_rank_grad": "*fp32", "out": types[0]} | MOMENTS
+        int4 = "int4" in self.variant
+        runtime |= {"basis": "*u8", "scale": "*fp32", "offset": "*fp32"} if int4 else {}
         runtime |= {name: type_ for name, type_ in (SIZES | HYPER).items() if name in names}
         runtime |= {name: (runtime[name],) * self.together for name in EACH if name in runtime}
         config = dict(self.config)
         options = {name: config.pop(name) for name in ("num_warps", "num_stages")} | configs.OPTIONS
-        constants = {"LEFT": self.left, "STEP": "step" in self.variant, "PRECISION": self.precision, **config}
+        constants = {"LEFT": self.left, "STEP": "step" in self.variant, "PRECISION": self.precision,
+                     "GROUP": 256 if int4 else 0, **config}
         kernel = KERNELS[self.kernel]
         return {"module": kernel.__module__, "name": kernel.__name__, "types": runtime, "constants": constants,
                 "options": options, "arch": self.arch, "sizes": self.sizes}
@@ -91,12 +95,15 @@ def variants(arch, row):
         calls = [((out,), "step") for out in FLOATS]
     elif row.kernel == "project":
         types = {16: SAME, 32: MIXED, "odd": SAME + MIXED}[row.kind]
-        calls = itertools.product(types, ("step", "step+split", "plain", "plain+split"))
+        calls = list(itertools.product(types, ("step", "step+split", "plain", "plain+split")))
+        # An INT4 basis counts as fp32.
+        calls += [(pair, f"{variant}+int4") for pair, variant in calls if pair[1] == "fp32"]
     else:
         # A step's update has the basis' type; `back_project_` brings fp32.
         types = list(itertools.product(FLOATS, FLOATS))
         steps = [((basis, basis, param), variant) for basis, param in types for variant in ("step", "step+counted")]
         plain = [(("fp32", basis, param), "plain") for basis, param in types]
+        plain += [(types, f"{variant}+int4") for types, variant in steps + plain if types[:2] == ("fp32", "fp32")]
         narrow = [call for call in steps if "fp32" not in call[0]]
         calls = {16: narrow, 32: [call for call in steps + plain if call not in narrow], "odd": steps + plain}[row.kind]
     sizes = {"odd": ("odd", "ones"), "any": ("aligned", "odd", "ones")}.get(row.kind, ("aligned", "row"))
@@ -107,13 +114,14 @@ def variants(arch, row):
 
 
 def the_step(arch, row):
-    """Both kernels of a step at r = 128 with every argument given, in one type throughout: left alone, right eight together."""
+    """Both kernels of a step at r = 128 with every argument given, in one type: left alone, right eight together."""
     if row.rank != 128 or row.kind not in (16, 32):
         return []
     types = ("bf16" if row.kind == 16 else "fp32",) * (2 if row.kernel == "project" else 3)
-    variant = "step+split" if row.kernel == "project" else "step+counted"
+    variants = ["step+split" if row.kernel == "project" else "step+counted"]
+    variants += [f"{variants[0]}+int4"] if row.kind == 32 else []
     return [Case(arch, row, left, types, variant, "aligned", "tf32x3", together)
-            for left, together in ((True, 1), (False, configs.MOST))]
+            for variant in variants for left, together in ((True, 1), (False, configs.MOST))]
 
 
 def pairs(case):

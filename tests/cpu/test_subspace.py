@@ -1,9 +1,9 @@
-"""subspace_iteration, svd_basis and rotate_moments: energy, orthonormality, rank-deficient and hostile gradients."""
+"""subspace_iteration and svd_basis: energy, orthonormality, rank-deficient and hostile gradients."""
 
 import pytest
 import torch
 
-from lowrank_sys.reference.subspace import rotate_moments, svd_basis
+from lowrank_sys.reference.subspace import svd_basis
 
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 M, N, R = 160, 200, 24
@@ -131,17 +131,67 @@ def test_bad_input(arguments, message):
         iterate(torch.randn(M, N), **arguments)
 
 
+# --- what a refresh does to the state
+
+
+def refresh(state, grad, left, moments, countdown=0):
+    basis, m, v, step = state
+    torch.ops.lowrank.refresh_([basis], [grad], [torch.tensor(countdown)], [m], [v], [step], torch.tensor(0.1), left=left, gap=10,
+                               first_gaps=[10], seeds=[0], subspace="randomized", moments=moments)
+
+
+def trained(left, dtype=torch.float32):
+    """basis, exp_avg, exp_avg_sq, step of a matrix in training."""
+    shape, generator = (R, N) if left else (M, R), torch.Generator().manual_seed(3)
+    return [iterate(gradient(SPECTRA["power law"]), left=left)[0].to(dtype), torch.randn(shape, generator=generator),
+            torch.rand(shape, generator=generator), torch.tensor(7.0)]
+
+
 @SIDES
-def test_rotation(left):
-    old = iterate(gradient(SPECTRA["power law"]), left=left)[0]
-    new = iterate(gradient(SPECTRA["power law"], seed=1), left=left)[0]
-    shape = (R, N) if left else (M, R)
-    m, v = torch.randn(shape), torch.rand(shape)
-    m_new, v_new = rotate_moments(m, v, old, new, left=left)
-    # The moment of the full space, seen through both bases.
-    want = new.T @ (old @ m) if left else (m @ old.T) @ new
-    torch.testing.assert_close(m_new, want, atol=1e-5, rtol=1e-5)
-    assert (v_new >= 0).all()
-    same_m, same_v = rotate_moments(m, v, old, old, left=left)
-    torch.testing.assert_close(same_m, m, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(same_v, v, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_refresh_writes_the_rotated_moments(left, dtype):
+    """The transported moments are the state, not a copy of it, and belong to the basis that is stored."""
+    state = trained(left, dtype)
+    old, m, v, step = (x.clone() for x in state)
+    refresh(state, gradient(SPECTRA["power law"], seed=1), left, "rotate")
+    c = state[0].double().T @ old.double()
+    want_m, want_v = (c @ m.double(), c.square() @ v.double()) if left else (m.double() @ c.T, v.double() @ c.square().T)
+    assert not torch.equal(state[1], m) and not torch.equal(state[2], v) and state[3] == step
+    torch.testing.assert_close(state[1].double(), want_m, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(state[2].double(), want_v, atol=2e-6, rtol=2e-6)
+    assert (state[2] >= 0).all()
+
+
+@SIDES
+@pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
+def test_the_subspace_moves_on_either_side(left, moments):
+    """A new gradient's energy is found, on the right side as on the left."""
+    state, grad = trained(left), gradient(SPECTRA["exponential"], seed=5)
+    old = state[0].clone()
+    refresh(state, grad, left, moments)
+    assert energy_share(grad, state[0], left) > 0.99 > energy_share(grad, old, left)
+    overlap = (old.double().T @ state[0].double()).square().sum() / R
+    assert overlap < 0.9
+
+
+@SIDES
+@pytest.mark.parametrize("moments", ["reset", "rotate"])
+def test_a_refresh_keeps_the_callers_buffers(left, moments):
+    """The state's own memory is written: whoever holds a tensor of it sees the refresh, and no two of them share memory."""
+    state = trained(left)
+    held, where = list(state), [x.data_ptr() for x in state]
+    refresh(state, gradient(SPECTRA["power law"], seed=1), left, moments)
+    assert all(a is b for a, b in zip(held, state)) and [x.data_ptr() for x in state] == where
+    before = [x.clone() for x in state]
+    state[1].add_(1)
+    assert torch.equal(state[2], before[2]) and torch.equal(state[0], before[0])
+    if moments == "reset":
+        assert (before[1] == 0).all() and (before[2] == 0).all() and before[3] == 0
+
+
+@SIDES
+def test_a_useless_gradient_leaves_the_moments_as_they_are(left):
+    state = trained(left)
+    before = [x.clone() for x in state]
+    refresh(state, torch.full((M, N), torch.nan), left, "rotate")
+    assert all(torch.equal(a, b) for a, b in zip(state, before))

@@ -104,7 +104,7 @@ def step_lists(cases, steps, lr, left, **guards):
     ops.galore_step(params, grads, bases, exp_avgs, exp_avg_sqs, steps, lr=lr, left=left, **LOW_RANK, **guards)
 
 
-SHAPES = [(4096, 1024, 32), (1024, 4096, 64), (300, 200, 150)]
+SHAPES = [(4096, 1024, 32), (1024, 4096, 64), (300, 200, 150), (300, 200, 150), (300, 200, 150)]
 
 
 @SIDES

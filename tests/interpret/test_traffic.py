@@ -56,7 +56,8 @@ def test_galore_step(lane, meter, card, shape, dtype, left):
 def test_a_shared_launch_moves_the_bytes_of_its_matrices(lane, meter, card, left):
     cases = [lane.case(208, 528, 16, left, seed=i) for i in range(4)]
     steps = [torch.zeros((), device=lane.device) for _ in cases]
-    galore_step_list(*map(list, zip(*(case.tensors() for case in cases))), steps, lr=torch.tensor(1e-2), left=left, **lane.hyper)
+    galore_step_list(*map(list, zip(*(case.tensors() for case in cases))), steps, lr=torch.tensor(1e-2), left=left,
+                     **lane.hyper)
     first, second = meter.launches
     kind = {"left": left, "basis": FP32, "card": card}
     four = [{name: (4 * loaded, 4 * stored) for name, (loaded, stored) in rows.items()}

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../../core/dtype.h"
 #include "../threads.h"
@@ -31,8 +32,11 @@ inline DType parse(const std::string& dtype) {
 }
 
 // One function a group of block algorithms.
+void bind_int4(py::module_& module);
+void bind_int8(py::module_& module);
 void bind_norms(py::module_& module);
 void bind_philox(py::module_& module);
+void bind_sparse(py::module_& module);
 void bind_steps(py::module_& module);
 void bind_store(py::module_& module);
 

@@ -57,7 +57,10 @@ void compare(const char* name, const F& run) {
 }
 
 // One function a group of block algorithms.
+void check_int4();
+void check_int8();
 void check_norms();
+void check_sparse();
 void check_steps();
 void check_store();
 

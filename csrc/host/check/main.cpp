@@ -2,7 +2,10 @@
 #include "check.h"
 
 int main() {
+  lowrank::check_int4();
+  lowrank::check_int8();
   lowrank::check_norms();
+  lowrank::check_sparse();
   lowrank::check_steps();
   lowrank::check_store();
   std::printf(lowrank::failures ? "%d failures\n" : "ok\n", lowrank::failures);

@@ -25,23 +25,16 @@ void back_project_into(const Tensor& param, const Tensor& x, const Tensor& basis
   if (storage(param) == DType::f32 && ok == nullptr) {
     if (m == 0 || n == 0) return;
     const Tensor basis_t = transposed(basis, 0, basis.size(0));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(param.get(), param.get(), (left ? basis : x).get(),
-                                                           (left ? x : basis_t).get(), beta, alpha));
+    multiply_into(param, left ? basis : x, left ? x : basis_t, beta, alpha);
     return;
   }
-  for_tiles(m, n, [&](int64_t i, int64_t j, int64_t rows, int64_t columns) {
-    const Tensor update = scratch.matrix(rows, columns);
+  apply_tiles(param, left, beta, alpha, ok, scratch, [&](const Tensor& update, int64_t i, int64_t j) {
+    const int64_t rows = update.size(0), columns = update.size(1);
     if (left) {
       multiply(update, part(basis, i, 0, rows, basis.size(1)), part(x, 0, j, x.size(0), columns));
     } else {
       multiply(update, part(x, i, 0, rows, x.size(1)), transposed(basis, j, columns));
     }
-    const Matrix w{storage(param), data<char>(param) + (i * n + j) * int64_t(param.element_size()), n};
-    const uint8_t *ok_rows = ok && !left ? ok + i : nullptr, *ok_columns = ok && left ? ok + j : nullptr;
-    const float* delta = data<float>(update);
-    parallel(rows, columns, [&](int64_t begin, int64_t end) {
-      store_kernels().apply(w, delta, ok_rows, ok_columns, columns, float(beta), float(alpha), begin, end);
-    });
   });
 }
 

@@ -21,7 +21,9 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-inline Tensor empty(const Shape& shape) { return lowrank::empty(shape, Place{aoti_torch_device_type_cpu(), 0}); }
+inline Tensor empty(const Shape& shape, int32_t dtype = aoti_torch_dtype_float32()) {
+  return lowrank::empty(shape, Place{aoti_torch_device_type_cpu(), 0}, dtype);
+}
 
 // A view of rows x columns of t's memory; `offset` counts elements from t's first.
 inline Tensor view(const Tensor& t, int64_t offset, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
@@ -52,10 +54,15 @@ class Scratch {
   std::optional<Tensor> buffer_;
 };
 
+// out <- beta * out + alpha * a b; beta = 0 does not read out.
+inline void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b, double beta, double alpha) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, alpha));
+}
+
 // out <- a b, or out + a b
 inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false) {
   if (accumulate) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
+    multiply_into(out, a, b, 1, 1);
   } else {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
   }

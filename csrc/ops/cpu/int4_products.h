@@ -1,0 +1,21 @@
+// The two products of a step with a basis in INT4. It is unpacked panel by panel, 256 KiB a thread at a time.
+#pragma once
+
+#include "../../core/int4.h"
+#include "products.h"
+
+namespace lowrank {
+
+// r <- project(grad). `tile` is for grad in another type than fp32.
+void project_int4_into(const Tensor& r, const Tensor& grad, const Int4& basis, bool left, Scratch& panel, Scratch& tile);
+
+// w <- beta * w + alpha * (the part of back(x) that begins at (row, column) and has w's shape). w is fp32, and may be a view
+// with any stride between its rows; beta = 0 does not read it.
+void back_project_int4_tile(const Tensor& w, int64_t row, int64_t column, const Tensor& x, const Int4& basis, bool left,
+                            double beta, double alpha, Scratch& panel);
+
+// param <- beta * param + alpha * back(x) where ok, which has a flag a channel (null: everywhere).
+void back_project_int4_into(const Tensor& param, const Tensor& x, const Int4& basis, bool left, double beta, double alpha,
+                            const uint8_t* ok, Scratch& panel, Scratch& tile);
+
+}  // namespace lowrank

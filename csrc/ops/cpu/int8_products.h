@@ -1,0 +1,18 @@
+// Tiles of an INT8 weight: to fp32 for a product, and fp32 updates into it.
+#pragma once
+
+#include "../../cpu/int8.h"
+#include "tensors.h"
+
+namespace lowrank {
+
+// Elements of a weight that are in fp32 at once during a product: 2 MiB.
+constexpr int64_t kPanelElements = 1 << 19;
+
+// dense <- the tile, in any type; `dense` points to its first element.
+void dequantize_int8_tile(const Int8Matrix& w, const Int8Tile& tile, const Matrix& dense);
+
+// The tile <- decay * tile + alpha * dense, rounded stochastically; every thread may take any group.
+void update_int8_tile(const Int8Matrix& w, const Int8Tile& tile, const Matrix& dense, const Int8Step& step);
+
+}  // namespace lowrank

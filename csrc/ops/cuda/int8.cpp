@@ -1,0 +1,73 @@
+// torch.ops.lowrank on CUDA: INT8 weights. The linear layer is Triton's.
+#include "../int8.h"
+
+#include "../../cuda/int8.h"
+#include "tensors.h"
+
+namespace lowrank {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+std::tuple<Tensor, Tensor> quantize_int8(const Tensor& weight, int64_t group_size) {
+  check_quantize_int8(weight, group_size);
+  const int64_t m = weight.size(0), n = weight.size(1);
+  const DeviceGuard guard(weight.get_device_index());
+  const Place place = place_of(weight);
+  const Tensor codes = empty({m, n}, place, aoti_torch_dtype_int8());
+  const Tensor scale = empty({m, (n + group_size - 1) / group_size}, place);
+  STD_CUDA_CHECK(launch_quantize_int8(storage(weight), weight.data_ptr(), as_int8(codes, scale, group_size), m,
+                                      current_stream(weight)));
+  return {codes, scale};
+}
+
+Tensor dequantize_int8(const Tensor& codes, const Tensor& scale, int64_t group_size, std::optional<ScalarType> dtype) {
+  const int32_t type = dtype ? int32_t(*dtype) : aoti_torch_dtype_float32();
+  check_dequantize_int8(codes, scale, group_size, type);
+  const DeviceGuard guard(codes.get_device_index());
+  const Tensor out = empty({codes.size(0), codes.size(1)}, place_of(codes), type);
+  STD_CUDA_CHECK(launch_dequantize_int8(storage(out), as_int8(codes, scale, group_size), out.data_ptr(), codes.size(0),
+                                        current_stream(codes)));
+  return out;
+}
+
+void update(const Tensor& codes, const Tensor& scale, const Tensor& dense, const Int8Scalars& scalars, int64_t group_size) {
+  const DeviceGuard guard(codes.get_device_index());
+  STD_CUDA_CHECK(launch_update_int8(storage(dense), as_int8(codes, scale, group_size), dense.data_ptr(), scalars,
+                                    codes.size(0), current_stream(codes)));
+}
+
+Number known(double value) { return {Number::Type::host, nullptr, value}; }
+
+void int8_update_plain(const Tensor& codes, const Tensor& scale, const Tensor& dense, double alpha, double decay, int64_t seed,
+                       int64_t step, int64_t parameter, int64_t offset, int64_t group_size) {
+  check_int8_update(codes, scale, dense, group_size);
+  check_int8_numbers(alpha, decay, step);
+  check_int8_stream(parameter, offset);
+  update(codes, scale, dense,
+         {known(alpha), known(decay), known(double(step)), uint64_t(seed), uint64_t(offset), uint32_t(parameter)}, group_size);
+}
+
+void int8_update_tensor(const Tensor& codes, const Tensor& scale, const Tensor& dense, const Tensor& alpha,
+                        const Tensor& decay, int64_t seed, const Tensor& step, int64_t parameter, int64_t offset,
+                        int64_t group_size) {
+  constexpr const char* op = "int8_update_";
+  check_int8_update(codes, scale, dense, group_size);
+  const auto at = [&](const char* name, const Tensor& t) {
+    expect_scalar(op, name, t, place_of(codes));
+    return number(op, name, t);
+  };
+  const Number a = at("alpha", alpha), d = at("decay", decay), s = at("step", step);
+  check_int8_stream(parameter, offset);
+  update(codes, scale, dense, {a, d, s, uint64_t(seed), uint64_t(offset), uint32_t(parameter)}, group_size);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lowrank, CUDA, library) {
+  library.impl("quantize_int8", TORCH_BOX(&quantize_int8));
+  library.impl("dequantize_int8", TORCH_BOX(&dequantize_int8));
+  library.impl("int8_update_.tensor", TORCH_BOX(&int8_update_tensor));
+  library.impl("int8_update_", TORCH_BOX(&int8_update_plain));
+}
+
+}  // namespace
+}  // namespace lowrank

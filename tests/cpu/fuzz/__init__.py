@@ -1,0 +1,9 @@
+"""What the fuzz tests know of each op: how to draw legal arguments, and what the results must be.
+
+One module a group of ops, each with a table FUZZ: name in `_ops.SCHEMAS` -> Fuzz(arguments, compare). Everything else comes
+from the schema: guard bands around every tensor, arguments that are not marked as written, and spoiled arguments.
+"""
+
+from fuzz import int4, int8, projection, sparse, steps, subspace, transforms
+
+FUZZ = {name: entry for group in (projection, int4, steps, subspace, int8, sparse, transforms) for name, entry in group.FUZZ.items()}

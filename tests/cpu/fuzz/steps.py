@@ -1,0 +1,240 @@
+"""Fused optimizer steps."""
+
+import torch
+
+from lowrank_sys import reference
+from lowrank_sys.reference.adafactor import adafactor_step
+
+from fuzz.bounds import UNITS, Near, adam, assert_within, decayed, exact, scaled
+from fuzz.harness import FLOATS, Fuzz, replace, same_bits
+from fuzz.projection import back_of, drawn_basis, low_rank, product_of
+
+LIMIT = reference.adam.MAX_GRADIENT
+
+
+def hyper(draw):
+    return dict(beta1=draw.of(0.9, 0.0), beta2=draw.of(0.999, 0.5), eps=draw.of(1e-8, 1e-30), weight_decay=draw.of(0.1, 0.0))
+
+
+def rate(draw):
+    return torch.tensor(draw.of(0.1, 1e-3, 0.0), dtype=draw.of(torch.float32, torch.float64))
+
+
+def guards(draw):
+    """grad_scale, found_inf and skipped, each absent or anything."""
+    grad_scale = draw.of(None, 0.5, 2.0, 0.0, 1e30, float("inf"), float("nan"))
+    found_inf = draw.of(None, 0.0, 0.0, 1.0, float("nan"))
+    one = draw.of((), (1,))
+    return dict(grad_scale=None if grad_scale is None else torch.full(one, grad_scale),
+                found_inf=None if found_inf is None else torch.full(one, found_inf), skipped=draw.of(None, torch.tensor(5)))
+
+
+def moments(draw, shape):
+    return draw.values(*shape), draw.values(*shape).abs()
+
+
+def matrix(draw, left, projected):
+    """param, gradient, basis and moments of one matrix."""
+    m, n, r = draw.size(), draw.size(), draw.size(1, 65)
+    shape = low_rank(m, n, r, left)
+    gradient = draw.values(*shape) if projected else draw.values(m, n, dtype=draw.of(*FLOATS))
+    return [draw.values(m, n, dtype=draw.of(*FLOATS)), gradient, drawn_basis(draw, m if left else n, r), *moments(draw, shape)]
+
+
+def names(projected):
+    return ["param", "low_rank_grad" if projected else "grad", "basis", "exp_avg", "exp_avg_sq"]
+
+
+def plural(name):
+    return name[:-2] + "es" if name.endswith("is") else name + "s"
+
+
+def one_arguments(projected, tensor):
+    def arguments(draw):
+        left, step = draw.of(True, False), draw.of(1, 2, 1000, 10**6)
+        kind = draw.of(torch.float32, torch.float64, torch.int64)
+        step = torch.tensor(step, dtype=kind) if tensor else step
+        lr = rate(draw) if tensor else draw.of(0.1, 1e-3, 0.0)
+        return dict(zip(names(projected), matrix(draw, left, projected))) | dict(
+            step=step, lr=lr, **hyper(draw), scale=draw.of(0.25, 1.0, 0.0), left=left)
+
+    return arguments
+
+
+def list_arguments(projected):
+    def arguments(draw):
+        left, count = draw.of(True, False), draw.of(1, 2, 0)
+        rows = [matrix(draw, left, projected) for _ in range(count)]
+        columns = [list(column) for column in zip(*rows)] or [[] for _ in range(5)]
+        return dict(zip(map(plural, names(projected)), columns)) | dict(
+            steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw),
+            scale=draw.of(0.25, 1.0, 0.0), left=left, **guards(draw))
+
+    return arguments
+
+
+def usable(r):
+    """(surely usable, surely not) element by element."""
+    size = r.value.abs()
+    return size + r.error < LIMIT, ~r.value.isfinite() | (size - r.error >= LIMIT) & r.error.isfinite()
+
+
+def assert_step(before, after, r, ok, update, new_m, new_v, settings):
+    """Weights and moments [param, exp_avg, exp_avg_sq]: stepped where ok, to the bit as they were where surely not."""
+    sure, never = ok
+    stepped = (decayed(before[0], update, **settings), new_m, new_v)
+    for name, then, now, near in zip(("param", "exp_avg", "exp_avg_sq"), before, after, stepped):
+        keep = never.expand_as(then)
+        assert same_bits(then[keep], now[keep]), f"{name}: an unusable gradient changed it"
+        take = sure.expand_as(then)
+        assert_within(name, now[take], Near(near.value[take], near.error[take]))
+        if name != "param":
+            good = then.isfinite()
+            assert now[good].isfinite().all(), f"{name} is no longer finite"
+
+
+def check_matrix(before, after, projected, left, grad_scale, settings):
+    """One matrix of a low-rank step; returns (fewest, most) weights that may have been left out."""
+    param, gradient, basis, m, v = before
+    r = exact(gradient) if projected else product_of(gradient, basis, left)
+    r = scaled(grad_scale, r, operations=1)
+    axis = 0 if left else 1
+    sure, never = usable(r)
+    sure, never = sure.all(axis, keepdim=True), never.any(axis, keepdim=True)
+    g = r.select(sure, torch.zeros(()))
+    new_m, new_v, update = adam(g, m, v, **settings)
+    update = update.select(sure, torch.zeros(()))
+    back = back_of(update, basis, left)
+    assert_step((param, m, v), (after[0], after[3], after[4]), r, (sure, never), back, new_m, new_v, settings)
+    return int(never.sum()) * param.shape[axis], int((~sure).sum()) * param.shape[axis]
+
+
+def settings_of(before, step, lr):
+    keys = ("beta1", "beta2", "eps", "weight_decay", "scale")
+    return dict(step=float(step), lr=float(lr)) | {key: before[key] for key in keys if key in before}
+
+
+def compare_one(projected):
+    def compare(before, after, result):
+        rows = [[arguments[name] for name in names(projected)] for arguments in (before, after)]
+        check_matrix(*rows, projected, before["left"], 1.0, settings_of(before, before["step"], before["lr"]))
+
+    return compare
+
+
+def compare_list(columns, check_row):
+    """The parts that every list form shares: counters, found_inf, skipped."""
+
+    def compare(before, after, result):
+        if before["found_inf"] is not None and before["found_inf"].item() != 0:
+            for name in (*columns, "steps"):
+                assert all(map(same_bits, before[name], after[name])), f"found_inf is set, but {name} was written"
+            assert before["skipped"] is None or same_bits(before["skipped"], after["skipped"])
+            return
+        grad_scale = 1.0 if before["grad_scale"] is None else before["grad_scale"].item()
+        least = most = 0
+        for i, (then, now) in enumerate(zip(before["steps"], after["steps"])):
+            assert now == then + 1
+            rows = [[arguments[name][i] for name in columns] for arguments in (before, after)]
+            low, high = check_row(*rows, before, grad_scale, settings_of(before, now, before["lr"]))
+            least, most = least + low, most + high
+        if before["skipped"] is not None:
+            assert least <= after["skipped"] - before["skipped"] <= most
+    return compare
+
+
+def compare_matrices(projected):
+    def check_row(then, now, before, grad_scale, settings):
+        return check_matrix(then, now, projected, before["left"], grad_scale, settings)
+
+    return compare_list([plural(name) for name in names(projected)], check_row)
+
+
+def adamw_arguments(draw):
+    count = draw.of(1, 2, 0)
+    shapes = [draw.of((3,), (), (0,), (5003,), (3, 5, 7), (16, 16)) for _ in range(count)]
+    tensors = [[draw.values(*shape, dtype=draw.of(*FLOATS)), draw.values(*shape, dtype=draw.of(*FLOATS)), *moments(draw, shape)]
+               for shape in shapes]
+    columns = [list(column) for column in zip(*tensors)] or [[] for _ in range(4)]
+    return dict(zip(("params", "grads", "exp_avgs", "exp_avg_sqs"), columns)) | dict(
+        steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw), **guards(draw))
+
+
+def check_adamw(then, now, before, grad_scale, settings):
+    param, grad, m, v = then
+    r = scaled(grad_scale, exact(grad), operations=1)
+    sure, never = usable(r)
+    new_m, new_v, update = adam(r.select(sure, torch.zeros(())), m, v, **settings)
+    assert_step((param, m, v), (now[0], now[2], now[3]), r, (sure, never), update, new_m, new_v, settings)
+    return int(never.sum()), int((~sure).sum())
+
+
+def adafactor_arguments(draw):
+    """Statistics as Adafactor keeps them, finite and not negative; hostile gradients, and hostile weights where no norm of W
+    enters."""
+    left, hostile, scale_parameter = draw.of(True, False), draw.of(False, True), draw.of(False, True)
+    in_subspace = draw.of(False, True)
+    shape = (draw.size(), draw.size()) if in_subspace else draw.of((3,), (), (4, 5), (0, 3), (33, 65), (2, 3, 4))
+    basis, low = None, shape
+    if in_subspace:
+        d, r = shape[0 if left else 1], draw.size(1, 33)
+        basis = draw.values(d, r, dtype=draw.of(*FLOATS), hostile=False)
+        low = low_rank(*shape, r, left)
+    factored = len(low) == 2
+
+    def statistic(*shape):
+        return draw.values(*shape, hostile=False).abs()
+
+    return dict(param=draw.values(*shape, dtype=draw.of(*FLOATS), hostile=hostile and not scale_parameter),
+                grad=draw.values(*shape, dtype=draw.of(*FLOATS), hostile=hostile), basis=basis,
+                exp_avg=draw.of(None, draw.values(*low, hostile=False)), row=statistic(low[0], 1) if factored else None,
+                col=statistic(1, low[1]) if factored else None, exp_avg_sq=None if factored else statistic(*low),
+                step=torch.tensor(float(draw.of(0, 9))), lr=rate(draw), beta1=draw.of(0.9, 0.0), decay_rate=-0.8, eps1=1e-30,
+                eps2=1e-3, clip_threshold=1.0, weight_decay=draw.of(0.0, 0.1), scale=0.25, scale_parameter=scale_parameter,
+                relative_step=draw.of(False, True), warmup_init=draw.of(False, True), left=left,
+                skipped=draw.of(None, torch.tensor(5)))
+
+
+STATE = ("exp_avg", "row", "col", "exp_avg_sq")
+
+
+def compare_adafactor(before, after, result):
+    """Without a basis the op is the oracle. With one, they differ by the product's rounding: sums of R's squares are smooth."""
+    grad, basis, left = before["grad"], before["basis"], before["left"]
+    assert after["step"] == before["step"] + 1
+    for name in ("param", *STATE):
+        if before[name] is not None:
+            good = before[name].isfinite()
+            assert after[name][good].isfinite().all(), f"{name} is no longer finite"
+    want = {name: replace(value, torch.clone) for name, value in before.items()}
+    adafactor_step(**want)
+    if basis is None:
+        for name in ("param", "skipped", *STATE):
+            assert want[name] is None or same_bits(after[name], want[name]), name
+        return
+    r = product_of(grad, basis, left)
+    sure, never = (x.all(0 if left else 1, keepdim=True) for x in usable(r))
+    assert torch.equal(after["param"][never.expand_as(grad)], before["param"][never.expand_as(grad)])
+    if not sure.all() or not grad.numel():
+        return
+    least = min(r.value.square().mean(axis).sqrt().min() for axis in (0, 1))
+    share = (8 * r.error.max() / least).nan_to_num(torch.inf)
+    for name in STATE:
+        if want[name] is not None:
+            assert_within(name, after[name], Near(want[name].double(), share * want[name].abs().max().double()
+                                                  + torch.zeros(want[name].shape)))
+    moved = (want["param"].double() - before["param"].double()).abs().max()
+    size = 4 * share * basis.shape[1] ** 0.5 * moved + 2 * UNITS[grad.dtype] * want["param"].double().abs()
+    assert_within("param", after["param"], Near(want["param"].double(), size))
+
+
+FUZZ = {
+    "galore_step.tensor": Fuzz(one_arguments(False, tensor=True), compare_one(False)),
+    "galore_step": Fuzz(one_arguments(False, tensor=False), compare_one(False)),
+    "galore_step.list": Fuzz(list_arguments(False), compare_matrices(False)),
+    "subspace_step.tensor": Fuzz(one_arguments(True, tensor=True), compare_one(True)),
+    "subspace_step": Fuzz(one_arguments(True, tensor=False), compare_one(True)),
+    "subspace_step.list": Fuzz(list_arguments(True), compare_matrices(True)),
+    "adamw_step": Fuzz(adamw_arguments, compare_list(("params", "grads", "exp_avgs", "exp_avg_sqs"), check_adamw)),
+    "adafactor_step": Fuzz(adafactor_arguments, compare_adafactor),
+}

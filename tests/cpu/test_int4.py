@@ -1,0 +1,389 @@
+"""INT4 bases on the CPU: codes are the oracle's to the bit, products are those of the dequantized basis."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_native_ops import FLOATS, ROUNDING, assert_near, assert_refused, memory, product_error
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import lowrank_sys  # noqa: F401  registers the ops
+from lowrank_sys import backends, reference
+
+ops = torch.ops.lowrank
+FP32_MAX = torch.finfo(torch.float32).max
+GROUPS = (32, 64, 128, 256, 512, 1024)
+SHAPES = [(1, 1), (2, 1), (33, 3), (64, 32), (255, 7), (256, 33), (257, 64), (515, 130), (1030, 5)]
+SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+
+pytestmark = pytest.mark.skipif(bool(backends.NATIVE_MISSING), reason=f"no native build: {backends.NATIVE_MISSING}")
+
+
+def bits(x):
+    """For comparing floats to the bit; every NaN is one."""
+    return x.nan_to_num(nan=12345.0).view(torch.int32) if x.is_floating_point() else x
+
+
+def assert_codes(basis, group_size):
+    """The op's packed, scale and offset, which are the oracle's."""
+    got = ops.quantize_int4(basis, group_size=group_size)
+    want = reference.quantize_int4(basis, group_size=group_size)
+    for name, a, b in zip(("packed", "scale", "offset"), got, want):
+        assert a.dtype == b.dtype and torch.equal(bits(a), bits(b)), name
+        assert a.is_contiguous(), name
+    values = ops.dequantize_int4(*got, d=basis.shape[0], group_size=group_size)
+    assert torch.equal(bits(values), bits(reference.dequantize_int4(*got, d=basis.shape[0], group_size=group_size)))
+    return got, values
+
+
+def spread(per_group, d, group_size):
+    """A number a group (r, groups) as a number an entry (d, r)."""
+    return per_group.repeat_interleave(group_size, dim=1)[:, :d].T
+
+
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_codes_are_the_oracles(shape, dtype, group_size):
+    basis = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    (packed, scale, offset), values = assert_codes(basis, group_size)
+    d, r = shape
+    assert packed.shape == (r, (d + 1) // 2) and scale.shape == offset.shape == (r, -(-d // group_size))
+    assert d % 2 == 0 or (packed[:, -1] >> 4 == 0).all()
+    error = (values.double() - basis.double()).abs()
+    # Half a step, and the roundings of the value itself.
+    size = offset.abs() + 15 * scale
+    assert (error <= spread(0.5 * scale.double() + 2.0**-22 * size.double(), d, group_size)).all()
+
+
+def test_a_basis_is_half_a_byte_an_entry():
+    """Q-GaLore's own code keeps a byte for each."""
+    packed, scale, offset = ops.quantize_int4(torch.randn(4096, 128))
+    assert packed.nbytes == 4096 * 128 // 2
+    assert scale.nbytes + offset.nbytes == 8 * 4096 * 128 // 256
+
+
+def test_the_layout():
+    basis = torch.arange(16.0)[:, None].repeat(2, 1)
+    packed, scale, offset = ops.quantize_int4(basis, group_size=32)
+    assert packed.tolist() == [[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 2]
+    assert scale.item() == 1 and offset.item() == 0
+    # Ties go to the even code.
+    packed, _, _ = ops.quantize_int4(torch.tensor([0.0, 0.5, 1.5, 2.5, 14.5, 15.0])[:, None], group_size=32)
+    assert packed.tolist() == [[0x00, 0x22, 0xFE]]
+
+
+@pytest.mark.parametrize("low, high", [(0.010, 0.013), (-0.013, -0.010), (100.0, 101.0), (-1e-20, -0.9e-20)])
+def test_a_group_of_one_sign_is_good_to_half_a_step(low, high):
+    """A zero point that is clamped to 4 bits, as in Q-GaLore's code, moves the whole group."""
+    basis = torch.linspace(low, high, 300)[:, None].contiguous()
+    (_, scale, offset), values = assert_codes(basis, 256)
+    assert ((values - basis).abs() <= spread(0.5 * scale + 2.0**-22 * offset.abs(), 300, 256)).all()
+    assert values.min() == basis.min() and torch.equal(values.sign(), basis.sign())
+
+
+def test_numel_that_is_no_multiple_of_the_group():
+    basis = torch.cat((torch.randn(256, 3), 1e-3 * torch.randn(45, 3)))
+    (packed, scale, _), values = assert_codes(basis, 256)
+    assert packed.shape == (3, 151) and scale.shape == (3, 2)
+    assert ((values - basis)[256:].abs() <= 1e-3).all()
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 0.1, -3.7, 1e-42, -1e-42, 1e-37, FP32_MAX, -FP32_MAX])
+def test_a_constant_group_is_exact(value):
+    (_, scale, _), values = assert_codes(torch.full((70, 2), value), 32)
+    assert (scale == 0).all() and (values == value).all()
+
+
+def test_a_denormal_range_is_the_minimum():
+    (packed, scale, _), values = assert_codes(torch.tensor([1e-42, 3e-42, 0.0, 2e-40])[:, None], 32)
+    assert not packed.any() and not scale.any() and not values.any()
+
+
+@pytest.mark.parametrize("bad", [[torch.nan], [torch.inf], [-torch.inf], [torch.inf, -torch.inf], [FP32_MAX, -FP32_MAX],
+                                 [torch.nan, torch.inf]])
+def test_a_group_that_cannot_be_kept_is_nan(bad):
+    """NaN, infinity, or a range beyond fp32: the group is NaN throughout, its neighbours are not touched."""
+    basis = torch.randn(96, 40)
+    basis[[40, 35][:len(bad)], 33] = torch.tensor(bad)
+    clean = basis.clone()
+    clean[32:64, 33] = 0
+    (packed, scale, offset), values = assert_codes(basis, 32)
+    assert scale[33, 1].isnan() and offset[33, 1].isnan() and not packed[33, 16:32].any()
+    assert values[32:64, 33].isnan().all() and values.isnan().sum() == 32
+    others = [x.nan_to_num(0) for x in (scale, offset)]
+    want = ops.quantize_int4(clean, group_size=32)
+    assert torch.equal(packed, want[0]) and all(map(torch.equal, others, want[1:]))
+
+
+HOSTILE = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 2.0**-122, 1.0, -1.0, 1e38, -1e38, FP32_MAX, -FP32_MAX, torch.inf, -torch.inf,
+           torch.nan]
+
+
+@settings(max_examples=150, deadline=None)
+@given(d=st.integers(0, 140), r=st.integers(1, 70), group_size=st.sampled_from((32, 64, 1024)), dtype=st.sampled_from(FLOATS),
+       size=st.sampled_from((1e-42, 1e-30, 1.0, 1e37)), shift=st.sampled_from((0.0, 1.0, -1.0)), seed=st.integers(0, 2**31),
+       hostile=st.lists(st.tuples(st.integers(0, 10**6), st.sampled_from(HOSTILE)), max_size=6))
+@example(d=64, r=33, group_size=32, dtype=torch.float32, size=1.0, shift=0.0, seed=0, hostile=[(5, 2.0**-122), (9, torch.nan)])
+def test_codes_of_anything(d, r, group_size, dtype, size, shift, seed, hostile):
+    basis = (size * (torch.randn(d, r, generator=torch.Generator().manual_seed(seed)) + 10 * shift)).to(dtype)
+    for place, value in hostile:
+        if basis.numel():
+            basis.view(-1)[place % basis.numel()] = value
+    (_, scale, offset), values = assert_codes(basis, group_size)
+    ok = spread(scale.isfinite(), d, group_size)
+    assert torch.equal(values.isnan(), ~ok)
+    # An overflow in offset + 15 scale is a value within a rounding of fp32's largest.
+    allowed = spread(0.5 * scale.double() + 2.0**-22 * (offset.abs().double() + 15 * scale.double()) + 2.0**-122, d, group_size)
+    error = (values.double() - basis.double()).abs()
+    assert (error[ok] <= allowed[ok]).all()
+
+
+def quantized(d, r, group_size, seed=0):
+    """A basis: packed, scale and offset, and its values in fp32."""
+    basis = torch.randn(d, r, generator=torch.Generator().manual_seed(seed)) / max(d, 1) ** 0.5
+    int4 = ops.quantize_int4(basis, group_size=group_size)
+    return int4, ops.dequantize_int4(*int4, d=d, group_size=group_size)
+
+
+# Odd sizes, more vectors than a panel has and more entries, tiles of 16-bit matrices, and nothing at all.
+PRODUCTS = [(1, 200, 1), (200, 1, 1), (63, 101, 7), (129, 64, 64), (1100, 1030, 5), (700, 640, 300), (2100, 33, 257),
+            (33, 2100, 257), (0, 20, 3), (20, 0, 3), (0, 0, 3)]
+
+
+@SIDES
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_project_against_oracle(shape, dtype, left):
+    m, n, r = shape
+    int4, b = quantized(m if left else n, r, 64)
+    grad = torch.randn(m, n, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got = ops.project_int4(grad, *int4, left=left, group_size=64)
+    want = reference.project_int4(grad.double(), *int4, left=left, group_size=64)
+    assert got.dtype == torch.float32 and got.is_contiguous()
+    assert_near(got, want, product_error(b.T, grad) if left else product_error(grad, b))
+
+
+@SIDES
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+@pytest.mark.parametrize("alpha, beta", [(1.0, 1.0), (-0.5, 0.25), (2.0, 0.0)])
+def test_back_project_against_oracle(shape, dtype, left, alpha, beta):
+    m, n, r = shape
+    int4, b = quantized(m if left else n, r, 32)
+    draw = torch.Generator().manual_seed(1)
+    param, x = torch.randn(m, n, generator=draw).to(dtype), torch.randn((r, n) if left else (m, r), generator=draw)
+    want = param.double()
+    kept = [t.clone() for t in (x, *int4)]
+    assert ops.back_project_int4_(param, x, *int4, alpha=alpha, beta=beta, left=left, group_size=32) is None
+    reference.back_project_int4_(want, x.double(), *int4, alpha=alpha, beta=beta, left=left, group_size=32)
+    error = abs(alpha) * (product_error(b, x) if left else product_error(x, b.T))
+    assert_near(param, want, ROUNDING[dtype] * (2 * want.abs() + 2.0**-14) + 2 * error)
+    assert all(map(torch.equal, kept, (x, *int4)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(m=st.integers(1, 90), n=st.integers(1, 90), r=st.integers(1, 40), group_size=st.sampled_from((32, 64)),
+       dtype=st.sampled_from(FLOATS), left=st.booleans(), seed=st.integers(0, 2**31),
+       bad=st.sampled_from((None, torch.nan, torch.inf)))
+def test_products_of_anything(m, n, r, group_size, dtype, left, seed, bad):
+    """Back and forth; a NaN or an infinity in G reaches its channel of R and no other."""
+    int4, b = quantized(m if left else n, r, group_size, seed)
+    grad = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    row, column = seed % m, seed % n
+    clean = grad.clone()
+    if bad is not None:
+        grad[row, column] = bad
+        clean[row, column] = 0
+    got = ops.project_int4(grad, *int4, left=left, group_size=group_size)
+    want = reference.project_int4(clean.double(), *int4, left=left, group_size=group_size)
+    channel = (slice(None), column) if left else (row, slice(None))
+    if bad is not None:
+        assert not got[channel].isfinite().any() or not b.all()
+        got[channel] = want[channel] = 0
+    assert_near(got, want, product_error(b.T, clean) if left else product_error(clean, b))
+    after = ops.project_int4(clean, *int4, left=left, group_size=group_size)
+    param = torch.zeros(m, n)
+    ops.back_project_int4_(param, after, *int4, left=left, group_size=group_size)
+    want = reference.galore.back(after.double(), b, left)
+    assert_near(param, want, 2.0**-23 * want.abs() + (product_error(b, after) if left else product_error(after, b.T)))
+
+
+@SIDES
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_beta_0_does_not_read_the_weight(dtype, left):
+    int4, _ = quantized(40, 300, 256)
+    param, x = torch.full((40, 40), torch.nan, dtype=dtype), torch.randn((300, 40) if left else (40, 300))
+    ops.back_project_int4_(param, x, *int4, beta=0.0, left=left)
+    assert param.isfinite().all()
+
+
+@SIDES
+def test_a_group_that_is_nan_reaches_the_product(left):
+    """A basis that could not be kept makes its row of R NaN, which a step leaves out."""
+    basis = torch.randn(64, 5)
+    basis[3, 2] = torch.inf
+    r = ops.project_int4(torch.randn(64, 64), *ops.quantize_int4(basis, group_size=32), left=left, group_size=32)
+    bad = r[2] if left else r[:, 2]
+    assert bad.isnan().all() and r.isnan().sum() == 64
+
+
+def test_on_a_view_of_other_memory():
+    """Rows of a larger matrix: data begin in the middle of a storage."""
+    whole = torch.randn(40, 64)
+    int4, b = quantized(64, 6, 32)
+    grad = whole[7:31]
+    assert_near(ops.project_int4(grad, *int4, left=False, group_size=32), grad.double() @ b.double(), product_error(grad, b))
+    outside = whole[[*range(7), *range(31, 40)]].clone()
+    ops.back_project_int4_(grad, torch.randn(24, 6), *int4, left=False, group_size=32)
+    assert torch.equal(outside, whole[[*range(7), *range(31, 40)]])
+
+
+def test_thread_counts_give_the_same_codes_and_near_products():
+    before, results = torch.get_num_threads(), []
+    basis, grad = torch.randn(1500, 100), torch.randn(1500, 1200)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        int4 = ops.quantize_int4(basis)
+        results.append([*int4, ops.dequantize_int4(*int4, d=1500), ops.project_int4(grad, *int4, left=True)])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, other[:4], results[0][:4]))
+        assert_near(other[4], results[0][4], 2 * product_error(results[0][3].T, grad))
+
+
+def test_nothing_depends_on_uninitialised_memory():
+    """Allocations come filled with NaN and 255."""
+    basis, grad = torch.randn(77, 9), torch.randn(77, 50).bfloat16()
+    results = []
+    for fill in (False, True):
+        torch.use_deterministic_algorithms(fill)
+        int4 = ops.quantize_int4(basis, group_size=64)
+        param = grad.clone()
+        r = ops.project_int4(grad, *int4, left=True, group_size=64)
+        ops.back_project_int4_(param, r, *int4, left=True, group_size=64)
+        results.append([*int4, ops.dequantize_int4(*int4, d=77, group_size=64), r, param])
+    torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc/self/clear_refs")
+@SIDES
+def test_the_basis_is_never_materialised(left):
+    """64 MiB in fp32; the products hold a panel of 256 KiB a thread, and what the GEMM keeps."""
+    d, r = 16384, 1024
+    int4 = [x.repeat(r, 1) for x in ops.quantize_int4(torch.randn(d, 1))]
+    x, grad = torch.randn((r, 32) if left else (32, r)), torch.randn((d, 32) if left else (32, d))
+    for op in (lambda: ops.project_int4(grad, *int4, left=left), lambda: ops.back_project_int4_(grad, x, *int4, left=left)):
+        op()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = memory("VmRSS")
+        op()
+        assert memory("VmHWM") - before < 8 << 20
+
+
+def arguments(left=True):
+    """20 x 30, r = 4."""
+    packed, scale, offset = ops.quantize_int4(torch.randn(20 if left else 30, 4), group_size=32)
+    return {"param": torch.randn(20, 30), "low_rank": torch.randn((4, 30) if left else (20, 4)), "packed": packed, "scale": scale,
+            "offset": offset}
+
+
+PROJECT, BACK = "project_int4", "back_project_int4_"
+BAD = {
+    "param 1-dim": (BACK, {"param": torch.zeros(3)}, "param must be a matrix (m, n), got shape (3,)"),
+    "param fp64": (BACK, {"param": torch.zeros(20, 30).double()}, "param must be float32, bfloat16 or float16, got torch.float64"),
+    "param strided": (BACK, {"param": torch.zeros(30, 20).T}, "param must be contiguous, got strides (1, 20)"),
+    "low_rank shape": (BACK, {"low_rank": torch.zeros(4, 29)}, "low_rank must have shape (4, 30), got (4, 29)"),
+    "low_rank bf16": (BACK, {"low_rank": torch.zeros(4, 30).bfloat16()}, "low_rank must be torch.float32, got torch.bfloat16"),
+    "grad int": (PROJECT, {"param": torch.zeros(20, 30).int()}, "grad must be float32, bfloat16 or float16, got torch.int32"),
+    "grad of the other side": (PROJECT, {"param": torch.zeros(30, 20)},
+                               "packed must have shape (r, 15) for vectors of 30 entries, got (4, 10)"),
+    "packed shape": (PROJECT, {"packed": torch.zeros(4, 9).byte()},
+                     "packed must have shape (r, 10) for vectors of 20 entries, got (4, 9)"),
+    "packed 1-dim": (PROJECT, {"packed": torch.zeros(40).byte()}, "packed must have shape (r, 10)"),
+    "packed of rank 0": (PROJECT, {"packed": torch.zeros(0, 10).byte()}, "rank must be at least 1, got packed of shape (0, 10)"),
+    "packed int8": (PROJECT, {"packed": torch.zeros(4, 10).char()}, "packed must be torch.uint8, got torch.int8"),
+    "packed strided": (BACK, {"packed": torch.zeros(10, 4).byte().T}, "packed must be contiguous, got strides (1, 4)"),
+    "scale shape": (PROJECT, {"scale": torch.zeros(4, 2)}, "scale must have shape (4, 1), got (4, 2)"),
+    "scale fp16": (BACK, {"scale": torch.zeros(4, 1).half()}, "scale must be torch.float32, got torch.float16"),
+    "offset shape": (BACK, {"offset": torch.zeros(3, 1)}, "offset must have shape (4, 1), got (3, 1)"),
+    "offset int": (PROJECT, {"offset": torch.zeros(4, 1).int()}, "offset must be torch.float32, got torch.int32"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_products(name):
+    op, change, expected = BAD[name]
+    a = arguments() | change
+    if op == PROJECT:
+        del a["low_rank"]
+    assert_refused(getattr(ops, op), list(a.values()), {"left": True, "group_size": 32}, f"{op}: {expected}")
+
+
+@pytest.mark.parametrize("group_size", [0, -256, 16, 33, 48, 2048])
+def test_bad_group_sizes(group_size):
+    expected = f"group_size must be a power of two from 32 to 1024, got {group_size}"
+    param, low_rank, *int4 = arguments().values()
+    extra = {"group_size": group_size}
+    assert_refused(ops.quantize_int4, [param], extra, expected)
+    assert_refused(ops.dequantize_int4, int4, extra | {"d": 20}, expected)
+    assert_refused(ops.project_int4, [param, *int4], extra | {"left": True}, expected)
+    assert_refused(ops.back_project_int4_, [param, low_rank, *int4], extra | {"left": True}, expected)
+
+
+@pytest.mark.parametrize("basis, expected", [
+    (torch.zeros(3), "quantize_int4: basis must be a matrix (m, n), got shape (3,)"),
+    (torch.zeros(3, 0), "quantize_int4: rank must be at least 1, got basis of shape (3, 0)"),
+    (torch.zeros(3, 4).double(), "quantize_int4: basis must be float32, bfloat16 or float16, got torch.float64"),
+    (torch.zeros(3, 4).T, "quantize_int4: basis must be contiguous, got strides (1, 4)"),
+])
+def test_bad_bases(basis, expected):
+    assert_refused(ops.quantize_int4, [basis], {}, expected)
+
+
+@pytest.mark.parametrize("d, expected", [(-1, "d must be at least 0, got -1"),
+                                         (22, "packed must have shape (r, 11) for vectors of 22 entries, got (4, 10)")])
+def test_bad_lengths(d, expected):
+    assert_refused(ops.dequantize_int4, list(arguments().values())[2:], {"d": d, "group_size": 32}, f"dequantize_int4: {expected}")
+
+
+def sample_calls():
+    for left in (True, False):
+        param, low_rank, *int4 = arguments(left).values()
+        extra = {"left": left, "group_size": 32}
+        yield ops.quantize_int4.default, [param], {"group_size": 64}
+        yield ops.dequantize_int4.default, int4, {"d": 20 if left else 30, "group_size": 32}
+        yield ops.project_int4.default, [param, *int4], extra
+        yield ops.back_project_int4_.default, [param.bfloat16(), low_rank, *int4], extra | {"alpha": 0.5, "beta": 0.9}
+
+
+def test_opcheck():
+    for op, args, extra in sample_calls():
+        torch.library.opcheck(op, tuple(args), extra)
+
+
+def test_every_op_is_served_natively():
+    served = {row.op: row.implementation for row in backends.table() if row.device == "cpu"}
+    for op, _, _ in sample_calls():
+        assert served[str(op).removeprefix("lowrank.").removesuffix(".default")] == "C++"
+
+
+def test_one_graph_serves_every_size():
+    def run(basis, grad):
+        packed, scale, offset = ops.quantize_int4(basis, group_size=32)
+        r = ops.project_int4(grad, packed, scale, offset, left=True, group_size=32)
+        ops.back_project_int4_(grad, r, packed, scale, offset, alpha=-0.5, left=True, group_size=32)
+        return grad + ops.dequantize_int4(packed, scale, offset, d=basis.shape[0], group_size=32).sum(), r
+
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=True)
+    for m in (40, 47, 66):
+        basis, grad = torch.randn(m, 5), torch.randn(m, 30)
+        got, want = (f(basis, grad.clone()) for f in (compiled, run))
+        assert all(map(torch.equal, got, want))
+    assert counter.frame_count == 1

@@ -1,0 +1,473 @@
+"""INT8 weights: codes and random rounding exactly those of the oracle, and what the rounding promises."""
+
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import lowrank_sys  # noqa: F401  registers the ops
+from lowrank_sys import backends
+from lowrank_sys.reference import int8 as oracle
+
+ops = torch.ops.lowrank
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+STREAM = dict(seed=3, step=5, parameter=7)
+# (m, n, group_size): one element, short last groups, rows that do not begin on 8 elements, nothing at all.
+SHAPES = [(1, 1, 32), (3, 31, 32), (5, 700, 256), (33, 100, 64), (7, 2049, 1024), (64, 256, 256), (0, 20, 32), (20, 0, 256)]
+
+pytestmark = pytest.mark.skipif(bool(backends.NATIVE_MISSING), reason=f"no native build: {backends.NATIVE_MISSING}")
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def hostile(m, n, dtype, seed=0):
+    """Normal values with groups of zeros and denormals, and values that are huge, denormal or not finite."""
+    x = randn(m, n, seed=seed)
+    flat = x.view(-1)
+    if m * n >= 2048:
+        flat[:300], flat[300:600] = 0.0, 1e-43
+        flat[[700, 900, 1100, 1300, 1301]] = torch.tensor([torch.nan, torch.inf, 3e38, -1e-40, -0.0])
+    return x.to(dtype)
+
+
+def same(got, want):
+    return all(a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7)) and torch.equal(a.isnan(), b.isnan())
+               for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("values", [randn, hostile], ids=["normal", "hostile"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_codes_are_the_oracles(shape, values, dtype):
+    m, n, group_size = shape
+    weight = values(m, n, dtype=dtype)
+    codes, scale = ops.quantize_int8(weight, group_size=group_size)
+    assert same((codes, scale), oracle.quantize_int8(weight, group_size=group_size))
+    for out in (None, *FLOATS):
+        got = ops.dequantize_int8(codes, scale, group_size=group_size, dtype=out)
+        want = oracle.dequantize_int8(codes, scale, group_size=group_size, dtype=out)
+        assert got.dtype == (out or torch.float32) and same([got], [want])
+
+
+def test_a_value_is_off_by_half_a_step_at_most():
+    weight = randn(16, 1000) * torch.logspace(-30, 30, 16)[:, None]
+    codes, scale = ops.quantize_int8(weight)
+    step = oracle.ungrouped(scale[..., None].expand(16, 4, 256), 1000)
+    # Half a step, and the roundings of 1 / scale, of the quotient and of the product.
+    assert ((ops.dequantize_int8(codes, scale) - weight).abs() <= step * (0.5 + 119 * 2.0**-22)).all()
+    assert (oracle.grouped(codes.float(), 256).abs().amax(2) == 119).all()
+
+
+def test_odd_groups_have_defined_codes():
+    weight = torch.ones(1, 5 * 32)
+    groups = weight.view(5, 32)
+    groups[0], groups[1], groups[2, 3], groups[3, 4] = 0.0, 1e-40, torch.nan, -torch.inf
+    codes, scale = ops.quantize_int8(weight, group_size=32)
+    assert torch.equal(scale[0, :2], torch.zeros(2)) and scale[0, 2:4].isnan().all() and scale[0, 4] > 0
+    assert not codes[0, :128].any() and (codes[0, 128:] == 119).all()
+    back = ops.dequantize_int8(codes, scale, group_size=32)
+    assert not back[0, :64].any() and back[0, 64:128].isnan().all()
+
+
+def both(weight, group_size):
+    first = ops.quantize_int8(weight, group_size=group_size)
+    return first, tuple(x.clone() for x in first)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_updates_are_the_oracles(shape, dtype):
+    """Small, large and hostile steps, and decay: codes and scales to the bit, wherever the first element lies in its 8."""
+    m, n, group_size = shape
+    got, want = both(randn(m, n), group_size)
+    for step, (size, decay, values, offset) in enumerate([
+            (1e-3, 1.0, randn, 0), (1e-2, 0.99, randn, 5), (3.0, 1.0, hostile, 2**35 - 16), (0.0, 0.4, randn, 8),
+            (1e3, 1.0, randn, 1), (1.0, 0.0, hostile, 0)]):
+        update = values(m, n, seed=step, dtype=dtype)
+        call = dict(alpha=-size, decay=decay, seed=-9, step=step, parameter=2**32 - 1, offset=offset, group_size=group_size)
+        assert ops.int8_update_(*got, update, **call) is None
+        oracle.int8_update_(*want, update, **call)
+        assert same(got, want), (step, size)
+    # The counter's low word passes 2³² here.
+    ops.int8_update_(*got, update, **STREAM, offset=2**35 - 24, group_size=group_size)
+    oracle.int8_update_(*want, update, **STREAM, offset=2**35 - 24, group_size=group_size)
+    assert same(got, want)
+
+
+@given(seed=st.integers(-(2**63), 2**63 - 1), step=st.integers(0, 2**32 - 1), parameter=st.integers(0, 2**32 - 1),
+       offset=st.integers(0, 2**40), m=st.integers(1, 5), n=st.integers(1, 400), group_size=st.sampled_from([32, 256, 1024]),
+       alpha=st.floats(-100, 100), decay=st.floats(-2, 2), dtype=st.sampled_from(FLOATS), scale=st.integers(-40, 38),
+       odd=st.lists(st.sampled_from([math.nan, math.inf, -math.inf, 3e38, 1e-44, 0.0]), max_size=3))
+@settings(max_examples=150, deadline=None)
+def test_fuzz(seed, step, parameter, offset, m, n, group_size, alpha, decay, dtype, scale, odd):
+    got, want = both(randn(m, n, seed=step) * 10.0**scale, group_size)
+    update = (randn(m, n, seed=step + 1) * 10.0**scale * 0.01).to(dtype)
+    update.view(-1)[: len(odd)] = torch.tensor(odd).to(dtype)[: m * n]
+    for _ in range(2):
+        call = dict(alpha=alpha, decay=decay, seed=seed, step=step, parameter=parameter, offset=offset, group_size=group_size)
+        ops.int8_update_(*got, update, **call)
+        oracle.int8_update_(*want, update, **call)
+        assert same(got, want)
+    values = ops.dequantize_int8(*got, group_size=group_size)
+    known = oracle.grouped(values, group_size)[~got[1].isnan()]
+    assert known.isfinite().all()
+
+
+@given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=80), group_size=st.sampled_from([32, 64]),
+       stored=st.lists(st.integers(0, 2**32 - 1), min_size=3, max_size=3), step=st.integers(0, 1000))
+@settings(max_examples=150, deadline=None)
+def test_fuzz_of_bit_patterns(bits, stored, group_size, step):
+    """Any fp32 as weight, as update and as scale, and any code, -128 and scales below 0 included."""
+    x = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)[None]
+    got = ops.quantize_int8(x, group_size=group_size)
+    assert same(got, oracle.quantize_int8(x, group_size=group_size))
+    codes = torch.tensor(bits, dtype=torch.int64).to(torch.int8)[None].contiguous()
+    scale = torch.tensor(stored, dtype=torch.int64).to(torch.int32).view(torch.float32)[None, : got[1].shape[1]].contiguous()
+    want = codes.clone(), scale.clone()
+    ops.int8_update_(codes, scale, x, seed=0, step=step, parameter=0, group_size=group_size)
+    oracle.int8_update_(*want, x, seed=0, step=step, parameter=0, group_size=group_size)
+    assert same((codes, scale), want)
+
+
+@functools.cache
+def flat(m, n):
+    """Codes from -90 to 90 with one 119 a group, so that no small step needs a new scale; scale 2⁻¹⁰."""
+    codes = torch.randint(-90, 91, (m, n), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+    codes[:, ::256] = 119
+    return codes, torch.full((m, n // 256), 2.0**-10)
+
+
+@pytest.mark.parametrize("amount", [0.25, 1 / 3, -0.01, 0.9, 2**-9, -5.75])
+def test_rounding_is_unbiased(amount):
+    """Over 10⁶ draws the mean error is within 4 standard errors, and every result is one of two neighbours."""
+    codes, scale = (x.clone() for x in flat(512, 2048))
+    before = codes.clone()
+    ops.int8_update_(codes, scale, torch.full(codes.shape, amount * 2.0**-10), **STREAM)
+    moved = (codes.int() - before.int()).double()
+    assert set(moved.unique().tolist()) <= {math.floor(amount), math.floor(amount) + 1}
+    frac = amount - math.floor(amount)
+    assert abs(moved.mean() - amount) <= 4 * (frac * (1 - frac) / moved.numel()) ** 0.5 + 2.0**-17
+    assert torch.equal(scale, flat(512, 2048)[1])
+
+
+def test_steps_of_a_hundredth_arrive():
+    """10⁴ updates of 1% of a step arrive at 100 steps within 4 standard errors, where rounding to nearest never moves."""
+    codes, scale = torch.zeros(1, 512, dtype=torch.int8), torch.full((1, 2), 2.0**-10)
+    codes[0, ::256] = 127
+    codes[0, 1::2], codes[0, 2::256] = -50, -50
+    start, step = ops.dequantize_int8(codes, scale), 0.01 * 2.0**-10
+    update = torch.full((1, 512), step)
+    update[0, ::256] = 0.0
+    nearest = codes.float()
+    for i in range(10_000):
+        ops.int8_update_(codes, scale, update, seed=1, step=i, parameter=0)
+        nearest = (nearest + 0.01).round()
+    assert torch.equal(nearest, start / 2.0**-10)
+    moved = (ops.dequantize_int8(codes, scale) - start)[0, 1:256].double() / 2.0**-10
+    # 10⁴ draws of probability 1%, each of variance p (1 - p), and 2⁻¹⁷ for the fraction's 16 bits.
+    error = (0.01 * 0.99 * 10_000) ** 0.5
+    assert abs(moved.mean() - 100) <= 4 * error / len(moved) ** 0.5 + 10_000 * 2.0**-17
+    assert (moved - 100).abs().max() <= 6 * error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_zero_update_touches_no_byte(dtype):
+    """10⁸ weights, with groups far below their range, and scales that are 0, denormal, negative, huge or not finite."""
+    m, n = 4096, 24576
+    codes = torch.randint(-127, 128, (m, n), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    scale = torch.rand(m, n // 256, generator=torch.Generator().manual_seed(1))
+    codes[5] //= 20
+    scale[7, :6] = torch.tensor([0.0, 1e-42, -1.0, torch.inf, torch.nan, 3e38])
+    before = codes.clone(), scale.clone()
+    ops.int8_update_(codes, scale, torch.zeros(m, n, dtype=dtype), alpha=-3.0, **STREAM)
+    assert m * n >= 10**8 and torch.equal(codes, before[0])
+    assert torch.equal(scale.view(torch.int32), before[1].view(torch.int32))
+
+
+@pytest.mark.parametrize("size", [torch.sign, torch.Tensor.clone], ids=["one step", "normal"])
+def test_few_groups_are_rescaled(size):
+    """Fewer than 2% of the groups at updates of one step, at every one of 40 updates; a fresh scale would change them all."""
+    codes, scale = ops.quantize_int8(0.02 * randn(128, 8192))
+    for i in range(40):
+        step = oracle.ungrouped(scale[..., None].expand(128, 32, 256), 8192)
+        before = scale.clone()
+        ops.int8_update_(codes, scale, size(randn(128, 8192, seed=100 + i)) * step, seed=0, step=i, parameter=0)
+        assert (scale != before).double().mean() < 0.02
+    assert (scale != ops.quantize_int8(ops.dequantize_int8(codes, scale))[1]).double().mean() > 0.9
+
+
+def test_nothing_is_clamped():
+    """A value that does not fit gives its group a new scale, with headroom; a group under half of its range a finer one."""
+    codes, scale = ops.quantize_int8(torch.linspace(-1, 1, 256)[None])
+    old = scale.item()
+    update = torch.zeros(1, 256)
+    update[0, 9] = 5.0
+    ops.int8_update_(codes, scale, update, **STREAM)
+    want = torch.linspace(-1, 1, 256)
+    want[9] += 5.0
+    assert scale.item() == pytest.approx(want[9].item() / 119, rel=0.01)
+    assert codes[0, 9] in (118, 119, 120) and (ops.dequantize_int8(codes, scale)[0] - want).abs().max() <= old + scale.item()
+    grown = scale.item()
+    ops.int8_update_(codes, scale, torch.zeros(1, 256), decay=0.6, seed=1, step=1, parameter=1)
+    assert scale.item() == grown  # 71 of 127 is more than half
+    ops.int8_update_(codes, scale, torch.zeros(1, 256), decay=0.6, seed=1, step=2, parameter=1)
+    assert scale.item() < 0.5 * grown and codes.abs().max() in (118, 119, 120)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_an_update_that_is_not_finite_is_left_out(bad):
+    weight = randn(4, 512)
+    got, want = both(weight, 256)
+    update = 0.01 * randn(4, 512, seed=1)
+    mask = torch.zeros(4, 512, dtype=torch.bool)
+    mask[1, [0, 7, 300, 511]] = True
+    before = got[0][mask].clone()
+    ops.int8_update_(*got, update.masked_fill(mask, bad), **STREAM)
+    ops.int8_update_(*want, update.masked_fill(mask, 0.0), **STREAM)
+    assert same(got, want) and torch.equal(got[0][mask], before)
+    # In a group that needs a new scale it keeps its value to one step.
+    value = ops.dequantize_int8(*got)[mask]
+    update[:, ::2] = 30.0
+    ops.int8_update_(*got, update.masked_fill(mask, bad), **STREAM)
+    assert ((ops.dequantize_int8(*got)[mask] - value).abs() <= 40 / 119).all()
+    # Nothing finite, nothing changes.
+    before = [x.clone() for x in got]
+    ops.int8_update_(*got, torch.full_like(update, bad), **STREAM)
+    ops.int8_update_(*got, update, alpha=torch.tensor(bad), decay=torch.tensor(1.0), seed=1, step=torch.tensor(1), parameter=1)
+    ops.int8_update_(*got, update, alpha=torch.tensor(1.0), decay=torch.tensor(bad), seed=1, step=torch.tensor(1), parameter=1)
+    assert same(got, before)
+
+
+def test_a_result_that_overflows_is_left_out():
+    codes, scale = ops.quantize_int8(torch.full((1, 32), 3e38), group_size=32)
+    update = torch.zeros(1, 32)
+    update[0, :2] = torch.tensor([3e38, -3e38])
+    ops.int8_update_(codes, scale, update, group_size=32, **STREAM)
+    assert codes[0, 0] == 119 and codes[0, 1] == 0 and scale[0, 0] == pytest.approx(3e38 / 119)
+
+
+@pytest.mark.parametrize("n", [40, 300], ids=["aligned", "odd"])
+def test_shards_and_threads_draw_the_same_bits(n):
+    whole = ops.quantize_int8(randn(64, n), group_size=32)
+    parts = [[x[a:b].clone() for x in whole] for a, b in ((0, 13), (13, 14), (14, 64))]
+    threaded = [x.clone() for x in whole]
+    update = 0.01 * randn(64, n, seed=1)
+    ops.int8_update_(*whole, update, **STREAM, group_size=32)
+    row = 0
+    for part in parts:
+        rows = len(part[0])
+        ops.int8_update_(*part, update[row : row + rows].contiguous(), **STREAM, offset=row * n, group_size=32)
+        row += rows
+    assert same([torch.cat(x) for x in zip(*parts)], whole)
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    big = [torch.cat([x] * 40) for x in threaded]
+    ops.int8_update_(*big, update.repeat(40, 1), **STREAM, group_size=32)
+    torch.set_num_threads(before)
+    assert same([x[:64] for x in big], whole)
+
+
+def test_seed_step_and_parameter_count():
+    update = 0.01 * randn(4, 256, seed=1)
+    results = []
+    for change in ({}, dict(seed=2**32 + 3), dict(seed=-3), dict(step=6), dict(parameter=8), dict(offset=1024)):
+        got = ops.quantize_int8(randn(4, 256))
+        ops.int8_update_(*got, update, **STREAM | change)
+        results.append(got[0])
+    assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
+
+
+def test_numbers_may_be_tensors():
+    update = 0.01 * randn(4, 300, seed=1)
+    plain, tensor = both(randn(4, 300), 256)
+    ops.int8_update_(*plain, update, alpha=-0.25, decay=0.5, **STREAM)
+    alpha, decay = torch.tensor(-0.25), torch.tensor(0.5, dtype=torch.float64)
+    for step in (torch.tensor(5.0), torch.tensor(5), torch.tensor(5, dtype=torch.int32), decay * 2**33 + 5):
+        again = [x.clone() for x in tensor]
+        ops.int8_update_(*again, update, alpha=alpha, decay=decay, seed=3, step=step, parameter=7)
+        assert same(again, plain)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bias", [None, *FLOATS], ids=str)
+@pytest.mark.parametrize("shape, lead", [((5, 700, 256), (3, 4)), ((33, 100, 64), (1,)), ((700, 1030, 128), (1030,)),
+                                         ((1, 1, 32), ()), ((300, 64, 32), (0,)), ((20, 0, 256), (3,)), ((0, 20, 32), (2, 2))],
+                         ids=str)
+def test_linear_against_oracle(shape, lead, bias, dtype):
+    m, n, group_size = shape
+    weight = ops.quantize_int8(randn(m, n), group_size=group_size)
+    x, dy = randn(*lead, n, seed=1, dtype=dtype), randn(*lead, m, seed=2, dtype=dtype)
+    b = None if bias is None else randn(m, seed=3, dtype=bias)
+    w = ops.dequantize_int8(*weight, group_size=group_size).double()
+    for got, a, matrix, add in ((ops.int8_linear(x, *weight, b, group_size=group_size), x, w.T, b),
+                                (ops.int8_linear_backward(dy, *weight, group_size=group_size), dy, w, None)):
+        want = a.double() @ matrix + (0 if add is None else add.double())
+        assert got.dtype == dtype and got.shape == want.shape
+        # One rounding of the result, and one of fp32 for each root of the depth.
+        depth = 2.0**-23 * max(1, matrix.shape[0]) ** 0.5 * (a.double().abs() @ matrix.abs() + 1)
+        smallest = 2.0**-25 if dtype == torch.float16 else 0.0
+        assert ((got.double() - want).abs() <= ROUNDING[dtype] * want.abs() + depth + smallest).all()
+
+
+def test_linear_gradients():
+    weight = ops.quantize_int8(randn(40, 100))
+    dense = ops.dequantize_int8(*weight)
+    x, bias = randn(2, 7, 100, seed=1).requires_grad_(), randn(40, seed=2).requires_grad_()
+    y = ops.int8_linear(x, *weight, bias)
+    (y.square().sum() + y[0, 0, 0]).backward()
+    got = x.grad, bias.grad
+    x.grad = bias.grad = None
+    y = torch.nn.functional.linear(x, dense, bias)
+    (y.square().sum() + y[0, 0, 0]).backward()
+    for a, b in zip(got, (x.grad, bias.grad)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-3)
+    # An expanded gradient; x that needs none; a bias of another type.
+    half = bias.detach().bfloat16().requires_grad_()
+    ops.int8_linear(x.detach(), *weight, half).sum().backward()
+    assert torch.equal(half.grad, torch.full((40,), 14.0, dtype=torch.bfloat16))
+
+
+def test_linear_of_odd_scales_is_nan_where_they_are():
+    codes, scale = ops.quantize_int8(randn(4, 64), group_size=32)
+    scale[2, 1] = torch.nan
+    y = ops.int8_linear(torch.ones(3, 64), codes, scale, group_size=32)
+    assert y[:, 2].isnan().all() and y[:, [0, 1, 3]].isfinite().all()
+
+
+def call_update(**change):
+    args = dict(zip(("codes", "scale"), ops.quantize_int8(randn(6, 300)))) | dict(update=randn(6, 300)) | STREAM | change
+    return "int8_update_", args
+
+
+def call(op, **change):
+    args = dict(zip(("codes", "scale"), ops.quantize_int8(randn(6, 300))))
+    rows = {"int8_linear": dict(x=randn(2, 300)), "int8_linear_backward": dict(grad_out=randn(2, 6))}.get(op, {})
+    return op, rows | args | change
+
+
+ZERO = torch.tensor(0.0)
+BAD = [
+    (("quantize_int8", dict(weight=torch.zeros(3))), "weight must be a matrix (m, n), got shape (3,)"),
+    (("quantize_int8", dict(weight=torch.zeros(3, 4).int())), "weight must be float32, bfloat16 or float16, got torch.int32"),
+    (("quantize_int8", dict(weight=torch.zeros(3, 4).T)), "weight must be contiguous, got strides (1, 4)"),
+    *((("quantize_int8", dict(weight=torch.zeros(3, 4), group_size=size)),
+       f"group_size must be a power of two from 32 to 1024, got {size}") for size in (-256, 0, 16, 48, 2048)),
+    (call("dequantize_int8", group_size=0), "group_size must be a power of two from 32 to 1024, got 0"),
+    (call("dequantize_int8", dtype=torch.float64), "dtype must be float32, bfloat16 or float16, got torch.float64"),
+    (call("dequantize_int8", codes=torch.zeros(6, 1, 2).char()), "codes must be a matrix (m, n), got shape (6, 1, 2)"),
+    (call("dequantize_int8", codes=torch.zeros(6, 300, dtype=torch.uint8)), "codes must be torch.int8, got torch.uint8"),
+    (call("dequantize_int8", codes=torch.zeros(300, 6, dtype=torch.int8).T), "codes must be contiguous, got strides (1, 6)"),
+    (call("dequantize_int8", scale=torch.zeros(6, 3)), "scale must have shape (6, 2), got (6, 3)"),
+    (call("dequantize_int8", scale=torch.zeros(6, 2).half()), "scale must be torch.float32, got torch.float16"),
+    (call_update(update=torch.zeros(6, 301)), "update must have shape (6, 300), got (6, 301)"),
+    (call_update(update=torch.zeros(6, 300, dtype=torch.int8)), "update must be float32, bfloat16 or float16, got torch.int8"),
+    (call_update(update=torch.zeros(300, 6).T), "update must be contiguous, got strides (1, 6)"),
+    (call_update(alpha=math.inf), "alpha must be finite, got inf"),
+    (call_update(decay=math.nan), "decay must be finite, got nan"),
+    (call_update(step=-1), "step must be from 0 to 2^32 - 1, got -1"),
+    (call_update(step=2**32), "step must be from 0 to 2^32 - 1, got 4294967296"),
+    (call_update(parameter=-1), "parameter must be from 0 to 2^32 - 1, got -1"),
+    (call_update(parameter=2**32), "parameter must be from 0 to 2^32 - 1, got 4294967296"),
+    (call_update(offset=-8), "offset must be at least 0, got -8"),
+    (call_update(alpha=torch.ones(1), decay=ZERO, step=ZERO), "alpha must be a 0-dim tensor, got shape (1,)"),
+    (call_update(alpha=ZERO, decay=ZERO.char(), step=ZERO), "decay must be float32, float64, int32 or int64, got torch.int8"),
+    (call_update(alpha=ZERO, decay=ZERO, step=ZERO.bool()), "step must be float32, float64, int32 or int64, got torch.bool"),
+    (call_update(alpha=ZERO, decay=ZERO, step=ZERO, offset=-1), "offset must be at least 0, got -1"),
+    (call("int8_linear", x=torch.zeros(2, 299)), "x must have shape (..., n = 300), got (2, 299)"),
+    (call("int8_linear", x=ZERO), "x must have shape (..., n = 300), got ()"),
+    (call("int8_linear", x=torch.zeros(2, 300).int()), "x must be float32, bfloat16 or float16, got torch.int32"),
+    (call("int8_linear", x=torch.zeros(300, 2).T), "x must be contiguous, got strides (1, 2)"),
+    (call("int8_linear", bias=torch.zeros(5)), "bias must have shape (6,), got (5,)"),
+    (call("int8_linear", bias=torch.zeros(6).int()), "bias must be float32, bfloat16 or float16, got torch.int32"),
+    (call("int8_linear_backward", grad_out=torch.zeros(2, 5)), "grad_out must have shape (..., m = 6), got (2, 5)"),
+]
+
+
+def message(op, args):
+    with pytest.raises(RuntimeError) as caught:
+        op(**args)
+    return str(caught.value).partition("\n")[0]
+
+
+@pytest.mark.parametrize("case, expected", BAD, ids=[want for _, want in BAD])
+def test_bad_arguments(case, expected):
+    """One error that names the op and the argument, before anything is written; the fake and the oracle say the same."""
+    name, args = case
+    before = {key: value.clone() for key, value in args.items() if isinstance(value, torch.Tensor)}
+    assert message(getattr(ops, name), args) == f"{name}: {expected}"
+    assert message(getattr(oracle, name), args) == f"{name}: {expected}"
+    assert all(torch.equal(args[key], value) for key, value in before.items())
+    with FakeTensorMode() as mode:
+        fake = {key: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for key, value in args.items()}
+        assert message(getattr(ops, name), fake) == f"{name}: {expected}"
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 2**64])
+def test_a_seed_has_64_bits(seed):
+    name, args = call_update(seed=seed)
+    before = args["codes"].clone()
+    with pytest.raises((RuntimeError, OverflowError, TypeError)):
+        getattr(ops, name)(**args)
+    assert torch.equal(args["codes"], before)
+
+
+def sample_calls():
+    """One call of every op and overload."""
+    weight, update = ops.quantize_int8(randn(8, 300)), 0.01 * randn(8, 300)
+    yield ops.quantize_int8.default, (update,), dict(group_size=64)
+    yield ops.dequantize_int8.default, weight, dict(dtype=torch.bfloat16)
+    yield ops.int8_update_.default, (*weight, update), dict(alpha=-0.5, **STREAM)
+    yield ops.int8_update_.tensor, (*weight, update), dict(alpha=ZERO + 1, decay=ZERO + 1, seed=1, step=ZERO, parameter=2)
+    yield ops.int8_linear.default, (randn(2, 3, 300).requires_grad_(), *weight, randn(8).requires_grad_()), {}
+    yield ops.int8_linear_backward.default, (randn(2, 3, 8), *weight), {}
+
+
+def test_opcheck():
+    for op, args, hyper in sample_calls():
+        torch.library.opcheck(op, tuple(args), hyper)
+
+
+def test_every_op_is_served_natively():
+    for op, _, _ in sample_calls():
+        name = str(op).removeprefix("lowrank.").removesuffix(".default")
+        assert {row.implementation for row in backends.table() if (row.op, row.device) == (name, "cpu")} == {"C++"}
+
+
+def test_compiled_training_step():
+    """Forward, backward and update in one graph, with no recompilation as step and rate change."""
+
+    def train(codes, scale, x, alpha, step):
+        y = ops.int8_linear(x, codes, scale)
+        update = y.detach().T @ x.detach()
+        ops.int8_update_(codes, scale, update, alpha=alpha, decay=alpha * 0 + 1, seed=1, step=step, parameter=0)
+        return y
+
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(train, fullgraph=True, backend=counter)
+    results = []
+    for function in (compiled, train):
+        weight = ops.quantize_int8(randn(16, 300))
+        outputs = [function(*weight, randn(4, 300, seed=i), torch.tensor(-1e-3 / (i + 1)), torch.tensor(i)) for i in range(5)]
+        results.append([*weight, outputs[-1]])
+    assert counter.frame_count == 1
+    assert all(map(torch.equal, *results))
+
+
+def test_a_product_takes_no_memory_of_the_size_of_the_weight():
+    """Whatever torch allocates during a product, by its profiler: a panel, and the result."""
+    weight = torch.zeros(4096, 4096, dtype=torch.int8), torch.ones(4096, 16)
+    x = randn(8, 4096)
+    for product in (ops.int8_linear, ops.int8_linear_backward):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            product(x, *weight)
+        allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+        assert 0 < allocated < 4096 * 4096

@@ -1,0 +1,90 @@
+"""The linear layer on INT8 weights, and the random bits of stochastic rounding in a kernel."""
+
+import pytest
+import torch
+
+from lowrank_sys import reference
+from lowrank_sys.kernels import traffic
+from lowrank_sys.kernels.int8_linear import int8_linear, int8_linear_backward
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+EPS = {FP32: 2.0**-24, BF16: 2.0**-8, FP16: 2.0**-11}
+# (t, m, n, group_size): one element, odd sizes and short groups, whole tiles, several tiles of each axis.
+SHAPES = [(1, 1, 1, 32), (7, 33, 50, 32), (3, 20, 301, 64), (64, 64, 256, 256), (130, 144, 160, 32), (129, 80, 144, 128)]
+
+
+def inputs(device, t, m, n, group_size, dtype):
+    draw = torch.Generator().manual_seed(0)
+    codes, scale = reference.int8.quantize_int8(torch.randn(m, n, generator=draw), group_size=group_size)
+    x, dy = torch.randn(t, n, generator=draw).to(dtype), torch.randn(t, m, generator=draw).to(dtype)
+    return [tensor.to(device) for tensor in (codes, scale, x, dy, torch.randn(m, generator=draw))]
+
+
+def check(got, a, w, bias):
+    """The oracle in fp64, up to the rounding of W to a's type, fp32 sums and the result's rounding."""
+    a, w = a.double(), w.double()
+    want = a @ w + (0 if bias is None else bias.double())
+    size = a.abs() @ w.abs() + 1
+    # The interpreter truncates W, which costs a whole unit in the last place.
+    product = 2 * EPS[got.dtype] if got.dtype != FP32 else 2.0**-22 * w.shape[0] ** 0.5
+    error = (got.double() - want).abs()
+    assert (error <= product * size + EPS[got.dtype] * want.abs()).all(), error.max()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear(lane, shape, dtype):
+    codes, scale, x, dy, bias = inputs(lane.device, *shape, dtype)
+    w = reference.int8.dequantize_int8(codes, scale, group_size=shape[3])
+    for b in (None, bias, bias.to(dtype)):
+        check(int8_linear(x, codes, scale, b, group_size=shape[3]), x, w.T, b)
+    check(int8_linear_backward(dy, codes, scale, group_size=shape[3]), dy, w, None)
+
+
+def test_exact_products(lane):
+    """Small integers and scales that are powers of two: every product and sum is exact, so no scale may be misplaced."""
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(-15, 16, (48, 320), generator=draw, dtype=torch.int8).to(lane.device)
+    scale = (2.0 ** torch.randint(-3, 4, (48, 10), generator=draw)).to(lane.device)
+    w = reference.int8.dequantize_int8(codes, scale, group_size=32)
+    for dtype in (FP32, BF16):
+        x, dy = (torch.randint(-2, 3, (40, size), generator=draw).to(lane.device, dtype) for size in (320, 48))
+        assert torch.equal(int8_linear(x, codes, scale, group_size=32), (x.float() @ w.T).to(dtype))
+        assert torch.equal(int8_linear_backward(dy, codes, scale, group_size=32), (dy.float() @ w).to(dtype))
+
+
+@pytest.mark.parametrize("lead", [(), (2, 3), (0,), (2, 0)], ids=str)
+def test_leading_dimensions(lane, lead):
+    codes, scale, *_ = inputs(lane.device, 1, 24, 40, 32, FP32)
+    x = torch.randn(*lead, 40, device=lane.device)
+    y = int8_linear(x, codes, scale, group_size=32)
+    assert y.shape == (*lead, 24)
+    lane.assert_close("y", y, reference.int8.int8_linear(x.double(), codes, scale, group_size=32), rtol=1e-6, atol=1e-4)
+
+
+def test_a_scale_that_is_not_finite_stays_in_its_row(lane):
+    codes, scale, x, dy, _ = inputs(lane.device, 5, 24, 96, 32, FP32)
+    scale[3, 2] = torch.nan
+    y, dx = int8_linear(x, codes, scale, group_size=32), int8_linear_backward(dy, codes, scale, group_size=32)
+    assert y[:, 3].isnan().all() and y.isnan().sum() == 5
+    assert dx[:, 64:].isnan().all() and dx.isnan().sum() == 5 * 32
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("shape", [(70, 33, 50, 32), (130, 144, 160, 64)], ids=str)
+def test_traffic(lane, meter, shape, dtype):
+    t, m, n, group_size = shape
+    codes, scale, x, dy, bias = inputs(lane.device, *shape, dtype)
+    int8_linear(x, codes, scale, bias, group_size=group_size)
+    int8_linear_backward(dy, codes, scale, group_size=group_size)
+    for launch, back in zip(meter.launches, (False, True)):
+        want = traffic.int8_linear(t, m, n, back=back, dtype=dtype, group_size=group_size, bias=None if back else FP32)
+        assert {name: meter.bytes(launch, name) for name in want} == want
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_realistic_shapes_by_formula(dtype):
+    """512 tokens through 4096 x 4096: the codes move a quarter of what fp32 weights would, at the same tiles."""
+    for back in (False, True):
+        rows = traffic.int8_linear(512, 4096, 4096, back=back, dtype=dtype, group_size=256)
+        assert rows["codes"].loaded == 4 * 4096 * 4096 and rows["scale"].loaded <= rows["codes"].loaded / 8
