@@ -129,7 +129,7 @@ def sketch_directions(basis, exp_avg, *, other, left, seed=0):
     if exp_avg is not None:
         warm = unit_columns(exp_avg.to(like.dtype).T if left else exp_avg.to(like.dtype))
         omega[:, :rank] = warm + MIX * omega[:, :rank]
-    return cholesky_qr(omega, passes=2).to(basis.dtype)
+    return cholesky_qr(omega, passes=3).to(basis.dtype)
 
 
 def basis_from_sketch(sketch, old, *, left, seed=0):

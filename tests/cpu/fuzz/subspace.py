@@ -106,13 +106,14 @@ def directions_arguments(draw):
 
 
 def compare_directions(before, after, result):
-    """Orthonormal but for rounding, and for what a shift of 1e-6 l leaves where Gaussian columns are nearly dependent."""
+    """Orthonormal but for rounding, that of 16-bit storage included: 2^-8 of a column's square, and noise in the others."""
     basis, exp_avg = before["basis"], before["exp_avg"]
     d, rank = basis.shape
     assert result.dtype == basis.dtype and result.shape == (before["other"], min(rank + max(8, -(-rank // 8)), d, before["other"]))
     if exp_avg is None or exp_avg.isfinite().all():
         gram = result.double().T @ result.double()
-        assert (gram - torch.eye(result.shape[1])).abs().max() < 0.1
+        error = (gram - torch.eye(result.shape[1])).abs().max()
+        assert error < (1e-4 if basis.dtype == torch.float32 else 2e-2)
 
 
 def sketch_arguments(draw):
@@ -143,7 +144,6 @@ def compare_sketch(before, after, result):
         if due and sketch.numel():
             y = sketch if left else sketch.T.contiguous()
             new = leading_directions(y, basis.float(), rank=basis.shape[1], seed=before["seeds"][i])[0].to(basis.dtype)
-            assert not same_bits(new, basis) or not y.isfinite().all() or not y.any() or basis.shape == (1, 1)
         assert same_bits(now["bases"], new)
         stays = not due or not sketch.numel() or moments == "keep"
         for name in ("exp_avgs", "exp_avg_sqs", "steps"):
