@@ -60,6 +60,23 @@ _SMALL = _table(stages=3)  # 99 KiB
 
 TABLES = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMALL}
 
+# A Gaussian basis is made in groups of 64 rows, 16 to a product: these are the other sides of the tiles, by the largest rank.
+GAUSSIAN_PROJECT = {
+    16: _tile(4, 2, BLOCK_R=16, BLOCK_C=128),
+    64: _tile(8, 2, BLOCK_R=64, BLOCK_C=64),
+    128: _tile(8, 2, BLOCK_R=128, BLOCK_C=64),
+}
+GAUSSIAN_BACK_PROJECT = _tile(8, 2, BLOCK_C=128, BLOCK_R=32)
+GAUSSIAN_BASIS = _tile(4, 1, BLOCK_R=64)
+
+# Steps with a residual: without a product, with one, with two (tiles hold the weight, the gradient and as many sums).
+RESIDUAL = {
+    0: _tile(8, 1, BLOCK_M=32, BLOCK_N=128, BLOCK_R=16),
+    1: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=32),
+    2: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=16),
+}
+COEFFICIENT = _tile(8, 1, BLOCK=1024)
+
 # Matrices of one shape that one launch serves at most; a group is cut into launches of 8, 4, 2 and 1.
 MOST = 8
 
@@ -129,6 +146,19 @@ def int8_linear(*, m, n, back, dtype, group_size):
     return config
 
 
+def residual_config(rule, r):
+    """Launch arguments of the residual kernel; no tile is much deeper than the rank."""
+    config = RESIDUAL[rule]
+    return config if r > 16 else config | {"BLOCK_R": 16}
+
+
+def plan_gaussian_project(m, n, r, *, left, dtype, card):
+    """Plan of R = project(G) for G (m, n) of `dtype` and a basis from its seed: split as `plan_project`, in whole groups."""
+    config = GAUSSIAN_PROJECT[min((limit for limit in GAUSSIAN_PROJECT if limit >= r), default=max(GAUSSIAN_PROJECT))]
+    channels, depth = (n, m) if left else (m, n)
+    return _split(config, channels, depth, r, 64, depth + 63, dtype, card)
+
+
 def plan_project(m, n, r, *, left, dtypes, card):
     """Plan of R = project(G) for G (m, n) and B of `dtypes`.
 
@@ -137,9 +167,14 @@ def plan_project(m, n, r, *, left, dtypes, card):
     """
     config = config_for(card.arch, "project", n=n, r=r, dtypes=dtypes)
     channels, depth = (n, m) if left else (m, n)
+    return _split(config, channels, depth, r, config["BLOCK_D"], depth, dtypes[0], card)
+
+
+def _split(config, channels, depth, r, block, span, dtype, card):
+    """Plan that sums over `span` entries in blocks; `depth` of them, at least, are the gradient's."""
     tiles = triton.cdiv(channels, config["BLOCK_C"]) * triton.cdiv(r, config["BLOCK_R"])
-    blocks = max(1, triton.cdiv(depth, config["BLOCK_D"]))
+    blocks = max(1, triton.cdiv(span, block))
     fill = triton.cdiv(card.counters, max(1, tiles))
-    splits = max(1, min(fill, blocks, depth * dtypes[0].itemsize // (32 * r)))
+    splits = max(1, min(fill, blocks, depth * dtype.itemsize // (32 * r)))
     chunk = triton.cdiv(blocks, splits)
-    return Plan(config, tiles, triton.cdiv(blocks, chunk), chunk * config["BLOCK_D"])
+    return Plan(config, tiles, triton.cdiv(blocks, chunk), chunk * block)

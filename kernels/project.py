@@ -22,7 +22,29 @@ def finish(b_r, out, exp_avg, exp_avg_sq, scalars, o_tile, m_tile, beta1, beta2,
 
 
 @triton.jit
-def project_kernel(grad, basis, scale, offset, out, exp_avg, exp_avg_sq, scalars, partials, counters, m, n, r, width,
+def finish_sum(b_r, partials, counters, i_tile, i_split, splits, size, o_tile, m_tile):
+    """(the whole sum of a tile whose parts `splits` programs hold, whether this program is the one that has it).
+
+    Partials and counters are this matrix' own; the parts are added in order, so results do not depend on timing.
+    """
+    last = True
+    if partials is not None:
+        p_part = partials + o_tile
+        tl.store(p_part + i_split * size, b_r, mask=m_tile, cache_modifier=".cg")
+        # All threads' stores come before the count that publishes them.
+        tl.debug_barrier()
+        last = tl.atomic_add(counters + i_tile, 1, sem="acq_rel") == splits - 1
+        if last:
+            tl.store(counters + i_tile, 0)
+            b_r = tl.zeros_like(b_r)
+            for _ in range(splits):
+                b_r += tl.load(p_part, mask=m_tile, other=0.0, cache_modifier=".cg")
+                p_part += size
+    return b_r, last
+
+
+@triton.jit
+def project_kernel(grad, basis, scale, offset, out, exp_avg, exp_avg_sq, squares, scalars, partials, counters, m, n, r, width,
                    splits, chunk, beta1, beta2, gain1, gain2, eps,
                    LEFT: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
                    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -34,7 +56,8 @@ def project_kernel(grad, basis, scale, offset, out, exp_avg, exp_avg_sq, scalars
     For r > BLOCK_R a tile sees a part of its channel: NaN and inf in G reach every part, overflow of a finite G need not.
     With scale and offset, the basis is in INT4, see `load_int4`; `width` bytes hold a vector.
     A launch serves several matrices of one shape: grad, what the basis is made of, out and the moments are tuples; scalars,
-    partials and counters hold one part a matrix.
+    partials and counters hold one part a matrix. squares (splits, channels), given for one matrix alone, gets the sums of
+    squares of G's channels.
 
     Bytes: G once per tile of r, B once per tile of channels, R-sized: moments twice each, out once, partials 2 * splits times.
     """
@@ -70,6 +93,7 @@ def project_kernel(grad, basis, scale, offset, out, exp_avg, exp_avg_sq, scalars
         p_b, step_b = basis + o_d[:, None] * r + o_col[None, :], stride * r
 
     b_r = tl.zeros([BLOCK_R if LEFT else BLOCK_C, BLOCK_C if LEFT else BLOCK_R], tl.float32)
+    b_square = tl.zeros([BLOCK_D if LEFT else BLOCK_C, BLOCK_C if LEFT else BLOCK_D], tl.float32)
     for i_d in range(begin, end, BLOCK_D):
         m_d = i_d + tl.arange(0, BLOCK_D) < end
         if not GROUP:
@@ -82,27 +106,27 @@ def project_kernel(grad, basis, scale, offset, out, exp_avg, exp_avg_sq, scalars
             b_a = tl.load(p_a, mask=m_row[:, None] & m_d[None, :], other=0.0)
             b_b = tl.trans(load_int4(basis, scale, offset, o_r, i_d, n, r, width, GROUP, BLOCK_R, BLOCK_D))
         b_r = dot(b_a, b_b, b_r, PRECISION)
+        if squares is not None:
+            b_g = (b_b if LEFT else b_a).to(tl.float32)
+            b_square += b_g * b_g
         p_a += step_a
         p_b += step_b
 
+    if squares is not None:
+        if i_r == 0:
+            channels = n if LEFT else m
+            p_squares = squares + i_split.to(tl.int64) * channels + o_c
+            tl.store(p_squares, tl.sum(b_square, axis=0 if LEFT else 1), mask=o_c < channels)
+
     o_tile = o_row[:, None] * cols + o_col[None, :]
     m_tile = m_row[:, None] & m_col[None, :]
-    if partials is None:
-        finish(b_r, out, exp_avg, exp_avg_sq, scalars, o_tile, m_tile, beta1, beta2, gain1, gain2, eps, LEFT)
-    else:
-        size = tl.full([], 1, tl.int64) * r * (n if LEFT else m)
-        p_part = partials + i_matrix * splits * size + o_tile
+    size = tl.full([], 1, tl.int64) * r * (n if LEFT else m)
+    if partials is not None:
+        partials += i_matrix * splits * size
         counters += i_matrix * tl.num_programs(0)
-        tl.store(p_part + i_split * size, b_r, mask=m_tile, cache_modifier=".cg")
-        # All threads' stores come before the count that publishes them.
-        tl.debug_barrier()
-        if tl.atomic_add(counters + i_tile, 1, sem="acq_rel") == splits - 1:
-            tl.store(counters + i_tile, 0)
-            b_r = tl.zeros_like(b_r)
-            for _ in range(splits):
-                b_r += tl.load(p_part, mask=m_tile, other=0.0, cache_modifier=".cg")
-                p_part += size
-            finish(b_r, out, exp_avg, exp_avg_sq, scalars, o_tile, m_tile, beta1, beta2, gain1, gain2, eps, LEFT)
+    b_r, last = finish_sum(b_r, partials, counters, i_tile, i_split, splits, size, o_tile, m_tile)
+    if last:
+        finish(b_r, out, exp_avg, exp_avg_sq, scalars, o_tile, m_tile, beta1, beta2, gain1, gain2, eps, LEFT)
 
 
 def new_counters(device):
@@ -111,10 +135,12 @@ def new_counters(device):
 
 
 def launch_project(grads, bases, outs, *, left, counters, exp_avgs=None, exp_avg_sqs=None, scalars=None, beta1=0.0, beta2=0.0,
-                   eps=0.0):
+                   eps=0.0, squares=None):
     """outs <- R, or Adam's update from it if there are moments, for matrices of one shape and one set of dtypes.
 
-    bases: matrices, or each an `Int4Basis`; outs: R's shape, fp32 or the bases' type; scalars: a row a matrix.
+    bases: matrices, or each an `Int4Basis`; outs: R's shape, fp32 or the bases' type; scalars: a row a matrix. squares, for one
+    matrix alone: a function of the number of splits that gives a buffer (splits, channels) for the sums of squares of G's
+    channels; the filled buffer is returned.
     """
     grad, basis, out = grads[0], bases[0], outs[0]
     if out.numel() == 0:
@@ -124,12 +150,14 @@ def launch_project(grads, bases, outs, *, left, counters, exp_avgs=None, exp_avg
     plan = configs.plan_project(m, n, r, left=left, dtypes=(grad.dtype, basis.dtype), card=configs.target(grad.device))
     split = plan.splits > 1
     partials = torch.empty((len(grads), plan.splits, *out.shape), dtype=torch.float32, device=grad.device) if split else None
+    sums = None if squares is None else squares(plan.splits)
     project_kernel[plan.tiles, plan.splits, len(grads)](
         grad=tuple(grads),
         **arguments(bases),
         out=tuple(outs),
         exp_avg=None if exp_avgs is None else tuple(exp_avgs),
         exp_avg_sq=None if exp_avg_sqs is None else tuple(exp_avg_sqs),
+        squares=sums,
         scalars=scalars,
         partials=partials,
         counters=counters if split else None,
@@ -148,6 +176,7 @@ def launch_project(grads, bases, outs, *, left, counters, exp_avgs=None, exp_avg
         **plan.config,
         **configs.OPTIONS,
     )
+    return sums
 
 
 def project(grad, basis, *, left):

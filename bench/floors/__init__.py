@@ -1,10 +1,10 @@
 """`lowrank bench floors`: what this package promises of its speed on a CPU, measured; exit 1 on a miss."""
 
 from lowrank_sys.bench import machine, report, timing
-from lowrank_sys.bench.floors import int4, int8, orthogonalize, refresh, steps
+from lowrank_sys.bench.floors import blockwise, int4, int8, orthogonalize, refresh, steps
 from lowrank_sys.cli import CommandError
 
-FLOORS = [*steps.FLOORS, *int4.FLOORS, *refresh.FLOORS, *int8.FLOORS, *orthogonalize.FLOORS]
+FLOORS = [*steps.FLOORS, *int4.FLOORS, *refresh.FLOORS, *int8.FLOORS, *orthogonalize.FLOORS, *blockwise.FLOORS]
 
 
 def add_arguments(parser):
@@ -12,7 +12,8 @@ def add_arguments(parser):
 
 
 def run(args):
-    for package, name in (("galore_torch", "galore-torch"), ("transformers", "transformers")):
+    for package, name in (("galore_torch", "galore-torch"), ("bitsandbytes", "bitsandbytes"),
+                          ("transformers", "transformers")):
         try:
             __import__(package)
         except ImportError as error:

@@ -2,6 +2,10 @@
 // array of 256 floats that its threads share. Policies: cpu/one_thread.h, host/threads.h and cuda/block.cuh.
 #pragma once
 
+#ifndef __CUDACC__
+#include <atomic>
+#endif
+
 #include "common.h"
 
 LR_BEGIN
@@ -16,6 +20,15 @@ constexpr int kOwned = kLanes / Block::threads;
 template <int V, class Block>
 LR_HD int lane_of(const Block& block, int k) {
   return (block.tid + k / V * Block::threads) * V + k % V;
+}
+
+// Sets a flag to 0, as other threads and blocks may do at the same time.
+LR_HD void clear(uint8_t* flag) {
+#ifdef __CUDACC__
+  *reinterpret_cast<volatile uint8_t*>(flag) = 0;
+#else
+  std::atomic_ref<uint8_t>(*flag).store(0, std::memory_order_relaxed);
+#endif
 }
 
 // Adds one value a thread; every thread gets the sum. Only for counts and flags, which no order can change.
@@ -33,6 +46,25 @@ LR_HD float sum_threads(const Block& block, float mine) {
     const float sum = block.lanes[0];
     block.sync();
     return sum;
+  }
+}
+
+// The largest value a thread; every thread gets it. None may be NaN.
+template <class Block>
+LR_HD float max_threads(const Block& block, float mine) {
+  if constexpr (Block::threads == 1) {
+    return mine;
+  } else {
+    block.lanes[block.tid] = mine;
+    for (int half = Block::threads / 2; half > 0; half /= 2) {
+      block.sync();
+      if (block.tid < half && block.lanes[block.tid] < block.lanes[block.tid + half])
+        block.lanes[block.tid] = block.lanes[block.tid + half];
+    }
+    block.sync();
+    const float most = block.lanes[0];
+    block.sync();
+    return most;
   }
 }
 

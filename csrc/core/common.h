@@ -57,4 +57,27 @@ LR_HD void store(T* p, const Pack<T, V>& x) {
   }
 }
 
+// f(e, element) of V elements from p, loaded as one.
+template <int V, class T, class F>
+LR_HD void load_each(const T* p, const F& f) {
+  if constexpr (V == 1) {
+    f(0, *p);
+  } else {
+    const auto pack = load<V>(p);
+    for (int e = 0; e < V; ++e) f(e, pack.at[e]);
+  }
+}
+
+// p[e] = f(e), stored as one.
+template <int V, class T, class F>
+LR_HD void store_each(T* p, const F& f) {
+  if constexpr (V == 1) {
+    *p = f(0);
+  } else {
+    Pack<T, V> pack;
+    for (int e = 0; e < V; ++e) pack.at[e] = f(e);
+    store(p, pack);
+  }
+}
+
 LR_END

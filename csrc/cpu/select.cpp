@@ -1,7 +1,10 @@
 // Which of the compiled instruction sets serves on this processor.
+#include "blockwise.h"
+#include "gaussian.h"
 #include "int4.h"
 #include "int8.h"
 #include "norms.h"
+#include "residual.h"
 #include "sparse.h"
 #include "steps.h"
 #include "store.h"
@@ -40,8 +43,12 @@ bool has_v4() {
   }
 #endif
 
-LR_SELECT(Int4Kernels, int4, Int8Kernels, int8)
+LR_SELECT(BlockwiseKernels, blockwise)
+LR_SELECT(GaussianKernels, gaussian)
+LR_SELECT(Int4Kernels, int4)
+LR_SELECT(Int8Kernels, int8)
 LR_SELECT(NormKernels, norm)
+LR_SELECT(ResidualKernels, residual)
 LR_SELECT(SparseKernels, sparse)
 LR_SELECT(StepKernels, step)
 LR_SELECT(StoreKernels, store)

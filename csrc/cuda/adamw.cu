@@ -15,9 +15,9 @@ struct Chunks {
   int first[AdamWList::kMost + 1];
 };
 
-__global__ void advance(const __grid_constant__ AdamWList list, const float* found_inf) {
+__global__ void advance(const __grid_constant__ StepList list, const float* found_inf) {
   if (found_inf != nullptr && *found_inf != 0.0f) return;
-  if (threadIdx.x < list.count) *list.items[threadIdx.x].step += 1.0f;
+  if (threadIdx.x < list.count) *list.steps[threadIdx.x] += 1.0f;
 }
 
 template <class W, class G>
@@ -54,7 +54,7 @@ LR_END
 
 namespace lowrank {
 
-cudaError_t launch_advance(const AdamWList& list, const float* found_inf, cudaStream_t stream) {
+cudaError_t launch_advance(const StepList& list, const float* found_inf, cudaStream_t stream) {
   advance<<<1, 64, 0, stream>>>(list, found_inf);
   return cudaGetLastError();
 }

@@ -37,8 +37,22 @@ struct AdamWScalars {
   int64_t* skipped;                     // may be null
 };
 
+// Counters of steps.
+struct StepList {
+  float* steps[AdamWList::kMost];
+  int count = 0;
+
+  template <class List>
+  static StepList of(const List& list) {
+    static_assert(List::kMost <= AdamWList::kMost);
+    StepList steps;
+    for (; steps.count < list.count; ++steps.count) steps.steps[steps.count] = list.items[steps.count].step;
+    return steps;
+  }
+};
+
 // Adds 1 to every step unless found_inf.
-cudaError_t launch_advance(const AdamWList& list, const float* found_inf, cudaStream_t stream);
+cudaError_t launch_advance(const StepList& list, const float* found_inf, cudaStream_t stream);
 
 // One AdamW step of tensors that all have these dtypes.
 cudaError_t launch_adamw(DType w, DType g, const AdamWList& list, const AdamWScalars& scalars, cudaStream_t stream);

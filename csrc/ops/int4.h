@@ -6,21 +6,16 @@
 
 namespace lowrank {
 
-inline void check_group_size(const char* op, int64_t group_size) {
-  if (group_size < 32 || group_size > 1024 || (group_size & (group_size - 1)) != 0)
-    fail(op, "group_size must be a power of two from 32 to 1024, got ", group_size);
-}
-
 inline void check_quantize_int4(const char* op, const Tensor& basis, int64_t group_size) {
   expect_matrix(op, "basis", basis);
   if (basis.size(1) < 1) fail(op, "rank must be at least 1, got basis of shape ", tuple(basis.sizes()));
-  check_group_size(op, group_size);
+  expect_group_size(op, group_size);
 }
 
 // packed, scale and offset are a basis (d, r) on `place`.
 inline void expect_int4(const char* op, const Tensor& packed, const Tensor& scale, const Tensor& offset, int64_t d,
                         int64_t group_size, const Place& place) {
-  check_group_size(op, group_size);
+  expect_group_size(op, group_size);
   if (packed.dim() != 2 || packed.size(1) != (d + 1) / 2)
     fail(op, "packed must have shape (r, ", (d + 1) / 2, ") for vectors of ", d, " entries, got ", tuple(packed.sizes()));
   if (packed.size(0) < 1) fail(op, "rank must be at least 1, got packed of shape ", tuple(packed.sizes()));

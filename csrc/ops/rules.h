@@ -107,7 +107,8 @@ void expect_like(const char* op, const Name& name, const Tensor& t, const Sizes&
   expect_contiguous(op, name, t);
 }
 
-inline void expect_matrix(const char* op, const char* name, const Tensor& t) {
+template <class Name>
+void expect_matrix(const char* op, const Name& name, const Tensor& t) {
   if (t.dim() != 2) fail(op, name, " must be a matrix (m, n), got shape ", tuple(t.sizes()));
   expect_float(op, name, t);
   expect_contiguous(op, name, t);
@@ -153,16 +154,18 @@ inline void check_length(const char* op, const char* name, const Tensors& list, 
     fail(op, name, " must have ", model.size(), " tensors like ", first, ", got ", list.size());
 }
 
-inline void check_guards(const char* op, const Tensors& params, const Tensors& steps, const Tensor& lr, const Guards& guards) {
-  const Place place = place_of(params.empty() ? lr : params[0]);
-  expect_scalar(op, "lr", lr, place);
+// `first` is the name of the list `params`; lr is null, and params are not empty, where the op has no rate.
+inline void check_guards(const char* op, const char* first, const Tensors& params, const Tensors& steps, const Tensor* lr,
+                         const Guards& guards) {
+  const Place place = place_of(params.empty() ? *lr : params[0]);
+  if (lr != nullptr) expect_scalar(op, "lr", *lr, place);
   for (size_t i = 0; i < steps.size(); ++i) {
     expect_scalar(op, Item{"steps", i}, steps[i], place_of(params[i]), true);
     expect_dtype(op, Item{"steps", i}, steps[i], aoti_torch_dtype_float32());
   }
   for (size_t i = 0; i < params.size(); ++i)
     if (place_of(params[i]) != place)
-      fail(op, Item{"params", i}, " must be on ", place, " like params[0], got ", place_of(params[i]));
+      fail(op, Item{first, i}, " must be on ", place, " like ", first, "[0], got ", place_of(params[i]));
   const std::pair<const char*, const std::optional<Tensor>&> flags[] = {{"grad_scale", guards.grad_scale},
                                                                         {"found_inf", guards.found_inf}};
   for (const auto& [name, flag] : flags) {
@@ -175,6 +178,10 @@ inline void check_guards(const char* op, const Tensors& params, const Tensors& s
     expect_scalar(op, "skipped", *guards.skipped, place, true);
     expect_dtype(op, "skipped", *guards.skipped, aoti_torch_dtype_int64());
   }
+}
+
+inline void check_guards(const char* op, const Tensors& params, const Tensors& steps, const Tensor& lr, const Guards& guards) {
+  check_guards(op, "params", params, steps, &lr, guards);
 }
 
 // A 0-dim tensor on the CPU of any number type.

@@ -6,7 +6,7 @@ A basis (d, r) is stored vector by vector: packed (r, ⌈d/2⌉) uint8, entry 2i
 
 import torch
 
-from lowrank_sys._ops.rules import define, expect, expect_dtype, expect_like, expect_matrix, fake
+from lowrank_sys._ops.rules import define, expect, expect_dtype, expect_group_size, expect_like, expect_matrix, fake
 
 INT4 = "Tensor packed, Tensor scale, Tensor offset"
 SCHEMAS = {
@@ -27,20 +27,15 @@ def int4_shapes(d, r, group_size):
     return (r, cdiv(d, 2)), (r, cdiv(d, group_size))
 
 
-def check_group_size(op, group_size):
-    expect(32 <= group_size <= 1024 and group_size & (group_size - 1) == 0, op,
-            lambda: f"group_size must be a power of two from 32 to 1024, got {group_size}")
-
-
 def check_quantize_int4(basis, *, group_size, op="quantize_int4"):
     expect_matrix(op, "basis", basis)
     expect(basis.shape[1] >= 1, op, lambda: f"rank must be at least 1, got basis of shape {tuple(basis.shape)}")
-    check_group_size(op, group_size)
+    expect_group_size(op, group_size)
 
 
 def expect_int4(op, packed, scale, offset, d, group_size, device):
     """packed, scale and offset are a basis (d, r) on `device`."""
-    check_group_size(op, group_size)
+    expect_group_size(op, group_size)
     expect(packed.dim() == 2 and packed.shape[1] == cdiv(d, 2), op,
             lambda: f"packed must have shape (r, {cdiv(d, 2)}) for vectors of {d} entries, got {tuple(packed.shape)}")
     expect(packed.shape[0] >= 1, op, lambda: f"rank must be at least 1, got packed of shape {tuple(packed.shape)}")

@@ -11,12 +11,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = re.findall(r'"(\d+)"', re.search(r"^CUDA_ARCHS = (.*)$", (ROOT / "setup.py").read_text(), re.M).group(1))
 # Each source, and how many kernels it has at least.
-SOURCES = {"adamw.cu": 9, "grass.cu": 9, "int4.cu": 4, "int8.cu": 3, "norms.cu": 9, "rows.cu": 9, "selection.cu": 3}
-# Kernels of each source that must read 16 bytes at once, how many of them, and their fewest wide loads and stores: every pair
-# of dtypes of adamw and of the Grass step (fp32 moments), the vector forms of the others.
-WIDE = {"adamw.cu": (r"5adamwI", 9, 4, 4), "grass.cu": (r"10grass_leftILi4", 9, 2, 2),
-        "int8.cu": (r"(6update|8quantize)ILi8", 6, 1, 0), "norms.cu": (r"9row_normsILi8", 3, 1, 0),
-        "rows.cu": (r"8add_rowsILi4", 3, 1, 0)}
+SOURCES = {"adamw.cu": 9, "blockwise.cu": 21, "grass.cu": 9, "int4.cu": 4, "int8.cu": 18, "norms.cu": 9, "rows.cu": 9,
+           "selection.cu": 3}
+# Kernels of each source that must move 16 bytes at once: their names, how many there are, loads and stores of each.
+WIDE = {
+    "adamw.cu": [(r"5adamwI", 9, 4, 4)],  # every pair of dtypes
+    "blockwise.cu": [(r"\d4adamI", 9, 2, 1), (r"13low_rank_adamI", 3, 2, 1), (r"8quantizeI", 6, 1, 0),
+                     (r"10dequantizeI", 2, 0, 1), (r"\d4markE", 1, 2, 0)],
+    "grass.cu": [(r"10grass_leftILi4", 9, 2, 2)],
+    "int8.cu": [(r"(6update|8quantize)ILi8", 6, 1, 0)],
+    "norms.cu": [(r"9row_normsILi8", 3, 1, 0)],  # the vector form
+    "rows.cu": [(r"8add_rowsILi4", 3, 1, 0)],
+}
 
 
 def tool(name):
@@ -68,12 +74,12 @@ def test_no_spills(objects, source, arch):
 @pytest.mark.parametrize("source", WIDE)
 def test_wide_loads(objects, source, arch):
     sass = functions(run(tool("cuobjdump"), "-sass", "-arch", f"sm_{arch}", str(objects / f"{source}.o")), r"Function : (\w+)")
-    pattern, count, loads, stores = WIDE[source]
-    wide = {name: code for name, code in sass.items() if re.search(pattern, name)}
-    assert len(wide) == count
-    for name, code in wide.items():
-        assert len(re.findall(r"LDG\.E[.\w]*\.128", code)) >= loads, name
-        assert len(re.findall(r"STG\.E[.\w]*\.128", code)) >= stores, name
+    for pattern, count, loads, stores in WIDE[source]:
+        wide = {name: code for name, code in sass.items() if re.search(pattern, name)}
+        assert len(wide) == count, pattern
+        for name, code in wide.items():
+            assert len(re.findall(r"LDG\.E[.\w]*\.128", code)) >= loads, name
+            assert len(re.findall(r"STG\.E[.\w]*\.128", code)) >= stores, name
 
 
 def test_int4_values_round_one_by_one(objects):

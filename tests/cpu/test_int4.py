@@ -137,7 +137,8 @@ def test_codes_of_anything(d, r, group_size, dtype, size, shift, seed, hostile):
     ok = spread(scale.isfinite(), d, group_size)
     assert torch.equal(values.isnan(), ~ok)
     # An overflow in offset + 15 scale is a value within a rounding of fp32's largest.
-    allowed = spread(0.5 * scale.double() + 2.0**-22 * (offset.abs().double() + 15 * scale.double()) + 2.0**-122, d, group_size)
+    size = offset.abs().double() + 15 * scale.double()
+    allowed = spread(0.5 * scale.double() + 2.0**-22 * size + 2.0**-122, d, group_size)
     error = (values.double() - basis.double()).abs()
     assert (error[ok] <= allowed[ok]).all()
 
@@ -288,14 +289,15 @@ def test_the_basis_is_never_materialised(left):
 def arguments(left=True):
     """20 x 30, r = 4."""
     packed, scale, offset = ops.quantize_int4(torch.randn(20 if left else 30, 4), group_size=32)
-    return {"param": torch.randn(20, 30), "low_rank": torch.randn((4, 30) if left else (20, 4)), "packed": packed, "scale": scale,
-            "offset": offset}
+    return {"param": torch.randn(20, 30), "low_rank": torch.randn((4, 30) if left else (20, 4)), "packed": packed,
+            "scale": scale, "offset": offset}
 
 
 PROJECT, BACK = "project_int4", "back_project_int4_"
 BAD = {
     "param 1-dim": (BACK, {"param": torch.zeros(3)}, "param must be a matrix (m, n), got shape (3,)"),
-    "param fp64": (BACK, {"param": torch.zeros(20, 30).double()}, "param must be float32, bfloat16 or float16, got torch.float64"),
+    "param fp64": (BACK, {"param": torch.zeros(20, 30).double()},
+                   "param must be float32, bfloat16 or float16, got torch.float64"),
     "param strided": (BACK, {"param": torch.zeros(30, 20).T}, "param must be contiguous, got strides (1, 20)"),
     "low_rank shape": (BACK, {"low_rank": torch.zeros(4, 29)}, "low_rank must have shape (4, 30), got (4, 29)"),
     "low_rank bf16": (BACK, {"low_rank": torch.zeros(4, 30).bfloat16()}, "low_rank must be torch.float32, got torch.bfloat16"),
@@ -305,7 +307,8 @@ BAD = {
     "packed shape": (PROJECT, {"packed": torch.zeros(4, 9).byte()},
                      "packed must have shape (r, 10) for vectors of 20 entries, got (4, 9)"),
     "packed 1-dim": (PROJECT, {"packed": torch.zeros(40).byte()}, "packed must have shape (r, 10)"),
-    "packed of rank 0": (PROJECT, {"packed": torch.zeros(0, 10).byte()}, "rank must be at least 1, got packed of shape (0, 10)"),
+    "packed of rank 0": (PROJECT, {"packed": torch.zeros(0, 10).byte()},
+                         "rank must be at least 1, got packed of shape (0, 10)"),
     "packed int8": (PROJECT, {"packed": torch.zeros(4, 10).char()}, "packed must be torch.uint8, got torch.int8"),
     "packed strided": (BACK, {"packed": torch.zeros(10, 4).byte().T}, "packed must be contiguous, got strides (1, 4)"),
     "scale shape": (PROJECT, {"scale": torch.zeros(4, 2)}, "scale must have shape (4, 1), got (4, 2)"),
@@ -348,7 +351,8 @@ def test_bad_bases(basis, expected):
 @pytest.mark.parametrize("d, expected", [(-1, "d must be at least 0, got -1"),
                                          (22, "packed must have shape (r, 11) for vectors of 22 entries, got (4, 10)")])
 def test_bad_lengths(d, expected):
-    assert_refused(ops.dequantize_int4, list(arguments().values())[2:], {"d": d, "group_size": 32}, f"dequantize_int4: {expected}")
+    int4 = list(arguments().values())[2:]
+    assert_refused(ops.dequantize_int4, int4, {"d": d, "group_size": 32}, f"dequantize_int4: {expected}")
 
 
 def sample_calls():

@@ -32,10 +32,13 @@ inline DType parse(const std::string& dtype) {
 }
 
 // One function a group of block algorithms.
+void bind_blockwise(py::module_& module);
+void bind_gaussian(py::module_& module);
 void bind_int4(py::module_& module);
 void bind_int8(py::module_& module);
 void bind_norms(py::module_& module);
 void bind_philox(py::module_& module);
+void bind_residual(py::module_& module);
 void bind_sparse(py::module_& module);
 void bind_steps(py::module_& module);
 void bind_store(py::module_& module);

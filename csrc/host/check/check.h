@@ -57,9 +57,12 @@ void compare(const char* name, const F& run) {
 }
 
 // One function a group of block algorithms.
+void check_blockwise();
+void check_gaussian();
 void check_int4();
 void check_int8();
 void check_norms();
+void check_residual();
 void check_sparse();
 void check_steps();
 void check_store();

@@ -2,9 +2,12 @@
 #include "check.h"
 
 int main() {
+  lowrank::check_blockwise();
+  lowrank::check_gaussian();
   lowrank::check_int4();
   lowrank::check_int8();
   lowrank::check_norms();
+  lowrank::check_residual();
   lowrank::check_sparse();
   lowrank::check_steps();
   lowrank::check_store();

@@ -2,7 +2,7 @@
 #include "../sparse.h"
 
 #include "../../cpu/sparse.h"
-#include "tensors.h"
+#include "hyper.h"
 
 namespace lowrank {
 namespace {
@@ -97,11 +97,6 @@ int64_t run(const Tensor& param, const Tensor& grad, const Tensor& indices, cons
   return skipped * (left ? m : n);
 }
 
-struct Hyper {
-  double beta1, beta2, eps, weight_decay, scale;
-  AdamStep at(double step, double lr) const { return adam_step(beta1, beta2, eps, weight_decay, scale, lr, step); }
-};
-
 void grass_step(const Tensor& param, const Tensor& grad, const Tensor& indices, const std::optional<Tensor>& row_scale,
                 const Tensor& exp_avg, const Tensor& exp_avg_sq, int64_t step, double lr, double beta1, double beta2, double eps,
                 double weight_decay, double scale, bool left) {
@@ -132,19 +127,18 @@ void grass_step_list(const Tensors& params, const Tensors& grads, const Tensors&
                      const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
                      const std::optional<Tensor>& skipped) {
   constexpr const char* op = "grass_step";
-  check_grass_list(params, grads, indices, row_scales, exp_avgs, exp_avg_sqs, steps, lr, left, {grad_scale, found_inf, skipped});
+  const Guards guards{grad_scale, found_inf, skipped};
+  check_grass_list(params, grads, indices, row_scales, exp_avgs, exp_avg_sqs, steps, lr, left, guards);
   const double rate = read_number(op, "lr", lr);
   std::vector<std::vector<uint32_t>> owner;
   for (size_t i = 0; i < params.size(); ++i)
     owner.push_back(owners(op, Item{"indices", i}, indices[i], params[i].size(left ? 0 : 1)));
-  if (found_inf && *data<float>(*found_inf) != 0.0f) return;
-  const float factor = grad_scale ? *data<float>(*grad_scale) : 1.0f;
+  if (is_no_op(guards)) return;
   const Hyper hyper{beta1, beta2, eps, weight_decay, scale};
   for (size_t i = 0; i < params.size(); ++i) {
     const float step = *data<float>(steps[i]) += 1.0f;
-    const int64_t left_out = run(params[i], grads[i], indices[i], scale_at(row_scales, i), owner[i], exp_avgs[i], exp_avg_sqs[i],
-                                 hyper.at(step, rate), factor, left);
-    if (skipped) *data<int64_t>(*skipped) += left_out;
+    count_skipped(guards, run(params[i], grads[i], indices[i], scale_at(row_scales, i), owner[i], exp_avgs[i], exp_avg_sqs[i],
+                              hyper.at(step, rate), grad_scale_of(guards), left));
   }
 }
 

@@ -2,6 +2,7 @@
 #include "../steps.h"
 
 #include "../../cpu/steps.h"
+#include "hyper.h"
 #include "products.h"
 
 namespace lowrank {
@@ -22,11 +23,6 @@ int64_t step_from(const Tensor& param, const Tensor& r, const Tensor& x, const T
     back_project_into(param, x, basis, left, step.decay, step.alpha, skipped > 0 ? ok.data() : nullptr, scratch);
   return skipped * param.size(left ? 0 : 1);
 }
-
-struct Hyper {
-  double beta1, beta2, eps, weight_decay, scale;
-  AdamStep at(double step, double lr) const { return adam_step(beta1, beta2, eps, weight_decay, scale, lr, step); }
-};
 
 struct Galore {
   static constexpr const char* name = "galore_step";
@@ -58,14 +54,6 @@ struct Subspace {
     return step_from(param, r, x, b, exp_avg, exp_avg_sq, step, grad_scale, left, work.tile);
   }
 };
-
-float grad_scale_of(const Guards& guards) { return guards.grad_scale ? *data<float>(*guards.grad_scale) : 1.0f; }
-
-bool is_no_op(const Guards& guards) { return guards.found_inf && *data<float>(*guards.found_inf) != 0.0f; }
-
-void count_skipped(const Guards& guards, int64_t skipped) {
-  if (guards.skipped) *data<int64_t>(*guards.skipped) += skipped;
-}
 
 template <class Op>
 void step_plain(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg, const Tensor& exp_avg_sq,

@@ -20,7 +20,7 @@ void adamw_step(const Tensors& params, const Tensors& grads, const Tensors& exp_
 
   std::map<std::pair<DType, DType>, AdamWList> lists;
   const auto flush = [&](DType w, DType g, AdamWList& list) {
-    STD_CUDA_CHECK(launch_advance(list, scalars.found_inf, stream));
+    STD_CUDA_CHECK(launch_advance(StepList::of(list), scalars.found_inf, stream));
     STD_CUDA_CHECK(launch_adamw(w, g, list, scalars, stream));
     list.count = 0;
   };

@@ -4,6 +4,6 @@ One module a group of ops, each with a table FUZZ: name in `_ops.SCHEMAS` -> Fuz
 from the schema: guard bands around every tensor, arguments that are not marked as written, and spoiled arguments.
 """
 
-from fuzz import int4, int8, projection, sparse, steps, subspace, transforms
+from fuzz import blockwise, gaussian, int4, int8, projection, residual, sparse, steps, subspace, transforms
 
-FUZZ = {name: entry for group in (projection, int4, steps, subspace, int8, sparse, transforms) for name, entry in group.FUZZ.items()}
+FUZZ = {name: entry for group in (projection, int4, steps, subspace, int8, sparse, transforms, blockwise, gaussian, residual) for name, entry in group.FUZZ.items()}

@@ -1,0 +1,100 @@
+"""Blockwise 8-bit codes, and steps whose moments are stored so."""
+
+import torch
+
+from lowrank_sys import reference
+from lowrank_sys.bench.cases.case import ADAM, Op, low_rank, moments, orthonormal, scalars, two_products
+from lowrank_sys.reference.blockwise import dynamic_map
+
+
+def _codes(shape, randn):
+    stored = {}
+    for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        stored[name], stored[f"{name}_absmax"] = reference.quantize_blockwise(moments(shape, randn)[name], signed=signed)
+    return stored
+
+
+def _adam_inputs(case, randn):
+    return {"param": randn(case.m, case.n), "grad": randn(case.m, case.n), **_codes((case.m, case.n), randn), **scalars(case)}
+
+
+def _galore_inputs(case, randn):
+    return {"param": randn(case.m, case.n), "grad": randn(case.m, case.n), "basis": orthonormal(case, randn),
+            **_codes(low_rank(case), randn), **scalars(case)}
+
+
+STORED = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
+
+
+def _results(t):
+    """What rounding moves by little: codes may be neighbours."""
+    return [t["param"], t["exp_avg_absmax"], t["exp_avg_sq_absmax"]]
+
+
+def _adam_truth(params, grads, *lists, lr, **hyper):
+    """adam_8bit_ in fp64, which its rules refuse."""
+    *stored, step = (tensor for tensor, in lists)
+    reference.blockwise.adamw(params[0], grads[0], reference.blockwise.Moments(*stored, torch.float64), step=step + 1, lr=lr,
+                              **hyper)
+
+
+def _adam_8bit(f, t, case):
+    f([t["param"]], [t["grad"]], *([t[name]] for name in STORED), [t["step"]], lr=t["lr"], **ADAM)
+    return _results(t)
+
+
+def _galore_step_8bit(f, t, case):
+    f(t["param"], t["grad"], t["basis"], *(t[name] for name in STORED), step=t["step"], lr=t["lr"], scale=0.25, left=case.left,
+      **ADAM)
+    return _results(t)
+
+
+def bitsandbytes_adamw(t, case):
+    """The step of bitsandbytes' AdamW8bit on the same tensors."""
+    import bitsandbytes
+
+    param = torch.nn.Parameter(t["param"].clone())
+    param.grad = t["grad"]
+    optimizer = bitsandbytes.optim.AdamW8bit([param], lr=0.1, betas=(ADAM["beta1"], ADAM["beta2"]), eps=ADAM["eps"],
+                                             weight_decay=ADAM["weight_decay"])
+    return optimizer.step
+
+
+def _bytes_of_codes(elements):
+    """Two moments of a byte, read and written, and their absmax."""
+    return 4 * elements + 16 * -(-elements // 256)
+
+
+def _bitsandbytes_codes(t, case):
+    import bitsandbytes
+
+    code = dynamic_map(True, case.device)
+    return lambda: bitsandbytes.functional.quantize_blockwise(t["x"], code=code, blocksize=256)
+
+
+OPS = {
+    "adam_8bit_": Op(
+        _adam_inputs, _adam_8bit,
+        traffic=lambda c: c.element * 3 * c.matrix + _bytes_of_codes(c.matrix),
+        flop=lambda c: 16 * c.matrix,
+        bases={"bitsandbytes": bitsandbytes_adamw}, overload="adam_8bit_", oracle=reference.adam_8bit_, ranked=False,
+        sided=False, truth=_adam_truth),
+    "galore_step_8bit": Op(
+        _galore_inputs, _galore_step_8bit,
+        traffic=lambda c: c.element * (3 * c.matrix + 2 * c.basis) + _bytes_of_codes(c.low_rank),
+        flop=lambda c: 4 * c.matrix * c.rank,
+        bases={"gemms": two_products}, overload="galore_step_8bit.tensor", oracle=reference.galore_step_8bit),
+    "quantize_blockwise": Op(
+        lambda case, randn: {"x": randn(case.m, case.n)}, lambda f, t, c: list(f(t["x"], signed=True)),
+        traffic=lambda c: (c.element + 1) * c.matrix + 4 * -(-c.matrix // 256),
+        flop=lambda c: 2 * c.matrix,
+        bases={"bitsandbytes": _bitsandbytes_codes}, overload="quantize_blockwise", oracle=reference.quantize_blockwise,
+        ranked=False, sided=False, exact=True),
+    "dequantize_blockwise": Op(
+        lambda case, randn: dict(zip(("codes", "absmax"), reference.quantize_blockwise(randn(case.m, case.n), signed=True))),
+        lambda f, t, c: [f(t["codes"], t["absmax"], signed=True)],
+        traffic=lambda c: 5 * c.matrix + 4 * -(-c.matrix // 256),
+        flop=lambda c: c.matrix,
+        bases={"copy": lambda t, c: lambda: t["codes"].float()}, overload="dequantize_blockwise",
+        oracle=reference.dequantize_blockwise, ranked=False, sided=False, exact=True),
+}

@@ -1,0 +1,137 @@
+// Adam whose moments are blockwise 8-bit codes: a block is decoded, advanced and encoded again in one pass.
+#pragma once
+
+#include "blockwise.h"
+
+namespace lowrank {
+
+// Both moments of a tensor, or of a block of it.
+struct Moments8bit {
+  uint8_t *m, *v;
+  float *m_absmax, *v_absmax;  // one a block
+};
+
+}  // namespace lowrank
+
+LR_BEGIN
+
+// The moments of block i.
+LR_HD Moments8bit at_block(const Moments8bit& all, int64_t i) {
+  return {all.m + i * kBlock, all.v + i * kBlock, all.m_absmax + i, all.v_absmax + i};
+}
+
+// First moments are signed, second ones are not.
+struct Codebooks {
+  const Codebook<true>& m;
+  const Codebook<false>& v;
+};
+
+// Where an update goes: into the weights, which keep their bytes where the gradient g is not usable.
+template <class W>
+struct IntoWeights {
+  W* w;
+
+  template <int V>
+  LR_HD void put(int lane, const float* g, const float* update, const AdamStep& s) const {
+    W old[V];
+    load_each<V>(w + lane, [&](int e, W element) { old[e] = element; });
+    store_each<V>(w + lane, [&](int e) {
+      return choose(usable(g[e]), from_float<W>(apply_update(to_float(old[e]), update[e], s)), old[e]);
+    });
+  }
+};
+
+// Or into X, which is NaN there.
+template <class X>
+struct IntoUpdate {
+  X* x;
+
+  template <int V>
+  LR_HD void put(int lane, const float* g, const float* update, const AdamStep&) const {
+    const X nan = from_float<X>(bits_float(0x7fc00000));
+    store_each<V>(x + lane, [&](int e) { return choose(usable(g[e]), from_float<X>(update[e]), nan); });
+  }
+};
+
+// Which elements of a block belong to usable channels: all of them.
+struct EveryChannel {
+  LR_HD bool operator()(int) const { return true; }
+};
+
+// Or by a flag a channel: the block begins at column `column` of a row of `columns` elements, whose flag is ok[0] unless
+// channels are columns.
+struct ChannelFlags {
+  const uint8_t* ok;
+  uint32_t column, columns;
+  bool left;
+
+  LR_HD bool operator()(int lane) const {
+    const uint32_t at = column + uint32_t(lane);
+    return ok[left ? at % columns : at / columns] != 0;
+  }
+};
+
+LR_HD ChannelFlags channel_flags(const uint8_t* ok, int64_t first, int64_t columns, bool left) {
+  const int64_t row = first / columns;
+  return {left ? ok : ok + row, uint32_t(first - row * columns), uint32_t(columns), left};
+}
+
+// Adam's update; the moments stay as they are where g is not usable.
+LR_HD float adam_8bit_element(float g, float& m, float& v, const AdamStep& s) {
+  float new_m = m, new_v = v;
+  const float update = adam_update(g, new_m, new_v, s);
+  m = usable(g) ? new_m : m;
+  v = usable(g) ? new_v : v;
+  return update;
+}
+
+// AdamW on one block of n <= 256 elements. An element whose gradient is not usable, or whose channel is not, keeps its weight,
+// and its decoded moments as its block is encoded again; a block of only such elements keeps its bytes. Returns how many
+// elements this thread left out.
+template <int V, class Block, class G, class Target, class Channels>
+LR_HD int adam_8bit_block(const Block& block, const Codebooks& books, const G* grad, const Target& target,
+                          const Moments8bit& moments, int n, float grad_scale, const AdamStep& s, const Channels& channels) {
+  float g[kOwned<Block>], m[kOwned<Block>], v[kOwned<Block>], update[kOwned<Block>] = {};
+  const int owned = owned_lanes<V>(block, n);
+  for_owned<V, Block>(owned, [&](int k) {
+    const int lane = lane_of<V>(block, k);
+    load_each<V>(grad + lane, [&](int e, G element) {
+      g[k + e] = channels(lane + e) ? to_float(element) * grad_scale : bits_float(0x7fc00000);
+    });
+  });
+  int used = 0;
+  for_owned<1, Block>(owned, [&](int k) { used += usable(g[k]); });
+  const bool keep = sum_threads(block, float(used)) == 0.0f;
+  if (!keep) {
+    decode_block<V>(block, books.m, moments.m, *moments.m_absmax, m, owned);
+    decode_block<V>(block, books.v, moments.v, *moments.v_absmax, v, owned);
+    for_owned<1, Block>(owned, [&](int k) { update[k] = adam_8bit_element(g[k], m[k], v[k], s); });
+  }
+  for_owned<V, Block>(owned, [&](int k) { target.template put<V>(lane_of<V>(block, k), g + k, update + k, s); });
+  if (keep) return owned;
+  // Every thread has read the old absmax before one writes the new: encode_block waits for all in between.
+  encode_block<V>(block, books.m, m, moments.m, moments.m_absmax, owned);
+  encode_block<V>(block, books.v, v, moments.v, moments.v_absmax, owned);
+  return owned - used;
+}
+
+// Clears the flags of the channels that n <= 256 elements of r, from element `first`, show to be unusable.
+template <int V, class Block>
+LR_HD void mark_channels(const Block& block, const float* r, uint8_t* ok, int64_t first, int n, int64_t columns, bool left,
+                         float grad_scale) {
+  const int owned = owned_lanes<V>(block, n);
+  float values[kOwned<Block>];
+  for_owned<V, Block>(owned, [&](int k) {
+    load_each<V>(r + first + lane_of<V>(block, k), [&](int e, float element) { values[k + e] = element * grad_scale; });
+  });
+  int bad = 0;
+  for_owned<1, Block>(owned, [&](int k) { bad += !usable(values[k]); });
+  if (bad == 0) return;
+  for (int k = 0; k < kOwned<Block>; ++k)
+    if (k < owned && !usable(values[k])) {
+      const int64_t at = first + lane_of<V>(block, k);
+      clear(ok + (left ? at % columns : at / columns));
+    }
+}
+
+LR_END

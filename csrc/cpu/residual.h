@@ -1,0 +1,40 @@
+// Steps with a residual, on raw pointers.
+#pragma once
+
+#include "../core/adam.h"
+#include "matrix.h"
+
+namespace lowrank {
+
+struct Ratio {
+  float *r, *m, *v, *x;  // R, scaled in place; x gets N, or is null
+  float *r_squares, *n_squares;
+  const float* gradient_norms;  // one a channel, or null
+  uint8_t* ok;
+  int64_t rows, columns;
+  float grad_scale;
+  AdamStep step;
+};
+
+struct Move {
+  Matrix w, g;
+  const float *back, *inside;  // contiguous, or null
+  const float *row_coefficients, *column_coefficients;  // one of the two
+  int64_t columns;
+  float decay, alpha;
+};
+
+struct ResidualKernels {
+  // Channels [begin, end): columns or rows of R; returns how many were left out.
+  int64_t (*ratio_columns)(const Ratio&, int64_t begin, int64_t end);
+  int64_t (*ratio_rows)(const Ratio&, int64_t begin, int64_t end);
+  // Rows [begin, end) of the weight.
+  void (*move)(const Move&, int64_t begin, int64_t end);
+  // Rows [begin, end) of x <- p x - q_c r, with one q a channel, which is 0 where it is NaN.
+  void (*combine)(float* x, const float* r, const float* row_q, const float* column_q, float p, float q, int64_t columns,
+                  int64_t begin, int64_t end);
+};
+
+const ResidualKernels& residual_kernels();
+
+}  // namespace lowrank

@@ -1,0 +1,119 @@
+// The rules of lowrank_sys/_ops/blockwise.py.
+#pragma once
+
+#include "../core/adam_8bit.h"
+#include "projection.h"
+
+namespace lowrank {
+
+// Number of blocks of a tensor.
+template <class Sizes>
+int64_t blocks(const Sizes& shape) {
+  int64_t numel = 1;
+  for (size_t i = 0; i < shape.size(); ++i) numel *= shape[i];
+  return (numel + kBlock - 1) / kBlock;
+}
+
+template <class Name, class AbsmaxName, class Sizes>
+void expect_codes(const char* op, const Name& name, const Tensor& codes, const AbsmaxName& absmax_name, const Tensor& absmax,
+                  const Sizes& shape, const Place& place) {
+  expect_like(op, name, codes, shape, place);
+  expect_dtype(op, name, codes, aoti_torch_dtype_uint8());
+  expect_like(op, absmax_name, absmax, Shape{blocks(shape)}, place);
+  expect_dtype(op, absmax_name, absmax, aoti_torch_dtype_float32());
+}
+
+// Both moments of one tensor, as codes.
+struct Stored {
+  const Tensor &exp_avg, &exp_avg_sq, &exp_avg_absmax, &exp_avg_sq_absmax;
+
+  Moments8bit pointers() const {
+    return {static_cast<uint8_t*>(exp_avg.data_ptr()), static_cast<uint8_t*>(exp_avg_sq.data_ptr()),
+            static_cast<float*>(exp_avg_absmax.data_ptr()), static_cast<float*>(exp_avg_sq_absmax.data_ptr())};
+  }
+
+  template <class Sizes>
+  void check(const char* op, const Sizes& shape, const Place& place) const {
+    expect_codes(op, "exp_avg", exp_avg, "exp_avg_absmax", exp_avg_absmax, shape, place);
+    expect_codes(op, "exp_avg_sq", exp_avg_sq, "exp_avg_sq_absmax", exp_avg_sq_absmax, shape, place);
+  }
+
+  // As entry i of lists.
+  template <class Sizes>
+  void check(const char* op, const Sizes& shape, const Place& place, size_t i) const {
+    expect_codes(op, Item{"exp_avgs", i}, exp_avg, Item{"exp_avg_absmaxes", i}, exp_avg_absmax, shape, place);
+    expect_codes(op, Item{"exp_avg_sqs", i}, exp_avg_sq, Item{"exp_avg_sq_absmaxes", i}, exp_avg_sq_absmax, shape, place);
+  }
+};
+
+// Of many tensors.
+struct StoredLists {
+  const Tensors &exp_avgs, &exp_avg_sqs, &exp_avg_absmaxes, &exp_avg_sq_absmaxes;
+
+  Stored at(size_t i) const { return {exp_avgs[i], exp_avg_sqs[i], exp_avg_absmaxes[i], exp_avg_sq_absmaxes[i]}; }
+
+  void check_lengths(const char* op, const char* first, const Tensors& model) const {
+    check_length(op, "exp_avgs", exp_avgs, first, model);
+    check_length(op, "exp_avg_sqs", exp_avg_sqs, first, model);
+    check_length(op, "exp_avg_absmaxes", exp_avg_absmaxes, first, model);
+    check_length(op, "exp_avg_sq_absmaxes", exp_avg_sq_absmaxes, first, model);
+  }
+};
+
+inline void check_quantize_blockwise(const Tensor& x) {
+  expect_float("quantize_blockwise", "x", x);
+  expect_contiguous("quantize_blockwise", "x", x);
+}
+
+inline void check_dequantize_blockwise(const Tensor& codes, const Tensor& absmax) {
+  expect_codes("dequantize_blockwise", "codes", codes, "absmax", absmax, codes.sizes(), place_of(codes));
+}
+
+inline void check_adam_8bit(const Tensors& params, const Tensors& grads, const StoredLists& moments, const Tensors& steps,
+                            const Tensor& lr, const Guards& guards) {
+  constexpr const char* op = "adam_8bit_";
+  check_length(op, "grads", grads, "params", params);
+  moments.check_lengths(op, "params", params);
+  check_length(op, "steps", steps, "params", params);
+  check_guards(op, params, steps, lr, guards);
+  for (size_t i = 0; i < params.size(); ++i) {
+    const Place place = place_of(params[i]);
+    const auto shape = params[i].sizes();
+    expect_float(op, Item{"params", i}, params[i]);
+    expect_float(op, Item{"grads", i}, grads[i]);
+    expect_like(op, Item{"params", i}, params[i], shape, place);
+    expect_like(op, Item{"grads", i}, grads[i], shape, place);
+    moments.at(i).check(op, shape, place, i);
+  }
+}
+
+inline void check_adam_8bit_low_rank(const Tensors& low_rank_grads, const Tensors& updates, const StoredLists& moments,
+                                     const Tensors& steps, const std::optional<Tensor>& grad_scale,
+                                     const std::optional<Tensor>& found_inf) {
+  constexpr const char *op = "adam_8bit_low_rank_", *first = "low_rank_grads";
+  check_length(op, "updates", updates, first, low_rank_grads);
+  moments.check_lengths(op, first, low_rank_grads);
+  check_length(op, "steps", steps, first, low_rank_grads);
+  if (low_rank_grads.empty()) return;
+  check_guards(op, first, low_rank_grads, steps, nullptr, {grad_scale, found_inf, std::nullopt});
+  for (size_t i = 0; i < low_rank_grads.size(); ++i) {
+    const Tensor& r = low_rank_grads[i];
+    expect_matrix(op, Item{first, i}, r);
+    expect_dtype(op, Item{first, i}, r, aoti_torch_dtype_float32());
+    expect_float(op, Item{"updates", i}, updates[i]);
+    expect_like(op, Item{"updates", i}, updates[i], r.sizes(), place_of(r));
+    moments.at(i).check(op, r.sizes(), place_of(r), i);
+  }
+}
+
+inline void check_galore_step_8bit(const Tensor& param, const Tensor& grad, const Tensor& basis, const Stored& moments,
+                                   bool left) {
+  constexpr const char* op = "galore_step_8bit";
+  expect_matrix(op, "param", param);
+  expect_float(op, "grad", grad);
+  expect_like(op, "grad", grad, param.sizes(), place_of(param));
+  check_project(op, grad, basis, left);
+  moments.check(op, low_rank_shape(param, basis, left), place_of(param));
+}
+
+}  // namespace lowrank

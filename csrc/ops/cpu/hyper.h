@@ -1,0 +1,22 @@
+// What the steps share on the CPU: hyper-parameters, and the guards read.
+#pragma once
+
+#include "../../core/adam.h"
+#include "tensors.h"
+
+namespace lowrank {
+
+struct Hyper {
+  double beta1, beta2, eps, weight_decay, scale = 1.0;
+  AdamStep at(double step, double lr) const { return adam_step(beta1, beta2, eps, weight_decay, scale, lr, step); }
+};
+
+inline float grad_scale_of(const Guards& guards) { return guards.grad_scale ? *data<float>(*guards.grad_scale) : 1.0f; }
+
+inline bool is_no_op(const Guards& guards) { return guards.found_inf && *data<float>(*guards.found_inf) != 0.0f; }
+
+inline void count_skipped(const Guards& guards, int64_t skipped) {
+  if (guards.skipped) *data<int64_t>(*guards.skipped) += skipped;
+}
+
+}  // namespace lowrank

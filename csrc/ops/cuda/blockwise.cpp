@@ -1,0 +1,106 @@
+// torch.ops.lowrank on CUDA: blockwise 8-bit codes, and Adam on them. The products of galore_step_8bit are Triton's.
+#include <map>
+
+#include "../../cuda/blockwise.h"
+#include "../blockwise.h"
+#include "tensors.h"
+
+namespace lowrank {
+namespace {
+
+std::tuple<Tensor, Tensor> quantize_blockwise(const Tensor& x, bool is_signed) {
+  check_quantize_blockwise(x);
+  const DeviceGuard guard(x.get_device_index());
+  const auto sizes = x.sizes();
+  const Tensor codes = empty(Shape(sizes.begin(), sizes.end()), place_of(x), aoti_torch_dtype_uint8());
+  const Tensor absmax = empty({blocks(sizes)}, place_of(x));
+  STD_CUDA_CHECK(launch_quantize_blockwise(storage(x), x.data_ptr(), static_cast<uint8_t*>(codes.data_ptr()),
+                                           static_cast<float*>(absmax.data_ptr()), x.numel(), is_signed, current_stream(x)));
+  return {codes, absmax};
+}
+
+Tensor dequantize_blockwise(const Tensor& codes, const Tensor& absmax, bool is_signed) {
+  check_dequantize_blockwise(codes, absmax);
+  const DeviceGuard guard(codes.get_device_index());
+  const auto sizes = codes.sizes();
+  const Tensor x = empty(Shape(sizes.begin(), sizes.end()), place_of(codes));
+  STD_CUDA_CHECK(launch_dequantize_blockwise(static_cast<const uint8_t*>(codes.data_ptr()),
+                                             static_cast<const float*>(absmax.data_ptr()), static_cast<float*>(x.data_ptr()),
+                                             x.numel(), is_signed, current_stream(codes)));
+  return x;
+}
+
+void adam_8bit(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+               const Tensors& exp_avg_absmaxes, const Tensors& exp_avg_sq_absmaxes, const Tensors& steps, const Tensor& lr,
+               double beta1, double beta2, double eps, double weight_decay, const std::optional<Tensor>& grad_scale,
+               const std::optional<Tensor>& found_inf, const std::optional<Tensor>& skipped) {
+  const StoredLists moments{exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes};
+  check_adam_8bit(params, grads, moments, steps, lr, {grad_scale, found_inf, skipped});
+  if (params.empty()) return;
+  const AdamWScalars scalars{beta1, beta2, eps, weight_decay, number("adam_8bit_", "lr", lr), pointer(grad_scale),
+                             pointer(found_inf), skipped ? static_cast<int64_t*>(skipped->data_ptr()) : nullptr};
+  const DeviceGuard guard(params[0].get_device_index());
+  const cudaStream_t stream = current_stream(params[0]);
+
+  std::map<std::pair<DType, DType>, Adam8bitList> lists;
+  const auto flush = [&](DType w, DType g, Adam8bitList& list) {
+    STD_CUDA_CHECK(launch_advance(StepList::of(list), scalars.found_inf, stream));
+    STD_CUDA_CHECK(launch_adam_8bit(w, g, list, scalars, stream));
+    list.count = 0;
+  };
+  for (size_t i = 0; i < params.size(); ++i) {
+    const DType w = storage(params[i]), g = storage(grads[i]);
+    Adam8bitList& list = lists[{w, g}];
+    list.items[list.count++] = {params[i].data_ptr(), grads[i].data_ptr(), moments.at(i).pointers(),
+                                static_cast<float*>(steps[i].data_ptr()), params[i].numel()};
+    if (list.count == Adam8bitList::kMost) flush(w, g, list);
+  }
+  for (auto& [dtypes, list] : lists)
+    if (list.count > 0) flush(dtypes.first, dtypes.second, list);
+}
+
+void adam_8bit_low_rank(const Tensors& low_rank_grads, const Tensors& updates, const Tensors& exp_avgs,
+                        const Tensors& exp_avg_sqs, const Tensors& exp_avg_absmaxes, const Tensors& exp_avg_sq_absmaxes,
+                        const Tensors& steps, double beta1, double beta2, double eps, bool left,
+                        const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+  const StoredLists moments{exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes};
+  check_adam_8bit_low_rank(low_rank_grads, updates, moments, steps, grad_scale, found_inf);
+  if (low_rank_grads.empty()) return;
+  const LowRankAdam8bitScalars scalars{beta1, beta2, eps, pointer(grad_scale), pointer(found_inf), left};
+  const DeviceGuard guard(low_rank_grads[0].get_device_index());
+  const cudaStream_t stream = current_stream(low_rank_grads[0]);
+
+  int64_t channels = 0;
+  for (const Tensor& r : low_rank_grads) channels += r.size(left ? 1 : 0);
+  const Tensor flags = empty({channels}, place_of(low_rank_grads[0]), aoti_torch_dtype_uint8());
+  auto* ok = static_cast<uint8_t*>(flags.data_ptr());
+  if (channels > 0) STD_CUDA_CHECK(cudaMemsetAsync(ok, 1, size_t(channels), stream));
+
+  std::map<DType, LowRankAdam8bitList> lists;
+  const auto flush = [&](DType x, LowRankAdam8bitList& list) {
+    STD_CUDA_CHECK(launch_mark_channels(list, scalars, stream));
+    STD_CUDA_CHECK(launch_adam_8bit_low_rank(x, list, scalars, stream));
+    list.count = 0;
+  };
+  for (size_t i = 0; i < low_rank_grads.size(); ++i) {
+    const Tensor& r = low_rank_grads[i];
+    const DType x = storage(updates[i]);
+    LowRankAdam8bitList& list = lists[x];
+    list.items[list.count++] = {static_cast<const float*>(r.data_ptr()), updates[i].data_ptr(), moments.at(i).pointers(),
+                                static_cast<const float*>(steps[i].data_ptr()), ok, r.size(0), r.size(1)};
+    ok += r.size(left ? 1 : 0);
+    if (list.count == LowRankAdam8bitList::kMost) flush(x, list);
+  }
+  for (auto& [x, list] : lists)
+    if (list.count > 0) flush(x, list);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lowrank, CUDA, library) {
+  library.impl("quantize_blockwise", TORCH_BOX(&quantize_blockwise));
+  library.impl("dequantize_blockwise", TORCH_BOX(&dequantize_blockwise));
+  library.impl("adam_8bit_", TORCH_BOX(&adam_8bit));
+  library.impl("adam_8bit_low_rank_", TORCH_BOX(&adam_8bit_low_rank));
+}
+
+}  // namespace
+}  // namespace lowrank

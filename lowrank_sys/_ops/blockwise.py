@@ -1,0 +1,155 @@
+"""Blockwise 8-bit codes, and steps whose moments are stored so.
+
+A tensor of any shape is cut, flat, into blocks of 256 elements (the last may be short). It is stored as codes (uint8, of its
+shape) and absmax (fp32, one a block); a code stands for a value of the dynamic map of bitsandbytes (Dettmers et al. 2022),
+signed for first moments, unsigned for second ones.
+"""
+
+import math
+
+import torch
+
+from lowrank_sys._ops.projection import check_project
+from lowrank_sys._ops.rules import (ADAM, GUARDS, check_guards, check_lists, check_step_and_rate, define, expect_dtype,
+                                    expect_float, expect_like, expect_matrix, fake, low_rank_shape)
+
+BLOCK = 256
+
+_MOMENTS = "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) exp_avg_absmax, Tensor(e!) exp_avg_sq_absmax"
+_MOMENT_LISTS = ("Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] exp_avg_absmaxes, "
+                 "Tensor(e!)[] exp_avg_sq_absmaxes")
+
+SCHEMAS = {
+    "quantize_blockwise": "(Tensor x, *, bool signed) -> (Tensor codes, Tensor absmax)",
+    "dequantize_blockwise": "(Tensor codes, Tensor absmax, *, bool signed) -> Tensor",
+    # adamw_step with 8-bit moments.
+    "adam_8bit_": f"(Tensor(a!)[] params, Tensor[] grads, {_MOMENT_LISTS}, Tensor(f!)[] steps, *, Tensor lr, {ADAM}, {GUARDS}) "
+    "-> ()",
+    # The middle of a low-rank step: updates <- Adam(low_rank_grads), NaN in channels that are left out; steps are only read.
+    "adam_8bit_low_rank_": f"(Tensor[] low_rank_grads, Tensor(a!)[] updates, {_MOMENT_LISTS}, Tensor[] steps, *, float beta1, "
+    "float beta2, float eps, bool left, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+    # galore_step with 8-bit moments, flat over R.
+    "galore_step_8bit.tensor": f"(Tensor(a!) param, Tensor grad, Tensor basis, {_MOMENTS}, *, Tensor step, Tensor lr, {ADAM}, "
+    "float scale, bool left) -> ()",
+    "galore_step_8bit": f"(Tensor(a!) param, Tensor grad, Tensor basis, {_MOMENTS}, *, SymInt step, float lr, {ADAM}, "
+    "float scale, bool left) -> ()",
+    "galore_step_8bit.list": f"(Tensor(a!)[] params, Tensor[] grads, Tensor[] bases, {_MOMENT_LISTS}, Tensor(f!)[] steps, *, "
+    f"Tensor lr, {ADAM}, float scale, bool left, {GUARDS}) -> ()",
+}
+
+
+def blocks(shape):
+    """Number of blocks of a tensor."""
+    return -(-math.prod(shape) // BLOCK)
+
+
+def expect_codes(op, name, codes, absmax_name, absmax, shape, device):
+    """`codes` and `absmax` store a tensor of `shape` on `device`."""
+    expect_like(op, name, codes, shape, device)
+    expect_dtype(op, name, codes, torch.uint8)
+    expect_like(op, absmax_name, absmax, (blocks(shape),), device)
+    expect_dtype(op, absmax_name, absmax, torch.float32)
+
+
+def expect_moments(op, moments, shape, device, index=None):
+    """`moments`: exp_avg, exp_avg_sq and their absmax, as entries `index` of lists if it is given."""
+    first, second, first_absmax, second_absmax = moments
+    names = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
+    if index is not None:
+        names = [f"{name}{'es' if name.endswith('x') else 's'}[{index}]" for name in names]
+    expect_codes(op, names[0], first, names[1], first_absmax, shape, device)
+    expect_codes(op, names[2], second, names[3], second_absmax, shape, device)
+
+
+def check_quantize_blockwise(x, *, op="quantize_blockwise"):
+    expect_float(op, "x", x)
+    expect_like(op, "x", x, x.shape, x.device)
+
+
+def check_dequantize_blockwise(codes, absmax, *, op="dequantize_blockwise"):
+    expect_codes(op, "codes", codes, "absmax", absmax, codes.shape, codes.device)
+
+
+def _lists(moments):
+    return dict(zip(("exp_avgs", "exp_avg_sqs", "exp_avg_absmaxes", "exp_avg_sq_absmaxes"), moments))
+
+
+def check_adam_8bit(params, grads, *moments_and_steps, lr, guards, op="adam_8bit_"):
+    *moments, steps = moments_and_steps
+    check_lists(op, params=params, grads=grads, **_lists(moments), steps=steps)
+    check_guards(op, params, steps, lr, *guards)
+    for i, (param, grad, *stored) in enumerate(zip(params, grads, *moments)):
+        expect_float(op, f"params[{i}]", param)
+        expect_float(op, f"grads[{i}]", grad)
+        expect_like(op, f"params[{i}]", param, param.shape, param.device)
+        expect_like(op, f"grads[{i}]", grad, param.shape, param.device)
+        expect_moments(op, stored, param.shape, param.device, i)
+
+
+def check_adam_8bit_low_rank(low_rank_grads, updates, *moments_and_steps, guards, op="adam_8bit_low_rank_"):
+    *moments, steps = moments_and_steps
+    check_lists(op, low_rank_grads=low_rank_grads, updates=updates, **_lists(moments), steps=steps)
+    if not low_rank_grads:
+        return
+    check_guards(op, low_rank_grads, steps, None, *guards, None, first="low_rank_grads")
+    for i, (r, update, *stored) in enumerate(zip(low_rank_grads, updates, *moments)):
+        expect_matrix(op, f"low_rank_grads[{i}]", r)
+        expect_dtype(op, f"low_rank_grads[{i}]", r, torch.float32)
+        expect_float(op, f"updates[{i}]", update)
+        expect_like(op, f"updates[{i}]", update, r.shape, r.device)
+        expect_moments(op, stored, r.shape, r.device, i)
+
+
+def check_galore_step_8bit(param, grad, basis, *moments, left, op="galore_step_8bit"):
+    expect_matrix(op, "param", param)
+    expect_float(op, "grad", grad)
+    expect_like(op, "grad", grad, param.shape, param.device)
+    check_project(grad, basis, left=left, op=op)
+    expect_moments(op, moments, low_rank_shape(param, basis, left), param.device)
+
+
+def check_galore_step_8bit_list(params, grads, bases, *moments_and_steps, lr, left, guards, op="galore_step_8bit"):
+    *moments, steps = moments_and_steps
+    check_lists(op, params=params, grads=grads, bases=bases, **_lists(moments), steps=steps)
+    check_guards(op, params, steps, lr, *guards)
+    for tensors in zip(params, grads, bases, *moments):
+        check_galore_step_8bit(*tensors, left=left, op=op)
+
+
+define(SCHEMAS)
+
+
+@fake("quantize_blockwise")
+def _(x, *, signed):
+    check_quantize_blockwise(x)
+    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((blocks(x.shape),), dtype=torch.float32)
+
+
+@fake("dequantize_blockwise")
+def _(codes, absmax, *, signed):
+    check_dequantize_blockwise(codes, absmax)
+    return codes.new_empty(codes.shape, dtype=torch.float32)
+
+
+@fake("adam_8bit_")
+def _(*lists, lr, beta1, beta2, eps, weight_decay, grad_scale=None, found_inf=None, skipped=None):
+    check_adam_8bit(*lists, lr=lr, guards=(grad_scale, found_inf, skipped))
+
+
+@fake("adam_8bit_low_rank_")
+def _(*lists, beta1, beta2, eps, left, grad_scale=None, found_inf=None):
+    check_adam_8bit_low_rank(*lists, guards=(grad_scale, found_inf))
+
+
+def _galore_step_8bit(param, *tensors, step, lr, beta1, beta2, eps, weight_decay, scale, left):
+    check_galore_step_8bit(param, *tensors, left=left)
+    check_step_and_rate("galore_step_8bit", param.device, step, lr)
+
+
+fake("galore_step_8bit.tensor")(_galore_step_8bit)
+fake("galore_step_8bit")(_galore_step_8bit)
+
+
+@fake("galore_step_8bit.list")
+def _(*lists, lr, beta1, beta2, eps, weight_decay, scale, left, grad_scale=None, found_inf=None, skipped=None):
+    check_galore_step_8bit_list(*lists, lr=lr, left=left, guards=(grad_scale, found_inf, skipped))

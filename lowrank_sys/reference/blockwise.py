@@ -1,0 +1,189 @@
+"""Blockwise 8-bit codes (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"), and steps on them."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from lowrank_sys import _ops
+from lowrank_sys._ops.blockwise import BLOCK
+from lowrank_sys.reference.adam import accumulator, adam_, skip, usable
+from lowrank_sys.reference.galore import back, project
+
+
+@functools.cache
+def _map(signed):
+    magnitudes = []
+    for decade in range(7):
+        parts = (1 if signed else 2) << decade
+        # Each boundary is rounded to fp32 once: the products below are exact in fp64.
+        i, step = torch.arange(parts + 1, dtype=torch.float64), ((torch.tensor(1.0) - 0.1) / parts).double()
+        boundaries = torch.where(i < (parts + 1) // 2, torch.tensor(0.1).double() + step * i, 1 - step * (parts - i)).float()
+        magnitudes.append((boundaries[1:] + boundaries[:-1]) / 2 * 10.0**(decade - 6))
+    magnitudes = torch.cat(magnitudes)
+    return torch.cat([*((-magnitudes.flip(0),) if signed else ()), torch.zeros(1), magnitudes, torch.ones(1)])
+
+
+def dynamic_map(signed, device="cpu"):
+    """The 256 values of codes, ascending, fp32: dynamic tree quantization.
+
+    [0.1, 1) * 10^(i-6), i = 0 ... 6, holds the midpoints of 2^i equal parts with both signs (unsigned: of 2^(i+1)); also 0
+    and 1. Sums and products are rounded as those of bitsandbytes.functional.create_dynamic_map, which it equals.
+    """
+    return _map(signed).to(device)
+
+
+def midpoints(signed, device="cpu"):
+    """The 255 values between codes: fp32 means. A value equal to one gets the lower code."""
+    values = dynamic_map(signed, device)
+    return (values[1:] + values[:-1]) / 2
+
+
+def _in_blocks(x):
+    """x, flat, as (blocks, 256), filled up with zeros."""
+    return F.pad(x.reshape(-1), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+
+
+def _encode(x, signed):
+    """(codes of x's shape, absmax) of fp32 x of any shape."""
+    values = _in_blocks(x)
+    most = values.abs().amax(dim=1) if values.numel() else values.new_empty(0)
+    finite, normal = most.isfinite(), most >= torch.finfo(torch.float32).tiny
+    absmax = torch.where(finite, torch.where(normal, most, 0), torch.nan)
+    inverse = 1 / most
+    y = torch.where((finite & normal)[:, None], values * inverse[:, None], 0)
+    codes = torch.bucketize(y, midpoints(signed, x.device)).to(torch.uint8)
+    return codes.view(-1)[:x.numel()].view(x.shape), absmax
+
+
+def _decode(codes, absmax, signed):
+    values = dynamic_map(signed, codes.device)[_in_blocks(codes).long()] * absmax[:, None]
+    return values.view(-1)[:codes.numel()].view(codes.shape)
+
+
+def quantize_blockwise(x, *, signed):
+    """(codes, absmax): 8-bit codes (uint8, x's shape) and the largest |x| of each block of 256 (fp32, flat).
+
+    x: any shape, fp32 | bf16 | fp16. The code is that of the map's value nearest to x * (1 / absmax), which is rounded once; of
+    two equally near, the lower. A block of zeros or denormals stores zeros: codes of 0, absmax 0. A block with a NaN or an
+    infinity decodes to NaN: codes of 0, absmax NaN. Negative values of an unsigned x become 0.
+    """
+    _ops.blockwise.check_quantize_blockwise(x)
+    return _encode(x.to(torch.float32), signed)
+
+
+def dequantize_blockwise(codes, absmax, *, signed):
+    """map[codes] * absmax, fp32, of the codes' shape. codes: uint8; absmax: fp32, one a block of 256."""
+    _ops.blockwise.check_dequantize_blockwise(codes, absmax)
+    return _decode(codes, absmax, signed)
+
+
+class Moments:
+    """Both moments of a tensor, decoded for a step and encoded again."""
+
+    def __init__(self, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, dtype):
+        self.stored = ((exp_avg, exp_avg_absmax, True), (exp_avg_sq, exp_avg_sq_absmax, False))
+        self.values = [_decode(*stored).to(dtype) for stored in self.stored]
+
+    def adam(self, gradient, ok, **hyper):
+        """Advance where ok; blocks of which nothing is ok keep their bytes. Returns the update, 0 where not ok."""
+        update = adam_(gradient, *self.values, ok, **hyper)
+        touched = _in_blocks(ok.expand(gradient.shape)).any(dim=1)
+        for values, (codes, absmax, signed) in zip(self.values, self.stored):
+            new_codes, new_absmax = _encode(values.to(torch.float32), signed)
+            absmax.copy_(torch.where(touched, new_absmax, absmax))
+            chosen = torch.where(touched[:, None], _in_blocks(new_codes), _in_blocks(codes))
+            codes.copy_(chosen.view(-1)[:codes.numel()].view(codes.shape))
+        return update
+
+
+def adam_8bit_(params, grads, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps, *, lr, beta1, beta2, eps,
+               weight_decay, grad_scale=None, found_inf=None, skipped=None):
+    """adamw_step with 8-bit moments: AdamW on tensors of any shape, moments in blocks of 256.
+
+    params, grads: fp32 | bf16 | fp16; exp_avgs (signed codes), exp_avg_sqs (unsigned codes): uint8 of their shapes, with
+    absmaxes (fp32, one a block); steps, lr and the guards as in adamw_step. The update comes from the moments before they are
+    rounded to codes. An element whose gradient is not finite keeps its weight, and its decoded moments as its block is encoded
+    again; a block of such elements only keeps its bytes.
+    """
+    moments = (exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes)
+    _ops.blockwise.check_adam_8bit(params, grads, *moments, steps, lr=lr, guards=(grad_scale, found_inf, skipped))
+    if skip(params, found_inf):
+        return
+    for param, grad, *stored, step in zip(params, grads, *moments, steps):
+        step += 1
+        left_out = adamw(param, grad, Moments(*stored, torch.float32), step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+                         weight_decay=weight_decay, grad_scale=grad_scale)
+        if skipped is not None:
+            skipped += left_out
+
+
+def adamw(param, grad, moments, *, step, lr, beta1, beta2, eps, weight_decay, grad_scale=None):
+    """One tensor of adam_8bit_; returns how many elements were left out."""
+    w, g = param.to(accumulator(param)), grad.to(accumulator(param))
+    if grad_scale is not None:
+        g = g * grad_scale
+    ok = usable(g)
+    update = moments.adam(g, ok, step=step, beta1=beta1, beta2=beta2, eps=eps)
+    param.copy_(torch.where(ok, (1 - lr * weight_decay) * w - lr * update, w))
+    return (~ok).sum()
+
+
+def adam_8bit_low_rank_(low_rank_grads, updates, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps, *, beta1,
+                        beta2, eps, left, grad_scale=None, found_inf=None):
+    """updates <- Adam(low_rank_grads), advancing 8-bit moments: what a low-rank step does between its two products.
+
+    low_rank_grads: R (r, n) if left, else (m, r), fp32; updates: of the same shapes, fp32 | bf16 | fp16; moments in blocks of
+    256, flat over R. steps (0-dim fp32) count from 1 and are only read. A channel (column of R if left, else row) that is not
+    usable is NaN in its update and keeps its decoded moments as their blocks, which may span channels, are encoded again; a
+    block of such elements only keeps its bytes. found_inf != 0: nothing is written.
+    """
+    moments = (exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes)
+    _ops.blockwise.check_adam_8bit_low_rank(low_rank_grads, updates, *moments, steps, guards=(grad_scale, found_inf))
+    if skip(low_rank_grads, found_inf):
+        return
+    for r, update, *stored, step in zip(low_rank_grads, updates, *moments, steps):
+        r = r if grad_scale is None else r * grad_scale
+        ok = usable(r).all(dim=0 if left else 1, keepdim=True)
+        x = Moments(*stored, torch.float32).adam(r, ok, step=step, beta1=beta1, beta2=beta2, eps=eps)
+        update.copy_(torch.where(ok, x, torch.nan))
+
+
+def _step(param, r, basis, moments, *, step, lr, beta1, beta2, eps, weight_decay, scale, left):
+    """galore_step_8bit from R; returns how many weights were left out."""
+    axis = 0 if left else 1
+    ok = usable(r).all(dim=axis, keepdim=True)
+    x = Moments(*moments, r.dtype).adam(r, ok, step=step, beta1=beta1, beta2=beta2, eps=eps)
+    w = param.to(r.dtype)
+    param.copy_(torch.where(ok, (1 - lr * weight_decay) * w - (lr * scale) * back(x, basis, left), w))
+    return (~ok).sum() * param.shape[axis]
+
+
+def galore_step_8bit(param, grad, basis, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, *, step, lr, left, **hyper):
+    """galore_step with 8-bit moments, in blocks of 256 flat over R; skipped channels as in adam_8bit_low_rank_.
+
+    param (m, n) and grad: fp32 | bf16 | fp16; basis (m or n, r); exp_avg (signed codes), exp_avg_sq (unsigned codes): uint8 of
+    R's shape; exp_avg_absmax, exp_avg_sq_absmax: fp32, one a block.
+    """
+    moments = (exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax)
+    if param.dtype != torch.float64:
+        _ops.blockwise.check_galore_step_8bit(param, grad, basis, *moments, left=left)
+        _ops.rules.check_step_and_rate("galore_step_8bit", param.device, step, lr)
+    _step(param, project(grad, basis, left=left), basis, moments, step=step, lr=lr, left=left, **hyper)
+
+
+def galore_step_8bit_list(params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps, *, lr,
+                          left, grad_scale=None, found_inf=None, skipped=None, **hyper):
+    """galore_step_8bit for many matrices; steps (0-dim fp32) are advanced by one first. Guards as in adamw_step."""
+    moments = (exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes)
+    _ops.blockwise.check_galore_step_8bit_list(params, grads, bases, *moments, steps, lr=lr, left=left,
+                                               guards=(grad_scale, found_inf, skipped))
+    if skip(params, found_inf):
+        return
+    for param, grad, basis, *stored, step in zip(params, grads, bases, *moments, steps):
+        step += 1
+        r = project(grad, basis, left=left)
+        r = r if grad_scale is None else r * grad_scale
+        left_out = _step(param, r, basis, stored, step=step, lr=lr, left=left, **hyper)
+        if skipped is not None:
+            skipped += left_out

@@ -1,0 +1,186 @@
+"""Blockwise 8-bit codes: exact; and steps whose moments are stored so, within what fp32 may be off by and half a gap of the map."""
+
+import torch
+
+from lowrank_sys import reference
+from lowrank_sys._ops.blockwise import BLOCK, blocks
+from lowrank_sys.reference.blockwise import dynamic_map
+
+from fuzz.bounds import UNIT, Near, adam, assert_within, decayed, exact, scaled
+from fuzz.harness import FLOATS, Fuzz, exactly, same_bits
+from fuzz.projection import back_of, drawn_basis, low_rank, product_of
+from fuzz.steps import compare_list, guards, hyper, plural, rate, settings_of, usable
+
+NORMAL = torch.finfo(torch.float32).tiny
+MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
+LISTS = ("exp_avgs", "exp_avg_sqs", "exp_avg_absmaxes", "exp_avg_sq_absmaxes")
+
+
+def any_shape(draw):
+    return draw.of((3,), (), (0,), (256,), (257,), (5003,), (3, 5, 70), (16, 33))
+
+
+def codes(draw, shape):
+    generator = torch.Generator().manual_seed(draw.integer(0, 999))
+    return torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+
+
+def moments(draw, shape):
+    """Codes of both moments, then an absmax each."""
+    return [codes(draw, shape), codes(draw, shape), *(draw.values(blocks(shape)).abs() for _ in range(2))]
+
+
+def dequantize_arguments(draw):
+    shape = any_shape(draw)
+    return dict(codes=codes(draw, shape), absmax=draw.values(blocks(shape)), signed=draw.of(True, False))
+
+
+def padded(x, value):
+    """x, flat, in rows of a block."""
+    return torch.nn.functional.pad(x.reshape(-1), (0, -x.numel() % BLOCK), value=value).view(-1, BLOCK)
+
+
+def half_gaps(signed):
+    """How far the nearest value of each code may be."""
+    values = dynamic_map(signed).double()
+    gaps = values.diff() / 2
+    first = 1 + values[0] if signed else 0  # there is no -1: the lowest code takes everything below it
+    return torch.maximum(torch.cat([torch.tensor([float(first)]), gaps]), torch.cat([gaps, torch.tensor([0.0])]))
+
+
+def assert_codes(name, before, after, near, known, never, signed):
+    """(codes, absmax) store `near` where all of a block is `known`; blocks that are `never` usable keep their bytes."""
+    keep = padded(never, True).all(dim=1)
+    for then, now in zip((padded(before[0], 0), before[1]), (padded(after[0], 0), after[1])):
+        assert same_bits(then[keep], now[keep]), f"{name}: a block without a usable gradient changed"
+    value, error = padded(near.value, 0.0), padded(near.error, 0.0)
+    check = ~keep & padded(known, True).all(dim=1) & (value.isfinite() & error.isfinite()).all(dim=1)
+    value, error, absmax = value[check], error[check], after[1][check].double()
+    if not check.any():
+        return
+    most, least = (value.abs() + error).amax(dim=1), (value.abs() - error).amax(dim=1)
+    assert (absmax <= most).all() and ((absmax >= least) | (least < NORMAL)).all(), f"{name}: absmax"
+    index = padded(after[0], 127 if signed else 0)[check].long()
+    decoded = dynamic_map(signed).double()[index] * absmax[:, None]
+    allowed = error + (half_gaps(signed)[index] + 16 * UNIT) * absmax[:, None] + NORMAL
+    assert ((decoded - value).abs() <= allowed).all(), f"{name}: codes"
+
+
+def check_moments(before, after, r, sure, never, settings):
+    """Both moments of one tensor; returns the update where sure, else 0."""
+    sure, never = (x.expand(r.value.shape) for x in (sure, never))
+    stored = [(b, s) for b, s in zip(zip(before[:2], before[2:]), (True, False))]
+    old = [exact(reference.dequantize_blockwise(*pair, signed=signed)) for pair, signed in stored]
+    *new, update = adam(r.select(sure, torch.zeros(())), *(near.value.float() for near in old), **settings)
+    for i, (pair, signed) in enumerate(stored):
+        assert_codes(MOMENTS[i], pair, (after[i], after[i + 2]), new[i].select(sure, old[i].value), sure | never, never, signed)
+    return update.select(sure, torch.zeros(()))
+
+
+def check_weights(then, now, update, sure, never, settings):
+    sure, never = sure.expand_as(then), never.expand_as(then)
+    assert same_bits(then[never], now[never]), "param: an unusable gradient changed it"
+    near = decayed(then, update, **settings)
+    assert_within("param", now[sure], Near(near.value[sure], near.error[sure]))
+
+
+def adam_arguments(draw):
+    count = draw.of(1, 2, 0)
+    shapes = [any_shape(draw) for _ in range(count)]
+    rows = [[draw.values(*shape, dtype=draw.of(*FLOATS)), draw.values(*shape, dtype=draw.of(*FLOATS)), *moments(draw, shape)]
+            for shape in shapes]
+    columns = [list(column) for column in zip(*rows)] or [[] for _ in range(6)]
+    return dict(zip(("params", "grads", *LISTS), columns)) | dict(
+        steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw), **guards(draw))
+
+
+def check_adam(then, now, before, grad_scale, settings):
+    r = scaled(grad_scale, exact(then[1]), operations=1)
+    sure, never = usable(r)
+    update = check_moments(then[2:], now[2:], r, sure, never, settings)
+    check_weights(then[0], now[0], update, sure, never, settings)
+    return int(never.sum()), int((~sure).sum())
+
+
+def matrix(draw, left):
+    m, n, r = draw.size(), draw.size(), draw.size(1, 65)
+    shape = low_rank(m, n, r, left)
+    return [draw.values(m, n, dtype=draw.of(*FLOATS)), draw.values(m, n, dtype=draw.of(*FLOATS)),
+            drawn_basis(draw, m if left else n, r), *moments(draw, shape)]
+
+
+def galore_arguments(tensor):
+    def arguments(draw):
+        left, step = draw.of(True, False), draw.of(1, 2, 1000)
+        step = torch.tensor(step, dtype=draw.of(torch.float32, torch.float64, torch.int64)) if tensor else step
+        lr = rate(draw) if tensor else draw.of(0.1, 1e-3, 0.0)
+        return dict(zip(("param", "grad", "basis", *MOMENTS), matrix(draw, left))) | dict(
+            step=step, lr=lr, **hyper(draw), scale=draw.of(0.25, 1.0, 0.0), left=left)
+
+    return arguments
+
+
+def galore_list_arguments(draw):
+    left, count = draw.of(True, False), draw.of(1, 2, 0)
+    rows = [matrix(draw, left) for _ in range(count)]
+    columns = [list(column) for column in zip(*rows)] or [[] for _ in range(7)]
+    return dict(zip(("params", "grads", plural("basis"), *LISTS), columns)) | dict(
+        steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw),
+        scale=draw.of(0.25, 1.0, 0.0), left=left, **guards(draw))
+
+
+def check_matrix(then, now, before, grad_scale, settings):
+    left = before["left"]
+    r = scaled(grad_scale, product_of(then[1], then[2], left), operations=1)
+    axis = 0 if left else 1
+    sure, never = usable(r)
+    sure, never = sure.all(axis, keepdim=True), never.any(axis, keepdim=True)
+    update = check_moments(then[3:], now[3:], r, sure, never, settings)
+    check_weights(then[0], now[0], back_of(update, then[2], left), sure, never, settings)
+    return int(never.sum()) * then[0].shape[axis], int((~sure).sum()) * then[0].shape[axis]
+
+
+def compare_one(before, after, result):
+    rows = [[arguments[name] for name in ("param", "grad", "basis", *MOMENTS)] for arguments in (before, after)]
+    check_matrix(*rows, before, 1.0, settings_of(before, before["step"], before["lr"]))
+
+
+def low_rank_arguments(draw):
+    left, count = draw.of(True, False), draw.of(1, 2, 0)
+    shapes = [(draw.size(), draw.size()) for _ in range(count)]
+    rows = [[draw.values(*shape), draw.values(*shape, dtype=draw.of(*FLOATS)), *moments(draw, shape)] for shape in shapes]
+    columns = [list(column) for column in zip(*rows)] or [[] for _ in range(6)]
+    drawn = guards(draw)
+    return dict(zip(("low_rank_grads", "updates", *LISTS), columns)) | dict(
+        steps=[torch.tensor(float(draw.of(1, 9))) for _ in range(count)], beta1=draw.of(0.9, 0.0), beta2=draw.of(0.999, 0.5),
+        eps=draw.of(1e-8, 1e-30), left=left, grad_scale=drawn["grad_scale"], found_inf=drawn["found_inf"])
+
+
+def compare_low_rank(before, after, result):
+    if before["found_inf"] is not None and before["found_inf"].item() != 0:
+        for name in ("updates", *LISTS):
+            assert all(map(same_bits, before[name], after[name])), f"found_inf is set, but {name} was written"
+        return
+    grad_scale = 1.0 if before["grad_scale"] is None else before["grad_scale"].item()
+    for i, gradient in enumerate(before["low_rank_grads"]):
+        r = scaled(grad_scale, exact(gradient), operations=1)
+        sure, never = usable(r)
+        axis = 0 if before["left"] else 1
+        sure, never = sure.all(axis, keepdim=True), never.any(axis, keepdim=True)
+        settings = dict(step=before["steps"][i].item(), beta1=before["beta1"], beta2=before["beta2"], eps=before["eps"])
+        update = check_moments(*([x[name][i] for name in LISTS] for x in (before, after)), r, sure, never, settings)
+        sure, never, got = sure.expand_as(gradient), never.expand_as(gradient), after["updates"][i]
+        assert got[never].isnan().all()
+        assert_within("update", got[sure], Near(update.value[sure], update.error[sure]))
+
+
+FUZZ = {
+    "quantize_blockwise": Fuzz(lambda draw: dict(x=draw.values(*any_shape(draw), dtype=draw.of(*FLOATS)),
+                                                 signed=draw.of(True, False)), exactly(reference.quantize_blockwise)),
+    "dequantize_blockwise": Fuzz(dequantize_arguments, exactly(reference.dequantize_blockwise)),
+    "adam_8bit_": Fuzz(adam_arguments, compare_list(("params", "grads", *LISTS), check_adam)),
+    "adam_8bit_low_rank_": Fuzz(low_rank_arguments, compare_low_rank),
+    "galore_step_8bit.tensor": Fuzz(galore_arguments(tensor=True), compare_one),
+    "galore_step_8bit": Fuzz(galore_arguments(tensor=False), compare_one),
+    "galore_step_8bit.list": Fuzz(galore_list_arguments, compare_list(("params", "grads", plural("basis"), *LISTS), check_matrix)),
+}

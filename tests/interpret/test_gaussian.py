@@ -1,0 +1,65 @@
+"""A Gaussian basis made in registers: the oracle's bits, and products with it against the oracle in fp64."""
+
+import pytest
+import torch
+
+from lowrank_sys.kernels import configs, gaussian
+from lowrank_sys.reference import gaussian as oracle
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+WHICH = dict(seed=-5, step=3, parameter=7)
+SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("shape", [(130, 70, 0), (64, 3, 37), (1, 1, 5), (3, 2, 2**33)], ids=str)
+def test_the_bits_are_the_oracles(lane, shape, dtype):
+    d, rank, first = shape
+    out = torch.empty(d, rank, dtype=dtype, device=lane.device)
+    gaussian.gaussian_basis_(out, **WHICH, first=first)
+    assert torch.equal(out.cpu(), oracle.gaussian_basis(d, rank, **WHICH, first=first).to(dtype))
+
+
+@SIDES
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("shape", [(63, 100, 7, 0), (150, 70, 20, 37), (70, 150, 66, 5), (1, 70, 1, 0), (100, 60, 130, 1)], ids=str)
+def test_products(lane, shape, dtype, left):
+    m, n, r, first = shape
+    case = lane.case(m, n, r, left, dtype, dtype)
+    kind = dict(**WHICH, left=left, first=first)
+    got = gaussian.gaussian_project(case.grad, rank=r, **kind)
+    depth = m if left else n
+    lane.assert_close("R", got, oracle.gaussian_project(case.wants["grad"], rank=r, **kind), rtol=1e-6, atol=2e-6 * depth**0.5)
+    want = case.wants["param"]
+    gaussian.gaussian_back_project_(case.param, case.low_rank, alpha=-0.5, beta=0.75, **kind)
+    oracle.gaussian_back_project_(want, case.wants["low_rank"], alpha=-0.5, beta=0.75, **kind)
+    lane.assert_close("param", case.param, want, rtol=torch.finfo(dtype).eps, atol=4e-6)
+    case.check_guards()
+
+
+def test_empty(lane):
+    for m, n, left in ((0, 5, True), (0, 5, False), (5, 0, True)):
+        out = gaussian.gaussian_project(torch.empty(m, n, device=lane.device), rank=3, left=left, **WHICH)
+        assert out.shape == ((3, n) if left else (m, 3)) and not out.any()
+
+
+@SIDES
+def test_split_does_not_matter(lane, monkeypatch, left):
+    """However the projected axis is split, R is the same up to the order of fp32 sums; the same split gives the same bits."""
+    results = []
+    grad = torch.randn(*((400, 64) if left else (64, 400)), generator=torch.Generator().manual_seed(0)).to(lane.device)
+    for multiprocessors in (1, 4, 4, 40):
+        monkeypatch.setattr(configs, "target", lambda _, count=multiprocessors: configs.Target(80, count))
+        results.append(gaussian.gaussian_project(grad, rank=5, left=left, first=9, **WHICH))
+    assert torch.equal(results[1], results[2])
+    for other in results[1:]:
+        lane.assert_close("R", other, results[0], rtol=1e-6, atol=4e-5)
+
+
+@SIDES
+def test_the_basis_is_never_in_memory(lane, meter, left):
+    case = lane.case(200, 150, 20, left)
+    gaussian.gaussian_project(case.grad, rank=20, left=left, first=3, **WHICH)
+    launch, = meter.launches
+    assert (launch.counts["grad"]["loaded"] == 1).all() and set(launch.counts) <= {"grad", "out", "partials", "counters"}
+    assert (launch.counts["out"]["stored"] == 1).all()

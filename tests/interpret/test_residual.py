@@ -1,0 +1,168 @@
+"""APOLLO, Fira and FRUGAL: the launchers against the oracle in fp64, and G and W read as often as promised."""
+
+import pytest
+import torch
+
+from lowrank_sys.kernels import configs, residual
+from lowrank_sys.reference import residual as oracle
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+METHODS = {
+    "apollo": ("apollo", dict(scale=1.5)),
+    "apollo-tensor": ("apollo", dict(scale=4.0, per_tensor=True, scale_front=True)),
+    "apollo-free": ("apollo", dict(scale=1.0)),
+    "apollo-gaussian": ("apollo", dict(scale=1.0)),
+    "fira": ("fira", dict(alpha=0.25)),
+    "fira-gram": ("fira", dict(alpha=0.5)),
+    "frugal": ("frugal", dict(scale=0.5, residual_scale=0.1, sign=True)),
+    "frugal-sgd": ("frugal", dict(scale=0.5, residual_scale=0.1, sign=False)),
+}
+EVERY = pytest.mark.parametrize("method", METHODS)
+
+
+class Step:
+    """A case of the lane with what a method adds to it."""
+
+    def __init__(self, lane, method, *shape, left, dtypes=(FP32, FP32, FP32)):
+        self.lane, self.method = lane, method
+        self.name, extra = METHODS[method]
+        self.hyper = {key: value for key, value in lane.hyper.items() if key != "scale"} | extra | {"left": left}
+        self.case = case = lane.case(*shape, left, *dtypes)
+        if self.name == "fira" and method != "fira-gram" and case.basis.shape[0] >= case.r:
+            case.put("basis", torch.linalg.qr(case.basis.float())[0].contiguous().to(case.basis.dtype))
+        if method == "apollo-gaussian":
+            case.put("basis", torch.tensor([-7, 3, 11, 5], device=lane.device))
+            case.wants["basis"] = case.basis.cpu().clone()
+        self.extras = []
+        if self.name != "frugal":
+            self.extras.append(None if "free" in method else torch.tensor(0.8, device=lane.device))
+        if self.name == "fira":
+            b = case.wants["basis"].float()
+            self.extras.append((b.T @ b).to(lane.device) if method == "fira-gram" else None)
+        self.wants = [t if t is None else t.double().cpu() for t in self.extras]
+
+    def run(self, **numbers):
+        getattr(residual, f"{self.name}_step")(*self.case.tensors(), *self.extras, **self.hyper, **numbers)
+
+    def run_list(self, steps, **guards):
+        extras = [[] if t is None else [t] for t in self.extras]
+        getattr(residual, f"{self.name}_step_list")(*([t] for t in self.case.tensors()), *extras, steps, lr=torch.tensor(0.1),
+                                                    **self.hyper, **guards)
+
+    def oracle(self, *, step, grad_scale=1.0):
+        want = self.case.wants
+        getattr(oracle, f"{self.name}_step")(want["param"], want["grad"] * grad_scale, want["basis"], want["exp_avg"],
+                                             want["exp_avg_sq"], *self.wants, step=step, lr=0.1, **self.hyper)
+
+    def check(self, before):
+        case = self.case
+        depth, dtype = case.param.shape[0 if case.left else 1], case.param.dtype
+        for name in ("exp_avg", "exp_avg_sq"):
+            self.lane.assert_close(name, getattr(case, name), case.wants[name], rtol=4e-6, atol=2e-6 * max(1, depth)**0.5)
+        if self.extras and self.extras[0] is not None:
+            self.lane.assert_close("limiter", self.extras[0], self.wants[0], rtol=1e-5, atol=0)
+        moved = (case.wants["param"] - before.double().cpu()).abs().max().item()
+        relative = 1e-5 * case.r**0.5 if case.basis.dtype in (FP32, torch.int64) else torch.finfo(case.basis.dtype).eps
+        got = case.param.double().cpu()
+        if self.method == "frugal":
+            # The sign is free where the residual is within rounding of zero.
+            want = case.wants
+            r = want["basis"].T @ want["grad"] if case.left else want["grad"] @ want["basis"]
+            left_over = want["grad"] - (want["basis"] @ r if case.left else r @ want["basis"].T)
+            got = torch.where(left_over.abs() < 1e-4, want["param"], got)
+        self.lane.assert_close("param", got, case.wants["param"], rtol=torch.finfo(dtype).eps, atol=max(relative * moved, 1e-6))
+        case.check_guards()
+
+
+@SIDES
+@EVERY
+@pytest.mark.parametrize("shape", [(63, 100, 7), (150, 70, 33), (1, 70, 1)], ids=str)
+def test_step(lane, shape, method, left):
+    step = Step(lane, method, *shape, left=left)
+    before = step.case.param.clone()
+    step.run(step=3, lr=0.1)
+    if step.name == "fira" and step.case.basis.shape[0] <= step.case.r:
+        return  # a residual of nothing but rounding: its norm has no digits
+    step.oracle(step=3)
+    step.check(before)
+
+
+@SIDES
+@EVERY
+@pytest.mark.parametrize("dtypes", [(BF16, BF16, BF16), (FP16, FP32, BF16)], ids=str)
+def test_types(lane, dtypes, method, left):
+    step = Step(lane, method, 64, 80, 16, left=left, dtypes=dtypes)
+    before = step.case.param.clone()
+    step.run(step=3, lr=0.1)
+    step.oracle(step=3)
+    step.check(before)
+
+
+@SIDES
+@EVERY
+def test_list(lane, method, left):
+    step = Step(lane, method, 60, 50, 6, left=left)
+    before, steps = step.case.param.clone(), [torch.tensor(4.0, device=lane.device)]
+    skipped = torch.zeros((), dtype=torch.int64, device=lane.device)
+    step.run_list(steps, grad_scale=torch.tensor([0.5], device=lane.device), found_inf=torch.zeros((), device=lane.device),
+                  skipped=skipped)
+    assert steps[0].item() == 5.0 and skipped.item() == 0
+    step.oracle(step=5, grad_scale=0.5)
+    step.check(before)
+
+
+@SIDES
+@EVERY
+def test_nonfinite_and_found_inf(lane, method, left):
+    """A channel that is not usable keeps its bytes and is counted; found_inf keeps every byte."""
+    step = Step(lane, method, 60, 70, 5, left=left)
+    grad = step.case.grad if left else step.case.grad.T
+    grad[3, 2], grad[4, 40] = float("nan"), float("inf")
+    before = [t.clone() for t in step.case.tensors()]
+    limiter = [t.clone() for t in step.extras if t is not None]
+    skipped = torch.zeros((), dtype=torch.int64, device=lane.device)
+    steps = [torch.tensor(2.0, device=lane.device)]
+    step.run_list(steps, found_inf=torch.ones(1, device=lane.device), skipped=skipped)
+    assert steps[0].item() == 2.0 and skipped.item() == 0
+    for then, now in zip(before, step.case.tensors()):
+        assert torch.equal(then.nan_to_num(5), now.nan_to_num(5))
+    assert all(map(torch.equal, limiter, [t for t in step.extras if t is not None]))
+    step.run_list(steps, skipped=skipped)
+    assert steps[0].item() == 3.0 and skipped.item() == 2 * grad.shape[0]
+    for then, now in zip(before, step.case.tensors()):
+        if then is before[1] or then is before[2]:
+            continue
+        same = (then == now) if left else (then == now).T
+        assert same[:, [2, 40]].all() and now.isfinite().all() and not same[:, :2].all()
+    assert all(t.isfinite().all() for t in step.extras if t is not None)
+
+
+@EVERY
+def test_split_does_not_matter(lane, monkeypatch, method):
+    results = []
+    for multiprocessors in (1, 8, 8):
+        monkeypatch.setattr(configs, "target", lambda _, count=multiprocessors: configs.Target(80, count))
+        step = Step(lane, method, 400, 40, 5, left=True)
+        before = step.case.param.clone()
+        step.run(step=2, lr=0.1)
+        step.oracle(step=2)
+        step.check(before)
+        results.append(step.case.param.clone())
+    assert torch.equal(results[1], results[2])
+
+
+@EVERY
+def test_traffic(lane, meter, method):
+    """G is read twice, W read and written once, and no other argument has their size."""
+    step = Step(lane, method, 150, 140, 5, left=True)
+    step.run(step=2, lr=0.1)
+    full = {"grad": 0, "param": 0}
+    for launch in meter.launches:
+        for name, counts in launch.counts.items():
+            if name in full and counts["loaded"].size == 150 * 140:
+                full[name] += counts["loaded"]
+                assert name != "param" or (counts["stored"] == 1).all()
+            else:
+                assert counts["loaded"].size <= 4 * 150 * 5 + 512, name
+    assert (full["grad"] == 2).all() and (full["param"] == 1).all()
