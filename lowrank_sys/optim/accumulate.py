@@ -183,8 +183,8 @@ class Accumulate(Hooked):
     def check_loaded(self, groups):
         for group in groups:
             if "rank" in group and group.get("subspace") == "svd":
-                raise ValueError("a state with subspace='svd' cannot go on with per_layer='accumulate': exact bases need whole "
-                                 "gradients")
+                raise ValueError("a state with subspace='svd' cannot go on with per_layer='accumulate': exact bases need "
+                                 "whole gradients")
 
     def loaded(self, optimizer):
         """Gradients that were projected on another basis are dropped."""

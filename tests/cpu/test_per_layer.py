@@ -1,4 +1,4 @@
-"""per_layer: gradients that are projected, or used up, as soon as they exist, against the same optimizer on whole gradients."""
+"""per_layer: gradients that are projected, or used up, as soon as they exist, against the optimizer on whole gradients."""
 
 import argparse
 import copy
@@ -98,7 +98,7 @@ def test_four_micro_batches_are_one_batch(keys):
     """With torch's clipping in an ordinary loop, over several refreshes; and the same as on whole gradients."""
     one, four, whole = build(), build(), build()
     optimizers = [galore(one, **keys), galore(four, **keys), galore(whole, None, refresh="next", **keys)]
-    start = [b for p in (1, 3) for b in [one[p].weight.detach().clone()]]
+    start = [one[i].weight.detach().clone() for i in (1, 3)]
     norms = [train(one, optimizers[0], range(16), 1, clip_by_torch), train(four, optimizers[1], range(16), 4, clip_by_torch),
              train(whole, optimizers[2], range(16), 4, clip_by_optimizer)]
     assert_same(one, four, **CLOSE)
@@ -655,11 +655,12 @@ def test_first_sketches_are_spread():
             p.grad = torch.randn_like(p)
         old = [optimizer.state[p]["basis"].clone() if optimizer.state[p] else None for p in params]
         optimizer.step()
-        history.append([i for i, p in enumerate(params) if old[i] is None or not torch.equal(old[i], optimizer.state[p]["basis"])])
+        new = [optimizer.state[p]["basis"] for p in params]
+        history.append([i for i in range(8) if old[i] is None or not torch.equal(old[i], new[i])])
         for p in params:
             basis = optimizer.state[p]["basis"]
             torch.testing.assert_close(basis.T @ basis, torch.eye(2), atol=1e-5, rtol=0)
-    assert history[1:4] == [[2, 3], [4, 5], [6, 7]] or history[1:4] == [[0, 2, 3], [1, 4, 5], [6, 7]]
+    assert history[1:4] == [[0, 2, 3], [1, 4, 5], [6, 7]]
     assert max(map(len, history[4:])) <= 2
     later = sum(history[8:16], [])
     assert sorted(later) == list(range(8))
@@ -875,8 +876,8 @@ def test_a_sketch_finds_the_subspace(left, dtype):
         torch.testing.assert_close(gram, torch.eye(16), atol=2e-2 if dtype == torch.bfloat16 else 1e-4, rtol=0)
         parts = [ops.project(g, omega, left=not left) for g in (0.3 * grad, 0.7 * grad)]
         new = basis.clone()
-        ops.refresh_from_sketch_([new], [parts[0] + parts[1]], [torch.tensor(0)], [], [], [], torch.tensor(0.1), left=left, gap=5,
-                                 first_gaps=[1], seeds=[3], moments="keep")
+        ops.refresh_from_sketch_([new], [parts[0] + parts[1]], [torch.tensor(0)], [], [], [], torch.tensor(0.1), left=left,
+                                 gap=5, first_gaps=[1], seeds=[3], moments="keep")
         r_ = ops.project(grad.contiguous(), new.float(), left=left)
         return (r_.norm() ** 2 / torch.linalg.svdvals(grad)[:r].square().sum()).item()
 

@@ -109,7 +109,8 @@ def compare_directions(before, after, result):
     """Orthonormal but for rounding, that of 16-bit storage included: 2^-8 of a column's square, and noise in the others."""
     basis, exp_avg = before["basis"], before["exp_avg"]
     d, rank = basis.shape
-    assert result.dtype == basis.dtype and result.shape == (before["other"], min(rank + max(8, -(-rank // 8)), d, before["other"]))
+    columns = min(rank + max(8, -(-rank // 8)), d, before["other"])
+    assert result.dtype == basis.dtype and result.shape == (before["other"], columns)
     if exp_avg is None or exp_avg.isfinite().all():
         gram = result.double().T @ result.double()
         error = (gram - torch.eye(result.shape[1])).abs().max()
