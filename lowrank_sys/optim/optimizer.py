@@ -86,19 +86,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _init_state(self, only=None):
         """Make the missing state of what has a gradient, or of the one parameter `only`."""
-        matrices = [p for g in self.param_groups if "rank" in g for p in weights(g)]
-        index = {p: i for i, p in enumerate(matrices)}
+        missing = []
         for group in self.param_groups:
             params = [p for p, _ in self.gradients.of(group)] if only is None else [p for p in group["params"] if p is only]
-            for param in params:
-                if self.state[param]:
-                    continue
-                state = self.state[param]
-                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-                shape = param.shape
-                if "rank" in group:
-                    shape = self.subspace.init(state, param, group, index[param], len(matrices))
-                self.inner.init(state, tuple(shape), param, group)
+            missing += [(p, group) for p in params if not self.state[p]]
+        if not missing:
+            return
+        matrices = [p for g in self.param_groups if "rank" in g for p in weights(g)]
+        index = {p: i for i, p in enumerate(matrices)}
+        for param, group in missing:
+            state = self.state[param]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            shape = param.shape
+            if "rank" in group:
+                shape = self.subspace.init(state, param, group, index[param], len(matrices))
+            self.inner.init(state, tuple(shape), param, group)
 
     def _counter(self, device):
         if device not in self._counters:
