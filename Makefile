@@ -14,12 +14,16 @@ WORKERS ?= 2
 SPREAD = OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS)
 NATIVE = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: train test test-cpu test-interpret test-compile test-host test-parity test-gpu floors clean
+.PHONY: train test test-all test-cpu test-interpret test-compile test-host test-parity test-gpu floors clean
 
 train: $(VENV)/.ready
 	$(BIN)/lowrank train --out $(OUT)
 
 test: test-gpu test-parity test-host test-interpret test-compile test-cpu
+
+# The same, with every variant of every kernel compiled (days) instead of a cover of at most 300 builds.
+test-all: export LOWRANK_COMPILE = all
+test-all: test
 
 test-cpu: $(VENV)/.ready
 	$(SPREAD) tests/cpu

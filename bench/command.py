@@ -1,6 +1,9 @@
 """`lowrank bench`: its subcommands."""
 
+import argparse
+
 from lowrank_sys.bench import floors, kernels, optimizers
+from lowrank_sys.bench.static import command as static
 
 COMMANDS = {
     "kernels": (kernels, "time every op against the oracle and against plain torch"),
@@ -9,12 +12,25 @@ COMMANDS = {
 }
 
 
+class Static(argparse.Action):
+    """--static takes the rest of the line, by flags of its own, in place of a subcommand."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        own = type(parser)(prog=f"{parser.prog} --static", description=static.SUMMARY)
+        static.add_arguments(own)
+        own.parse_args(values, namespace)
+        namespace.bench_run = static.run
+        self.instead_of.required = False
+
+
 def add_arguments(parser):
     commands = parser.add_subparsers(dest="bench", required=True, metavar="|".join(COMMANDS))
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)
         command.set_defaults(bench_run=module.run)
+    flag = parser.add_argument("--static", nargs=argparse.REMAINDER, action=Static, help=static.SUMMARY)
+    flag.instead_of = commands
 
 
 def run(args):

@@ -15,17 +15,21 @@ def rms(x):
 
 
 def _mean_over(x, ok, dim):
-    """Mean along `dim` of the entries where ok (broadcast along the other axis)."""
+    """Mean along `dim` of the entries where ok (broadcast along the other axis). Divides first: the sum may overflow."""
     ok = ok.expand_as(x)
-    return torch.where(ok, x, 0).sum(dim, keepdim=True) / ok.sum(dim, keepdim=True).clamp(min=1)
+    return (torch.where(ok, x, 0) / ok.sum(dim, keepdim=True).clamp(min=1)).sum(dim, keepdim=True)
 
 
-def _second_moment(square, ok, row, col, beta2):
-    """Advance the factored statistics (m, 1), (1, n) where ok; return 1/sqrt of the rank-1 estimate."""
+def _preconditioned(r, square, ok, row, col, beta2):
+    """Advance the factored statistics (m, 1), (1, n) where ok; return r over the root of the estimate row col / mean(row).
+
+    Factor by factor: the estimate itself leaves fp32 where some rows are zero and others large.
+    """
     for statistic, dim in ((row, -1), (col, -2)):
         seen = ok.expand_as(square).any(dim, keepdim=True)
         statistic.copy_(torch.where(seen, beta2 * statistic + (1 - beta2) * _mean_over(square, ok, dim), statistic))
-    return (row / row.mean(dim=-2, keepdim=True)).rsqrt() * col.rsqrt()
+    mean = (row / max(row.shape[-2], 1)).sum(dim=-2, keepdim=True)
+    return (r * row.rsqrt()) * (mean.sqrt() * col.rsqrt())
 
 
 def adafactor_step(param, grad, basis, exp_avg, row, col, exp_avg_sq, step, *, lr, beta1, decay_rate, eps1, eps2,
@@ -51,7 +55,7 @@ def adafactor_step(param, grad, basis, exp_avg, row, col, exp_avg_sq, step, *, l
     square = torch.where(ok, r, 0).square() + eps1
     beta2 = 1 - step**decay_rate
     if row is not None:
-        update = torch.where(ok, r, 0) * _second_moment(square, ok, row, col, beta2)
+        update = _preconditioned(torch.where(ok, r, 0), square, ok, row, col, beta2)
     else:
         exp_avg_sq.copy_(torch.where(ok, beta2 * exp_avg_sq + (1 - beta2) * square, exp_avg_sq))
         update = torch.where(ok, r, 0) * exp_avg_sq.rsqrt()

@@ -52,7 +52,7 @@ def adamw_step(params, grads, exp_avgs, exp_avg_sqs, steps, *, lr, beta1, beta2,
         step += 1
         w, g = param.to(accumulator(param)), grad.to(accumulator(param))
         if grad_scale is not None:
-            g = g * grad_scale
+            g = g * grad_scale.reshape(())
         ok = usable(g)
         update = adam_(g, exp_avg, exp_avg_sq, ok, step=step, beta1=beta1, beta2=beta2, eps=eps)
         param.copy_(torch.where(ok, (1 - lr * weight_decay) * w - lr * update, w))

@@ -5,6 +5,10 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from fuzz import FUZZ
+from fuzz.harness import Draw, overload, replace, same_bits, tensors_of
+
+from lowrank_sys import _ops
 from lowrank_sys.optim import GaLoreAdamW, param_groups
 
 
@@ -54,3 +58,51 @@ def test_the_plain_op_with_tensors():
         states.append(param)
     assert counter.frame_count == 1
     assert torch.equal(*states)
+
+
+# Every list op: the optimizers call no other form.
+LISTS = [name for name, schema in _ops.SCHEMAS.items() if "[] steps" in schema and "grad_scale" in schema]
+
+
+class First(Draw):
+    """The simplest choice each time, and no hostile value."""
+
+    def __init__(self):
+        super().__init__(None)
+
+    def of(self, *values):
+        return values[0]
+
+    def integer(self, low, high):
+        return low
+
+    def size(self, least=0, most=300):
+        return min(max(least, 16), most)
+
+    def values(self, *shape, dtype=torch.float32, hostile=True):
+        return super().values(*shape, dtype=dtype, hostile=False)
+
+
+@pytest.mark.parametrize("op", LISTS)
+def test_a_list_op_is_compiled_once(op):
+    """Steps, rate, grad_scale and found_inf change, the graph does not."""
+    function = overload(op)
+    arguments = FUZZ[op].arguments(First())
+    known = {argument.name for argument in function._schema.arguments}
+
+    def run(values, guards):
+        function(**{**values, **guards})
+
+    counter = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    states = []
+    for call in (torch.compile(run, fullgraph=True, backend=counter), run):
+        values, skipped = {name: replace(value, torch.clone) for name, value in arguments.items()}, torch.tensor(0)
+        for i in range(12):
+            guards = {"lr": torch.tensor(1e-2 / (i + 1)), "grad_scale": torch.tensor(1.0 + i),
+                      "found_inf": torch.tensor(float(i == 7)), "skipped": skipped}
+            call(values, {name: guards[name] for name in guards.keys() & known})
+        states.append(tensors_of(list(values.values())))
+    assert counter.frame_count == 1
+    assert all(map(same_bits, *states))
+    assert not all(map(same_bits, states[0], tensors_of(list(arguments.values()))))

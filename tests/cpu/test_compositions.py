@@ -87,3 +87,15 @@ def test_adafactor_refuses(place, value, message):
     with pytest.raises(RuntimeError, match=message):
         ops.adafactor_step(*arguments, lr=torch.tensor(0.1), left=True, **RATES, **FLAGS)
     assert torch.equal(arguments[0], before)
+
+
+def test_adafactor_of_zero_rows_beside_large_ones_stays_finite():
+    """The rank-1 estimate of a zero row leaves fp32 beside a row of 1e18; its update does not."""
+    param, grad = torch.ones(4, 5), torch.zeros(4, 5)
+    grad[1, 2] = 1e18
+    row, col, step = torch.zeros(4, 1), torch.zeros(1, 5), torch.tensor(0.0)
+    ops.adafactor_step(param, grad, None, None, row, col, None, step, lr=torch.tensor(0.1), left=True,
+                       **RATES | dict(weight_decay=0.0), **FLAGS | dict(relative_step=False, scale_parameter=False))
+    assert (param[1, 2] < 1) and param.isfinite().all()
+    param[1, 2] = 1
+    assert (param == 1).all()

@@ -1,37 +1,45 @@
 """Random calls of every op: equal to the oracle within what fp32 may be off by, or refused in one clear error; never a crash,
 and never a write outside of the arguments.
 
-LOWRANK_FUZZ=N draws N new examples an op; without it the examples are the same at every run.
+LOWRANK_FUZZ=N draws N examples an op; beyond the default they are new at every run.
 """
 
 import os
 
 import pytest
 from fuzz import FUZZ
-from fuzz.harness import Draw, check_call, check_spoiled_call
+from fuzz.harness import Draw, check_call, check_spoiled_call, overload
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from lowrank_sys import _ops
+from lowrank_sys import _ops, backends, reference
 
-COUNT = os.environ.get("LOWRANK_FUZZ")
-SETTINGS = settings(max_examples=int(COUNT or 25), derandomize=COUNT is None, deadline=None, database=None, print_blob=False,
+DEFAULT = 25
+COUNT = int(os.environ.get("LOWRANK_FUZZ", DEFAULT))
+SETTINGS = settings(max_examples=COUNT, derandomize=COUNT <= DEFAULT, deadline=None, database=None, print_blob=False,
                     suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink))
+
+
+# Who serves an op: what a CPU user gets, and the oracle itself, which serves where nothing is built.
+SERVED = {op: {row.implementation: overload(op) for row in backends.table() if (row.op, row.device) == (op, "cpu")}
+          | ({"reference": reference.IMPLEMENTATIONS[op]} if op in reference.IMPLEMENTATIONS else {}) for op in FUZZ}
 
 
 def test_every_op_is_fuzzed():
     assert FUZZ.keys() == _ops.SCHEMAS.keys()
 
 
-@pytest.mark.parametrize("op", FUZZ)
+@pytest.mark.parametrize("op, backend", [(op, backend) for op in FUZZ for backend in SERVED[op]])
 @SETTINGS
 @given(data=st.data())
-def test_legal_calls(op, data):
-    check_call(op, FUZZ[op], Draw(data.draw))
+def test_legal_calls(op, backend, count, data):
+    check_call(op, FUZZ[op], Draw(data.draw), SERVED[op][backend])
+    count("op", op, backend)
 
 
 @pytest.mark.parametrize("op", FUZZ)
 @SETTINGS
 @given(data=st.data())
-def test_spoiled_calls(op, data):
+def test_spoiled_calls(op, count, data):
     check_spoiled_call(op, FUZZ[op], Draw(data.draw))
+    count("refused", op)

@@ -116,6 +116,26 @@ def test_side(proj_type, wide, tall):
         assert all(optimizer.state[p]["exp_avg"].numel() == 400 for p in params)
 
 
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right", "short-moments"])
+@pytest.mark.parametrize("subspace", ["randomized", "svd"])
+def test_a_rank_as_large_as_a_side_is_full_rank(subspace, proj_type):
+    """Cold and warm refreshes leave no room to oversample; the basis is square or spans the whole row or column space."""
+    params = [nn.Parameter(torch.randn(shape)) for shape in ((20, 40), (40, 20), (20, 20), (1, 20))]
+    groups = [{"params": [p], "rank": min(p.shape), "proj_type": proj_type, "subspace": subspace, "update_proj_gap": 2}
+              for p in params]
+    optimizer = GaLoreAdamW(groups, lr=1e-2)
+    for _ in range(5):
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        assert all(p.isfinite().all() and not torch.equal(p, q) for p, q in zip(params, before))
+    for p in params:
+        state = optimizer.state[p]
+        b = state["basis"]
+        torch.testing.assert_close(b.T @ b, torch.eye(b.shape[1]), atol=1e-5, rtol=0)
+
+
 def refreshed(optimizer, params):
     """Indices of the matrices whose basis the next step changes."""
     before = [optimizer.state[p]["basis"].clone() if optimizer.state[p] else None for p in params]

@@ -29,9 +29,10 @@ def checks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address", "undefined"])
-def test_sanitizer(checks, sanitizer):
+def test_sanitizer(checks, sanitizer, count):
     done = subprocess.run([checks / f"check_{sanitizer}"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stdout + done.stderr
+    count("sanitizer", sanitizer)
 
 
 def test_thread_sanitizer_sees_a_race(checks):

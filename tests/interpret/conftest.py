@@ -129,6 +129,24 @@ def lane(device):
                                  case=lambda *args, **kwargs: Case(device, *args, **kwargs))
 
 
+@pytest.fixture(autouse=True)
+def launches(monkeypatch, count, request):
+    """Counts the kernels and configurations that are interpreted."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    launch, metered = interpreter.GridExecutor.__call__, "meter" in request.fixturenames
+
+    def counted(self, *args, **kwargs):
+        configuration = sorted((name, value) for name, value in kwargs.items() if name.isupper() or name.startswith("num_"))
+        for what in ("launch", "traffic") if metered else ("launch",):
+            count(what, self.fn.__name__, str(configuration))
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
+
+
 class Meter:
     """How often each element of each argument of each launch is loaded and stored."""
 
@@ -169,7 +187,7 @@ class Meter:
 
 
 @pytest.fixture
-def meter(monkeypatch):
+def meter(monkeypatch, launches):
     from triton.runtime import interpreter
 
     meter = Meter()

@@ -6,4 +6,5 @@ from the schema: guard bands around every tensor, arguments that are not marked 
 
 from fuzz import blockwise, gaussian, int4, int8, projection, residual, sparse, steps, subspace, transforms
 
-FUZZ = {name: entry for group in (projection, int4, steps, subspace, int8, sparse, transforms, blockwise, gaussian, residual) for name, entry in group.FUZZ.items()}
+GROUPS = (projection, int4, steps, subspace, int8, sparse, transforms, blockwise, gaussian, residual)
+FUZZ = {name: entry for group in GROUPS for name, entry in group.FUZZ.items()}

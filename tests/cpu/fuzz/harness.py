@@ -123,14 +123,14 @@ def assert_unwritten(before, after, names):
             assert same_bits(then, now), f"{name} was written"
 
 
-def check_call(op, entry, draw):
-    """A legal call: no write outside of the arguments marked as written, and the results that `entry` wants."""
+def check_call(op, entry, draw, function):
+    """A legal call of `function`, which serves `op`: only what is marked as written is, and results are as `entry` wants."""
     odd = draw.of(0, 1)
     guarded = Guarded(odd)
     # Aligned alike, because a GEMM may sum in an order that depends on it.
     before = {name: replace(value, Guarded(odd)) for name, value in entry.arguments(draw).items()}
     after = {name: replace(value, guarded) for name, value in before.items()}
-    result = overload(op)(**after)
+    result = function(**after)
     guarded.check()
     assert_unwritten(before, after, before.keys() - writes(op))
     entry.compare(before, after, result)
@@ -229,6 +229,7 @@ def exactly(oracle):
 
 
 def assert_equal(name, got, want):
-    assert (got.shape, got.dtype) == (want.shape, want.dtype), f"{name}: {got.shape} {got.dtype}, not {want.shape} {want.dtype}"
+    shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in (got, want)]
+    assert shapes[0] == shapes[1], f"{name}: {shapes[0]}, not {shapes[1]}"
     same = (got == want) | ((got != got) & (want != want))
     assert same.all(), f"{name}: {int((~same).sum())} of {same.numel()} differ"

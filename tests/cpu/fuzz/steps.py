@@ -153,8 +153,7 @@ def compare_matrices(projected):
 def adamw_arguments(draw):
     count = draw.of(1, 2, 0)
     shapes = [draw.of((3,), (), (0,), (5003,), (3, 5, 7), (16, 16)) for _ in range(count)]
-    tensors = [[draw.values(*shape, dtype=draw.of(*FLOATS)), draw.values(*shape, dtype=draw.of(*FLOATS)), *moments(draw, shape)]
-               for shape in shapes]
+    tensors = [[*(draw.values(*shape, dtype=draw.of(*FLOATS)) for _ in range(2)), *moments(draw, shape)] for shape in shapes]
     columns = [list(column) for column in zip(*tensors)] or [[] for _ in range(4)]
     return dict(zip(("params", "grads", "exp_avgs", "exp_avg_sqs"), columns)) | dict(
         steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw), **guards(draw))
@@ -199,7 +198,7 @@ STATE = ("exp_avg", "row", "col", "exp_avg_sq")
 
 
 def compare_adafactor(before, after, result):
-    """Without a basis the op is the oracle. With one, they differ by the product's rounding: sums of R's squares are smooth."""
+    """Without a basis the op is the oracle. With one they differ by the product's rounding; sums of R's squares are smooth."""
     grad, basis, left = before["grad"], before["basis"], before["left"]
     assert after["step"] == before["step"] + 1
     for name in ("param", *STATE):

@@ -22,8 +22,9 @@ def iteration_arguments(draw):
     m, n, left = draw.size(1), draw.size(1), draw.of(True, False)
     rank = draw.of(1, min(m, n), (min(m, n) + 1) // 2)
     warm = draw.of(False, True)
-    return dict(grad=draw.values(m, n, dtype=draw.of(*FLOATS)), basis=orthonormal(draw, m if left else n, rank) if warm else None,
-                rank=rank, left=left, n_iter=draw.of(2, 1, 3) if warm else draw.of(2, 0, 1), oversample=draw.of(None, 0, 1, 400),
+    basis = orthonormal(draw, m if left else n, rank) if warm else None
+    return dict(grad=draw.values(m, n, dtype=draw.of(*FLOATS)), basis=basis, rank=rank, left=left,
+                n_iter=draw.of(2, 1, 3) if warm else draw.of(2, 0, 1), oversample=draw.of(None, 0, 1, 400),
                 seed=draw.of(0, 12345))
 
 
@@ -59,8 +60,9 @@ def refresh_arguments(draw):
         bases.append(orthonormal(draw, m if left else n, rank).to(draw.of(*FLOATS)))
         exp_avgs.append(draw.values(*shape, hostile=False))
         exp_avg_sqs.append(draw.values(*shape, hostile=False).abs())
-    return dict(bases=bases, grads=grads, countdowns=[torch.tensor(draw.of(0, COLD, 3)) for _ in range(count)], exp_avgs=exp_avgs,
-                exp_avg_sqs=exp_avg_sqs, steps=[torch.tensor(5.0) for _ in range(count)], lr=torch.tensor(draw.of(0.1, 0.0)),
+    countdowns = [torch.tensor(draw.of(0, COLD, 3)) for _ in range(count)]
+    return dict(bases=bases, grads=grads, countdowns=countdowns, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs,
+                steps=[torch.tensor(5.0) for _ in range(count)], lr=torch.tensor(draw.of(0.1, 0.0)),
                 left=left, gap=draw.of(1, 7), first_gaps=[draw.of(1, 4) for _ in range(count)],
                 seeds=[draw.of(0, 9) for _ in range(count)], subspace=draw.of("randomized", "svd"),
                 moments=draw.of("keep", "reset", "rotate"))

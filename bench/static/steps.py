@@ -1,0 +1,83 @@
+"""The kernels of the fused steps and of the products with a basis."""
+
+import itertools
+
+from lowrank_sys.bench.static.kernel import FLOATS, Kernel
+from lowrank_sys.kernels import adam, back_project, configs, project
+
+MOMENTS = dict.fromkeys(("exp_avg", "exp_avg_sq", "scalars"), "*fp32")
+SAME = [("bf16", "bf16"), ("fp16", "fp16")]
+MIXED = [("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "fp32"), ("bf16", "fp16")]
+
+
+def rows_of(kernel):
+    """The rows of `kernel` in the tables of `configs`."""
+    def rows(arch):
+        return {(kind, rank): config for (name, kind), ranks in configs.TABLES[arch].items() if name == kernel
+                for rank, config in ranks.items()}
+
+    return rows
+
+
+def in_one_type(count, variant):
+    """`always` for a step at r = 128: every argument given, in one type throughout, and with a basis in INT4."""
+    def calls(kind, rank):
+        if rank != 128:
+            return []
+        fp32 = ("fp32",) * count
+        return {16: [(("bf16",) * count, variant)], 32: [(fp32, variant), (fp32, f"{variant}+int4")]}.get(kind, [])
+
+    return calls
+
+
+def basis(type_, variant):
+    """The basis, or its codes, scales and offsets."""
+    return {"basis": "*u8", "scale": "*fp32", "offset": "*fp32"} if "int4" in variant else {"basis": f"*{type_}"}
+
+
+def group(variant, config):
+    return {"GROUP": 256 if "int4" in variant else 0}
+
+
+def project_calls(kind):
+    types = {16: SAME, 32: MIXED, "odd": SAME + MIXED}[kind]
+    calls = list(itertools.product(types, ("step", "step+split", "plain", "plain+split")))
+    # An INT4 basis counts as fp32.
+    return calls + [(pair, f"{variant}+int4") for pair, variant in calls if pair[1] == "fp32"]
+
+
+def project_tensors(types, variant):
+    # The update has the basis' type; R itself is fp32.
+    stepping = "step" in variant
+    return ({"grad": f"*{types[0]}", "out": f"*{types[1]}" if stepping else "*fp32"} | basis(types[1], variant)
+            | (MOMENTS if stepping else {}) | ({"partials": "*fp32", "counters": "*i32"} if "split" in variant else {}))
+
+
+def back_project_calls(kind):
+    # A step's update has the basis' type; `back_project_` brings fp32.
+    types = list(itertools.product(FLOATS, FLOATS))
+    steps = [((basis, basis, param), variant) for basis, param in types for variant in ("step", "step+counted")]
+    plain = [(("fp32", basis, param), "plain") for basis, param in types]
+    plain += [(types, f"{variant}+int4") for types, variant in steps + plain if types[:2] == ("fp32", "fp32")]
+    narrow = [call for call in steps if "fp32" not in call[0]]
+    return {16: narrow, 32: [call for call in steps + plain if call not in narrow], "odd": steps + plain}[kind]
+
+
+def back_project_tensors(types, variant):
+    tensors = {"low_rank": f"*{types[0]}", "param": f"*{types[2]}"} | basis(types[1], variant)
+    return tensors | {"scalars": "*fp32"} | ({"skipped": "*i64"} if "counted" in variant else {})
+
+
+KERNELS = {
+    "project": Kernel(
+        project.project_kernel, rows_of("project"), project_calls, project_tensors,
+        always=in_one_type(2, "step+split"), constants=group,
+        each=("grad", "basis", "scale", "offset", "out", "exp_avg", "exp_avg_sq")),
+    "back_project": Kernel(
+        back_project.back_project_kernel, rows_of("back_project"), back_project_calls, back_project_tensors,
+        always=in_one_type(3, "step+counted"), constants=group, each=("param", "low_rank", "basis", "scale", "offset")),
+    "adam": Kernel(
+        adam.adam_kernel, lambda arch: {("any", 0): configs.ADAM}, lambda kind: [((out,), "step") for out in FLOATS],
+        lambda types, variant: {"low_rank_grad": "*fp32", "out": f"*{types[0]}"} | MOMENTS,
+        each=("low_rank_grad", "out", "exp_avg", "exp_avg_sq"), product=False),
+}

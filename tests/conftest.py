@@ -1,0 +1,49 @@
+"""What each lane proved, in a line at its end; counted over the processes that a lane is spread over."""
+
+import collections
+
+import pytest
+
+SEEN = collections.defaultdict(set)  # what -> keys, plain tuples
+
+
+@pytest.fixture(scope="session")
+def count():
+    """count(what, *key) for the lane's last line."""
+    return lambda what, *key: SEEN[what].add(key)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["seen"] = {what: list(keys) for what, keys in SEEN.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for what, keys in getattr(node, "workeroutput", {}).get("seen", {}).items():
+        SEEN[what].update(map(tuple, keys))
+
+
+def numbers(keys, i):
+    """How many different i-th entries."""
+    return len({key[i] for key in keys})
+
+
+def names(keys, i):
+    return ", ".join(sorted({str(key[i]) for key in keys}, key=lambda name: (len(name), name)))
+
+
+SUMMARIES = {
+    "op": lambda k: f"cpu: {numbers(k, 0)} ops x {numbers(k, 1)} backends ({names(k, 1)}), each against random legal calls; "
+                    f"{len(SEEN['refused'])} against spoiled ones",
+    "launch": lambda k: f"interpret: {numbers(k, 0)} kernels, {len(k)} configurations against the oracle; "
+                        f"{len(SEEN['traffic'])} of them with the bytes they move counted",
+    "block": lambda k: f"host: {numbers(k, 0)} block algorithms x {numbers(k, 1)} thread counts ({names(k, 1)}) bit for bit; "
+                       f"sanitizers: {names(SEEN['sanitizer'], 0) or 'none'}",
+}
+
+
+def pytest_terminal_summary(terminalreporter):
+    for what, line in SUMMARIES.items():
+        if SEEN[what]:
+            terminalreporter.write_line(line(SEEN[what]))
