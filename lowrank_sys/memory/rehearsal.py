@@ -59,6 +59,14 @@ def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
         model.register_forward_pre_hook(lambda *_: setattr(live, "phase", "activations"))
         optimizer = methods.build(model, args)
 
+        def mark():
+            for category, tensor, _ in ledger.entries(optimizer):
+                live.track(tensor, category)
+
+        def backward_is_over(loss):
+            live.phase = "workspace"
+            mark()  # what accumulates is there now, and gone after the step
+
         sequences = args.batch_size * args.gradient_accumulation_steps
         stream = torch.zeros(2 * STEPS * sequences * args.seq_len, dtype=torch.uint8)
         held_out = data.sample(stream, args.seq_len, min(args.eval_tokens, args.batch_size * args.seq_len))
@@ -69,13 +77,12 @@ def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
             data.Windows(stream, args.seq_len, args.seed, STEPS * sequences),
             trainer.arguments(args, cpu),
             lambda step, fill: None,
-            lambda loss: setattr(live, "phase", "workspace"),
+            backward_is_over,
         )
         trainer.mean_loss(model, held_out, args.batch_size)
         runner.train()
         trainer.mean_loss(model, held_out, args.batch_size)
-        for category, tensor, _ in ledger.entries(optimizer):
-            live.track(tensor, category)
+        mark()
         in_heap = live.most_in_blocks(below=allocator.HEAP_BLOCK)
         return Rehearsal(live.peak, live.at_peak(), live.bytes, live.now(), in_heap, model)
 

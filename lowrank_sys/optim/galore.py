@@ -17,30 +17,35 @@ class GaLoreAdamW(LowRankOptimizer):
         lr: rate, float or 0-dim fp32 tensor (a tensor lets torch.compile and CUDA graphs see it change).
         betas, eps, weight_decay: as torch.optim.AdamW.
         nonfinite: 'skip' | 'raise'.
+        per_layer: None | 'accumulate' | 'in_backward': frees each matrix's gradient during backward; or an Accumulate or an
+            InBackward with their options (docs/per-layer.md).
 
     State of a matrix (m, n): `exp_avg`, `exp_avg_sq` fp32 (r, n) or (m, r), `basis` (m or n, r), `step`, and the schedule.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, nonfinite="skip"):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, nonfinite="skip",
+                 per_layer=None):
         for i, beta in enumerate(betas):
             if not 0 <= beta < 1:
                 raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}")
         if not eps >= 0:
             raise ValueError(f"eps must be at least 0, got {eps}")
-        super().__init__(params, Adam(), {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}, nonfinite)
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, Adam(), defaults, nonfinite, per_layer)
 
 
 class GaLoreAdafactor(LowRankOptimizer):
     """Adafactor whose statistics live in a rank-r subspace; groups without `rank` are plain Adafactor.
 
     Arguments and defaults as galore_torch's GaLoreAdafactor. With `relative_step` the rate follows the step count and `lr`
-    must be None. The update is clipped and scaled in the subspace, then projected back.
+    must be None. The update is clipped and scaled in the subspace, then projected back. Of per_layer, only 'in_backward': the
+    rule needs the whole gradient.
 
     State of a matrix: `row` (rows of R, 1), `col` (1, columns of R), `basis`, `step`, the schedule; `exp_avg` with beta1.
     """
 
     def __init__(self, params, lr=None, eps=(1e-30, 1e-3), clip_threshold=1.0, decay_rate=-0.8, beta1=None, weight_decay=0.0,
-                 scale_parameter=True, relative_step=True, warmup_init=False, *, nonfinite="skip"):
+                 scale_parameter=True, relative_step=True, warmup_init=False, *, nonfinite="skip", per_layer=None):
         if relative_step == (lr is not None):
             raise ValueError(f"lr must be {'None with' if relative_step else 'given without'} relative_step, got {lr}")
         if warmup_init and not relative_step:
@@ -48,4 +53,4 @@ class GaLoreAdafactor(LowRankOptimizer):
         defaults = {"lr": lr, "eps": tuple(eps), "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1,
                     "weight_decay": weight_decay, "scale_parameter": scale_parameter, "relative_step": relative_step,
                     "warmup_init": warmup_init}
-        super().__init__(params, Adafactor(), defaults, nonfinite)
+        super().__init__(params, Adafactor(), defaults, nonfinite, per_layer)

@@ -2,10 +2,19 @@
 
 from torch import nn
 
+from lowrank_sys.optim.coefficient import Coefficient
 from lowrank_sys.subspace.subspace import Subspace
 
 # Output heads by name, where the model does not say which module it is.
 HEADS = ("lm_head", "head", "classifier", "score", "output")
+
+
+class ParamGroups(list):
+    """Parameter groups that know their model, which per_layer='accumulate' asks for."""
+
+    def __init__(self, groups, model):
+        super().__init__(groups)
+        self.model = model
 
 
 def _is_linear(module):
@@ -26,7 +35,7 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, **low_rank
         **low_rank: keys of the low-rank group, e.g. update_proj_gap, scale, proj_type, subspace, moments, seed, lr.
 
     Returns:
-        [plain group, low-rank group] with named parameters.
+        [plain group, low-rank group] with named parameters: a list, with the model as its `model`.
     """
     known = {*Subspace.defaults, "scale", "lr", "weight_decay", "betas", "eps"}
     if unknown := sorted(low_rank.keys() - known):
@@ -41,10 +50,10 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, **low_rank
             continue
         if target_modules is None or any(target in name for target in target_modules):
             chosen.add(id(module.weight))
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not isinstance(p, Coefficient)]
     matrices = [(name, p) for name, p in named if id(p) in chosen]
     if not matrices:
         wanted = "" if target_modules is None else f" whose name contains one of {', '.join(target_modules)}"
         raise ValueError(f"model has no trainable linear layer{wanted}")
     others = [(name, p) for name, p in named if id(p) not in chosen]
-    return [{"params": others, **(plain or {})}, {"params": matrices, "rank": rank, **low_rank}]
+    return ParamGroups([{"params": others, **(plain or {})}, {"params": matrices, "rank": rank, **low_rank}], model)

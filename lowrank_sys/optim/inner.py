@@ -36,6 +36,13 @@ class Adam:
             _field(states, "step"), lr=lr, scale=group["scale"], left=left, **self._hyper(group), **guards,
         )
 
+    def subspace_step(self, group, params, low_rank_grads, states, lr, left, guards):
+        """low_rank_step from R, where the rule needs nothing else of G: what per_layer='accumulate' calls."""
+        torch.ops.lowrank.subspace_step.list(
+            params, low_rank_grads, _field(states, "basis"), _field(states, "exp_avg"), _field(states, "exp_avg_sq"),
+            _field(states, "step"), lr=lr, scale=group["scale"], left=left, **self._hyper(group), **guards,
+        )
+
 
 class Adafactor:
     """Adafactor with factored second moments of R for matrices; `beta1=None` keeps no first moment."""

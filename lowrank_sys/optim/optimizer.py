@@ -3,6 +3,8 @@
 import torch
 
 from lowrank_sys.memory import ledger
+from lowrank_sys.optim.coefficient import weights, with_coefficients, without_coefficients
+from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.store import InPlace
 from lowrank_sys.subspace.subspace import Subspace
 
@@ -20,6 +22,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         defaults: the rule's hyper-parameters, with `lr` (float or 0-dim tensor).
         nonfinite: 'skip': a gradient that is not finite leaves its channel (plain groups: its element) untouched, counted
             by `skipped()`; 'raise': FloatingPointError before anything is written.
+        per_layer: when the gradients of the matrices are projected (lowrank_sys.optim.per_layer). None: in step().
+            'accumulate' or an Accumulate: as soon as they exist. 'in_backward' or an InBackward: with their whole step.
 
     The state is tensors and plain numbers only: torch.load(weights_only=True), DCP and safetensors work, and a resumed run is
     exact to the bit.
@@ -28,7 +32,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     # GradScaler hands over grad_scale and found_inf instead of synchronising.
     _step_supports_amp_scaling = True
 
-    def __init__(self, params, inner, defaults, nonfinite="skip"):
+    def __init__(self, params, inner, defaults, nonfinite="skip", per_layer=None):
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite must be 'skip' or 'raise', got {nonfinite!r}")
         lr = defaults["lr"]
@@ -41,47 +45,63 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.store = InPlace()
         self.nonfinite = nonfinite
         self._counters = {}
+        self.gradients = resolve(per_layer, params)
+        if self.gradients.served_by_hooks:
+            self.gradients.bind(self)
         super().__init__(params, defaults)
 
     def __getstate__(self):
         # torch's names three fields only: a copy would lose its parts.
         return {**super().__getstate__(), "inner": self.inner, "subspace": self.subspace, "store": self.store,
-                "nonfinite": self.nonfinite, "_counters": self._counters}
+                "nonfinite": self.nonfinite, "_counters": self._counters, "gradients": self.gradients}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if "gradients" in state and self.gradients.served_by_hooks:  # a copy: its weights have no hooks yet
+            self.gradients.bind(self)
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        first = sum(len(g["params"]) for g in self.param_groups[:-1])
+        first = sum(len(weights(g)) for g in self.param_groups[:-1])
         names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
         try:
             self.store.check(group, names)
             if "rank" in group:
                 self._check_low_rank(group, names)
-        except ValueError:
+            self.gradients.attach(self, group, names)
+        except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
 
     def _check_low_rank(self, group, names):
-        for key, value in {**self.subspace.defaults, "scale": 0.25}.items():
-            group.setdefault(key, value)
+        self._set_defaults(group)
         self.subspace.check(group, names)
         if group["moments"] not in self.inner.transports:
             raise ValueError(f"moments must be one of {', '.join(self.inner.transports)} for {type(self.inner).__name__}, "
                              f"got {group['moments']!r}")
 
-    def _init_state(self):
-        matrices = [(p, g) for g in self.param_groups if "rank" in g for p in g["params"]]
-        index = {p: i for i, (p, _) in enumerate(matrices)}
+    def _set_defaults(self, group):
+        for key, value in {**self.subspace.defaults, **self.gradients.defaults, "scale": 0.25}.items():
+            group.setdefault(key, value)
+
+    def _init_state(self, only=None):
+        """Make the missing state of what has a gradient, or of the one parameter `only`."""
+        missing = []
         for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None or self.state[param]:
-                    continue
-                state = self.state[param]
-                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-                shape = param.shape
-                if "rank" in group:
-                    shape = self.subspace.init(state, param, group, index[param], len(matrices))
-                self.inner.init(state, tuple(shape), param, group)
+            params = [p for p, _ in self.gradients.of(group)] if only is None else [p for p in group["params"] if p is only]
+            missing += [(p, group) for p in params if not self.state[p]]
+        if not missing:
+            return
+        matrices = [p for g in self.param_groups if "rank" in g for p in weights(g)]
+        index = {p: i for i, p in enumerate(matrices)}
+        for param, group in missing:
+            state = self.state[param]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            shape = param.shape
+            if "rank" in group:
+                shape = self.subspace.init(state, param, group, index[param], len(matrices))
+            self.inner.init(state, tuple(shape), param, group)
 
     def _counter(self, device):
         if device not in self._counters:
@@ -91,10 +111,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _batches(self, group):
         """Yield (left, params, grads, states) per device and side of the group's parameters that have a gradient."""
         batches = {}
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None:
-                continue
+        for param, grad in self.gradients.of(group):
             if grad.is_sparse:
                 raise ValueError(f"gradients must be dense, got a sparse one for a parameter of shape {tuple(param.shape)}")
             state = self.state[param]
@@ -104,12 +121,25 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for (_, left), batch in batches.items():
             yield left, *batch
 
-    def _raise_if_not_finite(self):
-        for g, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
-                if param.grad is not None and not param.grad.isfinite().all():
-                    name = group["param_names"][i] if "param_names" in group else f"parameter {i} of group {g}"
-                    raise FloatingPointError(f"the gradient of {name} is not finite")
+    def _expect_finite(self, param, grad):
+        if not grad.isfinite().all():
+            for g, group in enumerate(self.param_groups):
+                for i, other in enumerate(group["params"]):
+                    if other is param:
+                        name = group["param_names"][i] if "param_names" in group else f"parameter {i} of group {g}"
+                        raise FloatingPointError(f"the gradient of {name} is not finite")
+
+    def _rate(self, group):
+        lr = group["lr"]
+        if isinstance(lr, torch.Tensor):
+            return lr
+        return torch.tensor(1.0 if lr is None else lr, dtype=torch.float32)  # None: a rate relative to the step
+
+    def _guards(self, device, grad_scale=None, found_inf=None):
+        return {"grad_scale": grad_scale, "found_inf": found_inf, "skipped": self._counter(device)}
+
+    def _group_of(self, param):
+        return next(group for group in self.param_groups if any(p is param for p in group["params"]))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -118,32 +148,52 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.gradients.begin(self)
         if self.nonfinite == "raise":
-            self._raise_if_not_finite()
+            for group in self.param_groups:
+                for param, grad in self.gradients.of(group):
+                    self._expect_finite(param, grad)
         self._init_state()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if grad_scale is not None:
             grad_scale = grad_scale.reciprocal()  # GradScaler's factor divides, the ops' one multiplies
         for group in self.param_groups:
-            lr = group["lr"]
-            if not isinstance(lr, torch.Tensor):
-                lr = torch.tensor(1.0 if lr is None else lr, dtype=torch.float32)  # None: a rate relative to the step
+            lr = self._rate(group)
             for left, params, grads, states in self._batches(group):
-                guards = {"grad_scale": grad_scale, "found_inf": found_inf, "skipped": self._counter(params[0].device)}
+                guards = self._guards(params[0].device, grad_scale, found_inf)
                 if "rank" in group:
-                    self.subspace.refresh(group, grads, states, lr, left)
-                    self.inner.low_rank_step(group, params, grads, states, lr, left, guards)
+                    self.gradients.low_rank_step(self, group, params, grads, states, lr, left, guards)
                 else:
-                    self.inner.plain_step(group, params, grads, states, lr, guards)
+                    self.gradients.plain_step(self, group, params, grads, states, lr, guards)
+        self.gradients.finish(self)
         return loss
+
+    def zero_grad(self, set_to_none=True):
+        """Clear the gradients, accumulated low-rank ones included."""
+        super().zero_grad(set_to_none)
+        self.gradients.zero()
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm):
+        """Scale all gradients so that the norm of the low-rank and the plain ones is at most `max_norm`; returns it, 0-dim.
+
+        At most the full gradient's norm, for |R| <= |G|. A gradient that is not finite does not count and does not spread.
+        With per_layer='accumulate' the same as torch's clip_grad_norm_ over the model's parameters; with dense gradients it
+        needs refresh='next' and costs a projection of each.
+        """
+        return self.gradients.clip(self, max_norm)
+
+    def release(self):
+        """Give the weights back: removes what per_layer put on them and into the model. The optimizer is done."""
+        self.gradients.release(self)
 
     def skipped(self):
         """Weight elements left untouched so far because their gradient was not finite. Reads the device."""
         return sum(int(counter) for counter in self._counters.values())
 
     def state_bytes(self):
-        """Bytes of the state, as the ledger has them: `memory()` without weights, gradients and what is no state."""
-        return ledger.state_bytes(self)
+        """Bytes of the state as the ledger has them, and of the accumulators of per_layer='accumulate' when they are full."""
+        return ledger.state_bytes(self) + sum(self.gradients.memory().values())
 
     def memory(self):
         """Bytes held now by category (weights, gradients, basis, moments, scales, accumulators, counters, other), and `total`.
@@ -152,8 +202,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         return ledger.memory(self)
 
+    def state_dict(self):
+        """As torch's; a checkpoint has no coefficients and no gradients, so it is the same whatever per_layer is."""
+        return without_coefficients(self, super().state_dict())
+
     def load_state_dict(self, state_dict):
-        """Load a state, in its own dtypes: torch's casts every tensor but `step` to the parameter's dtype."""
+        """Load a state, in its own dtypes: torch's casts every tensor but `step` to the parameter's dtype.
+
+        With per_layer='accumulate', gradients accumulated so far are dropped.
+        """
+        self.gradients.check_loaded(state_dict["param_groups"])
+        state_dict = with_coefficients(self, state_dict)
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, param in zip(ids, params):
@@ -166,3 +225,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(i, {}).items():
                 if isinstance(value, torch.Tensor):
                     self.state[param][key] = value.to("cpu" if key == "countdown" else param.device)
+        for group in self.param_groups:
+            if "rank" in group:
+                self._set_defaults(group)  # keys that an older checkpoint lacks
+        self.gradients.loaded(self)

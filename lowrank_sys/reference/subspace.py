@@ -16,6 +16,8 @@ FRESH = 0.1
 # Shift of each Cholesky pass, relative to the trace of the Gram matrix of unit columns; None is the dtype's epsilon. The
 # third pass meets a Gram matrix within rounding of I: a shift there would only shorten the columns.
 SHIFTS = (1e-6, None, 0.0)
+# Share of the Gaussian in the warm columns of a sketch: first moments may have a rank below r.
+MIX = 1e-2
 # Orthogonal iterations on the small Gram matrix that pick the leading r of the sketched directions.
 RITZ_ITERATIONS = 6
 
@@ -75,6 +77,70 @@ def svd_basis(grad, basis, *, rank, left):
     return canonical_signs((u[:, :rank] if left else vh[:rank].T).contiguous(), basis)
 
 
+def sketched_columns(rank, rows, columns, oversample=None):
+    """How many directions of a (rows, columns) gradient are sketched for a basis of `rank`."""
+    return min(rank + (max(8, -(-rank // 8)) if oversample is None else oversample), rows, columns)
+
+
+def leading_directions(y, old, *, rank, seed):
+    """The basis from y = G z (d, l), z with orthonormal columns: (B, energies) as subspace_iteration returns them.
+
+    The eigenvectors of yᵀy are the Ritz vectors, at no further product with G.
+    """
+    size = y.abs().amax()
+    valid = size.isfinite() & (size > 0)
+    y = torch.where(valid, y / torch.where(valid, size, 1), 0)
+    y = y @ leading_eigenvectors(y.T @ y, rank)
+    norms = torch.linalg.vector_norm(y, dim=0)
+    order = norms.argsort(descending=True, stable=True)
+    y, norms = y[:, order], norms[order]
+
+    fill = FRESH * unit_columns(gaussian(y.shape[0], rank, seed + 1, y))
+    if old is not None:
+        fill = old + fill
+    new = cholesky_qr(y / norms[0].clamp(min=torch.finfo(y.dtype).tiny) + FILL * fill, passes=3)
+    new = canonical_signs(new, old)
+    if old is not None:
+        new = torch.where(valid, new, old)
+    return new, torch.where(valid, norms * size, 0).square()
+
+
+def seeded_basis(rows, rank, seed, like):
+    """(rows, rank) orthonormal columns from the seed alone, fp32: the basis before there is any gradient."""
+    return canonical_signs(cholesky_qr(gaussian(rows, rank, seed, like), passes=3))
+
+
+def sketch_directions(basis, exp_avg, *, other, left, seed=0):
+    """Omega (other, l) of the sketch Y = G Omega (right: Gᵀ Omega) that gives the basis after `basis` (d, r).
+
+    Linear in G, so the sketches of micro-batches add up to the sketch of their sum. The span of the first moment
+    (R's shape, or None) is the warm start: a power iteration from one refresh to the next; l - r columns, or all of them
+    while the moment is zero, are Gaussian. In the basis's dtype, orthonormal up to its rounding.
+
+    Args:
+        other: length of the axis of G that is not projected.
+        left: the basis projects from the left.
+        seed: of the Gaussian.
+    """
+    _ops.subspace.check_sketch_directions(basis, exp_avg, other=other, left=left)
+    d, rank = basis.shape
+    like = basis.to(accumulator(basis))
+    omega = unit_columns(gaussian(other, sketched_columns(rank, d, other), seed, like))
+    if exp_avg is not None:
+        warm = unit_columns(exp_avg.to(like.dtype).T if left else exp_avg.to(like.dtype))
+        omega[:, :rank] = warm + MIX * omega[:, :rank]
+    return cholesky_qr(omega, passes=3).to(basis.dtype)
+
+
+def basis_from_sketch(sketch, old, *, left, seed=0):
+    """The next basis from Y = G Omega (d, l), or Yᵀ (l, d) as project(Gᵀ...) gives it for a right basis; fp32.
+
+    The old basis (d, r), if the sketch is zero or not finite.
+    """
+    y = sketch.to(accumulator(sketch))
+    return leading_directions(y if left else y.T.contiguous(), old.to(y.dtype), rank=old.shape[1], seed=seed)[0]
+
+
 def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, seed=0, project=dense_project):
     """Leading `rank` singular directions of G (m, n) on one side, and their energies.
 
@@ -96,7 +162,7 @@ def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, se
     """
     _ops.subspace.check_subspace_iteration(grad, basis, rank=rank, left=left, n_iter=n_iter, oversample=oversample)
     d, other = grad.shape if left else grad.shape[::-1]
-    columns = min(rank + (max(8, -(-rank // 8)) if oversample is None else oversample), d, other)
+    columns = sketched_columns(rank, d, other, oversample)
     old = None if basis is None else basis.to(accumulator(grad))
 
     def to_basis_side(z):
@@ -118,20 +184,4 @@ def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, se
         z = cholesky_qr(to_other_side(y), passes=2 if i + 1 == n_iter else 1)
         y = to_basis_side(z)
 
-    # y = G z with orthonormal z: the eigenvectors of yᵀy are the Ritz vectors, at no further product with G.
-    size = y.abs().amax()
-    valid = size.isfinite() & (size > 0)
-    y = torch.where(valid, y / torch.where(valid, size, 1), 0)
-    y = y @ leading_eigenvectors(y.T @ y, rank)
-    norms = torch.linalg.vector_norm(y, dim=0)
-    order = norms.argsort(descending=True, stable=True)
-    y, norms = y[:, order], norms[order]
-
-    fill = FRESH * unit_columns(gaussian(d, rank, seed + 1, grad))
-    if old is not None:
-        fill = old + fill
-    new = cholesky_qr(y / norms[0].clamp(min=torch.finfo(y.dtype).tiny) + FILL * fill, passes=3)
-    new = canonical_signs(new, old)
-    if old is not None:
-        new = torch.where(valid, new, old)
-    return new, torch.where(valid, norms * size, 0).square()
+    return leading_directions(y, old, rank=rank, seed=seed)

@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys import _ops
-from lowrank_sys.reference.subspace import svd_basis
+from lowrank_sys.reference.subspace import basis_from_sketch, svd_basis
 
 # A countdown of COLD says that there is no basis yet.
 COLD = -1
@@ -54,14 +54,57 @@ def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left
     for i in due:
         basis, cold = bases[i], waits[i] == COLD
         new = SELECT[subspace](grads[i], None if cold else basis, rank=basis.shape[1], left=left, seed=seeds[i])
-        if not cold and moments == "reset":
-            for tensor in (exp_avgs[i], exp_avg_sqs[i], steps[i]):
-                tensor.zero_()
-        elif not cold and moments == "rotate":
-            # From and to what is stored, which is rounded to the basis' dtype.
-            torch.ops.lowrank.rotate_moments_(exp_avgs[i], exp_avg_sqs[i], basis, new.to(basis.dtype), left=left)
+        if not cold:
+            _transport(i, basis, new.to(basis.dtype), exp_avgs, exp_avg_sqs, steps, left, moments)
         basis.copy_(new)
-    if lr.device.type != "cpu" or lr.item() != 0:
+    if _trains(lr):
         for i in due:
             countdowns[i].fill_(first_gaps[i] if waits[i] == COLD else gap)
         torch._foreach_sub_(countdowns, 1)
+
+
+def refresh_from_sketch_(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap, first_gaps, seeds,
+                         moments):
+    """refresh_ at the end of a step, from sketches of its gradient: what is due gets the basis of the next step.
+
+    Args:
+        sketches: Y = G Omega (m, l) if left, else (Gᵀ Omega)ᵀ (l, n), of the matrices that are due (countdown 0 or COLD);
+            empty for the others, and for a matrix whose sketch is not there: it keeps its basis.
+        countdowns: as in refresh_; COLD - k waits k steps for the first refresh, so that not every matrix of a model needs
+            its first sketch at once.
+
+    The other arguments as in refresh_. Until the first refresh `bases` are seeded ones, so moments are transported then too.
+    """
+    _ops.subspace.check_refresh_from_sketch(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, steps, lr, left=left,
+                                            gap=gap, first_gaps=first_gaps, seeds=seeds, moments=moments)
+    if not countdowns or not _trains(lr):
+        return
+    for i, wait in enumerate(torch.stack(countdowns).tolist()):
+        if wait < COLD:
+            countdowns[i].add_(2)  # with the common step below: one nearer to COLD
+        elif is_due(wait):
+            if sketches[i].numel() > 0:
+                new = basis_from_sketch(sketches[i], bases[i], left=left, seed=seeds[i]).to(bases[i].dtype)
+                _transport(i, bases[i], new, exp_avgs, exp_avg_sqs, steps, left, moments)
+                bases[i].copy_(new)
+            countdowns[i].fill_(first_gaps[i] if wait == COLD else gap)
+    torch._foreach_sub_(countdowns, 1)
+
+
+def is_due(wait):
+    """Whether a step at this countdown ends with a refresh from its sketch."""
+    return wait in (0, COLD)
+
+
+def _trains(lr):
+    """False for a host-side rate of 0: nothing is trained, and what is due stays due."""
+    return lr.device.type != "cpu" or lr.item() != 0
+
+
+def _transport(i, old, new, exp_avgs, exp_avg_sqs, steps, left, moments):
+    """From and to what is stored, which is rounded to the basis' dtype."""
+    if moments == "reset":
+        for tensor in (exp_avgs[i], exp_avg_sqs[i], steps[i]):
+            tensor.zero_()
+    elif moments == "rotate":
+        torch.ops.lowrank.rotate_moments_(exp_avgs[i], exp_avg_sqs[i], old, new, left=left)

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
+PER_LAYER = ("accumulate", "in_backward")
 
 # Flags that a resumed run must have in common with its checkpoint, and flags that it may change: those alter neither the
 # weights so far nor the meaning of an optimizer state.
 BOUND = (
     "model", "method", "data", "text_field", "tokenizer", "batch_size", "seq_len", "gradient_accumulation_steps", "rank",
     "update_proj_gap", "scale", "proj_type", "subspace", "lr", "plain_lr", "weight_decay", "grad_clip", "warmup_ratio",
-    "warmup_steps", "min_lr_ratio", "seed", "dtype",
+    "warmup_steps", "min_lr_ratio", "seed", "dtype", "per_layer",
 )
 FREE = (
     "out", "resume", "steps", "save_steps", "eval_steps", "eval_tokens", "keep", "gradient_checkpointing", "device",
@@ -65,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="micro-batches a step (default: %(default)s)",
     )
     add("--gradient-checkpointing", action="store_true", help="recompute activations in backward to save memory")
+    add(
+        "--per-layer",
+        metavar="MODE",
+        help="free each matrix's gradient during backward: accumulate (its projection adds up over the micro-batches) or "
+        "in_backward (its step is taken at once; one micro-batch a step, clipped by the previous step's norm)",
+    )
     add("--rank", metavar="R", type=int, default=128, help="rank of the low-rank gradients (default: %(default)s)")
     add("--update-proj-gap", metavar="N", type=int, default=200, help="steps between refreshes of a basis (default: 200)")
     add("--scale", type=float, default=0.25, help="factor on the low-rank update (default: %(default)s)")
@@ -125,6 +132,15 @@ def _check(args: argparse.Namespace) -> None:
     for flag, valid in (("method", METHODS), ("dtype", DTYPES), ("device", DEVICES)):
         if getattr(args, flag) not in valid:
             raise CommandError(f"--{flag}: unknown {getattr(args, flag)!r}; valid: {', '.join(valid)}")
+    if args.per_layer not in (None, *PER_LAYER):
+        raise CommandError(f"--per-layer: unknown {args.per_layer!r}; valid: {', '.join(PER_LAYER)}")
+    if args.per_layer == "in_backward" and args.gradient_accumulation_steps > 1:
+        raise CommandError(
+            f"--per-layer in_backward takes a step every micro-batch, got --gradient-accumulation-steps "
+            f"{args.gradient_accumulation_steps}; use --per-layer accumulate"
+        )
+    if args.per_layer and args.method == "adamw":
+        raise CommandError("--per-layer needs a method with low-rank gradients, got --method adamw")
     method = METHODS[args.method]
     args.lr = method.lr if args.lr is None else args.lr
     args.plain_lr = method.plain_lr if args.plain_lr is None else args.plain_lr

@@ -44,10 +44,18 @@ def _low_rank_groups(model, args):
     )
 
 
+def _per_layer(args):
+    from lowrank_sys.optim import InBackward
+
+    # in_backward clips by itself: nothing is left to clip for the trainer
+    return InBackward(max_norm=args.grad_clip or None) if args.per_layer == "in_backward" else args.per_layer
+
+
 def _galore(model, args):
     from lowrank_sys.optim import GaLoreAdamW
 
-    return GaLoreAdamW(_low_rank_groups(model, args), lr=args.lr, weight_decay=args.weight_decay)
+    groups = _low_rank_groups(model, args)
+    return GaLoreAdamW(groups, lr=args.lr, weight_decay=args.weight_decay, per_layer=_per_layer(args))
 
 
 def _galore_adafactor(model, args):
@@ -60,6 +68,7 @@ def _galore_adafactor(model, args):
         weight_decay=args.weight_decay,
         relative_step=False,
         scale_parameter=False,
+        per_layer=_per_layer(args),
     )
 
 

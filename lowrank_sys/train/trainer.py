@@ -11,6 +11,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
 from lowrank_sys.train import checkpoint
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def arguments(args: argparse.Namespace, device: torch.device) -> TrainingArgumen
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         **({"gradient_checkpointing": True} if args.gradient_checkpointing else {}),
-        max_grad_norm=args.grad_clip,
+        max_grad_norm=0.0 if args.per_layer == "in_backward" else args.grad_clip,
         seed=args.seed,
         save_strategy="steps",
         save_steps=args.save_steps,
@@ -109,11 +110,6 @@ def cosine(optimizer: torch.optim.Optimizer, warmup: int, steps: int, floor: flo
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def gradient_norms(grads: list[torch.Tensor]) -> torch.Tensor:
-    """Euclidean norm of each gradient, (len(grads),) fp64: not finite only where an element is not."""
-    return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float64))
-
-
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float, norm_type: float = 2) -> torch.Tensor:
     """Scale the gradients so that their common norm is at most `max_norm`; returns the norm before, 0-dim.
@@ -122,12 +118,7 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float, no
     gradient by a NaN, and the optimizer could no longer tell the bad elements from the good ones.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norms = gradient_norms(grads)
-    norm = torch.linalg.vector_norm(torch.where(norms.isfinite(), norms, 0.0))
-    if math.isfinite(max_norm):
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, factor.to(torch.float32))
-    return norm
+    return scale_to_norm_(grads, gradient_norms(grads), max_norm)
 
 
 @torch.no_grad()

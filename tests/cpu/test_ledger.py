@@ -95,3 +95,16 @@ def test_a_part_brings_its_own_categories():
     sums = optimizer.memory()
     assert (sums["scales"], sums["codebook"], sums["other"], sums["accumulators"]) == (20, 12, 8, 28)
     assert sums["total"] - sums["weights"] - sums["gradients"] - sums["accumulators"] - 8 == before + 4 * 10  # 8: skipped
+
+
+def test_accumulators_of_per_layer_updates():
+    model = build()
+    optimizer = adamw(model, options={"per_layer": "accumulate"})
+    backward(model, 0)
+    held = optimizer.memory()
+    coefficients = optimizer.gradients.coefficients
+    assert held["accumulators"] >= sum(4 * c.grad.numel() for c in coefficients.values()) > 0
+    assert held["accumulators"] <= sum(optimizer.gradients.memory().values()) + 4 * len(coefficients)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert optimizer.memory()["accumulators"] == 4 * len(coefficients)  # expanded zeros

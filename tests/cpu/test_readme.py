@@ -23,7 +23,7 @@ class Model(nn.Module):
 
 def test_examples():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     loop = {}
     exec(blocks[0], loop)
     assert (loop["W"] - loop["target"]).norm() < 0.99 * loop["target"].norm() * 2**0.5  # closer than where it began
@@ -31,6 +31,7 @@ def test_examples():
     torch.manual_seed(0)
     model = Model()
     batch = {"x": torch.randn(32, 256), "y": torch.randn(32, 256)}
-    before = model(**batch).loss.item()
-    exec(blocks[1], {"model": model, "loader": [batch] * 20})
-    assert model(**batch).loss.item() < before
+    for block in blocks[1:]:
+        before = model(**batch).loss.item()
+        exec(block, {"model": model, "loader": [batch] * 20})
+        assert model(**batch).loss.item() < before

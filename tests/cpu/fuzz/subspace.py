@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys.reference import transport
-from lowrank_sys.reference.subspace import svd_basis
+from lowrank_sys.reference.subspace import leading_directions, svd_basis
 from lowrank_sys.subspace.refresh import COLD, randomized_basis
 
 from fuzz.harness import FLOATS, Fuzz, same_bits
@@ -98,7 +98,74 @@ def compare_refresh(before, after, result):
         assert after["countdowns"][i] == wait
 
 
+def directions_arguments(draw):
+    d, other, left = draw.size(1), draw.size(1), draw.of(True, False)
+    rank = draw.of(1, min(d, other), (min(d, other) + 1) // 2)
+    shape = (rank, other) if left else (other, rank)
+    exp_avg = draw.values(*shape, dtype=draw.of(*FLOATS), hostile=draw.of(False, True)) if draw.of(True, False) else None
+    return dict(basis=orthonormal(draw, d, rank).to(draw.of(*FLOATS)), exp_avg=exp_avg, other=other, left=left,
+                seed=draw.of(0, 12345))
+
+
+def compare_directions(before, after, result):
+    """Orthonormal but for rounding, that of 16-bit storage included: 2^-8 of a column's square, and noise in the others."""
+    basis, exp_avg = before["basis"], before["exp_avg"]
+    d, rank = basis.shape
+    columns = min(rank + max(8, -(-rank // 8)), d, before["other"])
+    assert result.dtype == basis.dtype and result.shape == (before["other"], columns)
+    if exp_avg is None or exp_avg.isfinite().all():
+        gram = result.double().T @ result.double()
+        error = (gram - torch.eye(result.shape[1])).abs().max()
+        assert error < (1e-4 if basis.dtype == torch.float32 else 2e-2)
+
+
+def sketch_arguments(draw):
+    """As refresh_'s, with sketches in place of the gradients; countdowns may wait for their first refresh."""
+    arguments = refresh_arguments(draw)
+    left = arguments["left"]
+    for key in ("grads", "subspace"):
+        del arguments[key]
+    arguments["countdowns"] = [torch.tensor(draw.of(0, COLD, 3, COLD - 2)) for _ in arguments["bases"]]
+    sketches = []
+    for basis in arguments["bases"]:
+        d, rank = basis.shape
+        columns = rank + draw.of(0, 1, 8)
+        there = draw.of(True, False)
+        sketches.append(draw.values(*((d, columns) if left else (columns, d))) if there else torch.empty(0))
+    return arguments | {"sketches": sketches}
+
+
+def compare_sketch(before, after, result):
+    left, moments = before["left"], before["moments"]
+    for i, countdown in enumerate(before["countdowns"].copy()):
+        then, now = ({name: values[name][i] for name in ("bases", "sketches", "exp_avgs", "exp_avg_sqs", "steps")}
+                     for values in (before, after))
+        wait, basis, sketch = countdown.item(), then["bases"], then["sketches"]
+        trains = before["lr"] != 0
+        due = trains and wait in (0, COLD)
+        new = basis
+        if due and sketch.numel():
+            y = sketch if left else sketch.T.contiguous()
+            new = leading_directions(y, basis.float(), rank=basis.shape[1], seed=before["seeds"][i])[0].to(basis.dtype)
+        assert same_bits(now["bases"], new)
+        stays = not due or not sketch.numel() or moments == "keep"
+        for name in ("exp_avgs", "exp_avg_sqs", "steps"):
+            assert not stays or same_bits(then[name], now[name]), name
+            assert moments != "reset" or stays or not now[name].any(), name
+        if moments == "rotate" and not stays:
+            want = then["exp_avgs"].clone(), then["exp_avg_sqs"].clone()
+            transport.rotate(*want, basis, new, left=left)
+            assert same_bits(now["exp_avgs"], want[0]) and same_bits(now["exp_avg_sqs"], want[1])
+        if due:
+            wait = (before["first_gaps"][i] if wait == COLD else before["gap"]) - 1
+        elif trains:
+            wait += 1 if wait < COLD else -1
+        assert after["countdowns"][i] == wait
+
+
 FUZZ = {
+    "sketch_directions": Fuzz(directions_arguments, compare_directions),
+    "refresh_from_sketch_": Fuzz(sketch_arguments, compare_sketch),
     "subspace_iteration": Fuzz(iteration_arguments, compare_iteration),
     "refresh_": Fuzz(refresh_arguments, compare_refresh, lenient="a matrix whose refresh is not due is not looked at"),
 }

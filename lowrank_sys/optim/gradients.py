@@ -1,0 +1,165 @@
+"""When the gradient of a matrix is used: at the step, or by a hook that runs as soon as it exists."""
+
+import weakref
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
+
+# weight -> weak reference to the part whose hook takes its gradients: the newest optimizer of a weight serves it.
+_SERVED = WeakTensorKeyDictionary()
+
+
+class AtStep:
+    """Gradients stay whole until the step, as in any optimizer."""
+
+    served_by_hooks = False
+    defaults = {}  # group keys that differ from the subspace's
+
+    def attach(self, optimizer, group, names):
+        """Prepare for a new group; names of its parameters. An older optimizer's hooks on them are removed."""
+        for param in group["params"]:
+            _release(param, self)
+
+    def of(self, group):
+        """[(parameter, gradient)] of what has one."""
+        return [(p, p.grad) for p in group["params"] if p.grad is not None]
+
+    def begin(self, optimizer):
+        """A step begins."""
+
+    def plain_step(self, optimizer, group, params, grads, states, lr, guards):
+        optimizer.inner.plain_step(group, params, grads, states, lr, guards)
+
+    def low_rank_step(self, optimizer, group, params, grads, states, lr, left, guards):
+        subspace = optimizer.subspace
+        if group["refresh"] == "now":
+            subspace.refresh(group, grads, states, lr, left)
+            self._update(optimizer, group, params, grads, states, lr, left, guards)
+            return
+        omegas = [subspace.sketch_directions(p, s) for p, s in zip(params, states)]
+        sketches = [None if omega is None else subspace.sketch(g, omega, left) for g, omega in zip(grads, omegas)]
+        self._update(optimizer, group, params, grads, states, lr, left, guards)
+        subspace.refresh_from_sketches(group, sketches, states, lr, left)
+
+    def _update(self, optimizer, group, params, grads, states, lr, left, guards):
+        optimizer.inner.low_rank_step(group, params, grads, states, lr, left, guards)
+
+    def clip(self, optimizer, max_norm):
+        """Scale all gradients by the norm of the low-rank and the plain ones; returns it."""
+        grads, measured = [], []
+        for group in optimizer.param_groups:
+            pairs = self.of(group)
+            grads += [grad for _, grad in pairs]
+            if "rank" not in group:
+                measured += [grad for _, grad in pairs]
+                continue
+            if group["refresh"] != "next":
+                raise ValueError("clipping by the low-rank norm needs refresh='next': a basis must be known before its step")
+            optimizer._init_state()
+            for param, grad in pairs:
+                state = optimizer.state[param]
+                measured.append(torch.ops.lowrank.project(grad.contiguous(), state["basis"], left=state["left"]))
+        return scale_to_norm_(grads, gradient_norms(measured), max_norm) if grads else torch.zeros(())
+
+    def finish(self, optimizer):
+        """A step ends."""
+
+    def zero(self):
+        """zero_grad was called."""
+
+    def check_loaded(self, groups):
+        """Raise a ValueError for saved groups that this mode cannot go on with."""
+
+    def loaded(self, optimizer):
+        """load_state_dict was called."""
+
+    def release(self, optimizer):
+        """Remove hooks and coefficients."""
+
+    def memory(self):
+        """Bytes by category of what is held beside the state."""
+        return {}
+
+
+class Hooked(AtStep):
+    """Serves the matrices of an optimizer by one hook that runs after a gradient is accumulated."""
+
+    served_by_hooks = True
+
+    def __init__(self):
+        self._optimizer = None  # weak: the optimizer holds this
+        self._handles = {}
+        self._released = False
+
+    def __getstate__(self):
+        return {**self.__dict__, "_optimizer": None, "_handles": {}}
+
+    def bind(self, optimizer):
+        """Serve `optimizer`: at construction, and again in a copy, whose weights have no hooks yet."""
+        if self._optimizer is not None:
+            raise ValueError("an object given as per_layer serves one optimizer, got it for a second one")
+        self._optimizer = weakref.ref(optimizer)
+
+    def serve(self, weight):
+        _release(weight, self)
+        frozen = not weight.requires_grad
+        # A hook needs requires_grad once, and then also serves a weight that is unfrozen later.
+        weight.requires_grad_(True)
+        self._handles[weight] = weight.register_post_accumulate_grad_hook(_WeakHook(self))
+        weight.requires_grad_(not frozen)
+        _SERVED[weight] = weakref.ref(self)
+
+    def drop(self, weight):
+        self._handles.pop(weight).remove()
+        self._released = True
+
+    def release(self, optimizer):
+        for weight in list(self._handles):
+            self.drop(weight)
+            _SERVED.pop(weight, None)
+
+    @torch.no_grad()
+    def _hook(self, weight):
+        grad, weight.grad = weight.grad, None
+        if grad is not None:
+            self._take(self._optimizer(), weight, _dense(weight, grad))
+
+    def begin(self, optimizer):
+        if self._released:
+            raise RuntimeError("the gradients of these weights are no longer this optimizer's: it was released, or a newer "
+                               "optimizer was built for them")
+
+
+class _WeakHook:
+    """A hook that keeps nothing alive: without its optimizer a gradient is an ordinary one again."""
+
+    def __init__(self, part):
+        self.part = weakref.ref(part)
+
+    def __call__(self, weight):
+        part = self.part()
+        if part is not None and part._optimizer() is not None:
+            part._hook(weight)
+
+
+def _dense(param, grad):
+    if grad.is_sparse:
+        raise ValueError(f"gradients must be dense, got a sparse one for a parameter of shape {tuple(param.shape)}")
+    return grad.detach().contiguous()
+
+
+def _release(weight, newest):
+    """Remove the hook of an older optimizer: the newest one of a weight serves it."""
+    older = _SERVED.pop(weight, None)
+    older = None if older is None else older()
+    if older is not None and older is not newest and weight in older._handles:
+        older.drop(weight)
+
+
+def expect_one_process():
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(f"per_layer runs in one process, got {distributed.get_world_size()}: each rank would project its "
+                           "own gradient before it is averaged")
