@@ -62,7 +62,7 @@ TABLES = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMA
 
 # A Gaussian basis is made in groups of 64 rows, 16 to a product: these are the other sides of the tiles, by the largest rank.
 GAUSSIAN_PROJECT = {
-    16: _tile(4, 2, BLOCK_R=16, BLOCK_C=128),
+    16: _tile(8, 2, BLOCK_R=16, BLOCK_C=128),
     64: _tile(8, 2, BLOCK_R=64, BLOCK_C=64),
     128: _tile(8, 2, BLOCK_R=128, BLOCK_C=64),
 }

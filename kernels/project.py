@@ -66,7 +66,8 @@ def project_kernel(grad, basis, scale, offset, out, exp_avg, exp_avg_sq, squares
     if GROUP:
         scale, offset = pick(scale, i_matrix), pick(offset, i_matrix)
     if scalars is not None:
-        exp_avg, exp_avg_sq = pick(exp_avg, i_matrix), pick(exp_avg_sq, i_matrix)
+        if exp_avg is not None:
+            exp_avg, exp_avg_sq = pick(exp_avg, i_matrix), pick(exp_avg_sq, i_matrix)
         scalars += i_matrix * SLOTS
         if is_off(scalars):
             return

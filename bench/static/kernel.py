@@ -6,6 +6,7 @@ from typing import Callable, NamedTuple
 from lowrank_sys.kernels import configs
 
 FLOATS = ("fp32", "bf16", "fp16")
+EVERY_SIZE = ("aligned", "odd", "ones")
 # Scalar arguments by name, in any kernel.
 SIZES = dict.fromkeys(("m", "n", "r", "width", "splits", "chunk", "channels"), "i32")
 HYPER = dict.fromkeys(("beta1", "beta2", "gain1", "gain2", "eps"), "fp32")
@@ -77,7 +78,7 @@ class Case(NamedTuple):
 
 def variants(arch, row, kernel):
     """Everything the launchers make of one configuration."""
-    sizes = {"odd": ("odd", "ones"), "any": ("aligned", "odd", "ones")} | kernel.sizes
+    sizes = {"odd": ("odd", "ones"), "any": EVERY_SIZE} | kernel.sizes
     sizes = sizes.get(row.kind, ("aligned", "row"))
     precisions = ["tf32x3", "tf32"] if row.kind in (32, "odd") else ["tf32x3"]
     return [Case(arch, row, left, tuple(types), variant, size, precision, together)

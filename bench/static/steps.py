@@ -41,16 +41,20 @@ def group(variant, config):
 
 def project_calls(kind):
     types = {16: SAME, 32: MIXED, "odd": SAME + MIXED}[kind]
-    calls = list(itertools.product(types, ("step", "step+split", "plain", "plain+split")))
+    calls = list(itertools.product(types, ("step", "step+split", "plain", "plain+split",
+                                          "plain+squares", "plain+squares+split")))
     # An INT4 basis counts as fp32.
-    return calls + [(pair, f"{variant}+int4") for pair, variant in calls if pair[1] == "fp32"]
+    return calls + [(pair, f"{variant}+int4") for pair, variant in calls
+                    if pair[1] == "fp32" and "squares" not in variant]
 
 
 def project_tensors(types, variant):
     # The update has the basis' type; R itself is fp32.
     stepping = "step" in variant
     return ({"grad": f"*{types[0]}", "out": f"*{types[1]}" if stepping else "*fp32"} | basis(types[1], variant)
-            | (MOMENTS if stepping else {}) | ({"partials": "*fp32", "counters": "*i32"} if "split" in variant else {}))
+            | (MOMENTS if stepping else {}) | ({"partials": "*fp32", "counters": "*i32"} if "split" in variant else {})
+            # Only a step that keeps R asks for its channels' squares.
+            | ({"squares": "*fp32", "scalars": "*fp32"} if "squares" in variant else {}))
 
 
 def back_project_calls(kind):

@@ -4,11 +4,15 @@ By default each configuration is built once per architecture, in variants (side,
 pairs, and the step at r = 128 on both sides, with a basis in INT4 too. LOWRANK_COMPILE=all builds the full product (days).
 """
 
+import importlib
 import os
+import pkgutil
 import re
 
 import pytest
+import triton
 
+from lowrank_sys import kernels
 from lowrank_sys.bench.static import build, cards, cases
 from lowrank_sys.bench.static.kernel import Row
 
@@ -18,6 +22,16 @@ MOST_BUILDS = 300
 
 def test_the_cover_is_small():
     assert 0 < len(cases.cover()) <= MOST_BUILDS
+
+
+def test_every_kernel_is_built():
+    """A @triton.jit function whose name ends in _kernel is an entry of a group's KERNELS."""
+    found = {function for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}.")
+             for function in vars(importlib.import_module(module.name)).values()
+             if isinstance(function, triton.JITFunction) and function.__name__.endswith("_kernel")}
+    built = {kernel.function for kernel in cases.KERNELS.values()}
+    assert "project_kernel" in {function.__name__ for function in found}
+    assert not sorted(function.__name__ for function in found - built), "not in KERNELS of bench/static"
 
 
 @pytest.mark.parametrize("case", cases.everything() if os.environ.get("LOWRANK_COMPILE") == "all" else cases.cover(), ids=str)
