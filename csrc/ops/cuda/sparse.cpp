@@ -144,11 +144,11 @@ void grass_step_list(const Tensors& params, const Tensors& grads, const Tensors&
   if (params.empty()) return;
   const DeviceGuard guard(params[0].get_device_index());
   const cudaStream_t stream = current_stream(params[0]);
-  AdamWList counters;
+  StepList counters;
   int64_t most = 0;
   for (size_t i = 0; i < params.size(); ++i) {
     most = std::max(most, step_words(params[i], left));
-    counters.items[counters.count++].step = data<float>(steps[i]);
+    counters.steps[counters.count++] = data<float>(steps[i]);
     if (counters.count < AdamWList::kMost && i + 1 < params.size()) continue;
     STD_CUDA_CHECK(launch_advance(counters, pointer(found_inf), stream));
     counters.count = 0;
