@@ -7,7 +7,7 @@ import torch
 
 from lowrank_sys._ops.rules import low_rank_shape
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
-from lowrank_sys.optim.coefficient import CONTAINER, Coefficient, LowRankGradients, coefficient_like, weights, zero
+from lowrank_sys.optim.coefficient import CONTAINER, LowRankGradients, coefficient_like, is_coefficient, weights, zero
 from lowrank_sys.optim.gradients import Hooked, expect_one_process
 
 # The category of R's accumulators in an account of memory.
@@ -99,7 +99,7 @@ class Accumulate(Hooked):
     def release(self, optimizer):
         super().release(optimizer)
         for group in optimizer.param_groups:
-            kept = [i for i, p in enumerate(group["params"]) if not isinstance(p, Coefficient)]
+            kept = [i for i, p in enumerate(group["params"]) if not is_coefficient(p)]
             for key in ("params", "param_names"):
                 if key in group:
                     group[key] = [group[key][i] for i in kept]

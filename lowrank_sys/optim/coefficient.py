@@ -7,14 +7,7 @@ from torch import nn
 CONTAINER = "low_rank_gradients"
 
 
-class _Kind(type(nn.Parameter)):
-    """A parameter made of a tensor subclass, a fake tensor for one, stays of that class and is marked instead."""
-
-    def __instancecheck__(cls, instance):
-        return super().__instancecheck__(instance) or getattr(instance, "_is_coefficient", False)
-
-
-class Coefficient(nn.Parameter, metaclass=_Kind):
+class Coefficient(nn.Parameter):
     """The zero parameter whose `.grad` is the low-rank gradient R of a matrix.
 
     A single zero, expanded: it takes no memory, and needs no gradient of autograd's.
@@ -23,11 +16,15 @@ class Coefficient(nn.Parameter, metaclass=_Kind):
     def __new__(cls, data=None, requires_grad=False):
         made = super().__new__(cls, data, requires_grad)
         if type(made) is not cls:
-            made._is_coefficient = True
+            made._is_coefficient = True  # a parameter made of a fake tensor stays one
         return made
 
     def __reduce_ex__(self, protocol):
         return coefficient_like, (tuple(self.shape), self.dtype, self.device)
+
+
+def is_coefficient(param):
+    return type(param) is Coefficient or getattr(param, "_is_coefficient", False)
 
 
 def zero(shape, dtype, device):
@@ -58,7 +55,7 @@ class LowRankGradients(nn.Module):
 
 def weights(group):
     """The parameters of a group without their coefficients."""
-    return [p for p in group["params"] if not isinstance(p, Coefficient)]
+    return [p for p in group["params"] if not is_coefficient(p)]
 
 
 def without_coefficients(optimizer, state_dict):

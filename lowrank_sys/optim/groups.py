@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lowrank_sys.optim.coefficient import Coefficient
+from lowrank_sys.optim.coefficient import is_coefficient
 from lowrank_sys.subspace.subspace import Subspace
 
 # Output heads by name, where the model does not say which module it is.
@@ -50,7 +50,7 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, **low_rank
             continue
         if target_modules is None or any(target in name for target in target_modules):
             chosen.add(id(module.weight))
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not isinstance(p, Coefficient)]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not is_coefficient(p)]
     matrices = [(name, p) for name, p in named if id(p) in chosen]
     if not matrices:
         wanted = "" if target_modules is None else f" whose name contains one of {', '.join(target_modules)}"
