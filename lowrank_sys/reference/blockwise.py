@@ -122,7 +122,7 @@ def adamw(param, grad, moments, *, step, lr, beta1, beta2, eps, weight_decay, gr
     """One tensor of adam_8bit_; returns how many elements were left out."""
     w, g = param.to(accumulator(param)), grad.to(accumulator(param))
     if grad_scale is not None:
-        g = g * grad_scale
+        g = g * grad_scale.reshape(())
     ok = usable(g)
     update = moments.adam(g, ok, step=step, beta1=beta1, beta2=beta2, eps=eps)
     param.copy_(torch.where(ok, (1 - lr * weight_decay) * w - lr * update, w))
