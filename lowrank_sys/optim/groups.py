@@ -1,13 +1,8 @@
 """param_groups: which weights of a model train in a subspace."""
 
-from torch import nn
-
+from lowrank_sys.nn.linear_layers import linear_layers
 from lowrank_sys.optim.coefficient import is_coefficient
 from lowrank_sys.subspace.subspace import Subspace
-
-# Output heads by name, where the model does not say which module it is.
-HEADS = ("lm_head", "head", "classifier", "score", "output")
-
 
 class ParamGroups(list):
     """Parameter groups that know their model, which per_layer='accumulate' asks for."""
@@ -17,15 +12,11 @@ class ParamGroups(list):
         self.model = model
 
 
-def _is_linear(module):
-    # transformers' Conv1D (GPT-2) is a linear layer with a transposed weight.
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
 def param_groups(model, rank=128, *, target_modules=None, plain=None, **low_rank):
     """Two optimizer groups: weights of linear layers in a subspace, everything else plain.
 
-    Embeddings, norms, biases, output heads and weights tied to an embedding are plain.
+    Embeddings, norms, biases, output heads and weights tied to an embedding are plain. INT8 weights (lowrank_sys.nn) are weights
+    of linear layers like any other.
 
     Args:
         model: nn.Module. Frozen parameters are left out.
@@ -40,16 +31,7 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, **low_rank
     known = {*Subspace.defaults, "scale", "lr", "weight_decay", "betas", "eps"}
     if unknown := sorted(low_rank.keys() - known):
         raise ValueError(f"keys of the low-rank group must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    chosen = set()
-    for name, module in model.named_modules():
-        if not _is_linear(module) or module is head or id(module.weight) in embedded:
-            continue
-        if name.rpartition(".")[2] in HEADS:
-            continue
-        if target_modules is None or any(target in name for target in target_modules):
-            chosen.add(id(module.weight))
+    chosen = {id(module.weight) for _, module in linear_layers(model, target_modules)}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not is_coefficient(p)]
     matrices = [(name, p) for name, p in named if id(p) in chosen]
     if not matrices:
