@@ -1,5 +1,7 @@
 """The loss of a causal language model without its logits: head and cross-entropy, chunk by chunk."""
 
+import functools
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -10,6 +12,17 @@ REDUCTIONS = ("mean", "sum")
 OTHER_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
+def _in_full_precision(method):
+    """Products inside stay fp32 under autocast."""
+
+    @functools.wraps(method)
+    def run(ctx, tensor, *rest):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return method(ctx, tensor, *rest)
+
+    return run
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Sum over tokens t of log Σ_v exp(z_tv) - z_t,y(t) with z = h Wᵀ + b.
 
@@ -17,11 +30,12 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
+    @_in_full_precision
     def forward(ctx, hidden, weight, bias, labels, ignore_index, tokens, vocabulary):
         kept = labels != ignore_index
         wide = torch.promote_types(hidden.dtype, torch.float32)
         log_sum = hidden.new_full(labels.shape, -torch.inf, dtype=wide)
-        picked = hidden.new_zeros(labels.shape, dtype=wide)
+        picked = hidden.new_full(labels.shape, torch.nan, dtype=wide)
         for first in range(0, weight.shape[0], vocabulary):
             head = weight[first:first + vocabulary].to(wide)
             for at in range(0, hidden.shape[0], tokens):
@@ -29,7 +43,7 @@ class _CrossEntropy(torch.autograd.Function):
                 z = _logits(hidden[rows], head, bias, first)
                 log_sum[rows] = torch.logaddexp(log_sum[rows], z.logsumexp(1))
                 inside, column = _in_chunk(labels[rows], kept[rows], first, head.shape[0])
-                picked[rows] += torch.where(inside, z.gather(1, column[:, None])[:, 0], 0.0)
+                picked[rows] = torch.where(inside, z.gather(1, column[:, None])[:, 0], picked[rows])
                 del z
         ctx.save_for_backward(hidden, weight, bias, labels, log_sum)
         ctx.options = ignore_index, tokens, vocabulary
@@ -37,6 +51,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_in_full_precision
     def backward(ctx, grad_out):
         hidden, weight, bias, labels, log_sum = ctx.saved_tensors
         ignore_index, tokens, vocabulary = ctx.options
@@ -96,7 +111,8 @@ def chunked_loss(hidden, weight, labels, bias=None, *, ignore_index=-100, reduct
     Args:
         hidden: (..., d) last hidden states, fp32 | bf16 | fp16.
         weight: (V, d) of the output head, bias: (V) or None.
-        labels: (...) int64 of the tokens to predict, already shifted; `ignore_index` ones do not count.
+        labels: (...) int64 of the tokens to predict, already shifted; `ignore_index` ones do not count. One outside of the
+            vocabulary makes the loss NaN.
         reduction: 'mean' over the tokens that count (NaN if none does), or 'sum'.
         tokens, vocabulary: sizes of the chunks.
 

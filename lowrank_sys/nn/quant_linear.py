@@ -109,7 +109,7 @@ class QuantLinear(nn.Module):
         )
 
     def forward(self, x):
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return _Linear.apply(x.contiguous(), self.weight, self.codes, self.scale, self.bias, self.group_size)
 
