@@ -4,6 +4,7 @@ from lowrank_sys.nn.linear_layers import linear_layers
 from lowrank_sys.optim.coefficient import is_coefficient
 from lowrank_sys.subspace.subspace import Subspace
 
+
 class ParamGroups(list):
     """Parameter groups that know their model, which per_layer='accumulate' asks for."""
 
@@ -15,8 +16,8 @@ class ParamGroups(list):
 def param_groups(model, rank=128, *, target_modules=None, plain=None, **low_rank):
     """Two optimizer groups: weights of linear layers in a subspace, everything else plain.
 
-    Embeddings, norms, biases, output heads and weights tied to an embedding are plain. INT8 weights (lowrank_sys.nn) are weights
-    of linear layers like any other.
+    Embeddings, norms, biases, output heads and weights tied to an embedding are plain. The INT8 weight of a QuantLinear is one
+    of a linear layer.
 
     Args:
         model: nn.Module. Frozen parameters are left out.
