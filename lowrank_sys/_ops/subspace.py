@@ -44,7 +44,7 @@ def check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *,
     if moments != "keep":
         check_lists(op, bases=bases, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps)
     expect(subspace in SUBSPACES, op, lambda: f"subspace must be one of {', '.join(SUBSPACES)}, got {subspace!r}")
-    _check_schedule(op, countdowns, lr, gap, first_gaps, moments)
+    check_schedule(op, countdowns, lr, gap, first_gaps, moments)
 
 
 def check_refresh_from_sketch(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap, first_gaps, seeds,
@@ -52,7 +52,7 @@ def check_refresh_from_sketch(bases, sketches, countdowns, exp_avgs, exp_avg_sqs
     check_lists(op, bases=bases, sketches=sketches, countdowns=countdowns, first_gaps=first_gaps, seeds=seeds)
     if moments != "keep":
         check_lists(op, bases=bases, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps)
-    _check_schedule(op, countdowns, lr, gap, first_gaps, moments)
+    check_schedule(op, countdowns, lr, gap, first_gaps, moments)
     for i, sketch in enumerate(sketches):
         if sketch.numel() > 0:
             state = (None,) * 3 if moments == "keep" else (exp_avgs[i], exp_avg_sqs[i], steps[i])
@@ -71,10 +71,10 @@ def _check_sketched_matrix(basis, sketch, exp_avg, exp_avg_sq, step, *, left, op
     if step is not None:
         expect(exp_avg.dim() == 2 and exp_avg.shape[0 if left else 1] == rank, op,
                lambda: f"exp_avg must have shape {f'({rank}, n)' if left else f'(m, {rank})'}, got {tuple(exp_avg.shape)}")
-        _check_adam_state(op, exp_avg.shape, basis.device, exp_avg, exp_avg_sq, step)
+        check_adam_state(op, exp_avg.shape, basis.device, exp_avg, exp_avg_sq, step)
 
 
-def _check_adam_state(op, shape, device, exp_avg, exp_avg_sq, step):
+def check_adam_state(op, shape, device, exp_avg, exp_avg_sq, step):
     for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         expect_like(op, name, moment, shape, device)
         expect_dtype(op, name, moment, torch.float32)
@@ -98,17 +98,21 @@ def check_sketch_directions(basis, exp_avg, *, other, left, op="sketch_direction
         expect_like(op, "exp_avg", exp_avg, (rank, other) if left else (other, rank), basis.device)
 
 
-def _check_schedule(op, countdowns, lr, gap, first_gaps, moments):
+def check_schedule(op, countdowns, lr, gap, first_gaps, moments):
     expect(gap >= 1, op, lambda: f"gap must be at least 1, got {gap}")
     expect(moments in MOMENTS, op, lambda: f"moments must be one of {', '.join(MOMENTS)}, got {moments!r}")
     expect(min(first_gaps, default=1) >= 1, op, lambda: f"first_gaps must be at least 1, got {min(first_gaps)}")
+    check_on_host(op, "countdowns", countdowns)
+    expect_number(op, "lr", lr, lr.device)
+
+
+def check_on_host(op, name, counters):
     # Every step of every matrix comes by here: one comparison each, and a message only for a bad one.
-    for i, c in enumerate(countdowns):
+    for i, c in enumerate(counters):
         fits = c.dtype == torch.int64 and c.dim() == 0 and c.device.type == "cpu"
         if not fits:
-            expect(fits, op, lambda: f"countdowns[{i}] must be a 0-dim int64 tensor on the CPU, got shape {tuple(c.shape)}, "
+            expect(fits, op, lambda: f"{name}[{i}] must be a 0-dim int64 tensor on the CPU, got shape {tuple(c.shape)}, "
                     f"{c.dtype} on {c.device}")
-    expect_number(op, "lr", lr, lr.device)
 
 
 def check_refresh_matrix(basis, grad, exp_avg, exp_avg_sq, step, *, left, op="refresh_"):
@@ -116,7 +120,7 @@ def check_refresh_matrix(basis, grad, exp_avg, exp_avg_sq, step, *, left, op="re
     check_project(grad, basis, left=left, op=op)
     check_subspace_iteration(grad, basis, rank=basis.shape[1], left=left, n_iter=1, oversample=None, op=op)
     if step is not None:
-        _check_adam_state(op, low_rank_shape(grad, basis, left), grad.device, exp_avg, exp_avg_sq, step)
+        check_adam_state(op, low_rank_shape(grad, basis, left), grad.device, exp_avg, exp_avg_sq, step)
 
 
 def refresh_matrix(i, bases, grads, exp_avgs, exp_avg_sqs, steps, moments):

@@ -1,5 +1,6 @@
 """GaLore (Zhao et al., ICML 2024, arXiv:2403.03507): Adam or Adafactor on the gradient's leading singular directions."""
 
+from lowrank_sys.optim.adam import adam_defaults
 from lowrank_sys.optim.inner import Adafactor, Adam
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 
@@ -25,13 +26,7 @@ class GaLoreAdamW(LowRankOptimizer):
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, nonfinite="skip",
                  per_layer=None):
-        for i, beta in enumerate(betas):
-            if not 0 <= beta < 1:
-                raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}")
-        if not eps >= 0:
-            raise ValueError(f"eps must be at least 0, got {eps}")
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, Adam(), defaults, nonfinite, per_layer)
+        super().__init__(params, Adam(), adam_defaults(lr, betas, eps, weight_decay), nonfinite, per_layer)
 
 
 class GaLoreAdafactor(LowRankOptimizer):

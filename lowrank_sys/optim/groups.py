@@ -2,7 +2,12 @@
 
 from lowrank_sys.nn.linear_layers import linear_layers
 from lowrank_sys.optim.coefficient import is_coefficient
-from lowrank_sys.subspace.subspace import Subspace
+from lowrank_sys.optim.residual import Dropped, ScaledGradient, ScaledResidual, StateFree
+from lowrank_sys.subspace.keyed import Keyed
+from lowrank_sys.subspace.rows import Rows
+
+# Whose keys a low-rank group may have; its optimizer says which of them it reads.
+PARTS = (Keyed, Rows, Dropped, ScaledGradient, ScaledResidual, StateFree)
 
 
 class ParamGroups(list):
@@ -29,7 +34,7 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, **low_rank
     Returns:
         [plain group, low-rank group] with named parameters: a list, with the model as its `model`.
     """
-    known = {*Subspace.defaults, "scale", "lr", "weight_decay", "betas", "eps"}
+    known = {*(key for part in PARTS for key in part.defaults), "lr", "weight_decay", "betas", "eps"}
     if unknown := sorted(low_rank.keys() - known):
         raise ValueError(f"keys of the low-rank group must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
     chosen = {id(module.weight) for _, module in linear_layers(model, target_modules)}

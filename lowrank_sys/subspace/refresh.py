@@ -57,7 +57,7 @@ def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left
         if not cold:
             _transport(i, basis, new.to(basis.dtype), exp_avgs, exp_avg_sqs, steps, left, moments)
         basis.copy_(new)
-    if _trains(lr):
+    if trains(lr):
         for i in due:
             countdowns[i].fill_(first_gaps[i] if waits[i] == COLD else gap)
         torch._foreach_sub_(countdowns, 1)
@@ -77,7 +77,7 @@ def refresh_from_sketch_(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, ste
     """
     _ops.subspace.check_refresh_from_sketch(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, steps, lr, left=left,
                                             gap=gap, first_gaps=first_gaps, seeds=seeds, moments=moments)
-    if not countdowns or not _trains(lr):
+    if not countdowns or not trains(lr):
         return
     for i, wait in enumerate(torch.stack(countdowns).tolist()):
         if wait < COLD:
@@ -96,7 +96,7 @@ def is_due(wait):
     return wait in (0, COLD)
 
 
-def _trains(lr):
+def trains(lr):
     """False for a host-side rate of 0: nothing is trained, and what is due stays due."""
     return lr.device.type != "cpu" or lr.item() != 0
 

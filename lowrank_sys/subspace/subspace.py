@@ -37,10 +37,13 @@ class Subspace:
     defaults = {"update_proj_gap": 200, "proj_type": "std", "subspace": "randomized", "moments": "keep", "seed": 0,
                 "refresh": "now"}
     categories = {"basis": "basis", "countdown": "counters"}
+    on_host = ("countdown",)  # state that stays there, for Python to read
+    subspaces, transports, refreshes = SUBSPACES, MOMENTS, REFRESHES  # values of the keys
 
     def check(self, group, names):
         """Raise a ValueError that names the key, or the weight that does not fit."""
-        for key, valid in (("proj_type", SIDES), ("subspace", SUBSPACES), ("moments", MOMENTS), ("refresh", REFRESHES)):
+        for key, valid in (("proj_type", SIDES), ("subspace", self.subspaces), ("moments", self.transports),
+                           ("refresh", self.refreshes)):
             if group[key] not in valid:
                 raise ValueError(f"{key} must be one of {', '.join(valid)}, got {group[key]!r}")
         if group["refresh"] == "next" and group["subspace"] != "randomized":
@@ -113,3 +116,7 @@ class Subspace:
             left=left, gap=group["update_proj_gap"], first_gaps=[s["first_gap"] for s in states],
             seeds=[s["seed"] for s in states], moments=moments,
         )
+
+    def measured(self, grad, state):
+        """What the norm of a gradient is taken of: R."""
+        return torch.ops.lowrank.project(grad, state["basis"], left=state["left"])
