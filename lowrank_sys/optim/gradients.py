@@ -60,7 +60,7 @@ class AtStep:
             optimizer._init_state()
             for param, grad in pairs:
                 state = optimizer.state[param]
-                measured.append(torch.ops.lowrank.project(grad.contiguous(), state["basis"], left=state["left"]))
+                measured.append(optimizer.subspace.project(grad.contiguous(), state))
         return scale_to_norm_(grads, gradient_norms(measured), max_norm) if grads else torch.zeros(())
 
     def finish(self, optimizer):

@@ -60,7 +60,7 @@ class InBackward(Hooked):
         if self.max_norm is None:
             return super()._update(optimizer, group, params, grads, states, lr, left, guards)
         factor = self._factor(optimizer, params[0].device)
-        low_rank = [torch.ops.lowrank.project(g, s["basis"], left=left) for g, s in zip(grads, states)]
+        low_rank = [optimizer.subspace.project(g, s) for g, s in zip(grads, states)]
         self._remember(low_rank, states)
         if hasattr(optimizer.inner, "subspace_step"):
             guards = {**guards, "grad_scale": factor}

@@ -18,15 +18,19 @@ class Method(NamedTuple):
     build: Callable[[torch.nn.Module, argparse.Namespace], LowRankOptimizer]
     lr: float
     plain_lr: float
+    low_rank: bool = True  # whether gradients are projected
 
 
-def _adamw(model, args):
-    from lowrank_sys.optim import GaLoreAdamW, param_groups
+def _plain(optimizer):
+    def build(model, args):
+        from lowrank_sys import optim
 
-    # the same split as the low-rank methods, so that embeddings, norms and head have their own rate here too
-    plain, linear = param_groups(model)
-    groups = [{"params": plain["params"], "lr": args.plain_lr}, {"params": linear["params"]}]
-    return GaLoreAdamW(groups, lr=args.lr, weight_decay=args.weight_decay)  # without a rank: plain AdamW
+        # the same split as the low-rank methods, so that embeddings, norms and head have their own rate here too
+        plain, linear = optim.param_groups(model)
+        groups = [{"params": plain["params"], "lr": args.plain_lr}, {"params": linear["params"]}]
+        return getattr(optim, optimizer)(groups, lr=args.lr, weight_decay=args.weight_decay)  # without a rank: plain AdamW
+
+    return build
 
 
 def _low_rank_groups(model, args):
@@ -51,11 +55,14 @@ def _per_layer(args):
     return InBackward(max_norm=args.grad_clip or None) if args.per_layer == "in_backward" else args.per_layer
 
 
-def _galore(model, args):
-    from lowrank_sys.optim import GaLoreAdamW
+def _low_rank(optimizer):
+    def build(model, args):
+        from lowrank_sys import optim
 
-    groups = _low_rank_groups(model, args)
-    return GaLoreAdamW(groups, lr=args.lr, weight_decay=args.weight_decay, per_layer=_per_layer(args))
+        groups = _low_rank_groups(model, args)
+        return getattr(optim, optimizer)(groups, lr=args.lr, weight_decay=args.weight_decay, per_layer=_per_layer(args))
+
+    return build
 
 
 def _galore_adafactor(model, args):
@@ -73,8 +80,11 @@ def _galore_adafactor(model, args):
 
 
 METHODS = {
-    "adamw": Method(_adamw, lr=3e-4, plain_lr=1e-2),
-    "galore": Method(_galore, lr=5e-3, plain_lr=3e-3),
+    "adamw": Method(_plain("GaLoreAdamW"), lr=3e-4, plain_lr=1e-2, low_rank=False),
+    "adamw8bit": Method(_plain("GaLoreAdamW8bit"), lr=3e-4, plain_lr=1e-2, low_rank=False),
+    "galore": Method(_low_rank("GaLoreAdamW"), lr=5e-3, plain_lr=3e-3),
+    "galore8bit": Method(_low_rank("GaLoreAdamW8bit"), lr=5e-3, plain_lr=3e-3),
+    "q-galore": Method(_low_rank("QGaLoreAdamW8bit"), lr=5e-3, plain_lr=3e-3),
     "galore-adafactor": Method(_galore_adafactor, lr=5e-3, plain_lr=3e-3),
 }
 
