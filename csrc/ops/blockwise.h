@@ -77,13 +77,8 @@ inline void check_adam_8bit(const Tensors& params, const Tensors& grads, const S
   check_length(op, "steps", steps, "params", params);
   check_guards(op, params, steps, lr, guards);
   for (size_t i = 0; i < params.size(); ++i) {
-    const Place place = place_of(params[i]);
-    const auto shape = params[i].sizes();
-    expect_float(op, Item{"params", i}, params[i]);
-    expect_float(op, Item{"grads", i}, grads[i]);
-    expect_like(op, Item{"params", i}, params[i], shape, place);
-    expect_like(op, Item{"grads", i}, grads[i], shape, place);
-    moments.at(i).check(op, shape, place, i);
+    expect_param_and_grad(op, i, params[i], grads[i]);
+    moments.at(i).check(op, params[i].sizes(), place_of(params[i]), i);
   }
 }
 

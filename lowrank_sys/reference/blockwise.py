@@ -111,6 +111,7 @@ def adam_8bit_(params, grads, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_s
     _ops.blockwise.check_adam_8bit(params, grads, *moments, steps, lr=lr, guards=(grad_scale, found_inf, skipped))
     if skip(params, found_inf):
         return
+    grad_scale = None if grad_scale is None else grad_scale.reshape(())
     for param, grad, *stored, step in zip(params, grads, *moments, steps):
         step += 1
         left_out = adamw(param, grad, Moments(*stored, torch.float32), step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
@@ -123,7 +124,7 @@ def adamw(param, grad, moments, *, step, lr, beta1, beta2, eps, weight_decay, gr
     """One tensor of adam_8bit_; returns how many elements were left out."""
     w, g = param.to(accumulator(param)), grad.to(accumulator(param))
     if grad_scale is not None:
-        g = g * torch.as_tensor(grad_scale).reshape(())
+        g = g * grad_scale
     ok = usable(g)
     update = moments.adam(g, ok, step=step, beta1=beta1, beta2=beta2, eps=eps)
     param.copy_(torch.where(ok, (1 - lr * weight_decay) * w - lr * update, w))
