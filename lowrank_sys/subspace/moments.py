@@ -17,8 +17,11 @@ def reset(*tensors):
         tensor.zero_()
 
 
-def rotate(exp_avg, exp_avg_sq, absmaxes, old, new, *, left):
-    """Carry both moments from basis `old` to `new` (d, r); codes (absmaxes of both, else empty) are decoded and encoded."""
+def rotate(exp_avg, exp_avg_sq, absmaxes, old, new, kept, *, left):
+    """Carry both moments from basis `old` to `new` (d, r); codes (absmaxes of both, else empty) are decoded and encoded.
+
+    Where the basis was `kept` (0-dim bool) codes keep their bytes, which encoding again could move.
+    """
     if not absmaxes:
         torch.ops.lowrank.rotate_moments_(exp_avg, exp_avg_sq, old, new, left=left)
         return
@@ -26,5 +29,5 @@ def rotate(exp_avg, exp_avg_sq, absmaxes, old, new, *, left):
     decoded = [torch.ops.lowrank.dequantize_blockwise(codes, absmax, signed=signed) for codes, absmax, signed in stored]
     torch.ops.lowrank.rotate_moments_(*decoded, old, new, left=left)
     for value, (codes, absmax, signed) in zip(decoded, stored):
-        for kept, made in zip((codes, absmax), torch.ops.lowrank.quantize_blockwise(value, signed=signed)):
-            kept.copy_(made)
+        for before, made in zip((codes, absmax), torch.ops.lowrank.quantize_blockwise(value, signed=signed)):
+            before.copy_(torch.where(kept, before, made))

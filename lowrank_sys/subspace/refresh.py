@@ -143,16 +143,20 @@ class _Matrices:
     def replace(self, i, old, new):
         """Store the new basis and transport the moments: from and to what is stored, which is rounded."""
         store, tensors, moments = self._store, self._stored.basis(i), self._stored.moments
-        if old is not None and store is DENSE and moments == "rotate":
+        if old is None:
+            store.write(*tensors, new=new)
+            return
+        if moments == "rotate" and store is DENSE:
             old = old.clone()
-        store.write(*tensors, new=new, kept=None if old is None or store is DENSE else _same(old, new))
-        if old is None or moments == "keep":
+        kept = _same(old, new)
+        store.write(*tensors, new=new, kept=kept)
+        if moments == "keep":
             return
         exp_avg, exp_avg_sq, absmaxes, step = self._stored.adam(i)
         if moments == "reset":
             reset(exp_avg, exp_avg_sq, *absmaxes, step)
         else:
-            rotate(exp_avg, exp_avg_sq, absmaxes, old, store.load(*tensors, d=new.shape[0]), left=self._left)
+            rotate(exp_avg, exp_avg_sq, absmaxes, old, store.load(*tensors, d=new.shape[0]), kept, left=self._left)
 
     def grow_gaps(self):
         gaps = [self._schedule.gaps[i] for i in self._means]
