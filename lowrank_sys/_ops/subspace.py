@@ -62,9 +62,9 @@ class Stored(NamedTuple):
         return (self.bases[i], self.scales[i], self.offsets[i]) if self.is_int4 else (self.bases[i],)
 
     def adam(self, i):
-        """exp_avg, exp_avg_sq, their absmaxes (or none) and the step of matrix i."""
+        """exp_avg, exp_avg_sq, the step and the absmaxes (or none) of matrix i."""
         absmaxes = (self.exp_avg_absmaxes[i], self.exp_avg_sq_absmaxes[i]) if self.exp_avg_absmaxes else ()
-        return self.exp_avgs[i], self.exp_avg_sqs[i], absmaxes, self.steps[i]
+        return self.exp_avgs[i], self.exp_avg_sqs[i], self.steps[i], absmaxes
 
 
 class Adaptive(NamedTuple):
@@ -94,14 +94,16 @@ def check_refresh(stored, grads, countdowns, lr, schedule, *, gap, first_gaps, s
     check_lists(op, bases=stored.bases, grads=grads, countdowns=countdowns, first_gaps=first_gaps, seeds=seeds)
     expect(subspace in SUBSPACES, op, lambda: f"subspace must be one of {', '.join(SUBSPACES)}, got {subspace!r}")
     _check_stored(op, stored)
-    _check_schedule(op, countdowns, lr, schedule, gap, first_gaps, stored.moments)
+    check_schedule(op, countdowns, lr, gap, first_gaps, stored.moments)
+    _check_adaptive(op, countdowns, schedule)
 
 
 def check_refresh_from_sketch(stored, sketches, countdowns, lr, schedule, *, left, gap, first_gaps, seeds,
                               op="refresh_from_sketch_"):
     check_lists(op, bases=stored.bases, sketches=sketches, countdowns=countdowns, first_gaps=first_gaps, seeds=seeds)
     _check_stored(op, stored)
-    _check_schedule(op, countdowns, lr, schedule, gap, first_gaps, stored.moments)
+    check_schedule(op, countdowns, lr, gap, first_gaps, stored.moments)
+    _check_adaptive(op, countdowns, schedule)
     for i, sketch in enumerate(sketches):
         if sketch.numel() > 0:
             _check_sketched_matrix(stored, i, sketch, left=left, op=op)
@@ -136,10 +138,10 @@ def _check_sketched_matrix(stored, i, sketch, *, left, op):
         exp_avg = stored.exp_avgs[i]
         expect(exp_avg.dim() == 2 and exp_avg.shape[0 if left else 1] == rank, op,
                lambda: f"exp_avg must have shape {f'({rank}, n)' if left else f'(m, {rank})'}, got {tuple(exp_avg.shape)}")
-        _check_adam_state(op, exp_avg.shape, basis.device, *stored.adam(i))
+        check_adam_state(op, exp_avg.shape, basis.device, *stored.adam(i))
 
 
-def _check_adam_state(op, shape, device, exp_avg, exp_avg_sq, absmaxes, step):
+def check_adam_state(op, shape, device, exp_avg, exp_avg_sq, step, absmaxes=()):
     for name, moment, absmax in zip(("exp_avg", "exp_avg_sq"), (exp_avg, exp_avg_sq), absmaxes or (None, None)):
         if absmax is not None:
             expect_codes(op, name, moment, f"{name}_absmax", absmax, shape, device)
@@ -166,21 +168,24 @@ def check_sketch_directions(basis, exp_avg, *, other, left, op="sketch_direction
         expect_like(op, "exp_avg", exp_avg, (rank, other) if left else (other, rank), basis.device)
 
 
-def _check_schedule(op, countdowns, lr, schedule, gap, first_gaps, moments):
+def check_schedule(op, countdowns, lr, gap, first_gaps, moments):
     expect(gap >= 1, op, lambda: f"gap must be at least 1, got {gap}")
     expect(moments in MOMENTS, op, lambda: f"moments must be one of {', '.join(MOMENTS)}, got {moments!r}")
     expect(min(first_gaps, default=1) >= 1, op, lambda: f"first_gaps must be at least 1, got {min(first_gaps)}")
-    _expect_counters(op, "countdowns", countdowns)
-    if schedule.gaps or schedule.overlaps:
-        check_lists(op, countdowns=countdowns, gaps=schedule.gaps, overlaps=schedule.overlaps)
-        _expect_counters(op, "gaps", schedule.gaps)
-        for i, queue in enumerate(schedule.overlaps):
-            expect(queue.dim() == 1 and queue.dtype == torch.float32, op,
-                   lambda: f"overlaps[{i}] must be a vector of float32, got shape {tuple(queue.shape)}, {queue.dtype}")
+    check_on_host(op, "countdowns", countdowns)
     expect_number(op, "lr", lr, lr.device)
 
 
-def _expect_counters(op, name, counters):
+def _check_adaptive(op, countdowns, schedule):
+    if schedule.gaps or schedule.overlaps:
+        check_lists(op, countdowns=countdowns, gaps=schedule.gaps, overlaps=schedule.overlaps)
+        check_on_host(op, "gaps", schedule.gaps)
+        for i, queue in enumerate(schedule.overlaps):
+            expect(queue.dim() == 1 and queue.dtype == torch.float32, op,
+                   lambda: f"overlaps[{i}] must be a vector of float32, got shape {tuple(queue.shape)}, {queue.dtype}")
+
+
+def check_on_host(op, name, counters):
     # Every step of every matrix comes by here: one comparison each, and a message only for a bad one.
     for i, c in enumerate(counters):
         fits = c.dtype == torch.int64 and c.dim() == 0 and c.device.type == "cpu"
@@ -202,7 +207,7 @@ def check_refresh_matrix(stored, i, grad, *, left, op="refresh_"):
     check_subspace_iteration(grad, None, rank=rank, left=left, n_iter=1, oversample=None, op=op)
     if stored.moments != "keep":
         shape = (rank, grad.shape[1]) if left else (grad.shape[0], rank)
-        _check_adam_state(op, shape, grad.device, *stored.adam(i))
+        check_adam_state(op, shape, grad.device, *stored.adam(i))
 
 
 define(SCHEMAS)

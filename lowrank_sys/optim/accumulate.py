@@ -47,12 +47,13 @@ class Accumulate(Hooked):
         for weight in self.coefficients:
             self.serve(weight)
 
+    def check(self, optimizer):
+        if not optimizer.residual.starts_from_low_rank(optimizer.inner):
+            raise ValueError(f"per_layer='accumulate' needs a rule that can start from R, got {type(optimizer).__name__}")
+
     def attach(self, optimizer, group, names):
         if "rank" not in group:
             return super().attach(optimizer, group, names)
-        if not hasattr(optimizer.inner, "subspace_step"):
-            rule = type(optimizer.inner).__name__
-            raise ValueError(f"per_layer='accumulate' needs a rule that can start from R, got {rule}")
         if self.model is None:
             raise ValueError("per_layer='accumulate' needs the model: give the groups of param_groups(model) as they are, or "
                              "per_layer=Accumulate(model=model)")

@@ -1,18 +1,9 @@
 """GaLore (Zhao et al., ICML 2024, arXiv:2403.03507): Adam or Adafactor on the gradient's leading singular directions."""
 
+from lowrank_sys.optim.adam import adam_defaults
 from lowrank_sys.optim.inner import Adafactor, Adam
 from lowrank_sys.optim.inner_8bit import Adam8bit
 from lowrank_sys.optim.optimizer import LowRankOptimizer
-
-
-def adam_defaults(lr, betas, eps, weight_decay):
-    """Adam's hyper-parameters, checked."""
-    for i, beta in enumerate(betas):
-        if not 0 <= beta < 1:
-            raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}")
-    if not eps >= 0:
-        raise ValueError(f"eps must be at least 0, got {eps}")
-    return {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
 
 
 class GaLoreAdamW(LowRankOptimizer):

@@ -34,13 +34,14 @@ class Adam:
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = torch.zeros(shape, dtype=torch.float32, device=param.device)
 
-    def _hyper(self, group):
+    def hyper(self, group):
+        """The ops' names of the group's keys."""
         beta1, beta2 = group["betas"]
         return {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": group["weight_decay"]}
 
     def plain_step(self, group, params, grads, states, lr, guards):
         torch.ops.lowrank.adamw_step(params, grads, _field(states, "exp_avg"), _field(states, "exp_avg_sq"),
-                                     _field(states, "step"), lr=lr, **self._hyper(group), **guards)
+                                     _field(states, "step"), lr=lr, **self.hyper(group), **guards)
 
     def low_rank_step(self, group, params, grads, states, lr, left, guards):
         self._low_rank(torch.ops.lowrank.galore_step.list, group, params, grads, states, lr, left, guards)
@@ -53,7 +54,7 @@ class Adam:
         for part, bases in _bases(params, states):
             own = states[part]
             op(params[part], gradients[part], bases, _field(own, "exp_avg"), _field(own, "exp_avg_sq"), _field(own, "step"),
-               lr=lr, scale=group["scale"], left=left, **self._hyper(group), **guards)
+               lr=lr, scale=group["scale"], left=left, **self.hyper(group), **guards)
 
 
 class Adafactor:

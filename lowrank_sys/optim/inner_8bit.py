@@ -34,7 +34,7 @@ class Adam8bit:
     def plain_step(self, group, params, grads, states, lr, guards):
         for coded, states, params, grads in alike(_is_coded, states, params, grads):
             if coded:
-                torch.ops.lowrank.adam_8bit_(params, grads, *_lists(states), lr=lr, **self._full._hyper(group), **guards)
+                torch.ops.lowrank.adam_8bit_(params, grads, *_lists(states), lr=lr, **self._full.hyper(group), **guards)
             else:
                 self._full.plain_step(group, params, grads, states, lr, guards)
 
@@ -54,7 +54,7 @@ class Adam8bit:
             bases = zip(*(parts(state)[1] for state in states))
             step = getattr(getattr(torch.ops.lowrank, name), store.overload)
             step(params, gradients, *map(list, bases), *_lists(states), lr=lr, scale=group["scale"], left=left,
-                 **store.options, **self._full._hyper(group), **guards)
+                 **store.options, **self._full.hyper(group), **guards)
 
 
 def _is_coded(state):

@@ -5,6 +5,7 @@ import torch
 from lowrank_sys.memory import ledger
 from lowrank_sys.optim.coefficient import weights, with_coefficients, without_coefficients
 from lowrank_sys.optim.per_layer import resolve
+from lowrank_sys.optim.residual import Dropped
 from lowrank_sys.optim.store import InPlace
 from lowrank_sys.subspace.subspace import Subspace
 
@@ -12,18 +13,20 @@ from lowrank_sys.subspace.subspace import Subspace
 class LowRankOptimizer(torch.optim.Optimizer):
     """Low-rank updates for groups with a `rank`, the plain inner rule for the others.
 
-    Composed of a subspace part (select, store, refresh, transport), an inner rule on the low-rank state, a store (how weights
-    are kept) and a residual: what happens to G - back(R) is part of the fused op that the inner rule calls, which drops it.
+    Composed of a subspace part (select, store, refresh, transport), an inner rule on the low-rank state, a residual (what
+    happens to G - back(R)) and a store (how weights are kept).
 
     Args:
-        params: parameters, named parameters or groups, as for any torch optimizer. Keys of a low-rank group: `rank`, `scale`
-            and those of Subspace.
+        params: parameters, named parameters or groups, as for any torch optimizer. Keys of a low-rank group: `rank` and
+            those of the subspace and the residual.
         inner: the inner rule (lowrank_sys.optim.inner).
         defaults: the rule's hyper-parameters, with `lr` (float or 0-dim tensor).
         nonfinite: 'skip': a gradient that is not finite leaves its channel (plain groups: its element) untouched, counted
             by `skipped()`; 'raise': FloatingPointError before anything is written.
         per_layer: when the gradients of the matrices are projected (lowrank_sys.optim.per_layer). None: in step().
             'accumulate' or an Accumulate: as soon as they exist. 'in_backward' or an InBackward: with their whole step.
+        subspace: Subspace() by default, an orthonormal basis in memory (lowrank_sys.subspace).
+        residual: Dropped() by default, GaLore's (lowrank_sys.optim.residual).
 
     The state is tensors and plain numbers only: torch.load(weights_only=True), DCP and safetensors work, and a resumed run is
     exact to the bit.
@@ -34,7 +37,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     # GradScaler hands over grad_scale and found_inf instead of synchronising.
     _step_supports_amp_scaling = True
 
-    def __init__(self, params, inner, defaults, nonfinite="skip", per_layer=None):
+    def __init__(self, params, inner, defaults, nonfinite="skip", per_layer=None, *, subspace=None, residual=None):
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite must be 'skip' or 'raise', got {nonfinite!r}")
         lr = defaults["lr"]
@@ -43,7 +46,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if not defaults["weight_decay"] >= 0:
             raise ValueError(f"weight_decay must be at least 0, got {defaults['weight_decay']}")
         self.inner = inner
-        self.subspace = Subspace()
+        self.subspace = Subspace() if subspace is None else subspace
+        self.residual = Dropped() if residual is None else residual
         self.store = InPlace()
         self.nonfinite = nonfinite
         self._counters = {}
@@ -54,8 +58,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self):
         # torch's names three fields only: a copy would lose its parts.
-        return {**super().__getstate__(), "inner": self.inner, "subspace": self.subspace, "store": self.store,
-                "nonfinite": self.nonfinite, "_counters": self._counters, "gradients": self.gradients}
+        return {**super().__getstate__(), "inner": self.inner, "subspace": self.subspace, "residual": self.residual,
+                "store": self.store, "nonfinite": self.nonfinite, "_counters": self._counters, "gradients": self.gradients}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -77,16 +81,23 @@ class LowRankOptimizer(torch.optim.Optimizer):
             raise
 
     def _check_low_rank(self, group, names):
+        self.gradients.check(self)
         self._set_defaults(group)
+        if group.get("quant") and not self._serves_int4():
+            raise ValueError(f"quant must be False for {type(self).__name__}, got {group['quant']!r}")
         self.subspace.check(group, names)
-        if group["quant"] and not getattr(self.inner, "int4_basis", False):
-            raise ValueError(f"quant must be False for {type(self.inner).__name__}, got {group['quant']!r}")
+        self.residual.check(group)
         if group["moments"] not in self.inner.transports:
             raise ValueError(f"moments must be one of {', '.join(self.inner.transports)} for {type(self.inner).__name__}, "
                              f"got {group['moments']!r}")
 
+    def _serves_int4(self):
+        parts = (self.inner, self.residual)
+        return "quant" in self.subspace.defaults and all(getattr(part, "int4_basis", False) for part in parts)
+
     def _set_defaults(self, group):
-        for key, value in {**self.subspace.defaults, **self.gradients.defaults, "scale": 0.25, **self.low_rank_defaults}.items():
+        parts = (self.subspace.defaults, self.residual.defaults, self.gradients.defaults, self.low_rank_defaults)
+        for key, value in {key: value for part in parts for key, value in part.items()}.items():
             group.setdefault(key, value)
 
     def _init_state(self, only=None):
@@ -105,6 +116,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             shape = param.shape
             if "rank" in group:
                 shape = self.subspace.init(state, param, group, index[param], len(matrices))
+                self.residual.init(state, param)
             self.inner.init(state, tuple(shape), param, group)
 
     def _counter(self, device):
@@ -195,7 +207,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return sum(int(counter) for counter in self._counters.values())
 
     def refreshes(self):
-        """The refresh schedule of every matrix that has a basis, by name: {"countdown": steps until its next refresh}.
+        """The refresh schedule of every matrix, by name: {"countdown": steps until its next refresh}.
 
         Where its gap is its own (cos_threshold): also "gap", and "overlaps", those of its last bases with their predecessors,
         oldest first. Reads the device.
@@ -203,7 +215,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         schedule = {}
         for g, group in enumerate(self.param_groups):
             for i, param in enumerate(weights(group)):
-                if "basis" in self.state.get(param, ()):
+                if "countdown" in self.state.get(param, ()):
                     schedule[_name(group, g, i)] = self.subspace.describe(self.state[param])
         return schedule
 

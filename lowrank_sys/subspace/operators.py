@@ -12,6 +12,7 @@ from lowrank_sys.reference.sparse import row_norms
 from lowrank_sys.reference.subspace import sketch_directions, subspace_iteration
 from lowrank_sys.reference.transport import rotate_moments_
 from lowrank_sys.subspace.refresh import refresh_, refresh_from_sketch_
+from lowrank_sys.subspace.schedule import refresh_keys_, refresh_rows_
 
 
 def _project(grad, basis, *, left):
@@ -38,6 +39,8 @@ IMPLEMENTATIONS = {
     "sketch_directions": sketch_directions,
     "refresh_from_sketch_": refresh_from_sketch_,
     "refresh_from_sketch_.full": refresh_from_sketch_,
+    "refresh_keys_": refresh_keys_,
+    "refresh_rows_": refresh_rows_,
     "rotate_moments_": rotate_moments_,
     "dct_select": functools.partial(dct_select, select=_select_rows),
     "dct_columns": dct_columns,

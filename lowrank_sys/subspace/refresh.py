@@ -62,14 +62,14 @@ def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left
     due = [i for i, wait in enumerate(waits) if wait <= 0]
     for i in due:
         _ops.subspace.check_refresh_matrix(stored, i, grads[i], left=left)
-    trains, matrices = _trains(lr), _Matrices(stored, schedule, left)
+    training, matrices = trains(lr), _Matrices(stored, schedule, left)
     for i in due:
         old = None if waits[i] == COLD else matrices.load(i, grads[i].shape[0 if left else 1])
         new = SELECT[subspace](grads[i], old, rank=matrices.rank(i), left=left, seed=seeds[i])
-        if old is not None and trains:
+        if old is not None and training:
             matrices.compare(i, old, new)
         matrices.replace(i, old, new)
-    if trains:
+    if training:
         matrices.grow_gaps()
         for i in due:
             countdowns[i].fill_(first_gaps[i] if waits[i] == COLD else matrices.gap(i, gap))
@@ -91,7 +91,7 @@ def refresh_from_sketch_(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, ste
     stored, schedule = refresh_lists(bases, exp_avgs, exp_avg_sqs, steps, moments, **full)
     _ops.subspace.check_refresh_from_sketch(stored, sketches, countdowns, lr, schedule, left=left, gap=gap,
                                             first_gaps=first_gaps, seeds=seeds)
-    if not countdowns or not _trains(lr):
+    if not countdowns or not trains(lr):
         return
     waits, matrices = torch.stack(countdowns).tolist(), _Matrices(stored, schedule, left)
     for i, wait in enumerate(waits):
@@ -115,7 +115,7 @@ def is_due(wait):
     return wait in (0, COLD)
 
 
-def _trains(lr):
+def trains(lr):
     """False for a host-side rate of 0: nothing is trained, and what is due stays due."""
     return lr.device.type != "cpu" or lr.item() != 0
 
@@ -152,7 +152,7 @@ class _Matrices:
         store.write(*tensors, new=new, kept=kept)
         if moments == "keep":
             return
-        exp_avg, exp_avg_sq, absmaxes, step = self._stored.adam(i)
+        exp_avg, exp_avg_sq, step, absmaxes = self._stored.adam(i)
         if moments == "reset":
             reset(exp_avg, exp_avg_sq, *absmaxes, step)
         else:

@@ -48,11 +48,13 @@ class Subspace:
                 "refresh": "now", "quant": False, "quant_n_bit": 4, "quant_group_size": 256, "cos_threshold": None,
                 "gamma_proj": 2, "queue_size": 5, "max_update_proj_gap": None}
     categories = {**DENSE.categories, **Int4.categories, "countdown": "counters", "gap": "counters", "overlaps": "counters"}
-    on_host = ("countdown", "gap")
+    on_host = ("countdown", "gap")  # state that stays there, for Python to read
+    subspaces, transports, refreshes = SUBSPACES, MOMENTS, REFRESHES  # values of the keys
 
     def check(self, group, names):
         """Raise a ValueError that names the key, or the weight that does not fit."""
-        for key, valid in (("proj_type", SIDES), ("subspace", SUBSPACES), ("moments", MOMENTS), ("refresh", REFRESHES)):
+        for key, valid in (("proj_type", SIDES), ("subspace", self.subspaces), ("moments", self.transports),
+                           ("refresh", self.refreshes)):
             if group[key] not in valid:
                 raise ValueError(f"{key} must be one of {', '.join(valid)}, got {group[key]!r}")
         if group["refresh"] == "next" and group["subspace"] != "randomized":
@@ -60,8 +62,9 @@ class Subspace:
         for key in ("rank", "update_proj_gap"):
             if not isinstance(group[key], int) or group[key] < 1:
                 raise ValueError(f"{key} must be an integer of at least 1, got {group[key]!r}")
-        self._check_quantized(group)
-        self._check_adaptive(group)
+        if "quant" in self.defaults:
+            self._check_quantized(group)
+            self._check_adaptive(group)
         for name, param in zip(names, group["params"]):
             if param.dim() != 2:
                 raise ValueError(f"{name} must be a matrix to be in a group with a rank, got shape {tuple(param.shape)}")
@@ -139,7 +142,8 @@ class Subspace:
         """Advance the schedule of these matrices by one step; bases that are due are chosen anew."""
         for kind, states, grads in alike(_kind(group), states, grads):
             torch.ops.lowrank.refresh_.full(
-                *_lists(group, states, grads), lr, left=left, subspace=group["subspace"], **_options(group, kind, states))
+                _field(states, "basis"), grads, _field(states, "countdown"), *self._transported(group["moments"], states), lr,
+                left=left, subspace=group["subspace"], **_options(group, kind, states))
 
     def sketch_directions(self, param, state):
         """Omega of the sketch that this step's gradient of `param` owes the next basis; None if none is due."""
@@ -161,7 +165,16 @@ class Subspace:
         sketches = [s["basis"].new_empty(0) if sketch is None else sketch for s, sketch in zip(states, sketches)]
         for kind, states, sketches in alike(_kind(group), states, sketches):
             torch.ops.lowrank.refresh_from_sketch_.full(
-                *_lists(group, states, sketches), lr, left=left, **_options(group, kind, states))
+                _field(states, "basis"), sketches, _field(states, "countdown"), *self._transported(group["moments"], states), lr,
+                left=left, **_options(group, kind, states))
+
+    def _transported(self, moments, states):
+        """The Adam state, in lists that are empty where nothing is transported."""
+        return [_field(states, key) if moments != "keep" else [] for key in ("exp_avg", "exp_avg_sq", "step")]
+
+    def measured(self, grad, state):
+        """What the norm of a gradient is taken of: R."""
+        return self.project(grad, state)
 
     def describe(self, state):
         """The schedule of a matrix in plain numbers: its gap, steps until the next refresh, and the overlaps. Reads the device."""
@@ -183,12 +196,6 @@ def _kind(group):
 
 def _field(states, key):
     return [state[key] for state in states]
-
-
-def _lists(group, states, gradients):
-    """The lists of a refresh: bases, gradients or sketches, countdowns, and the Adam state if it is transported."""
-    adam = [_field(states, key) if group["moments"] != "keep" else [] for key in ("exp_avg", "exp_avg_sq", "step")]
-    return _field(states, "basis"), gradients, _field(states, "countdown"), *adam
 
 
 def _options(group, kind, states):

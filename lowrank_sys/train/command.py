@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_sys.cli import CommandError
-from lowrank_sys.train.methods import METHODS
+from lowrank_sys.train.methods import METHODS, settle
 from lowrank_sys.train.models import PRESETS, is_known
 
 if TYPE_CHECKING:
@@ -72,11 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="free each matrix's gradient during backward: accumulate (its projection adds up over the micro-batches) or "
         "in_backward (its step is taken at once; one micro-batch a step, clipped by the previous step's norm)",
     )
-    add("--rank", metavar="R", type=int, default=128, help="rank of the low-rank gradients (default: %(default)s)")
+    add("--rank", metavar="R", type=int, help=f"rank of the low-rank gradients (default: {_defaults('rank')})")
     add("--update-proj-gap", metavar="N", type=int, default=200, help="steps between refreshes of a basis (default: 200)")
-    add("--scale", type=float, default=0.25, help="factor on the low-rank update (default: %(default)s)")
+    add("--scale", type=float, help=f"factor on the low-rank update (default: {_defaults('scale')})")
     add("--proj-type", metavar="NAME", default="std", help="which side is projected (default: %(default)s)")
-    add("--subspace", metavar="NAME", default="randomized", help="how a basis is found (default: %(default)s)")
+    add("--subspace", metavar="NAME", help=f"how a basis is found, or rows are selected (default: {_defaults('subspace')})")
     rates = ", ".join(f"{name} {m.lr:g} and {m.plain_lr:g}" for name, m in METHODS.items())
     add("--lr", type=float, help=f"learning rate of the linear weights (default: the method's; with --plain-lr: {rates})")
     add("--plain-lr", metavar="LR", type=float, help="learning rate of embeddings, norms and head")
@@ -101,6 +101,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + ", ".join(_flag(name) for name in FREE[2:])
         + ". A new --steps moves the end of the schedule",
     )
+
+
+def _defaults(name: str) -> str:
+    """The methods' defaults of a flag: the most common one, then whose are others."""
+    usual = getattr(METHODS["galore"], name)
+    others = {key: getattr(m, name) for key, m in METHODS.items() if getattr(m, name) != usual}
+    return ", ".join([str(usual), *(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+                                    for key, value in others.items())])
 
 
 def _title(model: str) -> str:
@@ -171,6 +179,7 @@ def _train(args: argparse.Namespace) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    args = settle(args)
     out, device = Path(args.out), _device(args.device)
     args.dtype = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(args.dtype, args.dtype)
 

@@ -19,6 +19,20 @@ class Method(NamedTuple):
     lr: float
     plain_lr: float
     low_rank: bool = True  # whether gradients are projected
+    rank: int = 128
+    scale: float = 0.25
+    subspace: str = "randomized"
+
+
+# Flags whose default is the method's, besides the rates.
+DEFAULTS = ("rank", "scale", "subspace")
+
+
+def settle(args: argparse.Namespace) -> argparse.Namespace:
+    """`args` with what was left to the method filled in."""
+    method = METHODS[args.method]
+    missing = {name: getattr(method, name) for name in DEFAULTS if getattr(args, name) is None}
+    return type(args)(**{**vars(args), **missing})
 
 
 def _plain(optimizer):
@@ -33,18 +47,19 @@ def _plain(optimizer):
     return build
 
 
-def _low_rank_groups(model, args):
+def _low_rank_groups(model, args, scale="scale", **keys):
     from lowrank_sys.optim import param_groups
 
     return param_groups(
         model,
         rank=args.rank,
         update_proj_gap=args.update_proj_gap,
-        scale=args.scale,
         proj_type=args.proj_type,
         subspace=args.subspace,
         seed=args.seed,
         plain={"lr": args.plain_lr},
+        **{scale: args.scale},
+        **keys,
     )
 
 
@@ -55,12 +70,14 @@ def _per_layer(args):
     return InBackward(max_norm=args.grad_clip or None) if args.per_layer == "in_backward" else args.per_layer
 
 
-def _low_rank(optimizer):
+def _preset(name, scale="scale", **keys):
+    """Builds optimizer `name`, whose group key `scale` is the flag --scale; keys: of its low-rank group."""
+
     def build(model, args):
         from lowrank_sys import optim
 
-        groups = _low_rank_groups(model, args)
-        return getattr(optim, optimizer)(groups, lr=args.lr, weight_decay=args.weight_decay, per_layer=_per_layer(args))
+        groups = _low_rank_groups(model, args, scale, **keys)
+        return getattr(optim, name)(groups, lr=args.lr, weight_decay=args.weight_decay, per_layer=_per_layer(args))
 
     return build
 
@@ -82,10 +99,15 @@ def _galore_adafactor(model, args):
 METHODS = {
     "adamw": Method(_plain("GaLoreAdamW"), lr=3e-4, plain_lr=1e-2, low_rank=False),
     "adamw8bit": Method(_plain("GaLoreAdamW8bit"), lr=3e-4, plain_lr=1e-2, low_rank=False),
-    "galore": Method(_low_rank("GaLoreAdamW"), lr=5e-3, plain_lr=3e-3),
-    "galore8bit": Method(_low_rank("GaLoreAdamW8bit"), lr=5e-3, plain_lr=3e-3),
-    "q-galore": Method(_low_rank("QGaLoreAdamW8bit"), lr=5e-3, plain_lr=3e-3),
+    "galore": Method(_preset("GaLoreAdamW"), lr=5e-3, plain_lr=3e-3),
+    "galore8bit": Method(_preset("GaLoreAdamW8bit"), lr=5e-3, plain_lr=3e-3),
+    "q-galore": Method(_preset("QGaLoreAdamW8bit"), lr=5e-3, plain_lr=3e-3),
     "galore-adafactor": Method(_galore_adafactor, lr=5e-3, plain_lr=3e-3),
+    "apollo": Method(_preset("APOLLOAdamW"), lr=5e-3, plain_lr=3e-3, scale=1.0),
+    "apollo-mini": Method(_preset("APOLLOAdamW", scale_type="tensor"), lr=5e-3, plain_lr=3e-3, rank=1, scale=128.0),
+    "fira": Method(_preset("FiraAdamW", scale="alpha"), lr=5e-3, plain_lr=3e-3),
+    "grass": Method(_preset("GrassAdamW"), lr=5e-3, plain_lr=3e-3, subspace="top"),
+    "frugal": Method(_preset("FrugalAdamW"), lr=1e-3, plain_lr=3e-3, scale=1.0),
 }
 
 
@@ -95,6 +117,6 @@ def build(model: torch.nn.Module, args: argparse.Namespace) -> LowRankOptimizer:
     Raises CommandError with the optimizer's own words, as for a rank above min(m, n) of a weight.
     """
     try:
-        return METHODS[args.method].build(model, args)
+        return METHODS[args.method].build(model, settle(args))
     except ValueError as error:
         raise CommandError(str(error)) from error

@@ -323,7 +323,7 @@ def test_a_rule_says_whether_it_serves_int4():
     class Rule:
         transports = ("keep",)
 
-    with pytest.raises(ValueError, match="quant must be False for Rule, got True"):
+    with pytest.raises(ValueError, match="quant must be False for LowRankOptimizer, got True"):
         LowRankOptimizer(groups(build(), quant=True), Rule(), {"lr": 1e-3, "weight_decay": 0.0})
     model = build()
     optimizer = GaLoreAdafactor(groups(model, quant=True))

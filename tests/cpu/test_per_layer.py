@@ -263,7 +263,7 @@ def test_bad_arguments(per_layer, keys, message):
 
 def test_more_bad_arguments():
     model = build()
-    with pytest.raises(ValueError, match="needs a rule that can start from R, got Adafactor"):
+    with pytest.raises(ValueError, match="needs a rule that can start from R, got GaLoreAdafactor"):
         GaLoreAdafactor(groups(model), per_layer="accumulate")
     with pytest.raises(ValueError, match=r"needs the model: give the groups of param_groups\(model\) as they are"):
         GaLoreAdamW(list(groups(model)), per_layer="accumulate")

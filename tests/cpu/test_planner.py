@@ -128,6 +128,22 @@ def test_scratch_of_a_list_is_kept_from_matrix_to_matrix(dtype):
     assert allocated(op, *plain, **{**ADAM, "lr": lr}) == expected(op, *plain, **{**ADAM, "lr": lr}) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("t, m, n", [(1500, 1300, 1100), (64, 300, 200)])
+def test_scratch_of_int8_weights(t, m, n, dtype):
+    ops = torch.ops.lowrank
+    torch.manual_seed(0)
+    codes, scale = ops.quantize_int8(torch.randn(m, n))
+    x, grad_out, bias = torch.randn(t, n).to(dtype), torch.randn(t, m).to(dtype), torch.randn(m).to(dtype)
+    for call in ((ops.int8_linear.default, x, codes, scale), (ops.int8_linear.default, x, codes, scale, bias),
+                 (ops.int8_linear_backward.default, grad_out, codes, scale), (ops.quantize_int8.default, x),
+                 (ops.dequantize_int8.default, codes, scale)):
+        assert allocated(*call) == expected(*call)
+    update = (ops.int8_update_.default, codes, scale, torch.randn(m, n).to(dtype))
+    keys = {"alpha": 1e-3, "seed": 1, "step": 1, "parameter": 0}
+    assert allocated(*update, **keys) == expected(*update, **keys) == 0
+
+
 def test_scratch_of_torchs_own_operators():
     grads = [torch.randn(500, 300), torch.randn(40, 30)]
     norm = torch.ops.aten._foreach_norm.Scalar
