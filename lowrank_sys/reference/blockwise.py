@@ -174,7 +174,7 @@ def galore_step_8bit(param, grad, basis, exp_avg, exp_avg_sq, exp_avg_absmax, ex
     _step(param, project(grad, basis, left=left), basis, moments, step=step, lr=lr, left=left, **hyper)
 
 
-def _step_list(op, lists, *, projected, lr, left, grad_scale, found_inf, skipped, group_size=None, **hyper):
+def _step_list(op, lists, *, projected, lr, left, grad_scale=None, found_inf=None, skipped=None, group_size=None, **hyper):
     _ops.blockwise.check_low_rank_lists_8bit(op, *lists, projected=projected, lr=lr, left=left, group_size=group_size,
                                              guards=(grad_scale, found_inf, skipped))
     params, gradients, bases, moments, steps = _ops.blockwise.split_lists(lists, group_size)
@@ -193,28 +193,31 @@ def _step_list(op, lists, *, projected, lr, left, grad_scale, found_inf, skipped
             skipped += left_out
 
 
-def galore_step_8bit_list(*lists, lr, left, grad_scale=None, found_inf=None, skipped=None, **hyper):
-    """galore_step_8bit for many matrices; steps (0-dim fp32) are advanced by one first. Guards as in adamw_step.
-
-    lists: params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps.
-    """
-    _step_list("galore_step_8bit", lists, projected=False, lr=lr, left=left, grad_scale=grad_scale, found_inf=found_inf,
-               skipped=skipped, **hyper)
+def galore_step_8bit_list(params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps,
+                          **options):
+    """galore_step_8bit for many matrices; steps (0-dim fp32) are advanced by one first. Guards as in adamw_step."""
+    lists = (params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps)
+    _step_list("galore_step_8bit", lists, projected=False, **options)
 
 
-def galore_step_8bit_int4(*lists, lr, left, group_size=256, grad_scale=None, found_inf=None, skipped=None, **hyper):
-    """galore_step_8bit_list on bases in INT4: bases are packed codes, with basis_scales and basis_offsets, see quantize_int4."""
-    _step_list("galore_step_8bit", lists, projected=False, lr=lr, left=left, group_size=group_size, grad_scale=grad_scale,
-               found_inf=found_inf, skipped=skipped, **hyper)
+def galore_step_8bit_int4(params, grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs, exp_avg_absmaxes,
+                          exp_avg_sq_absmaxes, steps, *, group_size=256, **options):
+    """galore_step_8bit_list on bases in INT4: packed codes, scales and offsets, see quantize_int4."""
+    lists = (params, grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs, exp_avg_absmaxes,
+             exp_avg_sq_absmaxes, steps)
+    _step_list("galore_step_8bit", lists, projected=False, group_size=group_size, **options)
 
 
-def subspace_step_8bit_list(*lists, lr, left, grad_scale=None, found_inf=None, skipped=None, **hyper):
+def subspace_step_8bit_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes,
+                            steps, **options):
     """galore_step_8bit_list from gradients that are already projected: R (r, n) if left, else (m, r), fp32."""
-    _step_list("subspace_step_8bit", lists, projected=True, lr=lr, left=left, grad_scale=grad_scale, found_inf=found_inf,
-               skipped=skipped, **hyper)
+    lists = (params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps)
+    _step_list("subspace_step_8bit", lists, projected=True, **options)
 
 
-def subspace_step_8bit_int4(*lists, lr, left, group_size=256, grad_scale=None, found_inf=None, skipped=None, **hyper):
+def subspace_step_8bit_int4(params, low_rank_grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs,
+                            exp_avg_absmaxes, exp_avg_sq_absmaxes, steps, *, group_size=256, **options):
     """galore_step_8bit_int4 from gradients that are already projected: R (r, n) if left, else (m, r), fp32."""
-    _step_list("subspace_step_8bit", lists, projected=True, lr=lr, left=left, group_size=group_size, grad_scale=grad_scale,
-               found_inf=found_inf, skipped=skipped, **hyper)
+    lists = (params, low_rank_grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs, exp_avg_absmaxes,
+             exp_avg_sq_absmaxes, steps)
+    _step_list("subspace_step_8bit", lists, projected=True, group_size=group_size, **options)
