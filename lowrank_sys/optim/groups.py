@@ -34,7 +34,7 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, **low_rank
     Returns:
         [plain group, low-rank group] with named parameters: a list, with the model as its `model`.
     """
-    known = {*(key for part in PARTS for key in part.defaults), "lr", "weight_decay", "betas", "eps"}
+    known = {*(key for part in PARTS for key in part.defaults), "lr", "weight_decay", "betas", "eps", "min_8bit_size"}
     if unknown := sorted(low_rank.keys() - known):
         raise ValueError(f"keys of the low-rank group must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
     chosen = {id(module.weight) for _, module in linear_layers(model, target_modules)}

@@ -154,7 +154,7 @@ def _check(args: argparse.Namespace) -> None:
             f"--per-layer in_backward takes a step every micro-batch, got --gradient-accumulation-steps "
             f"{args.gradient_accumulation_steps}; use --per-layer accumulate"
         )
-    if args.per_layer and args.method == "adamw":
+    if args.per_layer and not METHODS[args.method].low_rank:
         raise CommandError("--per-layer needs a method with low-rank gradients, got --method adamw")
     method = METHODS[args.method]
     args.lr = method.lr if args.lr is None else args.lr
