@@ -33,16 +33,16 @@ def check_quantize_int4(basis, *, group_size, op="quantize_int4"):
     expect_group_size(op, group_size)
 
 
-def expect_int4(op, packed, scale, offset, d, group_size, device):
-    """packed, scale and offset are a basis (d, r) on `device`."""
+def expect_int4(op, packed, scale, offset, d, group_size, device, names=("packed", "scale", "offset")):
+    """packed, scale and offset, which the op calls `names`, are a basis (d, r) on `device`."""
     expect_group_size(op, group_size)
     expect(packed.dim() == 2 and packed.shape[1] == cdiv(d, 2), op,
-            lambda: f"packed must have shape (r, {cdiv(d, 2)}) for vectors of {d} entries, got {tuple(packed.shape)}")
-    expect(packed.shape[0] >= 1, op, lambda: f"rank must be at least 1, got packed of shape {tuple(packed.shape)}")
-    expect_dtype(op, "packed", packed, torch.uint8)
-    expect_like(op, "packed", packed, packed.shape, device)
+            lambda: f"{names[0]} must have shape (r, {cdiv(d, 2)}) for vectors of {d} entries, got {tuple(packed.shape)}")
+    expect(packed.shape[0] >= 1, op, lambda: f"rank must be at least 1, got {names[0]} of shape {tuple(packed.shape)}")
+    expect_dtype(op, names[0], packed, torch.uint8)
+    expect_like(op, names[0], packed, packed.shape, device)
     shape = int4_shapes(d, packed.shape[0], group_size)[1]
-    for name, tensor in (("scale", scale), ("offset", offset)):
+    for name, tensor in zip(names[1:], (scale, offset)):
         expect_like(op, name, tensor, shape, device)
         expect_dtype(op, name, tensor, torch.float32)
 
