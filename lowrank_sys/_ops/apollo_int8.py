@@ -1,10 +1,13 @@
 """APOLLO on INT8 weights, written in place with stochastic rounding."""
 
+import torch
+
 from lowrank_sys._ops.int8 import expect_int8, expect_stream
 from lowrank_sys._ops.qgalore import expect_numbers, or_none
-from lowrank_sys._ops.residual import APOLLO, NUMBERS, check_apollo_gradient
+from lowrank_sys._ops.residual import APOLLO, NUMBERS, check_apollo_gradient, is_key
 from lowrank_sys._ops.rules import (ADAM, GUARDS, check_guards, check_lists, check_step_and_rate, define, expect_float, expect_like,
                                     fake)
+from lowrank_sys._ops.workspace import copy_unless_fp32, fp32, reused, tile_unless_fp32, workspace
 
 _ONE = ("Tensor(a!) codes, Tensor(b!) weight_scale, Tensor grad, Tensor basis, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, "
         "Tensor(e!)? limiter=None")
@@ -64,3 +67,21 @@ fake("apollo_int8_step")(_one)
 def _(*lists, lr, left, parameters, offsets=(), group_size=256, grad_scale=None, found_inf=None, skipped=None, **hyper):
     check_apollo_int8_list(*lists, lr=lr, left=left, parameters=parameters, offsets=offsets, group_size=group_size,
                            guards=(grad_scale, found_inf, skipped))
+
+
+def _basis_scratch(grad, basis, exp_avg, left):
+    if not is_key(basis):
+        return copy_unless_fp32(basis)
+    rank = exp_avg.shape[0 if left else 1]
+    return fp32(min(grad.shape[0 if left else 1], max(64, (1 << 17) // rank // 64 * 64)), rank)  # csrc/ops/cpu/gaussian.cpp
+
+
+@workspace(OP, f"{OP}.tensor", f"{OP}.list")
+def _(codes, weight_scales, grads, bases, exp_avgs, *_, left, cuda=False, **__):
+    if isinstance(codes, torch.Tensor):
+        codes, grads, bases, exp_avgs = [codes], [grads], [bases], [exp_avgs]
+    if cuda:  # R, five numbers a channel, and the parts of a split product: under 25% of the gradient
+        return max((fp32(*x.shape) + fp32(5, g.shape[1 if left else 0]) + g.numel() * g.element_size() // 4
+                    for g, x in zip(grads, exp_avgs)), default=0)
+    return (reused(fp32(*x.shape) for x in exp_avgs) + reused(tile_unless_fp32(g) for g in grads)
+            + reused(_basis_scratch(g, b, x, left) for g, b, x in zip(grads, bases, exp_avgs)))

@@ -12,6 +12,7 @@ import torch
 from lowrank_sys._ops.projection import check_project
 from lowrank_sys._ops.rules import (ADAM, GUARDS, check_guards, check_lists, check_step_and_rate, define, expect_dtype,
                                     expect_float, expect_like, expect_matrix, fake, low_rank_shape)
+from lowrank_sys._ops.workspace import (copy_unless_fp32, fp32, launched_together, reused, tile_unless_fp32, workspace)
 
 BLOCK = 256
 
@@ -153,3 +154,26 @@ fake("galore_step_8bit")(_galore_step_8bit)
 @fake("galore_step_8bit.list")
 def _(*lists, lr, beta1, beta2, eps, weight_decay, scale, left, grad_scale=None, found_inf=None, skipped=None):
     check_galore_step_8bit_list(*lists, lr=lr, left=left, guards=(grad_scale, found_inf, skipped))
+
+
+@workspace("quantize_blockwise", "dequantize_blockwise", "adam_8bit_")
+def _(*_, cuda=False, **__):
+    return 0
+
+
+@workspace("adam_8bit_low_rank_")
+def _(low_rank_grads, *_, left, cuda=False, **__):
+    # A flag a channel; the CPU keeps them outside of torch's memory.
+    return sum(r.shape[1 if left else 0] for r in low_rank_grads) if cuda else 0
+
+
+@workspace("galore_step_8bit", "galore_step_8bit.tensor", "galore_step_8bit.list")
+def _(params, grads, bases, exp_avgs, *_, cuda=False, **__):
+    if isinstance(params, torch.Tensor):
+        params, grads, bases, exp_avgs = [params], [grads], [bases], [exp_avgs]
+    if cuda:  # R, the update in the basis' type, and the parts of a split product: under 25% of the gradient
+        return max((launched_together(*p.shape) * (x.numel() * (4 + b.element_size()) + g.numel() * g.element_size() // 4)
+                    for p, g, b, x in zip(params, grads, bases, exp_avgs)), default=0)
+    # R; the basis in fp32; a tile of the gradient, then of the weight
+    return (reused(fp32(*x.shape) for x in exp_avgs) + reused(copy_unless_fp32(b) for b in bases)
+            + reused(max(tile_unless_fp32(t) for t in pair) for pair in zip(params, grads)))

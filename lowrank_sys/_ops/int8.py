@@ -10,6 +10,7 @@ import torch
 
 from lowrank_sys._ops.rules import (FLOATS, define, expect, expect_dtype, expect_float, expect_group_size, expect_like,
                                     expect_matrix, expect_number, fake, library)
+from lowrank_sys._ops.workspace import TILE_SIDE, copy_unless_fp32, fp32, workspace
 
 INT8 = "Tensor codes, Tensor scale"
 STREAM = "SymInt offset=0, int group_size=256"
@@ -158,3 +159,38 @@ def _linear_backward(ctx, grad_out):
 
 
 torch.library.register_autograd("lowrank::int8_linear", _linear_backward, setup_context=_save, lib=library)
+
+
+@workspace("quantize_int8", "dequantize_int8", "int8_update_", "int8_update_.tensor")
+def _(*_, cuda=False, **__):
+    return 0
+
+
+PANEL_ELEMENTS = 1 << 19  # csrc/ops/cpu/int8_products.h
+
+
+def _product(rows, depth, panel, width):
+    """Bytes of a product of rows (t, depth) with panels of the weight that give `width` outputs each."""
+    t = 0 if depth == 0 else rows.numel() // depth
+    if t == 0 or width == 0:
+        return 0
+    high = min(t, TILE_SIDE)
+    return fp32(*panel) + (0 if rows.dtype == torch.float32 else fp32(high, depth) + fp32(high, width))
+
+
+@workspace("int8_linear")
+def _(x, codes, scale, bias=None, *, group_size=256, cuda=False):
+    if cuda:
+        return 0
+    m, n = codes.shape
+    count = min(m, max(1, PANEL_ELEMENTS // max(1, n)))
+    return _product(x, n, (count, n), count) + (0 if bias is None else copy_unless_fp32(bias))
+
+
+@workspace("int8_linear_backward")
+def _(grad_out, codes, scale, *, group_size=256, cuda=False):
+    if cuda:
+        return 0
+    m, n = codes.shape
+    count = min(n, max(1, PANEL_ELEMENTS // max(1, m * group_size)) * group_size)
+    return _product(grad_out, m, (m, count), count)

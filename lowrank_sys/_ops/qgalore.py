@@ -11,6 +11,8 @@ from lowrank_sys._ops.int4 import expect_int4
 from lowrank_sys._ops.int8 import check_int8_numbers, expect_int8, expect_stream
 from lowrank_sys._ops.rules import (ADAM, GUARDS, check_guards, check_lists, check_step_and_rate, define, expect, expect_basis,
                                     expect_dtype, expect_float, expect_like, fake)
+from lowrank_sys._ops.workspace import (copy_unless_fp32, fp32, int4_panel, int4_panel_of, int8_tile_shape, launched_together, reused,
+                                        tile_unless_fp32, workspace)
 
 _BACK = ("(Tensor(a!) codes, Tensor(b!) scale, Tensor low_rank, Tensor basis, Tensor? basis_scale=None, "
          "Tensor? basis_offset=None, *, ")
@@ -164,3 +166,51 @@ for _name, _projected in (("qgalore_step", False), ("qgalore_subspace_step", Tru
     fake(f"{_name}.tensor")(_one_fake(_name, _projected))
     fake(_name)(_one_fake(_name, _projected))
     fake(f"{_name}.list")(_list_fake(_name, _projected))
+
+
+def _back_panel(codes, r, left):
+    return int4_panel(int8_tile_shape(*codes.shape)[0 if left else 1], r)
+
+
+@workspace("back_project_int8_", "back_project_int8_.tensor")
+def _(codes, scale, low_rank, basis, basis_scale=None, basis_offset=None, *, left, cuda=False, **_):
+    if cuda or codes.numel() == 0:
+        return 0
+    panel = copy_unless_fp32(basis) if basis_scale is None else _back_panel(codes, basis.shape[0], left)
+    return fp32(*int8_tile_shape(*codes.shape)) + panel
+
+
+def _step_scratch(matrices, projected, left, cuda):
+    """matrices: (codes, gradient, basis, its scale or None, exp_avg)."""
+    if cuda:  # R, the update in the basis' type, and the parts of a split product: under 25% of the gradient
+        return max((launched_together(*codes.shape) * (
+            exp_avg.numel() * ((0 if projected else 4) + (basis.element_size() if scale is None else 4))
+            + (0 if projected else gradient.numel() * gradient.element_size() // 4))
+            for codes, gradient, basis, scale, exp_avg in matrices), default=0)
+    tiles, panels = [], []
+    for codes, gradient, basis, scale, _ in matrices:
+        if codes.numel() == 0:
+            continue
+        r = rank_of(basis, scale)
+        if not projected:
+            tiles.append(tile_unless_fp32(gradient))
+            panels.append(0 if scale is None else int4_panel_of(gradient, r, left))
+        tiles.append(fp32(*int8_tile_shape(*codes.shape)))
+        panels.append(0 if scale is None else _back_panel(codes, r, left))
+    return (reused(fp32(*exp_avg.shape) for *_, exp_avg in matrices) + reused(tiles) + reused(panels)
+            + reused(copy_unless_fp32(basis) for _, _, basis, scale, _ in matrices if scale is None))
+
+
+def _scratch_of(projected):
+    def scratch(codes, weight_scales, gradients, bases, basis_scales, basis_offsets, exp_avgs, *_, left, cuda=False, **__):
+        if isinstance(codes, torch.Tensor):
+            matrices = [(codes, gradients, bases, basis_scales, exp_avgs)]
+        else:
+            matrices = list(zip(codes, gradients, bases, or_none(basis_scales, len(codes)), exp_avgs))
+        return _step_scratch(matrices, projected, left, cuda)
+
+    return scratch
+
+
+for _name, _projected in (("qgalore_step", False), ("qgalore_subspace_step", True)):
+    workspace(_name, f"{_name}.tensor", f"{_name}.list")(_scratch_of(_projected))

@@ -87,12 +87,10 @@ def test_a_channel_that_is_left_out_keeps_its_weights(int4, left):
     x, b = exact_product(m, n, r, 32, left, int4, torch.float32)
     bad = torch.zeros(n if left else m, dtype=torch.bool)
     bad[[1, 17, 30]] = True
-    (x[:, bad] if left else x[bad]).numel()
     if left:
         x[0, bad] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     else:
         x[bad, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-    # No basis vector may be zero there, or nothing of an infinity arrives but NaN: both are left out.
     before = codes.clone(), scale.clone()
     ops.back_project_int8_(codes, scale, x, *b, alpha=1e-4, decay=0.999, left=left, step=1, group_size=64, basis_group_size=32,
                            **STREAM)
@@ -121,7 +119,7 @@ class Matrix:
     def __init__(self, op, m, n, r, left, int4=True, group_size=64, basis_group_size=32, dtype=torch.float32, seed=0, limited=False):
         d, shape = m if left else n, low_rank(m, n, r, left)
         codes, scale = ops.quantize_int8(0.1 * randn(m, n, seed=seed), group_size=group_size)
-        basis = (torch.linalg.qr(randn(d, d, seed=seed + 1)).Q[:, :r] if 0 < r <= d else randn(d, r)).contiguous()
+        basis = torch.linalg.qr(randn(d, r, seed=seed + 1)).Q.contiguous()
         self.args = dict(codes=codes, weight_scale=scale)
         if op == "qgalore_subspace_step":
             self.args["low_rank_grad"] = randn(*shape, seed=seed + 2)
@@ -187,12 +185,12 @@ def test_steps_against_the_oracle(op, dtype, int4, left):
         pytest.skip("no such call")
     got = Matrix(op, 90, 333, 8, left, int4, dtype=dtype, limited=True)
     want = got.copy()
-    before = got.weight()
-    got.step(3)
-    want.step(3, function=getattr(reference, op))
+    before = got.args["codes"].clone()
+    got.step(3, lr=0.1)
+    want.step(3, lr=0.1, function=getattr(reference, op))
     assert_near(got, want)
-    assert (got.weight() - before).abs().mean() > 1e-4
-    step, lr = torch.tensor(3.0), torch.tensor(1e-2, dtype=torch.float64)
+    assert (got.args["codes"] != before).double().mean() > 0.3, "most weights move"
+    step, lr = torch.tensor(3.0), torch.tensor(0.1, dtype=torch.float64)
     again = Matrix(op, 90, 333, 8, left, int4, dtype=dtype, limited=True)
     again.step(step, lr)
     assert same(again.tensors(), got.tensors())
@@ -358,17 +356,6 @@ def test_no_thread_count_changes_the_bits(op):
             torch.set_num_threads(before)
         results.append(matrix.tensors())
     assert same(*results)
-
-
-@SIDES
-@pytest.mark.parametrize("op", METHODS)
-def test_a_step_takes_no_memory_of_the_size_of_the_weight(op, left):
-    matrix = Matrix(op, 2048, 4096, 4, left, group_size=256, dtype=torch.bfloat16)
-    matrix.step(1)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        matrix.step(2)
-    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
-    assert 0 < allocated < 2048 * 4096
 
 
 def changed(op, **change):
