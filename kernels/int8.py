@@ -52,31 +52,31 @@ def update_int8(b_update, codes, weight_scale, i_m, i_n, m, n, alpha, decay, see
     p_scale = weight_scale + o_m[:, None] * groups + o_group[None, :]
     m_scale = (o_m < m)[:, None] & (o_group < groups)[None, :]
 
-    b_old = tl.load(p_codes, mask=m_w, other=0)
-    b_scale = tl.load(p_scale, mask=m_scale, other=0.0)
-    b_code = tl.reshape(b_old.to(tl.float32), [BLOCK_M, PARTS, INT8_GROUP])
+    b_scale = tl.load(p_scale, mask=m_scale, other=0.0)[:, :, None]
+    b_code = tl.reshape(tl.load(p_codes, mask=m_w, other=0).to(tl.float32), [BLOCK_M, PARTS, INT8_GROUP])
     # What a product holds outside of the matrix moves no scale.
     b_step = tl.reshape(tl.where(m_w, alpha * b_update, 0.0), [BLOCK_M, PARTS, INT8_GROUP])
-    b_wide = b_scale[:, :, None]
-    b_factor = inverse_of(b_scale)[:, :, None]
 
-    # In units of the scale.
+    # In units of the scale: what stays is a code already, which rounding leaves alone.
+    b_factor = inverse_of(b_scale)
     b_y = tl.where(tl.abs(b_step) < float("inf"), decay * b_code + b_step * b_factor, b_code)
     b_moved = tl.max((b_y != b_code).to(tl.int32), axis=2, keep_dims=True) > 0
     b_most = tl.max(magnitude(b_y), axis=2, keep_dims=True).to(tl.float32, bitcast=True)
-    b_keep = (b_factor != 0) & (b_most <= CODES) & (b_most >= 0.5 * CODES)
-    # As values, what a new scale is made from.
-    b_kept = b_code * b_wide
-    b_value = decay * b_kept + b_step
-    b_value = tl.where(tl.abs(b_value) < float("inf"), b_value, b_kept)
-    b_shifted = tl.max((b_value != b_kept).to(tl.int32), axis=2, keep_dims=True) > 0
-    b_largest = tl.max(magnitude(b_value), axis=2, keep_dims=True)
-    b_fits = b_largest < INFINITY_BITS
-    b_stays = tl.where((b_factor != 0) & ~b_moved, True, ~b_keep & (~b_shifted | ~b_fits))
-    b_fresh = tl.where(b_fits, b_largest, 0).to(tl.float32, bitcast=True) * UNIT
-    b_fresh = tl.where(b_fresh >= LEAST_SCALE, b_fresh, 0.0)
+    b_keep = (b_factor != 0) & (~b_moved | ((b_most <= CODES) & (b_most >= 0.5 * CODES)))
+    # Few tiles hold a group that needs a new scale: as values, what that is made from.
+    if tl.min(b_keep.to(tl.int32)) == 0:
+        b_kept = b_code * b_scale
+        b_value = decay * b_kept + b_step
+        b_value = tl.where(tl.abs(b_value) < float("inf"), b_value, b_kept)
+        b_moved = tl.max((b_value != b_kept).to(tl.int32), axis=2, keep_dims=True) > 0
+        b_largest = tl.max(magnitude(b_value), axis=2, keep_dims=True)
+        b_renew = ~b_keep & b_moved & (b_largest < INFINITY_BITS)
+        b_fresh = tl.where(b_renew, b_largest, 0).to(tl.float32, bitcast=True) * UNIT
+        b_fresh = tl.where(b_fresh >= LEAST_SCALE, b_fresh, 0.0)
+        b_y = tl.where(b_renew, b_value * inverse_of(b_fresh), tl.where(b_keep, b_y, b_code))
+        b_scale = tl.where(b_renew, b_fresh, b_scale)
+    tl.store(p_scale, tl.reshape(b_scale, [BLOCK_M, PARTS]), mask=m_scale)
 
-    b_y = tl.where(b_stays, 0.0, tl.where(b_keep, b_y, b_value * inverse_of(b_fresh)))
     b_fixed = ((tl.abs(b_y) * 65536.0 + ROUND) - ROUND).to(tl.int32)
     b_fixed = tl.reshape(tl.where(b_y < 0, -b_fixed, b_fixed), [BLOCK_M, BLOCK_N])
     o_first = offset + o_m * n + i_n * BLOCK_N
@@ -84,8 +84,4 @@ def update_int8(b_update, codes, weight_scale, i_m, i_n, m, n, alpha, decay, see
         b_random = random16_rows(seed, step, parameter, o_first, BLOCK_N)
     else:
         b_random = random16(seed, step, parameter, o_first[:, None] + tl.arange(0, BLOCK_N)[None, :])
-    b_new = ((b_fixed + (0xFFFF - b_random.to(tl.int32))) >> 16).to(tl.int8)
-    b_stays_wide = tl.reshape(tl.broadcast_to(b_stays, [BLOCK_M, PARTS, INT8_GROUP]), [BLOCK_M, BLOCK_N])
-    tl.store(p_codes, tl.where(b_stays_wide, b_old, b_new), mask=m_w)
-    b_scale = tl.where(b_stays | b_keep, b_wide, b_fresh)
-    tl.store(p_scale, tl.reshape(b_scale, [BLOCK_M, PARTS]), mask=m_scale)
+    tl.store(p_codes, ((b_fixed + (0xFFFF - b_random.to(tl.int32))) >> 16).to(tl.int8), mask=m_w)
