@@ -4,7 +4,6 @@ import functools
 
 import torch
 
-from lowrank_sys import _ops
 from lowrank_sys.reference.adafactor import adafactor_step
 from lowrank_sys.reference.dct import dct_columns, dct_select
 from lowrank_sys.reference.orthogonalize import newton_schulz
