@@ -32,10 +32,15 @@ TRITON = {
     "subspace_step.list": ("galore", "subspace_step_list"),
     "project": ("project", "project"),
     "back_project_": ("back_project", "back_project_"),
+    "apollo_int8_step": ("apollo_int8", "apollo_int8_step"),
+    "apollo_int8_step.list": ("apollo_int8", "apollo_int8_step_list"),
+    "apollo_int8_step.tensor": ("apollo_int8", "apollo_int8_step"),
     "apollo_step": ("residual", "apollo_step"),
     "apollo_step.list": ("residual", "apollo_step_list"),
     "apollo_step.tensor": ("residual", "apollo_step"),
     "back_project_int4_": ("back_project", "back_project_int4_"),
+    "back_project_int8_": ("qgalore", "back_project_int8_"),
+    "back_project_int8_.tensor": ("qgalore", "back_project_int8_"),
     "fira_step": ("residual", "fira_step"),
     "fira_step.list": ("residual", "fira_step_list"),
     "fira_step.tensor": ("residual", "fira_step"),
@@ -48,6 +53,12 @@ TRITON = {
     "int8_linear": ("int8_linear", "int8_linear"),
     "int8_linear_backward": ("int8_linear", "int8_linear_backward"),
     "project_int4": ("project", "project_int4"),
+    "qgalore_step": ("qgalore", "qgalore_step"),
+    "qgalore_step.list": ("qgalore", "qgalore_step_list"),
+    "qgalore_step.tensor": ("qgalore", "qgalore_step"),
+    "qgalore_subspace_step": ("qgalore", "qgalore_subspace_step"),
+    "qgalore_subspace_step.list": ("qgalore", "qgalore_subspace_step_list"),
+    "qgalore_subspace_step.tensor": ("qgalore", "qgalore_subspace_step"),
 }
 
 

@@ -12,7 +12,7 @@ inline void check_quantize_int4(const char* op, const Tensor& basis, int64_t gro
   expect_group_size(op, group_size);
 }
 
-// What an op calls the parts of a basis.
+// What an op calls the three tensors of a basis.
 struct Int4Names {
   const char *packed = "packed", *scale = "scale", *offset = "offset";
 };

@@ -203,6 +203,17 @@ for _op, _projected in (("galore_step_8bit", False), ("subspace_step_8bit", True
     fake(f"{_op}.int4")(_low_rank_list_fake(_op, _projected, True))
 
 
+@workspace("quantize_blockwise", "dequantize_blockwise", "adam_8bit_")
+def _(*_, cuda=False, **__):
+    return 0
+
+
+@workspace("adam_8bit_low_rank_")
+def _(low_rank_grads, *_, left, cuda=False, **__):
+    # A flag a channel; the CPU keeps them outside of torch's memory.
+    return sum(r.shape[1 if left else 0] for r in low_rank_grads) if cuda else 0
+
+
 @workspace("galore_step_8bit", "galore_step_8bit.tensor", "galore_step_8bit.list", "subspace_step_8bit.list")
 def _(params, gradients, bases, exp_avgs, *_, cuda=False, **__):
     if isinstance(params, torch.Tensor):

@@ -34,13 +34,32 @@ def int8_scale_shape(shape, group_size):
     return m, (n + group_size - 1) // group_size
 
 
-def expect_int8(op, codes, scale, group_size):
+def expect_int8(op, codes, scale, group_size, scale_name="scale"):
     expect_group_size(op, group_size)
     expect(codes.dim() == 2, op, lambda: f"codes must be a matrix (m, n), got shape {tuple(codes.shape)}")
     expect_dtype(op, "codes", codes, torch.int8)
     expect_like(op, "codes", codes, codes.shape, codes.device)
-    expect_like(op, "scale", scale, int8_scale_shape(codes.shape, group_size), codes.device)
-    expect_dtype(op, "scale", scale, torch.float32)
+    expect_like(op, scale_name, scale, int8_scale_shape(codes.shape, group_size), codes.device)
+    expect_dtype(op, scale_name, scale, torch.float32)
+
+
+def expect_stream(op, parameter, offset):
+    """Where the random bits of a matrix are."""
+    expect(0 <= parameter < 2**32, op, lambda: f"parameter must be from 0 to 2^32 - 1, got {parameter}")
+    expect(offset >= 0, op, lambda: f"offset must be at least 0, got {offset}")
+
+
+def check_int8_numbers(op, device, alpha, decay, step):
+    """What W <- decay W + alpha update takes, each a number or a 0-dim tensor."""
+    for name, value in (("alpha", alpha), ("decay", decay)):
+        if isinstance(value, torch.Tensor):
+            expect_number(op, name, value, device)
+        else:
+            expect(math.isfinite(value), op, lambda: f"{name} must be finite, got {value:g}")
+    if isinstance(step, torch.Tensor):
+        expect_number(op, "step", step, device)
+    else:
+        expect(0 <= step < 2**32, op, lambda: f"step must be from 0 to 2^32 - 1, got {step}")
 
 
 def check_quantize_int8(weight, *, group_size, op="quantize_int8"):
@@ -57,17 +76,8 @@ def check_int8_update(codes, scale, update, *, alpha, decay, step, parameter, of
     expect_int8(op, codes, scale, group_size)
     expect_float(op, "update", update)
     expect_like(op, "update", update, codes.shape, codes.device)
-    for name, value in (("alpha", alpha), ("decay", decay)):
-        if isinstance(value, torch.Tensor):
-            expect_number(op, name, value, codes.device)
-        else:
-            expect(math.isfinite(value), op, lambda: f"{name} must be finite, got {value:g}")
-    if isinstance(step, torch.Tensor):
-        expect_number(op, "step", step, codes.device)
-    else:
-        expect(0 <= step < 2**32, op, lambda: f"step must be from 0 to 2^32 - 1, got {step}")
-    expect(0 <= parameter < 2**32, op, lambda: f"parameter must be from 0 to 2^32 - 1, got {parameter}")
-    expect(offset >= 0, op, lambda: f"offset must be at least 0, got {offset}")
+    check_int8_numbers(op, codes.device, alpha, decay, step)
+    expect_stream(op, parameter, offset)
 
 
 def expect_rows(op, name, rows, codes, width, axis):

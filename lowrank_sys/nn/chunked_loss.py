@@ -125,7 +125,8 @@ def chunked_loss(hidden, weight, labels, bias=None, *, ignore_index=-100, reduct
         if not size >= 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
     if weight.dim() != 2 or hidden.shape[-1:] != weight.shape[1:]:
-        raise ValueError(f"hidden must have shape (..., d) and weight (V, d), got {tuple(hidden.shape)} and {tuple(weight.shape)}")
+        raise ValueError("hidden must have shape (..., d) and weight (V, d), got "
+                         f"{tuple(hidden.shape)} and {tuple(weight.shape)}")
     if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 of shape {tuple(hidden.shape[:-1])}, got {labels.dtype} {tuple(labels.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -139,8 +140,8 @@ def causal_lm_loss(model, input_ids, labels, *, num_items_in_batch=None, tokens=
     """The loss that the Hugging Face causal language model `model` returns for `labels`, by chunked_loss.
 
     input_ids, labels: (batch, sequence) int64; token t predicts label t + 1, labels of -100 do not count.
-    num_items_in_batch: what the sum is divided by; None: the number of tokens that count. inputs: for the model's decoder, such
-    as attention_mask.
+    num_items_in_batch: what the sum is divided by; None: the number of tokens that count. inputs: for the model's decoder,
+    such as attention_mask.
 
     Raises ValueError for a model whose logits are more than its head's output.
     """

@@ -165,7 +165,8 @@ def _put(model: PreTrainedModel, name: str, value: torch.Tensor, device: torch.d
     old = tensors[key]
     if value.shape != old.shape:
         raise ValueError(f"{name} must have shape {tuple(old.shape)}, got {tuple(value.shape)}")
-    if old.dtype.is_floating_point != value.dtype.is_floating_point or (tensors is module._buffers and old.dtype != value.dtype):
+    cast = tensors is module._parameters and old.dtype.is_floating_point and value.dtype.is_floating_point
+    if old.dtype != value.dtype and not cast:
         raise ValueError(f"{name} must be {old.dtype}, got {value.dtype}")
     value = value.to(device, old.dtype, copy=True)
     tensors[key] = nn.Parameter(value, old.requires_grad) if tensors is module._parameters else value

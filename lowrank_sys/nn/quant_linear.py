@@ -44,10 +44,10 @@ class QuantLinear(nn.Module):
     """y = x Wᵀ + b with W in INT8: dequantized tile by tile inside the product, and again in backward.
 
     `weight` is a QuantWeight: a parameter without values whose `.grad` is the ordinary full gradient (out, in), made only if
-    the weight requires one. The values are the buffers `codes` (out, in) int8 and `scale` (out, ⌈in/group_size⌉) fp32, which
-    state_dict() has in place of `weight`. `.to()`, `.half()` and the like change the type of `weight` and `bias`, the scales
-    stay fp32. A state_dict with a float `weight` is quantized as it is loaded. Under autocast x is cast as for nn.Linear.
-    Differentiable once.
+    the weight requires one. Its values are the buffers `codes` (out, in) int8 and `scale` (out, ⌈in/group_size⌉) fp32: these
+    are what state_dict() has in place of `weight`. `.to()`, `.half()` and the like change the type of `weight` and `bias`,
+    the scales stay fp32. A state_dict with a float `weight` is quantized as it is loaded. Under autocast x is cast as for
+    nn.Linear. Differentiable once.
 
     Args:
         in_features, out_features, bias, device, dtype: as of nn.Linear, and the same initialisation, quantized.

@@ -22,10 +22,11 @@ class Method(NamedTuple):
     rank: int = 128
     scale: float = 0.25
     subspace: str = "randomized"
+    weights: str = "float"
 
 
 # Flags whose default is the method's, besides the rates.
-DEFAULTS = ("rank", "scale", "subspace")
+DEFAULTS = ("rank", "scale", "subspace", "weights")
 
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:

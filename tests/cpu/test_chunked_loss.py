@@ -155,7 +155,7 @@ def test_bad_input_is_named():
         ({"reduction": "none"}, "reduction must be 'mean' or 'sum', got 'none'"),
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"vocabulary": -3}, "vocabulary must be at least 1, got -3"),
-        ({"hidden": hidden[..., :5]}, r"hidden must have shape \(\.\.\., d\) and weight \(V, d\), got \(3, 11, 5\) and \(101, 24\)"),
+        ({"hidden": hidden[..., :5]}, r"hidden must have shape .* and weight .*, got \(3, 11, 5\) and \(101, 24\)"),
         ({"labels": labels[:2]}, r"labels must be int64 of shape \(3, 11\), got torch.int64 \(2, 11\)"),
         ({"labels": labels.int()}, r"labels must be int64 of shape \(3, 11\), got torch.int32 \(3, 11\)"),
         ({"bias": bias[:5]}, r"bias must have shape \(101,\), got \(5,\)"),

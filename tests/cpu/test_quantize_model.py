@@ -1,5 +1,6 @@
 """Models with INT8 weights: quantized in place, drawn, read from checkpoints and written to them, in how much memory."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -11,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lowrank_sys.memory.live import LiveStorages
-from lowrank_sys.nn import (QuantLinear, dequantize_model, is_quantized, quantize_model, quantized_from_config,
-                            quantized_from_pretrained, save_quantized)
+from lowrank_sys.nn import (QuantLinear, causal_lm_loss, dequantize_model, is_quantized, quantize_model,
+                            quantized_from_config, quantized_from_pretrained, save_quantized)
 from lowrank_sys.optim import param_groups
 from lowrank_sys.train import models
 
@@ -123,7 +124,8 @@ def test_what_is_shared_or_special_stays():
 
     shared, one, two = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
     two.weight = one.weight
-    model = nn.ModuleDict({"a": shared, "b": shared, "one": one, "two": two, "special": Special(8, 8), "head": nn.Linear(8, 8)})
+    model = nn.ModuleDict({"a": shared, "b": shared, "one": one, "two": two, "special": Special(8, 8)})
+    model["head"] = nn.Linear(8, 8)
     quantize_model(model)
     assert isinstance(model["a"], QuantLinear) and model["a"] is model["b"]
     assert type(model["one"]) is type(model["two"]) is type(model["head"]) is nn.Linear and type(model["special"]) is Special
@@ -150,7 +152,7 @@ def test_bad_input_is_named():
             make()
     assert_same(model, before)  # nothing was replaced
     model.model.layers[1].mlp.up_proj.double()
-    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight must be float32, bfloat16 or float16, got torch.float64"):
+    with pytest.raises(ValueError, match="up_proj.weight must be float32, bfloat16 or float16, got torch.float64"):
         quantize_model(model)
     assert not quantized_names(model)
 
@@ -225,6 +227,26 @@ def test_fake_models_take_what_real_ones_do():
                     model = models.build(config(), dtype=torch.bfloat16, device=torch.device("cpu"), int8=True)
         assert len(quantized_names(model)) == 21
         found.append((live.peak, live.bytes))
+    assert found[0] == found[1]
+
+
+def test_a_rehearsed_step_takes_what_the_real_one_does():
+    def step():
+        model = models.build(config(), dtype=torch.bfloat16, device=torch.device("cpu"), int8=True)
+        for param in model.parameters():  # as per_layer does
+            param.register_post_accumulate_grad_hook(lambda p: seen.append(tuple(p.grad.shape)) or setattr(p, "grad", None))
+        ids = torch.zeros(4, 33, dtype=torch.int64)
+        causal_lm_loss(model, ids, ids, tokens=32, vocabulary=50).backward()
+        return model
+
+    found = []
+    for mode in (FakeTensorMode(allow_non_fake_inputs=True), contextlib.nullcontext()):
+        seen = []
+        with LiveStorages() as live, mode:
+            model = step()
+        assert seen.count((176, 64)) == 6 and len(seen) == len(list(model.parameters()))
+        found.append((live.peak, live.bytes))
+        del model
     assert found[0] == found[1]
 
 
@@ -376,7 +398,8 @@ def test_what_does_not_fit_is_named(folder, tmp_path):
 
     expect("has no model.safetensors and no model.safetensors.index.json")
     expect(f"lacks 1 tensors of the model, the first {norm}", without(norm))
-    expect("lacks 1 tensors of the model, the first model.layers.1.mlp.up_proj.scale", without(codes.replace("codes", "scale")))
+    scale = codes.replace("codes", "scale")
+    expect(f"lacks 1 tensors of the model, the first {scale}", without(scale))
     expect("the model has no model.other.weight, which the checkpoint has", {**state, "model.other.weight": torch.ones(2)})
     expect(r"model.norm.weight must have shape \(64,\), got \(63,\)", {**state, norm: torch.ones(63)})
     expect(rf"{codes} must have shape \(176, 64\), got \(64, 176\)", {**state, codes: state[codes].T.contiguous()})
