@@ -155,7 +155,7 @@ def _check(args: argparse.Namespace) -> None:
             f"{args.gradient_accumulation_steps}; use --per-layer accumulate"
         )
     if args.per_layer and not METHODS[args.method].low_rank:
-        raise CommandError("--per-layer needs a method with low-rank gradients, got --method adamw")
+        raise CommandError(f"--per-layer needs a method with low-rank gradients, got --method {args.method}")
     method = METHODS[args.method]
     args.lr = method.lr if args.lr is None else args.lr
     args.plain_lr = method.plain_lr if args.plain_lr is None else args.plain_lr

@@ -1,4 +1,4 @@
-"""lowrank train --per-layer."""
+"""lowrank train --per-layer, and --method with quantized states."""
 
 import argparse
 import copy
@@ -26,9 +26,11 @@ def command(text, out, *more):
         "--warmup-steps", "1", "--data", str(text), "--out", str(out), *more])
 
 
-@pytest.mark.parametrize("flags", [["accumulate", "--gradient-accumulation-steps", "2"], ["in_backward"]], ids=lambda f: f[0])
+@pytest.mark.parametrize("flags", [
+    ["--per-layer", "accumulate", "--gradient-accumulation-steps", "2"], ["--per-layer", "in_backward"],
+    ["--method", "q-galore", "--per-layer", "accumulate"], ["--method", "q-galore", "--dtype", "bf16"],
+    ["--method", "galore8bit", "--per-layer", "in_backward"], ["--method", "adamw8bit"]], ids=" ".join)
 def test_lowrank_train(text, tmp_path, flags):
-    flags = ["--per-layer", *flags]
     assert command(text, tmp_path / "run", *flags) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.1
@@ -46,6 +48,7 @@ def test_lowrank_train(text, tmp_path, flags):
 @pytest.mark.parametrize("flags, message", [
     (["--per-layer", "twice"], "--per-layer: unknown 'twice'; valid: accumulate, in_backward"),
     (["--per-layer", "in_backward", "--gradient-accumulation-steps", "2"], "use --per-layer accumulate"),
+    (["--per-layer", "accumulate", "--method", "adamw8bit"], "--per-layer needs a method with low-rank gradients, got --method adamw8bit"),
     (["--per-layer", "accumulate", "--method", "adamw"], "--per-layer needs a method with low-rank gradients"),
     (["--per-layer", "accumulate", "--method", "galore-adafactor"], "needs a rule that can start from R"),
 ])

@@ -40,6 +40,8 @@ def arguments(**changes):
     {"gradient_accumulation_steps": 2, "dtype": "bf16"},
     {"method": "galore-adafactor", "subspace": "svd"},
     {"method": "adamw", "batch_size": 1},
+    {"method": "q-galore", "dtype": "bf16"},
+    {"method": "galore8bit", "per_layer": "accumulate"},
     {"per_layer": "accumulate", "gradient_accumulation_steps": 2},
 ], ids=str)  # fmt: skip
 def test_a_rehearsal_has_the_peak_of_the_real_run(changes):
@@ -52,7 +54,7 @@ def test_a_rehearsal_has_the_peak_of_the_real_run(changes):
         assert sum(run.at_peak.values()) == run.peak and sum(run.at_rest.values()) == run.rest
     weights = sum(p.untyped_storage().nbytes() for p in real.model.parameters())
     assert fake.at_peak["weights"] == real.at_peak["weights"] == pytest.approx(weights, rel=0.01)
-    for category in ("basis", "moments", "counters"):
+    for category in ("basis", "moments", "scales", "counters"):
         assert fake.at_rest.get(category) == real.at_rest.get(category)
     assert (fake.at_peak.get("basis", 0) > 0) == (args.method != "adamw")
 
