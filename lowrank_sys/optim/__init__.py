@@ -10,5 +10,5 @@ from lowrank_sys.optim.groups import param_groups
 from lowrank_sys.optim.in_backward import InBackward
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 
-__all__ = ["APOLLOAdamW", "Accumulate", "FiraAdamW", "FrugalAdamW", "GaLoreAdafactor", "GaLoreAdamW", "GrassAdamW", "InBackward",
-           "LowRankOptimizer", "param_groups"]
+__all__ = ["APOLLOAdamW", "Accumulate", "FiraAdamW", "FrugalAdamW", "GaLoreAdafactor", "GaLoreAdamW", "GrassAdamW",
+           "InBackward", "LowRankOptimizer", "param_groups"]
