@@ -11,29 +11,9 @@ from lowrank_sys.kernels.common import ALPHA, DECAY, SLOTS, dot, is_off, on_devi
 
 
 @triton.jit
-def back_project_kernel(param, low_rank, basis, scale, offset, scalars, skipped, m, n, r, width,
-                        LEFT: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
-    """W <- decay * W + alpha * (B X if LEFT, else X Bᵀ), in place.
-
-    GaLore (Zhao et al. 2024, Algorithm 2), with AdamW's decay before the update. In a STEP an element whose product is not
-    finite keeps its bytes (X is NaN in a skipped channel) and is counted in `skipped`; the whole launch may be switched off.
-    With scale and offset, the basis is in INT4, see `load_int4`; `width` bytes hold a vector.
-    A launch serves several matrices of one shape: param, low_rank and what the basis is made of are tuples, scalars has a row
-    a matrix.
-
-    Bytes: W read once and written once; X once per tile of rows if LEFT (else of columns), B once per tile of the other axis.
-    """
-    i_matrix = tl.program_id(1)
-    param, low_rank, basis = pick(param, i_matrix), pick(low_rank, i_matrix), pick(basis, i_matrix)
-    if GROUP:
-        scale, offset = pick(scale, i_matrix), pick(offset, i_matrix)
-    scalars += i_matrix * SLOTS
-    if STEP:
-        if is_off(scalars):
-            return
-    tiles_n = tl.cdiv(n, BLOCK_N)
-    i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+def back_tile(low_rank, basis, scale, offset, i_m, i_n, m, n, r, width, LEFT: tl.constexpr, PRECISION: tl.constexpr,
+              GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Tile (i_m, i_n) of B X if LEFT, else of X Bᵀ, in fp32; finite, but not always 0, outside of the matrix."""
     o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     o_r = tl.arange(0, BLOCK_R).to(tl.int64)
@@ -61,7 +41,38 @@ def back_project_kernel(param, low_rank, basis, scale, offset, scalars, skipped,
         b_back = dot(b_a, b_b, b_back, PRECISION)
         p_a += BLOCK_R
         p_b += step_b
+    return b_back
 
+
+@triton.jit
+def back_project_kernel(param, low_rank, basis, scale, offset, scalars, skipped, m, n, r, width,
+                        LEFT: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """W <- decay * W + alpha * (B X if LEFT, else X Bᵀ), in place.
+
+    GaLore (Zhao et al. 2024, Algorithm 2), with AdamW's decay before the update. In a STEP an element whose product is not
+    finite keeps its bytes (X is NaN in a skipped channel) and is counted in `skipped`; the whole launch may be switched off.
+    With scale and offset, the basis is in INT4, see `load_int4`; `width` bytes hold a vector.
+    A launch serves several matrices of one shape: param, low_rank and what the basis is made of are tuples, scalars has a row
+    a matrix.
+
+    Bytes: W read once and written once; X once per tile of rows if LEFT (else of columns), B once per tile of the other axis.
+    """
+    i_matrix = tl.program_id(1)
+    param, low_rank, basis = pick(param, i_matrix), pick(low_rank, i_matrix), pick(basis, i_matrix)
+    if GROUP:
+        scale, offset = pick(scale, i_matrix), pick(offset, i_matrix)
+    scalars += i_matrix * SLOTS
+    if STEP:
+        if is_off(scalars):
+            return
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    b_back = back_tile(low_rank, basis, scale, offset, i_m, i_n, m, n, r, width, LEFT, PRECISION, GROUP, BLOCK_M, BLOCK_N, BLOCK_R)
+
+    o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    m_m, m_n = o_m < m, o_n < n
     p_w = param + o_m[:, None] * n + o_n[None, :]
     m_w = m_m[:, None] & m_n[None, :]
     b_w = tl.load(p_w, mask=m_w, other=0.0).to(tl.float32)

@@ -90,6 +90,16 @@ INT8_LINEAR = {
     "odd": _tile(4, 2, BLOCK_T=64, BLOCK_O=32, BLOCK_D=32),
 }
 
+# The back-projection into INT8 weights, by kind: a tile of whole groups along n, and as many rows as leave this many elements.
+BACK_PROJECT_INT8 = {
+    16: _tile(8, 2, ELEMENTS=16384, BLOCK_R=64),
+    32: _tile(8, 2, ELEMENTS=16384, BLOCK_R=32),
+    "odd": _tile(8, 1, ELEMENTS=8192, BLOCK_R=16),
+}
+
+# APOLLO's update of INT8 weights: elementwise but for the largest of a group.
+SCALED_INT8 = _tile(8, 1, ELEMENTS=8192)
+
 
 class Target(NamedTuple):
     """A card: its architecture (80 is sm_80) and its number of multiprocessors."""
@@ -144,6 +154,27 @@ def int8_linear(*, m, n, back, dtype, group_size):
     axis = "BLOCK_O" if back else "BLOCK_D"
     config[axis] = min(config[axis], group_size)
     return config
+
+
+def back_project_int8(*, n, r, dtypes, group_size):
+    """Launch arguments of the back-projection into an INT8 weight. One table serves every architecture."""
+    narrow = dtypes[0] == dtypes[1] and dtypes[0].itemsize == 2
+    return back_project_int8_config("odd" if n % 16 or r % 16 else 16 if narrow else 32, r, group_size)
+
+
+def back_project_int8_config(kind, r, group_size):
+    config = dict(BACK_PROJECT_INT8[kind])
+    wide = max(128, group_size)
+    # The widest tiles leave shared memory for a shallow part of the other operand, once.
+    deep = min(config["BLOCK_R"], max(16, triton.next_power_of_2(r)), max(16, 8192 // wide))
+    stages = config["num_stages"] if wide < 1024 else 1
+    return _tile(config["num_warps"], stages, BLOCK_M=max(16, config["ELEMENTS"] // wide), BLOCK_N=wide, BLOCK_R=deep)
+
+
+def scaled_int8(group_size):
+    """Launch arguments of APOLLO's update of an INT8 weight: a tile of whole groups."""
+    wide = max(128, group_size)
+    return _tile(SCALED_INT8["num_warps"], SCALED_INT8["num_stages"], BLOCK_M=SCALED_INT8["ELEMENTS"] // wide, BLOCK_N=wide)
 
 
 def residual_config(rule, r):

@@ -6,6 +6,7 @@ from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.adam import launch_adam
 from lowrank_sys.kernels.back_project import launch_back_project
+from lowrank_sys.kernels.basis import rank
 from lowrank_sys.kernels.common import as_scalar, on_device_of, step_scalars
 from lowrank_sys.kernels.project import launch_project, new_counters
 
@@ -35,7 +36,7 @@ def launches(params, gradients, bases):
     """Lists of indices of matrices that share a launch: one shape and set of dtypes, 8, 4, 2 or 1 of them."""
     alike = {}
     for i, (param, *operands) in enumerate(zip(params, gradients, bases)):
-        key = (*param.shape, operands[-1].shape[1], param.dtype, *(tensor.dtype for tensor in operands))
+        key = (*param.shape, rank(operands[-1]), param.dtype, *(tensor.dtype for tensor in operands))
         alike.setdefault(key, []).append(i)
     for (m, n, *_), indices in alike.items():
         most = configs.together(m, n, configs.target(params[0].device))

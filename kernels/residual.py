@@ -323,8 +323,9 @@ def _squares(grad, left):
     return lambda splits: torch.empty((splits, grad.shape[1 if left else 0]), dtype=torch.float32, device=grad.device)
 
 
-def _apollo(param, grad, basis, exp_avg, exp_avg_sq, limiter, scalars, *, left, beta1, beta2, eps, scale, per_tensor,
-            scale_front, growth, counters, skipped):
+def apollo_coefficients(grad, basis, exp_avg, exp_avg_sq, limiter, scalars, *, left, beta1, beta2, eps, scale, per_tensor,
+                        scale_front, growth, counters):
+    """Advances the moments and the limiter; returns what the channels of G are multiplied by, NaN where left out."""
     r = torch.empty_like(exp_avg)
     squares = None if limiter is None else _squares(grad, left)
     if _ops.residual.is_key(basis):
@@ -334,8 +335,13 @@ def _apollo(param, grad, basis, exp_avg, exp_avg_sq, limiter, scalars, *, left, 
     sums = launch_ratio(r, None, exp_avg, exp_avg_sq, scalars, left=left, squares=squares, gram_grad=None, alpha=0.0, beta1=beta1,
                         beta2=beta2, eps=eps)
     front = scale**0.5
-    coefficients = launch_coefficients(sums, limiter, scalars, growth=growth, front=front if scale_front else 1.0,
-                                       behind=1.0 if scale_front else front, per_tensor=per_tensor)
+    return launch_coefficients(sums, limiter, scalars, growth=growth, front=front if scale_front else 1.0,
+                               behind=1.0 if scale_front else front, per_tensor=per_tensor)
+
+
+def _apollo(param, grad, *tensors, left, skipped, **rest):
+    *_, scalars = tensors
+    coefficients = apollo_coefficients(grad, *tensors, left=left, **rest)
     launch_residual(param, grad, scalars, rule=SCALED, left=left, coefficients=coefficients, corrected=True, skipped=skipped)
 
 

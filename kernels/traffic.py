@@ -223,6 +223,29 @@ def frugal_step(m, n, r, *, left, param, grad, basis, card, sign=True):
             residual(m, n, r, left=left, rule=2 if sign else 1, param=param, grad=grad, basis=basis, scaled=False))
 
 
+def _int8(m, n, group_size):
+    """Codes and scales of a weight that is updated in place."""
+    scales = m * triton.cdiv(n, group_size) * FP32
+    return {"codes": Bytes(m * n, m * n), "weight_scale": Bytes(scales, scales)}
+
+
+def back_project_int8(m, n, r, *, left, low_rank, basis, group_size):
+    """W <- decay W + alpha back(X) for an INT8 weight. low_rank and basis are types; basis may be `Int4`."""
+    config = configs.back_project_int8(n=n, r=r, dtypes=(low_rank, _type(basis)), group_size=group_size)
+    rows_of_tiles, columns_of_tiles = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"])
+    d, times, tile = (m, columns_of_tiles, config["BLOCK_M"]) if left else (n, rows_of_tiles, config["BLOCK_N"])
+    other, again = (n, rows_of_tiles) if left else (m, columns_of_tiles)
+    return {**_int8(m, n, group_size), **_basis(basis, d, r, times, tile),
+            "low_rank": Bytes(again * other * r * low_rank.itemsize, 0)}
+
+
+def scaled_int8(m, n, *, left, grad, group_size):
+    """APOLLO's W <- decay W + alpha c o G for an INT8 weight."""
+    config = configs.scaled_int8(group_size)
+    times = triton.cdiv(m, config["BLOCK_M"]) * n if left else triton.cdiv(n, config["BLOCK_N"]) * m
+    return {**_int8(m, n, group_size), "grad": Bytes(m * n * grad.itemsize, 0), "coefficients": Bytes(times * FP32, 0)}
+
+
 def compulsory(m, n, r, *, left, param, grad, basis):
     """Bytes a step moves if every tensor is read once and written once, as the L2 cache allows: G, 2 W, B, 4 moments."""
     channels, depth = (n, m) if left else (m, n)

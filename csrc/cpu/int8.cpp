@@ -111,10 +111,33 @@ int64_t run_update(const Int8Matrix& w, const Matrix& dense, const Int8Tile& til
   return rescaled;
 }
 
+int64_t run_update_scaled(const Int8Matrix& w, const Matrix& dense, const float* by_row, const float* by_column,
+                          const Int8Tile& tile, const Int8Step& step, int64_t begin, int64_t end) {
+  alignas(64) uint16_t bits[kRandomRoom];
+  alignas(64) float scaled[kLargestGroup];
+  int64_t rescaled = 0;
+  dispatch(dense.dtype, [&](auto type) {
+    each_group<typename decltype(type)::type>(
+        w, dense, tile, begin, end, [&](auto* codes, auto* scale, auto* x, int n, int64_t element) {
+          if (by_row != nullptr) {
+            const float c = by_row[element / w.columns - tile.row];
+            LR_SIMD
+            for (int i = 0; i < n; ++i) scaled[i] = c * to_float(x[i]);
+          } else {
+            const float* c = by_column + (element % w.columns - tile.column);
+            LR_SIMD
+            for (int i = 0; i < n; ++i) scaled[i] = c[i] * to_float(x[i]);
+          }
+          rescaled += update_one(codes, scale, scaled, n, step.update, step.stream, step.offset + uint64_t(element), bits);
+        });
+  });
+  return rescaled;
+}
+
 }  // namespace
 
 extern const Int8Kernels int8_table;
-const Int8Kernels int8_table = {run_quantize, run_dequantize, run_update};
+const Int8Kernels int8_table = {run_quantize, run_dequantize, run_update, run_update_scaled};
 
 }  // namespace LR_ISA
 }  // namespace lowrank

@@ -24,6 +24,9 @@ struct Int8Kernels {
   // Returns how many groups have a new scale.
   int64_t (*update)(const Int8Matrix& w, const Matrix& dense, const Int8Tile& tile, const Int8Step& step, int64_t begin,
                     int64_t end);
+  // The same with c o dense as the update: one c a row of the tile, or else a column. Where c is NaN the weight stays.
+  int64_t (*update_scaled)(const Int8Matrix& w, const Matrix& dense, const float* by_row, const float* by_column,
+                           const Int8Tile& tile, const Int8Step& step, int64_t begin, int64_t end);
 };
 
 const Int8Kernels& int8_kernels();

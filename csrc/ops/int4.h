@@ -12,18 +12,24 @@ inline void check_quantize_int4(const char* op, const Tensor& basis, int64_t gro
   expect_group_size(op, group_size);
 }
 
+// What an op calls the three tensors of a basis.
+struct Int4Names {
+  const char *packed = "packed", *scale = "scale", *offset = "offset";
+};
+
 // packed, scale and offset are a basis (d, r) on `place`.
 inline void expect_int4(const char* op, const Tensor& packed, const Tensor& scale, const Tensor& offset, int64_t d,
-                        int64_t group_size, const Place& place) {
+                        int64_t group_size, const Place& place, const Int4Names& names = {}) {
   expect_group_size(op, group_size);
   if (packed.dim() != 2 || packed.size(1) != (d + 1) / 2)
-    fail(op, "packed must have shape (r, ", (d + 1) / 2, ") for vectors of ", d, " entries, got ", tuple(packed.sizes()));
-  if (packed.size(0) < 1) fail(op, "rank must be at least 1, got packed of shape ", tuple(packed.sizes()));
-  expect_dtype(op, "packed", packed, aoti_torch_dtype_uint8());
-  expect_like(op, "packed", packed, packed.sizes(), place);
+    fail(op, names.packed, " must have shape (r, ", (d + 1) / 2, ") for vectors of ", d, " entries, got ",
+         tuple(packed.sizes()));
+  if (packed.size(0) < 1) fail(op, "rank must be at least 1, got ", names.packed, " of shape ", tuple(packed.sizes()));
+  expect_dtype(op, names.packed, packed, aoti_torch_dtype_uint8());
+  expect_like(op, names.packed, packed, packed.sizes(), place);
   const Shape shape = {packed.size(0), (d + group_size - 1) / group_size};
-  expect_low_rank(op, "scale", scale, shape, place);
-  expect_low_rank(op, "offset", offset, shape, place);
+  expect_low_rank(op, names.scale, scale, shape, place);
+  expect_low_rank(op, names.offset, offset, shape, place);
 }
 
 inline void check_dequantize_int4(const char* op, const Tensor& packed, const Tensor& scale, const Tensor& offset, int64_t d,

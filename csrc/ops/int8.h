@@ -8,14 +8,15 @@
 
 namespace lowrank {
 
-inline void expect_int8(const char* op, const Tensor& codes, const Tensor& scale, int64_t group_size) {
+inline void expect_int8(const char* op, const Tensor& codes, const Tensor& scale, int64_t group_size,
+                        const char* scale_name = "scale") {
   expect_group_size(op, group_size);
   if (codes.dim() != 2) fail(op, "codes must be a matrix (m, n), got shape ", tuple(codes.sizes()));
   expect_dtype(op, "codes", codes, aoti_torch_dtype_int8());
   expect_contiguous(op, "codes", codes);
   const Shape shape = {codes.size(0), (codes.size(1) + group_size - 1) / group_size};
-  expect_like(op, "scale", scale, shape, place_of(codes));
-  expect_dtype(op, "scale", scale, aoti_torch_dtype_float32());
+  expect_like(op, scale_name, scale, shape, place_of(codes));
+  expect_dtype(op, scale_name, scale, aoti_torch_dtype_float32());
 }
 
 inline void check_quantize_int8(const Tensor& weight, int64_t group_size) {
@@ -35,16 +36,16 @@ inline void check_int8_update(const Tensor& codes, const Tensor& scale, const Te
   expect_like(op, "update", update, codes.sizes(), place_of(codes));
 }
 
-inline void check_int8_stream(int64_t parameter, int64_t offset) {
-  if (parameter < 0 || parameter >> 32 != 0)
-    fail("int8_update_", "parameter must be from 0 to 2^32 - 1, got ", parameter);
-  if (offset < 0) fail("int8_update_", "offset must be at least 0, got ", offset);
+// Where the random bits of a matrix are.
+inline void expect_stream(const char* op, int64_t parameter, int64_t offset) {
+  if (parameter < 0 || parameter >> 32 != 0) fail(op, "parameter must be from 0 to 2^32 - 1, got ", parameter);
+  if (offset < 0) fail(op, "offset must be at least 0, got ", offset);
 }
 
-inline void check_int8_numbers(double alpha, double decay, int64_t step) {
-  if (!std::isfinite(alpha)) fail("int8_update_", "alpha must be finite, got ", alpha);
-  if (!std::isfinite(decay)) fail("int8_update_", "decay must be finite, got ", decay);
-  if (step < 0 || step >> 32 != 0) fail("int8_update_", "step must be from 0 to 2^32 - 1, got ", step);
+inline void check_int8_numbers(const char* op, double alpha, double decay, int64_t step) {
+  if (!std::isfinite(alpha)) fail(op, "alpha must be finite, got ", alpha);
+  if (!std::isfinite(decay)) fail(op, "decay must be finite, got ", decay);
+  if (step < 0 || step >> 32 != 0) fail(op, "step must be from 0 to 2^32 - 1, got ", step);
 }
 
 inline void expect_rows(const char* op, const char* name, const Tensor& rows, const Tensor& codes, int64_t width,

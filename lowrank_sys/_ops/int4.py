@@ -7,6 +7,7 @@ A basis (d, r) is stored vector by vector: packed (r, ⌈d/2⌉) uint8, entry 2i
 import torch
 
 from lowrank_sys._ops.rules import define, expect, expect_dtype, expect_group_size, expect_like, expect_matrix, fake
+from lowrank_sys._ops.workspace import int4_panel_of, tile_unless_fp32, workspace
 
 INT4 = "Tensor packed, Tensor scale, Tensor offset"
 SCHEMAS = {
@@ -33,16 +34,16 @@ def check_quantize_int4(basis, *, group_size, op="quantize_int4"):
     expect_group_size(op, group_size)
 
 
-def expect_int4(op, packed, scale, offset, d, group_size, device):
-    """packed, scale and offset are a basis (d, r) on `device`."""
+def expect_int4(op, packed, scale, offset, d, group_size, device, names=("packed", "scale", "offset")):
+    """packed, scale and offset, which the op calls `names`, are a basis (d, r) on `device`."""
     expect_group_size(op, group_size)
     expect(packed.dim() == 2 and packed.shape[1] == cdiv(d, 2), op,
-            lambda: f"packed must have shape (r, {cdiv(d, 2)}) for vectors of {d} entries, got {tuple(packed.shape)}")
-    expect(packed.shape[0] >= 1, op, lambda: f"rank must be at least 1, got packed of shape {tuple(packed.shape)}")
-    expect_dtype(op, "packed", packed, torch.uint8)
-    expect_like(op, "packed", packed, packed.shape, device)
+            lambda: f"{names[0]} must have shape (r, {cdiv(d, 2)}) for vectors of {d} entries, got {tuple(packed.shape)}")
+    expect(packed.shape[0] >= 1, op, lambda: f"rank must be at least 1, got {names[0]} of shape {tuple(packed.shape)}")
+    expect_dtype(op, names[0], packed, torch.uint8)
+    expect_like(op, names[0], packed, packed.shape, device)
     shape = int4_shapes(d, packed.shape[0], group_size)[1]
-    for name, tensor in (("scale", scale), ("offset", offset)):
+    for name, tensor in zip(names[1:], (scale, offset)):
         expect_like(op, name, tensor, shape, device)
         expect_dtype(op, name, tensor, torch.float32)
 
@@ -95,3 +96,15 @@ def _(grad, packed, scale, offset, *, left, group_size=256):
 @fake("back_project_int4_")
 def _(param, low_rank, packed, scale, offset, *, alpha=1.0, beta=1.0, left, group_size=256):
     check_back_project_int4(param, low_rank, packed, scale, offset, left=left, group_size=group_size)
+
+
+@workspace("quantize_int4", "dequantize_int4")
+def _(*_, cuda=False, **__):
+    return 0
+
+
+@workspace("project_int4", "back_project_int4_")
+def _(matrix, *operands, left, cuda=False, **_):
+    if cuda:
+        return matrix.numel() * matrix.element_size() // 4  # the parts of a split product, under 25% of what is read
+    return int4_panel_of(matrix, operands[-3].shape[0], left) + (tile_unless_fp32(matrix) if matrix.numel() else 0)

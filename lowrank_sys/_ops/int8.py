@@ -10,6 +10,7 @@ import torch
 
 from lowrank_sys._ops.rules import (FLOATS, define, expect, expect_dtype, expect_float, expect_group_size, expect_like,
                                     expect_matrix, expect_number, fake, library)
+from lowrank_sys._ops.workspace import TILE_SIDE, copy_unless_fp32, fp32, workspace
 
 INT8 = "Tensor codes, Tensor scale"
 STREAM = "SymInt offset=0, int group_size=256"
@@ -33,13 +34,32 @@ def int8_scale_shape(shape, group_size):
     return m, (n + group_size - 1) // group_size
 
 
-def expect_int8(op, codes, scale, group_size):
+def expect_int8(op, codes, scale, group_size, scale_name="scale"):
     expect_group_size(op, group_size)
     expect(codes.dim() == 2, op, lambda: f"codes must be a matrix (m, n), got shape {tuple(codes.shape)}")
     expect_dtype(op, "codes", codes, torch.int8)
     expect_like(op, "codes", codes, codes.shape, codes.device)
-    expect_like(op, "scale", scale, int8_scale_shape(codes.shape, group_size), codes.device)
-    expect_dtype(op, "scale", scale, torch.float32)
+    expect_like(op, scale_name, scale, int8_scale_shape(codes.shape, group_size), codes.device)
+    expect_dtype(op, scale_name, scale, torch.float32)
+
+
+def expect_stream(op, parameter, offset):
+    """Where the random bits of a matrix are."""
+    expect(0 <= parameter < 2**32, op, lambda: f"parameter must be from 0 to 2^32 - 1, got {parameter}")
+    expect(offset >= 0, op, lambda: f"offset must be at least 0, got {offset}")
+
+
+def check_int8_numbers(op, device, alpha, decay, step):
+    """What W <- decay W + alpha update takes, each a number or a 0-dim tensor."""
+    for name, value in (("alpha", alpha), ("decay", decay)):
+        if isinstance(value, torch.Tensor):
+            expect_number(op, name, value, device)
+        else:
+            expect(math.isfinite(value), op, lambda: f"{name} must be finite, got {value:g}")
+    if isinstance(step, torch.Tensor):
+        expect_number(op, "step", step, device)
+    else:
+        expect(0 <= step < 2**32, op, lambda: f"step must be from 0 to 2^32 - 1, got {step}")
 
 
 def check_quantize_int8(weight, *, group_size, op="quantize_int8"):
@@ -56,17 +76,8 @@ def check_int8_update(codes, scale, update, *, alpha, decay, step, parameter, of
     expect_int8(op, codes, scale, group_size)
     expect_float(op, "update", update)
     expect_like(op, "update", update, codes.shape, codes.device)
-    for name, value in (("alpha", alpha), ("decay", decay)):
-        if isinstance(value, torch.Tensor):
-            expect_number(op, name, value, codes.device)
-        else:
-            expect(math.isfinite(value), op, lambda: f"{name} must be finite, got {value:g}")
-    if isinstance(step, torch.Tensor):
-        expect_number(op, "step", step, codes.device)
-    else:
-        expect(0 <= step < 2**32, op, lambda: f"step must be from 0 to 2^32 - 1, got {step}")
-    expect(0 <= parameter < 2**32, op, lambda: f"parameter must be from 0 to 2^32 - 1, got {parameter}")
-    expect(offset >= 0, op, lambda: f"offset must be at least 0, got {offset}")
+    check_int8_numbers(op, codes.device, alpha, decay, step)
+    expect_stream(op, parameter, offset)
 
 
 def expect_rows(op, name, rows, codes, width, axis):
@@ -148,3 +159,38 @@ def _linear_backward(ctx, grad_out):
 
 
 torch.library.register_autograd("lowrank::int8_linear", _linear_backward, setup_context=_save, lib=library)
+
+
+# csrc/ops/cpu/int8_products.h: elements of a weight that are in fp32 at once during a product.
+PANEL_ELEMENTS = 1 << 19
+
+
+@workspace("quantize_int8", "dequantize_int8", "int8_update_", "int8_update_.tensor")
+def _(*args, cuda=False, **options):
+    return 0
+
+
+@workspace("int8_linear")
+def _(x, codes, scale, bias=None, *, group_size=256, cuda=False):
+    m, n = codes.shape
+    if cuda or x.numel() == 0:
+        return 0
+    high = min(m, max(1, PANEL_ELEMENTS // max(1, n)))
+    return fp32(high, n) + _rows_in_fp32(x, high) + (0 if bias is None else copy_unless_fp32(bias))
+
+
+@workspace("int8_linear_backward")
+def _(grad_out, codes, scale, *, group_size=256, cuda=False):
+    m, n = codes.shape
+    if cuda or grad_out.numel() == 0:
+        return 0
+    wide = min(n, max(1, PANEL_ELEMENTS // max(1, m * group_size)) * group_size)
+    return fp32(m, wide) + _rows_in_fp32(grad_out, wide)
+
+
+def _rows_in_fp32(rows, outputs):
+    """Of at most TILE_SIDE rows that are not fp32, and of their results for `outputs` columns."""
+    if rows.dtype == torch.float32:
+        return 0
+    width = rows.shape[-1]
+    return fp32(min(rows.numel() // width, TILE_SIDE), width + outputs)

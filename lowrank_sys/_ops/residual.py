@@ -50,25 +50,34 @@ def _check_limiter(op, param, limiter):
         expect_dtype(op, "limiter", limiter, torch.float32)
 
 
+def _expect_stored(op, matrix, basis, exp_avg, exp_avg_sq, left):
+    expect_basis(op, matrix, basis, left)
+    _check_moments(op, matrix, exp_avg, exp_avg_sq, low_rank_shape(matrix, basis, left))
+
+
 def _check_stored(op, param, grad, basis, exp_avg, exp_avg_sq, left):
     _check_gradient(op, param, grad)
-    expect_basis(op, param, basis, left)
-    _check_moments(op, param, exp_avg, exp_avg_sq, low_rank_shape(param, basis, left))
+    _expect_stored(op, param, basis, exp_avg, exp_avg_sq, left)
 
 
-def check_apollo_step(param, grad, basis, exp_avg, exp_avg_sq, limiter=None, *, left, op="apollo_step"):
+def check_apollo_gradient(op, grad, basis, exp_avg, exp_avg_sq, limiter, left):
+    """The rules of APOLLO but those of the weight, whose shape and device the gradient has."""
     if is_key(basis):
-        _check_gradient(op, param, grad)
-        expect_like(op, "basis", basis, (4,), param.device)
+        expect_like(op, "basis", basis, (4,), grad.device)
         wanted = "(r, n)" if left else "(m, r)"
         expect(exp_avg.dim() == 2, op, lambda: f"exp_avg must be a matrix {wanted}, got shape {tuple(exp_avg.shape)}")
         rank = exp_avg.shape[0 if left else 1]
         expect(rank >= 1, op, lambda: f"rank must be at least 1, got exp_avg of shape {tuple(exp_avg.shape)}")
-        shape = (rank, param.shape[1]) if left else (param.shape[0], rank)
-        _check_moments(op, param, exp_avg, exp_avg_sq, shape)
+        shape = (rank, grad.shape[1]) if left else (grad.shape[0], rank)
+        _check_moments(op, grad, exp_avg, exp_avg_sq, shape)
     else:
-        _check_stored(op, param, grad, basis, exp_avg, exp_avg_sq, left)
-    _check_limiter(op, param, limiter)
+        _expect_stored(op, grad, basis, exp_avg, exp_avg_sq, left)
+    _check_limiter(op, grad, limiter)
+
+
+def check_apollo_step(param, grad, basis, exp_avg, exp_avg_sq, limiter=None, *, left, op="apollo_step"):
+    _check_gradient(op, param, grad)
+    check_apollo_gradient(op, grad, basis, exp_avg, exp_avg_sq, limiter, left)
 
 
 def check_fira_step(param, grad, basis, exp_avg, exp_avg_sq, limiter=None, gram=None, *, left, op="fira_step"):

@@ -34,10 +34,33 @@ def fp32(*shape):
     return elements
 
 
+def tile_shape(m, n):
+    """The tile that a matrix (m, n) passes through."""
+    high = min(m, TILE_SIDE)
+    return high, min(n, TILE_ELEMENTS // max(1, high))
+
+
 def tile(m, n):
     """Bytes of the tile that a matrix (m, n) passes through."""
+    return fp32(*tile_shape(m, n))
+
+
+def int8_tile_shape(m, n):
+    """The tile that an update of an INT8 weight (m, n) passes through: it ends with a group (csrc/ops/cpu/qgalore.cpp)."""
     high = min(m, TILE_SIDE)
-    return fp32(high, min(n, TILE_ELEMENTS // max(1, high)))
+    return high, min(n, TILE_ELEMENTS // max(1, high) // 1024 * 1024)
+
+
+def int4_panel(d, r):
+    """Bytes of the part of an INT4 basis (d, r) that is unpacked at once: 256 KiB a thread (csrc/ops/cpu/int4_products.cpp)."""
+    vectors = min(r, 256)
+    return fp32(vectors, min((256 << 10) // 4 * torch.get_num_threads() // vectors, max(1, d)))
+
+
+def int4_panel_of(matrix, r, left):
+    """`int4_panel` for a product with `matrix`, which passes through tiles unless it is fp32."""
+    sides = matrix.shape if matrix.dtype == torch.float32 else tile_shape(*matrix.shape)
+    return int4_panel(sides[0 if left else 1], r) if matrix.numel() else 0
 
 
 def tile_unless_fp32(matrix):

@@ -129,6 +129,8 @@ def _changes(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     yield sizes
     if args.dtype == "fp32":
         yield [{"dtype": "bf16"}]
+    if settle(args).weights == "float":
+        yield [{"weights": "int8"}]
     yield [{"method": method} for method in METHODS if method != args.method]
     rank = settle(args).rank
     yield [{"rank": rank >> halvings} for halvings in (1, 2, 3) if rank >> halvings >= 4]

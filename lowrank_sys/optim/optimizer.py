@@ -32,6 +32,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     exact to the bit.
     """
 
+    low_rank_defaults = {}  # group keys in which a method differs from its parts
+
     # GradScaler hands over grad_scale and found_inf instead of synchronising.
     _step_supports_amp_scaling = True
 
@@ -81,14 +83,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _check_low_rank(self, group, names):
         self.gradients.check(self)
         self._set_defaults(group)
+        if group.get("quant") and not self._serves_int4():
+            raise ValueError(f"quant must be False for {type(self).__name__}, got {group['quant']!r}")
         self.subspace.check(group, names)
         self.residual.check(group)
         if group["moments"] not in self.inner.transports:
             raise ValueError(f"moments must be one of {', '.join(self.inner.transports)} for {type(self.inner).__name__}, "
                              f"got {group['moments']!r}")
 
+    def _serves_int4(self):
+        parts = (self.inner, self.residual)
+        return "quant" in self.subspace.defaults and all(getattr(part, "int4_basis", False) for part in parts)
+
     def _set_defaults(self, group):
-        for key, value in {**self.subspace.defaults, **self.residual.defaults, **self.gradients.defaults}.items():
+        parts = (self.subspace.defaults, self.residual.defaults, self.gradients.defaults, self.low_rank_defaults)
+        for key, value in {key: value for part in parts for key, value in part.items()}.items():
             group.setdefault(key, value)
 
     def _init_state(self, only=None):
@@ -133,8 +142,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for g, group in enumerate(self.param_groups):
                 for i, other in enumerate(group["params"]):
                     if other is param:
-                        name = group["param_names"][i] if "param_names" in group else f"parameter {i} of group {g}"
-                        raise FloatingPointError(f"the gradient of {name} is not finite")
+                        raise FloatingPointError(f"the gradient of {_name(group, g, i)} is not finite")
 
     def _rate(self, group):
         lr = group["lr"]
@@ -198,6 +206,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Weight elements left untouched so far because their gradient was not finite. Reads the device."""
         return sum(int(counter) for counter in self._counters.values())
 
+    def refreshes(self):
+        """The refresh schedule of every matrix, by name: {"countdown": steps until its next refresh}.
+
+        Where its gap is its own (cos_threshold): also "gap", and "overlaps", those of its last bases with their predecessors,
+        oldest first. Reads the device.
+        """
+        schedule = {}
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(weights(group)):
+                if "countdown" in self.state.get(param, ()):
+                    schedule[_name(group, g, i)] = self.subspace.describe(self.state[param])
+        return schedule
+
     def state_bytes(self):
         """Bytes of the state as the ledger has them, and of the accumulators of per_layer='accumulate' when they are full."""
         return ledger.state_bytes(self) + sum(self.gradients.memory().values())
@@ -223,9 +244,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, param in zip(ids, params):
-            basis = state_dict["state"].get(i, {}).get("basis")
-            if basis is not None and (basis.dim() != 2 or basis.shape[0] not in param.shape):
-                raise ValueError(f"the state's basis of shape {tuple(basis.shape)} does not fit a parameter of shape "
+            state = state_dict["state"].get(i, {})
+            if not self.subspace.fits(param, state):
+                raise ValueError(f"the state's basis of shape {tuple(state['basis'].shape)} does not fit a parameter of shape "
                                  f"{tuple(param.shape)}")
         super().load_state_dict(state_dict)
         for i, param in zip(ids, params):
@@ -236,3 +257,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if "rank" in group:
                 self._set_defaults(group)  # keys that an older checkpoint lacks
         self.gradients.loaded(self)
+
+
+def _name(group, g, i):
+    """Of parameter i of group g, for people."""
+    return group["param_names"][i] if "param_names" in group else f"parameter {i} of group {g}"

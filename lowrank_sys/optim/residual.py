@@ -21,6 +21,7 @@ class Dropped:
 
     defaults = {"scale": 0.25}
     categories = {}
+    int4_basis = True  # serves bases in INT4, if the inner rule does
 
     def check(self, group):
         """Raise a ValueError that names a key with a value that is none."""
@@ -40,6 +41,7 @@ class _FromGradient(Dropped):
     """The step needs G itself."""
 
     limited = False
+    int4_basis = False
 
     def starts_from_low_rank(self, inner):
         return False

@@ -83,15 +83,21 @@ def _store(param, update, ok, rate, lr, weight_decay):
     return (~ok.expand_as(param)).sum()
 
 
-def _apollo(param, grad, basis, exp_avg, exp_avg_sq, limiter, *, step, lr, beta1, beta2, eps, weight_decay, scale, left,
-            per_tensor, scale_front, growth, grad_scale=1.0):
+def apollo_update(grad, basis, exp_avg, exp_avg_sq, limiter, *, step, lr, beta1, beta2, eps, scale, left, per_tensor=False,
+                  scale_front=False, growth=1.01, grad_scale=1.0):
+    """Advances the moments and the limiter; returns sqrt(scale) s o G, which channels are usable, and its rate a."""
     r = _low_rank_gradient(grad, basis, exp_avg, left) * grad_scale
     squares = None if limiter is None else _squares(grad, left, grad_scale)
     front = scale**0.5
     _, s, ok = _ratio(r, exp_avg, exp_avg_sq, squares, limiter, None, beta1=beta1, beta2=beta2, eps=eps, alpha=0.0, left=left,
                       per_tensor=per_tensor, growth=growth, front=front if scale_front else 1.0)
     update = s * (1.0 if scale_front else front) * (grad.to(r.dtype) * grad_scale)
-    return _store(param, update, ok, _rate(lr, step, beta1, beta2), lr, weight_decay)
+    return update, ok, _rate(lr, step, beta1, beta2)
+
+
+def _apollo(param, *tensors, lr, weight_decay, **hyper):
+    update, ok, rate = apollo_update(*tensors, lr=lr, **hyper)
+    return _store(param, update, ok, rate, lr, weight_decay)
 
 
 def _fira(param, grad, basis, exp_avg, exp_avg_sq, limiter, gram, *, step, lr, beta1, beta2, eps, weight_decay, alpha, left,

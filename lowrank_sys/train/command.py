@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
+WEIGHTS = ("float", "int8")
 PER_LAYER = ("accumulate", "in_backward")
 
 # Flags that a resumed run must have in common with its checkpoint, and flags that it may change: those alter neither the
@@ -28,7 +29,7 @@ PER_LAYER = ("accumulate", "in_backward")
 BOUND = (
     "model", "method", "data", "text_field", "tokenizer", "batch_size", "seq_len", "gradient_accumulation_steps", "rank",
     "update_proj_gap", "scale", "proj_type", "subspace", "lr", "plain_lr", "weight_decay", "grad_clip", "warmup_ratio",
-    "warmup_steps", "min_lr_ratio", "seed", "dtype", "per_layer",
+    "warmup_steps", "min_lr_ratio", "seed", "dtype", "weights", "per_layer",
 )
 FREE = (
     "out", "resume", "steps", "save_steps", "eval_steps", "eval_tokens", "keep", "gradient_checkpointing", "device",
@@ -86,7 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warmup-steps", metavar="N", type=int, help="steps that warm up, in place of --warmup-ratio")
     add("--min-lr-ratio", metavar="X", type=float, default=0.1, help="where the cosine ends (default: %(default)s)")
     add("--seed", metavar="S", type=int, default=0, help="of weights, data order and bases (default: %(default)s)")
-    add("--dtype", metavar="NAME", default="auto", help="weights: fp32 or bf16 (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--dtype", metavar="NAME", default="auto", help="of computation and float weights: fp32 or bf16 (default: bf16 on a GPU, fp32 on a CPU)")
+    add(
+        "--weights",
+        metavar="NAME",
+        help="of the linear layers: float, in --dtype, or int8, rounded stochastically at every step; the loss is then computed "
+        f"without its logits (default: {_defaults('weights')})",
+    )
     add("--device", metavar="NAME", default="auto", help="cpu or cuda (default: cuda where there is a GPU)")
     add("--eval-steps", metavar="N", type=int, default=100, help="steps between evaluations (default: %(default)s)")
     add("--eval-tokens", metavar="N", type=int, default=16384, help="validation tokens used (default: %(default)s)")
@@ -137,9 +144,9 @@ def _check(args: argparse.Namespace) -> None:
     """Fill the defaults that depend on other flags; raise CommandError for the first bad value."""
     if not is_known(args.model):
         raise CommandError(f"--model: unknown {args.model!r}; valid: {', '.join(PRESETS)}, or a config.json")
-    for flag, valid in (("method", METHODS), ("dtype", DTYPES), ("device", DEVICES)):
+    for flag, valid in (("method", METHODS), ("dtype", DTYPES), ("device", DEVICES), ("weights", (None, *WEIGHTS))):
         if getattr(args, flag) not in valid:
-            raise CommandError(f"--{flag}: unknown {getattr(args, flag)!r}; valid: {', '.join(valid)}")
+            raise CommandError(f"--{flag}: unknown {getattr(args, flag)!r}; valid: {', '.join(filter(None, valid))}")
     if args.per_layer not in (None, *PER_LAYER):
         raise CommandError(f"--per-layer: unknown {args.per_layer!r}; valid: {', '.join(PER_LAYER)}")
     if args.per_layer == "in_backward" and args.gradient_accumulation_steps > 1:
@@ -147,7 +154,7 @@ def _check(args: argparse.Namespace) -> None:
             f"--per-layer in_backward takes a step every micro-batch, got --gradient-accumulation-steps "
             f"{args.gradient_accumulation_steps}; use --per-layer accumulate"
         )
-    if args.per_layer and args.method == "adamw":
+    if args.per_layer and not METHODS[args.method].low_rank:
         raise CommandError("--per-layer needs a method with low-rank gradients, got --method adamw")
     method = METHODS[args.method]
     args.lr = method.lr if args.lr is None else args.lr
@@ -195,7 +202,7 @@ def _train(args: argparse.Namespace) -> None:
         transformers.set_seed(args.seed)
         config = models.config(args.model, vocab=corpus.vocab if args.tokenizer else None, seq_len=args.seq_len)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-        model = models.build(config, dtype=dtype, device=device)
+        model = models.build(config, dtype=dtype, device=device, int8=args.weights == "int8")
         if device.type == "cpu" and allocator.is_tight(model, allocator.available_bytes()):
             allocator.save_memory()
         optimizer = methods.build(model, args)

@@ -18,13 +18,15 @@ class Method(NamedTuple):
     build: Callable[[torch.nn.Module, argparse.Namespace], LowRankOptimizer]
     lr: float
     plain_lr: float
+    low_rank: bool = True  # whether gradients are projected
     rank: int = 128
     scale: float = 0.25
     subspace: str = "randomized"
+    weights: str = "float"
 
 
 # Flags whose default is the method's, besides the rates.
-DEFAULTS = ("rank", "scale", "subspace")
+DEFAULTS = ("rank", "scale", "subspace", "weights")
 
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:
@@ -34,13 +36,16 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     return type(args)(**{**vars(args), **missing})
 
 
-def _adamw(model, args):
-    from lowrank_sys.optim import GaLoreAdamW, param_groups
+def _plain(optimizer):
+    def build(model, args):
+        from lowrank_sys import optim
 
-    # the same split as the low-rank methods, so that embeddings, norms and head have their own rate here too
-    plain, linear = param_groups(model)
-    groups = [{"params": plain["params"], "lr": args.plain_lr}, {"params": linear["params"]}]
-    return GaLoreAdamW(groups, lr=args.lr, weight_decay=args.weight_decay)  # without a rank: plain AdamW
+        # the same split as the low-rank methods, so that embeddings, norms and head have their own rate here too
+        plain, linear = optim.param_groups(model)
+        groups = [{"params": plain["params"], "lr": args.plain_lr}, {"params": linear["params"]}]
+        return getattr(optim, optimizer)(groups, lr=args.lr, weight_decay=args.weight_decay)  # without a rank: plain AdamW
+
+    return build
 
 
 def _low_rank_groups(model, args, scale="scale", **keys):
@@ -93,8 +98,11 @@ def _galore_adafactor(model, args):
 
 
 METHODS = {
-    "adamw": Method(_adamw, lr=3e-4, plain_lr=1e-2),
+    "adamw": Method(_plain("GaLoreAdamW"), lr=3e-4, plain_lr=1e-2, low_rank=False),
+    "adamw8bit": Method(_plain("GaLoreAdamW8bit"), lr=3e-4, plain_lr=1e-2, low_rank=False),
     "galore": Method(_preset("GaLoreAdamW"), lr=5e-3, plain_lr=3e-3),
+    "galore8bit": Method(_preset("GaLoreAdamW8bit"), lr=5e-3, plain_lr=3e-3),
+    "q-galore": Method(_preset("QGaLoreAdamW8bit"), lr=5e-3, plain_lr=3e-3),
     "galore-adafactor": Method(_galore_adafactor, lr=5e-3, plain_lr=3e-3),
     "apollo": Method(_preset("APOLLOAdamW"), lr=2e-3, plain_lr=3e-3, scale=1.0),
     "apollo-mini": Method(_preset("APOLLOAdamW", scale_type="tensor"), lr=1e-3, plain_lr=3e-3, rank=1, scale=128.0),

@@ -113,6 +113,40 @@ def test_scratch_formulas_are_what_the_allocator_sees(shape, left, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize("shape", [BIG, (300, 200)], ids=str)
+def test_scratch_formulas_of_low_precision_ops(shape, left, dtype):
+    """Nothing of a weight's size in full precision, to the byte."""
+    ops = torch.ops.lowrank
+    param, grad, basis, m, v = matrix(*shape, 24, left, dtype)
+    int4, int8, x = ops.quantize_int4(basis), ops.quantize_int8(param), torch.randn_like(m)
+    stored = [*ops.quantize_blockwise(m, signed=True), *ops.quantize_blockwise(v, signed=False)]
+    stored = [stored[i] for i in (0, 2, 1, 3)]
+    step, stream = dict(step=1, scale=1.0, left=left, **ADAM), dict(seed=1, parameter=0)
+    rows, outs = torch.randn(1100, shape[1]).to(dtype), torch.randn(7, shape[0]).to(dtype)
+    calls = [
+        ((ops.project_int4.default, grad, *int4), dict(left=left)),
+        ((ops.back_project_int4_.default, param, x, *int4), dict(left=left)),
+        ((ops.quantize_int8.default, param), {}),
+        ((ops.int8_update_.default, *int8, grad), dict(step=1, **stream)),
+        ((ops.int8_linear.default, rows, *int8, param[:, 0].contiguous()), {}),
+        ((ops.int8_linear_backward.default, outs, *int8), {}),
+        ((ops.galore_step_8bit.default, param, grad, basis, *stored), step),
+        ((ops.back_project_int8_.default, *int8, x, basis), dict(left=left, step=1, **stream)),
+        ((ops.back_project_int8_.default, *int8, x, *int4), dict(left=left, step=1, **stream)),
+        ((ops.qgalore_step.default, *int8, grad, *int4, *stored), step | stream),
+        ((ops.qgalore_step.default, *int8, grad, basis, None, None, *stored), step | stream),
+        ((ops.qgalore_subspace_step.default, *int8, x, *int4, *stored), step | stream),
+        ((ops.apollo_int8_step.default, *int8, grad, basis, m, v, torch.tensor(0.5)), step | stream),
+        ((ops.apollo_int8_step.list, [int8[0]], [int8[1]], [grad], [basis], [m], [v], [], [torch.tensor(0.0)]),
+         step | dict(seed=1, parameters=[0], lr=torch.tensor(0.1))),
+    ]
+    for call, keys in calls:
+        keys = {key: value for key, value in keys.items() if key != "step" or not str(call[0]).endswith("list")}
+        assert allocated(*call, **keys) == expected(*call, **keys), str(call[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_scratch_of_a_list_is_kept_from_matrix_to_matrix(dtype):
     matrices = [matrix(m, n, 16, True, dtype) for m, n in ((64, 300), (BIG), (200, 100))]
     lists = [list(column) for column in zip(*matrices)]
@@ -126,6 +160,22 @@ def test_scratch_of_a_list_is_kept_from_matrix_to_matrix(dtype):
              [torch.zeros(p.shape) for p in lists[0]], steps)
     op = torch.ops.lowrank.adamw_step.default
     assert allocated(op, *plain, **{**ADAM, "lr": lr}) == expected(op, *plain, **{**ADAM, "lr": lr}) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("t, m, n", [(1500, 1300, 1100), (64, 300, 200)])
+def test_scratch_of_int8_weights(t, m, n, dtype):
+    ops = torch.ops.lowrank
+    torch.manual_seed(0)
+    codes, scale = ops.quantize_int8(torch.randn(m, n))
+    x, grad_out, bias = torch.randn(t, n).to(dtype), torch.randn(t, m).to(dtype), torch.randn(m).to(dtype)
+    for call in ((ops.int8_linear.default, x, codes, scale), (ops.int8_linear.default, x, codes, scale, bias),
+                 (ops.int8_linear_backward.default, grad_out, codes, scale), (ops.quantize_int8.default, x),
+                 (ops.dequantize_int8.default, codes, scale)):
+        assert allocated(*call) == expected(*call)
+    update = (ops.int8_update_.default, codes, scale, torch.randn(m, n).to(dtype))
+    keys = {"alpha": 1e-3, "seed": 1, "step": 1, "parameter": 0}
+    assert allocated(*update, **keys) == expected(*update, **keys) == 0
 
 
 def test_scratch_of_torchs_own_operators():

@@ -19,4 +19,15 @@ inline void count_skipped(const Guards& guards, int64_t skipped) {
   if (guards.skipped) *data<int64_t>(*guards.skipped) += skipped;
 }
 
+// A step's count as a number, or in a 0-dim tensor beside `model`.
+inline double count_of(const char* op, int64_t step) {
+  if (step < 1) fail(op, "step counts from 1, got ", step);
+  return double(step);
+}
+
+inline double number_of(const char* op, const char* name, const Tensor& t, const Tensor& model) {
+  expect_scalar(op, name, t, place_of(model));
+  return read_number(op, name, t);
+}
+
 }  // namespace lowrank

@@ -39,8 +39,8 @@ void update(const Tensor& codes, const Tensor& scale, const Tensor& update, doub
 void int8_update_plain(const Tensor& codes, const Tensor& scale, const Tensor& dense, double alpha, double decay, int64_t seed,
                        int64_t step, int64_t parameter, int64_t offset, int64_t group_size) {
   check_int8_update(codes, scale, dense, group_size);
-  check_int8_numbers(alpha, decay, step);
-  check_int8_stream(parameter, offset);
+  check_int8_numbers("int8_update_", alpha, decay, step);
+  expect_stream("int8_update_", parameter, offset);
   update(codes, scale, dense, alpha, decay, seed, uint32_t(step), parameter, offset, group_size);
 }
 
@@ -55,7 +55,7 @@ void int8_update_tensor(const Tensor& codes, const Tensor& scale, const Tensor& 
     expect_scalar(op, numbers[i].first, numbers[i].second, place_of(codes));
     values[i] = read_number(op, numbers[i].first, numbers[i].second);
   }
-  check_int8_stream(parameter, offset);
+  expect_stream("int8_update_", parameter, offset);
   update(codes, scale, dense, values[0], values[1], seed, counter_step(values[2]), parameter, offset, group_size);
 }
 

@@ -15,4 +15,8 @@ void dequantize_int8_tile(const Int8Matrix& w, const Int8Tile& tile, const Matri
 // The tile <- decay * tile + alpha * dense, rounded stochastically; every thread may take any group.
 void update_int8_tile(const Int8Matrix& w, const Int8Tile& tile, const Matrix& dense, const Int8Step& step);
 
+// The same with c o dense as the update: one c a row of the tile, or else a column (the other is null). NaN leaves out a channel.
+void update_int8_scaled(const Int8Matrix& w, const Int8Tile& tile, const Matrix& dense, const float* by_row,
+                        const float* by_column, const Int8Step& step);
+
 }  // namespace lowrank

@@ -1,13 +1,10 @@
 // torch.ops.lowrank on the CPU: steps that use the part of the gradient that a basis does not hold.
-#include "../residual.h"
-
-#include <cmath>
+#include "residual.h"
 
 #include "../../cpu/norms.h"
 #include "../../cpu/residual.h"
 #include "../../cpu/steps.h"
 #include "gaussian.h"
-#include "hyper.h"
 
 namespace lowrank {
 namespace {
@@ -18,28 +15,12 @@ constexpr double kTiny = 1e-8;  // beside norms that divide, as the papers' code
 struct Matrices {
   const Tensor &param, &grad, &basis, &exp_avg, &exp_avg_sq;
   bool left;
-  int64_t channels() const { return param.size(left ? 1 : 0); }
-  int64_t depth() const { return param.size(left ? 0 : 1); }
+  LowRankGradient low_rank() const { return {grad, basis, exp_avg, exp_avg_sq, left}; }
+  int64_t channels() const { return low_rank().channels(); }
+  int64_t depth() const { return low_rank().depth(); }
 };
 
-struct Buffers {
-  Workspace work;
-  Scratch update, inside, small;
-};
-
-// The numbers of a step, but for lr and its count.
-// sqrt(1 - beta2^t) / (1 - beta1^t): bias correction where it multiplies the rate.
-float corrected(const AdamStep& s) { return s.alpha * (std::sqrt(s.correction2) / s.correction1); }
-
-// What is known of the channels after the low-rank half of a step.
-struct Channels {
-  std::vector<float> r_squares, n_squares, gradient_norms, coefficients;
-  std::vector<uint8_t> ok;
-  int64_t skipped = 0;
-  explicit Channels(int64_t count) : r_squares(count), n_squares(count), coefficients(count), ok(count) {}
-};
-
-void project_any(const Tensor& r, const Matrices& t, Workspace& work) {
+void project_any(const Tensor& r, const LowRankGradient& t, Workspace& work) {
   if (is_key(t.basis)) {
     const int64_t* key = data<int64_t>(t.basis);
     gaussian_project_into(r, t.grad, gaussian_basis(key[0], key[1], key[2], r.size(t.left ? 0 : 1)), key[3], t.left, work);
@@ -49,8 +30,9 @@ void project_any(const Tensor& r, const Matrices& t, Workspace& work) {
 }
 
 // Moments, and the sums of squares of R and of N; R is scaled in place. x gets N if it is given.
-void ratio(Channels& c, const Matrices& t, const Tensor& r, const Tensor* x, const AdamStep& step, float grad_scale, bool limited) {
-  const int64_t m = t.param.size(0), n = t.param.size(1);
+void ratio(Channels& c, const LowRankGradient& t, const Tensor& r, const Tensor* x, const AdamStep& step, float grad_scale,
+           bool limited) {
+  const int64_t m = t.grad.size(0), n = t.grad.size(1);
   if (limited) {
     c.gradient_norms.resize(t.channels());
     const Matrix g{storage(t.grad), data<void>(t.grad), n};
@@ -76,12 +58,6 @@ double limit(double norm, float& before, double growth) {
   if (norm > 0.0) before = float(norm / divisor);
   return divisor;
 }
-
-struct Scaling {
-  double alpha, growth;
-  bool per_tensor;
-  double front, behind;  // factors that the limiter sees, and does not
-};
 
 // c.coefficients <- s times its factors over the limiter's divisor, NaN where a channel is not usable. in_basis: RᵀBᵀBR by
 // channel, or null where it is |R|².
@@ -150,14 +126,24 @@ void combine(const Matrices& t, const Tensor& x, const Tensor& r, const Channels
 
 float* state(const std::optional<Tensor>& limiter) { return limiter ? data<float>(*limiter) : nullptr; }
 
-int64_t apollo(const Matrices& t, const std::optional<Tensor>& limiter, const AdamStep& step, float grad_scale,
-               const Scaling& how, Buffers& buffers) {
+}  // namespace
+
+Channels apollo_channels(const LowRankGradient& t, const std::optional<Tensor>& limiter, const AdamStep& step, float grad_scale,
+                         const Scaling& how, Buffers& buffers) {
   const Tensor r = buffers.work.low_rank.matrix(t.exp_avg.size(0), t.exp_avg.size(1));
   project_any(r, t, buffers.work);
   Channels c(t.channels());
   ratio(c, t, r, nullptr, step, grad_scale, limiter.has_value());
   coefficients(c, how, state(limiter), nullptr, grad_scale);
   for (float& coefficient : c.coefficients) coefficient *= grad_scale;
+  return c;
+}
+
+namespace {
+
+int64_t apollo(const Matrices& t, const std::optional<Tensor>& limiter, const AdamStep& step, float grad_scale,
+               const Scaling& how, Buffers& buffers) {
+  const Channels c = apollo_channels(t.low_rank(), limiter, step, grad_scale, how, buffers);
   move(t, t.basis, nullptr, nullptr, c, step.decay, corrected(step), buffers);
   return c.skipped * t.depth();
 }
@@ -169,7 +155,7 @@ int64_t fira(const Matrices& t, const std::optional<Tensor>& limiter, const std:
   const Tensor basis = as_fp32(t.basis, buffers.work.basis);
   project_into(r, t.grad, basis, t.left, buffers.work.tile);
   Channels c(t.channels());
-  ratio(c, t, r, &x, step, grad_scale, limiter.has_value());
+  ratio(c, t.low_rank(), r, &x, step, grad_scale, limiter.has_value());
   std::vector<float> in_basis;
   if (limiter && gram && r.numel() > 0) {
     const Tensor y = buffers.small.matrix(rows, columns);
@@ -213,22 +199,6 @@ int64_t frugal(const Matrices& t, const AdamStep& step, float grad_scale, double
   return c.skipped * t.depth();
 }
 
-double count_of(const char* op, int64_t step) {
-  if (step < 1) fail(op, "step counts from 1, got ", step);
-  return double(step);
-}
-
-double number_of(const char* op, const char* name, const Tensor& t, const Tensor& param) {
-  expect_scalar(op, name, t, place_of(param));
-  return read_number(op, name, t);
-}
-
-// The list of a state that may be absent as a whole: entry i, or none.
-std::optional<Tensor> entry(const Tensors& list, size_t i) {
-  if (list.empty()) return std::nullopt;
-  return list[i];
-}
-
 // Checks a list form and runs f(i, step, rate, grad_scale), which returns how many weights it left out, on every matrix.
 template <class Check, class F>
 void for_list(const char* op, const Tensors& params, const Tensors& grads, const Tensors& bases, const Tensors& exp_avgs,
@@ -249,11 +219,6 @@ void for_list(const char* op, const Tensors& params, const Tensors& grads, const
     const float step = *data<float>(steps[i]) += 1.0f;
     count_skipped(guards, f(i, double(step), rate, grad_scale_of(guards)));
   }
-}
-
-Scaling apollo_scaling(double scale, bool per_tensor, bool scale_front, double growth) {
-  const double root = std::sqrt(scale);
-  return {0.0, growth, per_tensor, scale_front ? root : 1.0, scale_front ? 1.0 : root};
 }
 
 void apollo_plain(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg, const Tensor& exp_avg_sq,

@@ -42,8 +42,8 @@ Number known(double value) { return {Number::Type::host, nullptr, value}; }
 void int8_update_plain(const Tensor& codes, const Tensor& scale, const Tensor& dense, double alpha, double decay, int64_t seed,
                        int64_t step, int64_t parameter, int64_t offset, int64_t group_size) {
   check_int8_update(codes, scale, dense, group_size);
-  check_int8_numbers(alpha, decay, step);
-  check_int8_stream(parameter, offset);
+  check_int8_numbers("int8_update_", alpha, decay, step);
+  expect_stream("int8_update_", parameter, offset);
   update(codes, scale, dense,
          {known(alpha), known(decay), known(double(step)), uint64_t(seed), uint64_t(offset), uint32_t(parameter)}, group_size);
 }
@@ -58,7 +58,7 @@ void int8_update_tensor(const Tensor& codes, const Tensor& scale, const Tensor& 
     return number(op, name, t);
   };
   const Number a = at("alpha", alpha), d = at("decay", decay), s = at("step", step);
-  check_int8_stream(parameter, offset);
+  expect_stream("int8_update_", parameter, offset);
   update(codes, scale, dense, {a, d, s, uint64_t(seed), uint64_t(offset), uint32_t(parameter)}, group_size);
 }
 
