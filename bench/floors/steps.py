@@ -70,8 +70,10 @@ def extra_memory(timer):
 FLOORS = [
     Floor(f"galore_step over its two bare GEMMs, {HERE}", "<= 1.15x", 1.15, over_gemms("galore_step"), False),
     Floor(f"frugal_step over its three bare GEMMs, {HERE}", "<= 1.15x", 1.15, over_gemms("frugal_step"), False),
-    Floor(f"GaLoreAdamW step against galore-torch, {HERE}", ">= 1.8x faster", 1.8, steady_step("lowrank", "galore-torch"), True),
-    Floor(f"APOLLOAdamW step against apollo-torch, {HERE}", ">= 2.3x faster", 2.3, steady_step("apollo", "apollo-torch"), True),
+    Floor(f"GaLoreAdamW step against galore-torch, {HERE}", ">= 1.8x faster", 1.8, steady_step("lowrank", "galore-torch"),
+          True),
+    Floor(f"APOLLOAdamW step against apollo-torch, {HERE}", ">= 2.3x faster", 2.3, steady_step("apollo", "apollo-torch"),
+          True),
     Floor("GaLoreAdamW on llama-60m, amortised over a gap of 200, against galore-torch", ">= 1.4x faster", 1.4, amortised,
           True),
     Floor("GaLoreAdamW on llama-60m, worst step over the median", "<= 2x", 2.0, worst_step, False),

@@ -7,7 +7,7 @@ from lowrank_sys.optim.residual import ScaledResidual
 
 
 class FiraAdamW(LowRankOptimizer):
-    """W <- (1 - lr*wd) W - a [alpha back(N) + s o (G - alpha back(R))], a and N as APOLLOAdamW, s_j = |N_j| / |R_j| by channel.
+    """W <- (1 - lr*wd) W - a [alpha back(N) + s o (G - alpha back(R))]; a, s and N as APOLLOAdamW.
 
     The norm of the second term grows by at most 1% a step. Groups without `rank` are plain AdamW. Group keys as Fira's:
     `rank`, `update_proj_gap` (200), `alpha` (0.25), `proj_type`, and the other keys of GaLoreAdamW but `scale`. Its code, and

@@ -9,8 +9,8 @@ from lowrank_sys.optim.residual import StateFree
 class FrugalAdamW(LowRankOptimizer):
     """W <- (1 - lr*wd) W - lr [scale back(Adam(R)) + residual_scale sign(G - back(R))].
 
-    Groups without `rank` are plain AdamW. Group keys: `rank`, `update_proj_gap` (200), `scale` (1), `residual_scale` (1; 0.1 to
-    fine-tune), `moments` ('reset' at a refresh, the step counter too), and those of GaLoreAdamW.
+    Groups without `rank` are plain AdamW. Group keys: `rank`, `update_proj_gap` (200), `scale` (1), `residual_scale` (1; 0.1
+    to fine-tune), `moments` ('reset' at a refresh, the step counter too), and those of GaLoreAdamW.
 
     Args:
         params, lr, betas, eps, nonfinite: as GaLoreAdamW.

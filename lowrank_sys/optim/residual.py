@@ -107,8 +107,8 @@ class ScaledResidual(_FromGradient):
 
     def low_rank_step(self, inner, group, params, grads, states, lr, left, guards):
         torch.ops.lowrank.fira_step.list(
-            *self._tensors(states, params, grads, _field(states, "basis")), *self._limiters(states), [], _field(states, "step"),
-            lr=lr, alpha=group["alpha"], left=left, growth=GROWTH, **inner.hyper(group), **guards,
+            *self._tensors(states, params, grads, _field(states, "basis")), *self._limiters(states), [],
+            _field(states, "step"), lr=lr, alpha=group["alpha"], left=left, growth=GROWTH, **inner.hyper(group), **guards,
         )
 
 
@@ -129,6 +129,6 @@ class StateFree(_FromGradient):
 
     def low_rank_step(self, inner, group, params, grads, states, lr, left, guards):
         torch.ops.lowrank.frugal_step.list(
-            *self._tensors(states, params, grads, _field(states, "basis")), _field(states, "step"), lr=lr, scale=group["scale"],
-            residual_scale=group["residual_scale"], sign=self.sign, left=left, **inner.hyper(group), **guards,
+            *self._tensors(states, params, grads, _field(states, "basis")), _field(states, "step"), lr=lr,
+            scale=group["scale"], residual_scale=group["residual_scale"], sign=self.sign, left=left, **inner.hyper(group), **guards,
         )

@@ -9,7 +9,7 @@ PROJECTIONS = ("random", "svd")
 
 
 class Keyed(Subspace):
-    """Group key `proj` (APOLLO's): 'random', a Gaussian basis that is never in memory; 'svd', one of the gradient, as Subspace.
+    """Group key `proj` (APOLLO's): 'random', a Gaussian basis that is never in memory; 'svd', Subspace's.
 
     A Gaussian basis owes the gradient nothing: a refresh only counts in its key, and all matrices do so in the same step.
 

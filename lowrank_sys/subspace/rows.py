@@ -15,8 +15,8 @@ class Rows(Subspace):
     proportion to them, 'sample' without and 'sample_replace' with replacement, and scaled so that the estimate is unbiased;
     `moments` at a refresh: 'reset' (the paper's) | 'keep'. Refreshes are staggered over matrices.
 
-    State of a matrix: `indices` (r,) int32; `row_scale` (r,) fp32 where rows are drawn; `left`; `countdown` and `refreshes`, on
-    the host; `first_gap`, `seed` and `parameter`.
+    State of a matrix: `indices` (r,) int32; `row_scale` (r,) fp32 where rows are drawn; `left`; `countdown` and `refreshes`,
+    on the host; `first_gap`, `seed` and `parameter`.
     """
 
     defaults = {"update_proj_gap": 200, "proj_type": "std", "subspace": "top", "moments": "reset", "seed": 0,

@@ -104,9 +104,9 @@ METHODS = {
     "galore8bit": Method(_preset("GaLoreAdamW8bit"), lr=5e-3, plain_lr=3e-3),
     "q-galore": Method(_preset("QGaLoreAdamW8bit"), lr=5e-3, plain_lr=3e-3),
     "galore-adafactor": Method(_galore_adafactor, lr=5e-3, plain_lr=3e-3),
-    "apollo": Method(_preset("APOLLOAdamW"), lr=5e-3, plain_lr=3e-3, scale=1.0),
-    "apollo-mini": Method(_preset("APOLLOAdamW", scale_type="tensor"), lr=5e-3, plain_lr=3e-3, rank=1, scale=128.0),
-    "fira": Method(_preset("FiraAdamW", scale="alpha"), lr=5e-3, plain_lr=3e-3),
+    "apollo": Method(_preset("APOLLOAdamW"), lr=2e-3, plain_lr=3e-3, scale=1.0),
+    "apollo-mini": Method(_preset("APOLLOAdamW", scale_type="tensor"), lr=1e-3, plain_lr=3e-3, rank=1, scale=128.0),
+    "fira": Method(_preset("FiraAdamW", scale="alpha"), lr=2e-3, plain_lr=3e-3),
     "grass": Method(_preset("GrassAdamW"), lr=5e-3, plain_lr=3e-3, subspace="top"),
     "frugal": Method(_preset("FrugalAdamW"), lr=1e-3, plain_lr=3e-3, scale=1.0),
 }

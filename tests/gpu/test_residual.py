@@ -80,7 +80,8 @@ def test_step(method, form, shape, dtype, left):
     if form == "plain":
         op(*case.tensors, *case.limiter, step=3, lr=LR, **case.hyper)
     elif form == "tensor":
-        op(*case.tensors, *case.limiter, step=torch.tensor(3.0, device="cuda"), lr=torch.tensor(LR, device="cuda"), **case.hyper)
+        step, lr = torch.tensor(3.0, device="cuda"), torch.tensor(LR, device="cuda")
+        op(*case.tensors, *case.limiter, step=step, lr=lr, **case.hyper)
     else:
         step, skipped = torch.tensor(2.0, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
         op.list(*case.lists(), [step], lr=torch.tensor(LR, device="cuda"), skipped=skipped, **case.hyper)

@@ -85,7 +85,8 @@ def test_follows_the_peer_for_20_steps(llama, backward, monkeypatch, proj, optio
     ours, theirs = llama(), llama()
     groups = param_groups(ours, proj=proj, subspace="svd", **options)
     optimizer = APOLLOAdamW(groups, **hyper)
-    keys = {key: optimizer.param_groups[1][key] for key in ("rank", "update_proj_gap", "scale", "proj_type", "proj", "scale_type")}
+    shared = ("rank", "update_proj_gap", "scale", "proj_type", "proj", "scale_type")
+    keys = {key: optimizer.param_groups[1][key] for key in shared}
     plain, low_rank = param_groups(theirs)
     shared_singular_vectors(monkeypatch)
     shared_gaussians(monkeypatch, len(plain["params"]))
