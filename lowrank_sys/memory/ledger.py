@@ -8,6 +8,7 @@ tensors beside the state has a method `held(optimizer)` that yields (category, t
 import torch
 
 from lowrank_sys.memory.storages import storages
+from lowrank_sys.nn.quant_weight import is_quantized
 
 # The usual categories, in the order they are shown; parts may bring their own.
 CATEGORIES = ("weights", "gradients", "basis", "moments", "scales", "accumulators", "counters", "other")
@@ -25,6 +26,9 @@ def entries(optimizer):
     for group in optimizer.param_groups:
         for param in group["params"]:
             yield "weights", param, False
+            if is_quantized(param):
+                yield "weights", param.codes, False
+                yield "scales", param.scale, False
             if param.grad is not None:
                 yield "gradients", param.grad, False
     for state in optimizer.state.values():

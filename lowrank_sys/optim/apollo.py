@@ -2,6 +2,7 @@
 
 from lowrank_sys.optim.adam import adam_defaults
 from lowrank_sys.optim.inner import Adam
+from lowrank_sys.optim.inner_8bit import MIN_8BIT_SIZE, AdamPlain8bit
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 from lowrank_sys.optim.residual import ScaledGradient
 from lowrank_sys.subspace.keyed import Keyed
@@ -24,6 +25,7 @@ class APOLLOAdamW(LowRankOptimizer):
         eps: added to sqrt(V), without bias correction in matrices.
         scale_front: multiply by sqrt(scale) before the limiter instead of after it.
         disable_nl: no norm-growth limiter.
+        plain_8bit: moments of groups without `rank` in 8 bits, as GaLoreAdamW8bit's.
         per_layer: None | 'in_backward': the step needs the whole gradient.
 
     State of a matrix (m, n): `exp_avg`, `exp_avg_sq` fp32 (r, n) or (m, r), `key` int64 (4,) or `basis`, `limiter`, `step`,

@@ -2,7 +2,7 @@
 
 from lowrank_sys.optim.adam import adam_defaults
 from lowrank_sys.optim.inner import Adafactor, Adam
-from lowrank_sys.optim.inner_8bit import Adam8bit
+from lowrank_sys.optim.inner_8bit import MIN_8BIT_SIZE, Adam8bit
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 
 
@@ -46,7 +46,7 @@ class GaLoreAdamW8bit(LowRankOptimizer):
     block; `basis` (m or n, r), `step`, and the schedule.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *, min_8bit_size=4096,
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *, min_8bit_size=MIN_8BIT_SIZE,
                  nonfinite="skip", per_layer=None):
         if not isinstance(min_8bit_size, int) or min_8bit_size < 0:
             raise ValueError(f"min_8bit_size must be an integer of at least 0, got {min_8bit_size!r}")

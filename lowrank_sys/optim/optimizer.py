@@ -6,7 +6,7 @@ from lowrank_sys.memory import ledger
 from lowrank_sys.optim.coefficient import weights, with_coefficients, without_coefficients
 from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.residual import Dropped
-from lowrank_sys.optim.store import InPlace
+from lowrank_sys.optim.store import store_of
 from lowrank_sys.subspace.subspace import Subspace
 
 
@@ -48,7 +48,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.inner = inner
         self.subspace = Subspace() if subspace is None else subspace
         self.residual = Dropped() if residual is None else residual
-        self.store = InPlace()
         self.nonfinite = nonfinite
         self._counters = {}
         self.gradients = resolve(per_layer, params)
@@ -59,7 +58,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def __getstate__(self):
         # torch's names three fields only: a copy would lose its parts.
         return {**super().__getstate__(), "inner": self.inner, "subspace": self.subspace, "residual": self.residual,
-                "store": self.store, "nonfinite": self.nonfinite, "_counters": self._counters, "gradients": self.gradients}
+                "nonfinite": self.nonfinite, "_counters": self._counters, "gradients": self.gradients}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -72,13 +71,25 @@ class LowRankOptimizer(torch.optim.Optimizer):
         first = sum(len(weights(g)) for g in self.param_groups[:-1])
         names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
         try:
-            self.store.check(group, names)
+            self._check_stores(group, names)
             if "rank" in group:
                 self._check_low_rank(group, names)
             self.gradients.attach(self, group, names)
         except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
+
+    def _check_stores(self, group, names):
+        for name, param in zip(names, group["params"]):
+            store = store_of(param)
+            store.check(param, name)
+            if not store.int8:
+                continue
+            if "rank" not in group:
+                raise ValueError(f"{name} is an INT8 weight, which trains in a group with a rank only")
+            if not self.residual.serves_int8(self.inner):
+                raise ValueError(f"{name} is an INT8 weight, which {type(self).__name__} cannot write; GaLoreAdamW8bit, "
+                                 "QGaLoreAdamW8bit and APOLLOAdamW can")
 
     def _check_low_rank(self, group, names):
         self.gradients.check(self)
@@ -117,6 +128,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if "rank" in group:
                 shape = self.subspace.init(state, param, group, index[param], len(matrices))
                 self.residual.init(state, param)
+                store_of(param).init(state, index[param])
             self.inner.init(state, tuple(shape), param, group)
 
     def _counter(self, device):
@@ -125,16 +137,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return self._counters[device]
 
     def _batches(self, group):
-        """Yield (left, params, grads, states) per device and side of the group's parameters that have a gradient."""
+        """Yield (left, params, grads, states) per device, side and store of the group's parameters that have a gradient."""
         batches = {}
         for param, grad in self.gradients.of(group):
             if grad.is_sparse:
                 raise ValueError(f"gradients must be dense, got a sparse one for a parameter of shape {tuple(param.shape)}")
             state = self.state[param]
-            batch = batches.setdefault((param.device, state.get("left", False)), ([], [], []))
+            batch = batches.setdefault((param.device, state.get("left", False), store_of(param).group_size), ([], [], []))
             for items, item in zip(batch, (param, grad.contiguous(), state)):
                 items.append(item)
-        for (_, left), batch in batches.items():
+        for (_, left, _), batch in batches.items():
             yield left, *batch
 
     def _expect_finite(self, param, grad):

@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from lowrank_sys.optim.store import store_of
+
 # A norm may grow by this factor a step (Fira, section 3.3; APOLLO, section 4.2).
 GROWTH = 1.01
 
@@ -32,6 +34,10 @@ class Dropped:
     def starts_from_low_rank(self, inner):
         """Whether inner.subspace_step is the step: it needs nothing of G but R."""
         return hasattr(inner, "subspace_step")
+
+    def serves_int8(self, inner):
+        """Whether the step can write INT8 weights."""
+        return getattr(inner, "int8_weights", False)
 
     def low_rank_step(self, inner, group, params, grads, states, lr, left, guards):
         inner.low_rank_step(group, params, grads, states, lr, left, guards)
@@ -58,8 +64,8 @@ class _FromGradient(Dropped):
     def _limiters(self, states):
         return [_field(states, "limiter")] if self.limited else [[]]
 
-    def _tensors(self, states, params, grads, bases):
-        return params, grads, bases, _field(states, "exp_avg"), _field(states, "exp_avg_sq")
+    def _tensors(self, states, params, grads):
+        return params, grads, *(_field(states, key) for key in ("basis", "exp_avg", "exp_avg_sq"))
 
 
 class ScaledGradient(_FromGradient):
@@ -85,11 +91,16 @@ class ScaledGradient(_FromGradient):
 
     def low_rank_step(self, inner, group, params, grads, states, lr, left, guards):
         bases = [state["key"] if "key" in state else state["basis"] for state in states]
-        torch.ops.lowrank.apollo_step.list(
-            *self._tensors(states, params, grads, bases), *self._limiters(states), _field(states, "step"), lr=lr,
-            scale=group["scale"], left=left, per_tensor=group["scale_type"] == "tensor", scale_front=self.front, growth=GROWTH,
+        store, ops = store_of(params[0]), torch.ops.lowrank
+        (ops.apollo_int8_step if store.int8 else ops.apollo_step).list(
+            *store.tensors(params), grads, bases, _field(states, "exp_avg"), _field(states, "exp_avg_sq"),
+            *self._limiters(states), _field(states, "step"), lr=lr, scale=group["scale"], left=left,
+            per_tensor=group["scale_type"] == "tensor", scale_front=self.front, growth=GROWTH, **store.options(group, states),
             **inner.hyper(group), **guards,
         )
+
+    def serves_int8(self, inner):
+        return True
 
 
 class ScaledResidual(_FromGradient):
@@ -107,7 +118,7 @@ class ScaledResidual(_FromGradient):
 
     def low_rank_step(self, inner, group, params, grads, states, lr, left, guards):
         torch.ops.lowrank.fira_step.list(
-            *self._tensors(states, params, grads, _field(states, "basis")), *self._limiters(states), [],
+            *self._tensors(states, params, grads), *self._limiters(states), [],
             _field(states, "step"), lr=lr, alpha=group["alpha"], left=left, growth=GROWTH, **inner.hyper(group), **guards,
         )
 
@@ -129,6 +140,6 @@ class StateFree(_FromGradient):
 
     def low_rank_step(self, inner, group, params, grads, states, lr, left, guards):
         torch.ops.lowrank.frugal_step.list(
-            *self._tensors(states, params, grads, _field(states, "basis")), _field(states, "step"), lr=lr,
+            *self._tensors(states, params, grads), _field(states, "step"), lr=lr,
             scale=group["scale"], residual_scale=group["residual_scale"], sign=self.sign, left=left, **inner.hyper(group), **guards,
         )

@@ -1,15 +1,62 @@
-"""Weight stores: how an optimizer keeps and writes the weights."""
+"""Weight stores: how an optimizer keeps and writes the weights. A parameter says by itself which store it has."""
 
 from lowrank_sys._ops import FLOATS
+from lowrank_sys.nn.quant_weight import is_quantized
 
 
 class InPlace:
     """The parameter itself, in its own dtype (fp32, bf16 or fp16), rounded to nearest even once a step."""
 
-    def check(self, group, names):
-        """Raise a ValueError that names the weight that cannot be kept so."""
-        for name, param in zip(names, group["params"]):
-            if param.dtype not in FLOATS:
-                raise ValueError(f"{name} must be float32, bfloat16 or float16, got {param.dtype}")
-            if not param.is_contiguous():
-                raise ValueError(f"{name} must be contiguous, got strides {param.stride()}")
+    int8 = False
+    group_size = None
+
+    def check(self, param, name):
+        """Raise a ValueError that names a weight that cannot be kept so."""
+        if param.dtype not in FLOATS:
+            raise ValueError(f"{name} must be float32, bfloat16 or float16, got {param.dtype}")
+        if not param.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {param.stride()}")
+
+    def init(self, state, index):
+        """Add this store's state for matrix `index` of the optimizer."""
+
+    def tensors(self, params):
+        """The lists of tensors that ops take for the weights."""
+        return (params,)
+
+    def options(self, group, states):
+        """The arguments of the ops that belong to the weights."""
+        return {}
+
+
+class Int8(InPlace):
+    """INT8 codes and their scales (lowrank_sys.nn.QuantWeight), rounded stochastically once a step.
+
+    The random bits follow from the group's `seed`, the step and the number of the matrix: a resumed run draws the same.
+    State of a matrix: `parameter`, its number.
+    """
+
+    int8 = True
+
+    def __init__(self, group_size):
+        self.group_size = group_size
+
+    def check(self, param, name):
+        """Codes and scales are what quantize_int8 made."""
+
+    def init(self, state, index):
+        state["parameter"] = index
+
+    def tensors(self, params):
+        return [p.codes for p in params], [p.scale for p in params]
+
+    def options(self, group, states):
+        return {"seed": group["seed"], "parameters": [s["parameter"] for s in states], "group_size": self.group_size}
+
+
+IN_PLACE = InPlace()
+
+
+def store_of(param):
+    """The store that a parameter is kept in."""
+    return Int8(param.group_size) if is_quantized(param) else IN_PLACE

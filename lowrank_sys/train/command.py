@@ -233,6 +233,7 @@ def _train(args: argparse.Namespace) -> None:
             recorder.seen,
         )
         runner.add_callback(recorder)
+        before = report.fingerprints(optimizer)
         try:
             runner.train(resume_from_checkpoint=str(start) if start else None)
         finally:
@@ -256,6 +257,7 @@ def _train(args: argparse.Namespace) -> None:
             "training_peak_memory_bytes": training_peak,
             "peak_memory_bytes": report.peak_memory_bytes(device),
             "skipped": recorder.rows[-1]["skipped"],
+            "matrices_changed": before and [sum(a != b for a, b in zip(before, report.fingerprints(optimizer))), len(before)],
             "seed": args.seed,
             "machine": report.machine(device),
             "command": shlex.join(["lowrank", *sys.argv[1:]]),

@@ -71,14 +71,18 @@ def _per_layer(args):
     return InBackward(max_norm=args.grad_clip or None) if args.per_layer == "in_backward" else args.per_layer
 
 
-def _preset(name, scale="scale", **keys):
-    """Builds optimizer `name`, whose group key `scale` is the flag --scale; keys: of its low-rank group."""
+def _preset(name, scale="scale", more=lambda args: {}, **keys):
+    """Builds optimizer `name`, whose group key `scale` is the flag --scale; keys: of its low-rank group.
+
+    more: args -> further arguments of the optimizer.
+    """
 
     def build(model, args):
         from lowrank_sys import optim
 
         groups = _low_rank_groups(model, args, scale, **keys)
-        return getattr(optim, name)(groups, lr=args.lr, weight_decay=args.weight_decay, per_layer=_per_layer(args))
+        return getattr(optim, name)(groups, lr=args.lr, weight_decay=args.weight_decay,
+                                    per_layer=_per_layer(args), **more(args))
 
     return build
 
@@ -97,15 +101,22 @@ def _galore_adafactor(model, args):
     )
 
 
+def _small_plain_state(args):
+    # who keeps weights in INT8 has no room for fp32 moments of the embeddings
+    return {"plain_8bit": args.weights == "int8"}
+
+
 METHODS = {
     "adamw": Method(_plain("GaLoreAdamW"), lr=3e-4, plain_lr=1e-2, low_rank=False),
     "adamw8bit": Method(_plain("GaLoreAdamW8bit"), lr=3e-4, plain_lr=1e-2, low_rank=False),
     "galore": Method(_preset("GaLoreAdamW"), lr=5e-3, plain_lr=3e-3),
     "galore8bit": Method(_preset("GaLoreAdamW8bit"), lr=5e-3, plain_lr=3e-3),
-    "q-galore": Method(_preset("QGaLoreAdamW8bit"), lr=5e-3, plain_lr=3e-3),
+    "q-galore": Method(_preset("QGaLoreAdamW8bit"), lr=5e-3, plain_lr=3e-3, weights="int8"),
     "galore-adafactor": Method(_galore_adafactor, lr=5e-3, plain_lr=3e-3),
-    "apollo": Method(_preset("APOLLOAdamW"), lr=2e-3, plain_lr=3e-3, scale=1.0),
-    "apollo-mini": Method(_preset("APOLLOAdamW", scale_type="tensor"), lr=1e-3, plain_lr=3e-3, rank=1, scale=128.0),
+    "apollo": Method(_preset("APOLLOAdamW", more=_small_plain_state), lr=2e-3, plain_lr=3e-3, scale=1.0),
+    "apollo-mini": Method(
+        _preset("APOLLOAdamW", more=_small_plain_state, scale_type="tensor"), lr=1e-3, plain_lr=3e-3, rank=1, scale=128.0
+    ),
     "fira": Method(_preset("FiraAdamW", scale="alpha"), lr=2e-3, plain_lr=3e-3),
     "grass": Method(_preset("GrassAdamW"), lr=5e-3, plain_lr=3e-3, subspace="top"),
     "frugal": Method(_preset("FrugalAdamW"), lr=1e-3, plain_lr=3e-3, scale=1.0),

@@ -7,11 +7,14 @@ import os
 import platform
 import re
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lowrank_sys.nn.quant_weight import is_quantized
+from lowrank_sys.optim.coefficient import weights
 from lowrank_sys.train.checkpoint import write_file
 
 TABLE = [
@@ -22,6 +25,7 @@ TABLE = [
     ("optimizer state", "optimizer_state_bytes", "{:,} bytes"),
     ("AdamW's would be", "adamw_state_bytes", "{:,} bytes"),
     ("peak memory", "peak_memory_bytes", "{:,} bytes"),
+    ("matrices trained", "matrices_changed", "{0[0]} of {0[1]}"),
     ("skipped elements", "skipped", "{:,}"),
 ]
 
@@ -30,10 +34,17 @@ def write_summary(out: Path, summary: dict[str, Any]) -> None:
     write_file(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
 
 
+def fingerprints(optimizer: torch.optim.Optimizer) -> list[int]:
+    """CRC-32 of the bytes of every matrix that trains in a subspace: equal ones say that it never changed."""
+    params = (p for group in optimizer.param_groups if "rank" in group for p in weights(group))
+    stored = (p.codes if is_quantized(p) else p.detach() for p in params)
+    return [zlib.crc32(tensor.contiguous().view(torch.uint8).cpu().numpy()) for tensor in stored]
+
+
 def table(summary: dict[str, Any]) -> str:
     """The main numbers of a summary, one a line."""
     title = f"{summary['model']}, {summary['method']}, {summary['steps']} steps, {summary['tokens']:,} tokens"
-    lines = [f"  {name:<18}{form.format(summary[key])}" for name, key, form in TABLE if summary[key] is not None]
+    lines = [f"  {name:<18}{form.format(summary[key])}" for name, key, form in TABLE if summary[key] not in (None, [])]
     return "\n".join([title, *lines])
 
 
