@@ -23,9 +23,9 @@ class Settings(NamedTuple):
     gap: int  # steps between two refreshes of a basis
     device: str
 
-    def groups(self, params):
-        """The low-rank group in GaLore's spelling, which ours shares."""
-        return [{"params": params, "rank": self.rank, "update_proj_gap": self.gap, "scale": SCALE, "proj_type": "std"}]
+    def groups(self, params, **keys):
+        """The low-rank group in GaLore's spelling, which ours shares, with the keys of other methods."""
+        return [{"params": params, "rank": self.rank, "update_proj_gap": self.gap, "proj_type": "std", "scale": SCALE, **keys}]
 
 
 class Contender(NamedTuple):
@@ -34,10 +34,13 @@ class Contender(NamedTuple):
     install: str = ""
 
 
-def _lowrank(params, settings):
-    from lowrank_sys.optim import GaLoreAdamW
+def _ours(name, **keys):
+    def build(params, settings):
+        from lowrank_sys import optim
 
-    return GaLoreAdamW(settings.groups(params), lr=LR)
+        return getattr(optim, name)(settings.groups(params, **keys), lr=LR)
+
+    return build
 
 
 def _galore_torch(params, settings):
@@ -46,9 +49,23 @@ def _galore_torch(params, settings):
     return GaLoreAdamW(settings.groups(params), lr=LR, no_deprecation_warning=True)
 
 
+APOLLO = {"proj": "random", "scale_type": "channel", "scale": 1.0}
+
+
+def _apollo_torch(params, settings):
+    from apollo_torch import APOLLOAdamW
+
+    return APOLLOAdamW(settings.groups(params, **APOLLO), lr=LR)
+
+
 CONTENDERS = {
-    "lowrank": Contender(_lowrank),
+    "lowrank": Contender(_ours("GaLoreAdamW")),
     "galore-torch": Contender(_galore_torch, "galore_torch", "galore-torch"),
+    "apollo": Contender(_ours("APOLLOAdamW", **APOLLO)),
+    "apollo-torch": Contender(_apollo_torch, "apollo_torch", "apollo-torch"),
+    "fira": Contender(_ours("FiraAdamW", alpha=SCALE)),
+    "grass": Contender(_ours("GrassAdamW")),
+    "frugal": Contender(_ours("FrugalAdamW")),
     "adamw-fused": Contender(lambda params, _: torch.optim.AdamW(params, lr=LR, fused=True)),
     "adamw-foreach": Contender(lambda params, _: torch.optim.AdamW(params, lr=LR, foreach=True)),
 }

@@ -8,17 +8,20 @@ import torch
 
 from lowrank_sys import _ops
 from lowrank_sys.kernels.back_project import launch_back_project
+from lowrank_sys.kernels.basis import Int4Basis
 from lowrank_sys.kernels.common import as_scalar, on_device_of, step_scalars
 from lowrank_sys.kernels.galore import launches
 from lowrank_sys.kernels.project import launch_project, new_counters
 
 
-def _update(params, grads, bases, *moments_and_steps, scalars, left, beta1, beta2, eps, counters, grad_scale=None,
-            found_inf=None, skipped=None):
-    """Matrices of one shape: G -> R -> Adam's updates X -> W."""
-    low_rank_grads = [torch.empty(_ops.low_rank_shape(grad, basis, left), dtype=torch.float32, device=grad.device)
-                      for grad, basis in zip(grads, bases)]
-    launch_project(grads, bases, low_rank_grads, left=left, counters=counters)
+def _update(params, gradients, bases, *moments_and_steps, scalars, projected, left, beta1, beta2, eps, counters=None,
+            grad_scale=None, found_inf=None, skipped=None):
+    """Matrices of one shape: gradients (G, or R if `projected`) -> R -> Adam's updates X -> W."""
+    low_rank_grads = gradients
+    if not projected:
+        low_rank_grads = [torch.empty(moment.shape, dtype=torch.float32, device=moment.device)
+                          for moment in moments_and_steps[0]]
+        launch_project(gradients, bases, low_rank_grads, left=left, counters=counters)
     # A 16-bit X keeps the second product on the 16-bit tensor cores.
     updates = [torch.empty_like(r, dtype=basis.dtype) for r, basis in zip(low_rank_grads, bases)]
     torch.ops.lowrank.adam_8bit_low_rank_(low_rank_grads, updates, *moments_and_steps, beta1=beta1, beta2=beta2, eps=eps,
@@ -41,24 +44,56 @@ def galore_step_8bit(param, grad, basis, exp_avg, exp_avg_sq, exp_avg_absmax, ex
         step = as_scalar(step, param.device)
         scalars = step_scalars(step.reshape(1), lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, scale=scale)
         tensors = (param, grad, basis, *moments, step.to(torch.float32))
-        _update(*([tensor] for tensor in tensors), scalars=scalars, left=left, beta1=beta1, beta2=beta2, eps=eps,
-                counters=new_counters(param.device))
+        _update(*([tensor] for tensor in tensors), scalars=scalars, projected=False, left=left, beta1=beta1,
+                beta2=beta2, eps=eps, counters=new_counters(param.device))
 
 
-def galore_step_8bit_list(params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps, *, lr,
-                          beta1, beta2, eps, weight_decay, scale, left, grad_scale=None, found_inf=None, skipped=None):
-    """galore_step_8bit for many matrices; steps and guards as in galore_step_list."""
-    lists = (params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps)
-    _ops.blockwise.check_galore_step_8bit_list(*lists, lr=lr, left=left, guards=(grad_scale, found_inf, skipped))
+def _step_list(op, lists, *, projected, lr, beta1, beta2, eps, weight_decay, scale, left, group_size=None, grad_scale=None,
+               found_inf=None, skipped=None):
+    _ops.blockwise.check_low_rank_lists_8bit(op, *lists, projected=projected, lr=lr, left=left, group_size=group_size,
+                                             guards=(grad_scale, found_inf, skipped))
+    params, gradients, bases, moments, steps = _ops.blockwise.split_lists(lists, group_size)
     if not params:
         return
+    bases = bases[0] if group_size is None else [Int4Basis(*parts, group_size) for parts in zip(*bases)]
     with on_device_of(params[0]):
         active = None if found_inf is None else (found_inf.reshape(()) == 0).to(torch.float32)
         torch._foreach_add_(steps, 1 if active is None else active)
-        order = list(launches(params, grads, bases))
+        order = list(launches(params, gradients, bases))
         rows = step_scalars(torch.stack([steps[i] for launch in order for i in launch]).to(torch.float64), lr=lr, beta1=beta1,
                             beta2=beta2, weight_decay=weight_decay, scale=scale, grad_scale=grad_scale, active=active)
-        counters = new_counters(params[0].device)
+        counters = None if projected else new_counters(params[0].device)
         for launch, scalars in zip(order, rows.split([len(launch) for launch in order])):
-            _update(*([items[i] for i in launch] for items in lists), scalars=scalars, left=left, beta1=beta1, beta2=beta2,
-                    eps=eps, counters=counters, grad_scale=grad_scale, found_inf=found_inf, skipped=skipped)
+            tensors = ([items[i] for i in launch] for items in (params, gradients, bases, *moments, steps))
+            _update(*tensors, scalars=scalars, projected=projected, left=left, beta1=beta1, beta2=beta2, eps=eps,
+                    counters=counters, grad_scale=grad_scale, found_inf=found_inf, skipped=skipped)
+
+
+def galore_step_8bit_list(params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps,
+                          **options):
+    """galore_step_8bit for many matrices; steps (0-dim fp32) are advanced by one first. Guards as in galore_step_list."""
+    lists = (params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps)
+    _step_list("galore_step_8bit", lists, projected=False, **options)
+
+
+def galore_step_8bit_int4(params, grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs, exp_avg_absmaxes,
+                          exp_avg_sq_absmaxes, steps, *, group_size=256, **options):
+    """galore_step_8bit_list on bases in INT4: packed codes, scales and offsets, see quantize_int4."""
+    lists = (params, grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs, exp_avg_absmaxes,
+             exp_avg_sq_absmaxes, steps)
+    _step_list("galore_step_8bit", lists, projected=False, group_size=group_size, **options)
+
+
+def subspace_step_8bit_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes,
+                            steps, **options):
+    """galore_step_8bit_list from gradients that are already projected: R (r, n) if left, else (m, r), fp32."""
+    lists = (params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps)
+    _step_list("subspace_step_8bit", lists, projected=True, **options)
+
+
+def subspace_step_8bit_int4(params, low_rank_grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs,
+                            exp_avg_absmaxes, exp_avg_sq_absmaxes, steps, *, group_size=256, **options):
+    """galore_step_8bit_int4 from gradients that are already projected: R (r, n) if left, else (m, r), fp32."""
+    lists = (params, low_rank_grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs, exp_avg_absmaxes,
+             exp_avg_sq_absmaxes, steps)
+    _step_list("subspace_step_8bit", lists, projected=True, group_size=group_size, **options)

@@ -11,7 +11,7 @@ import triton.language as tl
 from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.adam import launch_adam
-from lowrank_sys.kernels.common import (ALPHA, CORRECTION1, CORRECTION2, DECAY, GRAD_SCALE, SLOTS, as_scalar, dot, is_off,
+from lowrank_sys.kernels.common import (ALPHA, CORRECTION1, CORRECTION2, DECAY, GRAD_SCALE, as_scalar, dot, is_off,
                                         on_device_of, precision, step_scalars, store)
 from lowrank_sys.kernels.gaussian import launch_gaussian_project
 from lowrank_sys.kernels.project import launch_project, new_counters

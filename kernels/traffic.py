@@ -116,6 +116,113 @@ def int8_linear(t, m, n, *, back, dtype, group_size, bias=None):
     }
 
 
+def gaussian_basis(d, r, *, out):
+    """Rows of a Gaussian basis, written once."""
+    return {"out": Bytes(0, d * r * out.itemsize)}
+
+
+def gaussian_project(m, n, r, *, left, grad, card, key=False, squares=False):
+    """R = project(G) on a basis from its seed, or from the `key` on the device; the squares of G's channels if `squares`."""
+    plan = configs.plan_gaussian_project(m, n, r, left=left, dtype=grad, card=card)
+    channels = n if left else m
+    parts = plan.splits * r * channels * FP32 if plan.splits > 1 else 0
+    return {
+        "grad": Bytes(triton.cdiv(r, plan.config["BLOCK_R"]) * m * n * grad.itemsize, 0),
+        "partials": Bytes(parts, parts),
+        "out": Bytes(0, r * channels * FP32),
+        "key": Bytes(plan.tiles * plan.splits * 4 * torch.int64.itemsize if key else 0, 0),
+        "squares": Bytes(0, plan.splits * channels * FP32 if squares else 0),
+    }
+
+
+def gaussian_back_project(m, n, r, *, left, param, groups):
+    """W <- beta W + alpha back(X) on a basis from its seed, whose rows lie in `groups` groups of 64."""
+    return {
+        "param": Bytes(m * n * param.itemsize, m * n * param.itemsize),
+        "low_rank": Bytes(groups * r * (n if left else m) * FP32, 0),
+    }
+
+
+def ratio(m, n, r, *, left, splits=0, out=False, gram=False):
+    """Moments of R and the sums of its channels; `splits` parts of the squares of G's, N if `out`, (BᵀB)R if `gram`."""
+    channels = n if left else m
+    size = r * channels * FP32
+    return {
+        "low_rank_grad": Bytes(2 * size, 0),
+        "gram_grad": Bytes(size if gram and splits else 0, 0),
+        "out": Bytes(0, size if out else 0),
+        "exp_avg": Bytes(size, size),
+        "exp_avg_sq": Bytes(size, size),
+        "squares": Bytes(splits * channels * FP32, 0),
+        "sums": Bytes(0, (3 if splits else 2) * channels * FP32),
+    }
+
+
+def coefficients(channels, *, per_tensor, limited):
+    """The factor of each channel, from its sums; the limiter is read and written once."""
+    passes = 2 + 2 * per_tensor + 3 * limited
+    return {
+        "sums": Bytes(passes * channels * FP32, 0),
+        "coefficients": Bytes(0, channels * FP32),
+        "limiter": Bytes(FP32, FP32) if limited else Bytes(0, 0),
+    }
+
+
+def residual(m, n, r, *, left, rule, param, grad, basis=None, scaled=True):
+    """W <- decay W + alpha update: G once, W once each way. rule: 0 without a product, 1 with one, 2 with two; scaled: with a
+    factor for each channel."""
+    config = configs.residual_config(rule, r if rule else 0)
+    rows_of_tiles, columns_of_tiles = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"])
+    d, times = (m, columns_of_tiles) if left else (n, rows_of_tiles)
+    other, again = (n, rows_of_tiles) if left else (m, columns_of_tiles)
+    low_rank = Bytes(again * other * r * FP32 if rule else 0, 0)
+    return {
+        "param": Bytes(m * n * param.itemsize, m * n * param.itemsize),
+        "grad": Bytes(m * n * grad.itemsize, 0),
+        "coefficients": Bytes(again * other * FP32 if scaled else 0, 0),
+        "basis": Bytes(times * d * r * basis.itemsize if rule else 0, 0),
+        "low_rank": low_rank,
+        "low_rank_grad": low_rank,
+    }
+
+
+def _projected(m, n, r, *, left, grad, basis, card, limited):
+    """(the launch of R = project(G), how many parts the squares of G's channels have); basis None: a Gaussian one."""
+    if basis is None:
+        first = gaussian_project(m, n, r, left=left, grad=grad, card=card, key=True, squares=limited)
+        splits = configs.plan_gaussian_project(m, n, r, left=left, dtype=grad, card=card).splits
+    else:
+        first = project(m, n, r, left=left, grad=grad, basis=basis, card=card)
+        splits = configs.plan_project(m, n, r, left=left, dtypes=(grad, basis), card=card).splits
+        first["squares"] = Bytes(0, splits * (n if left else m) * FP32 if limited else 0)
+    return first, splits if limited else 0
+
+
+def apollo_step(m, n, r, *, left, param, grad, basis, card, per_tensor=False, limited=True):
+    """The launches of a step, in order. basis: its type, or None for a Gaussian one."""
+    first, splits = _projected(m, n, r, left=left, grad=grad, basis=basis, card=card, limited=limited)
+    return (first, ratio(m, n, r, left=left, splits=splits),
+            coefficients(n if left else m, per_tensor=per_tensor, limited=limited),
+            residual(m, n, r, left=left, rule=0, param=param, grad=grad))
+
+
+def fira_step(m, n, r, *, left, param, grad, basis, card, gram=False):
+    """The launches of a step, in order; `gram`: with BᵀB, which costs a product with R."""
+    first, splits = _projected(m, n, r, left=left, grad=grad, basis=basis, card=card, limited=True)
+    # R (r, n) is projected by the symmetric BᵀB as G is by B.
+    rows, columns = (r, n) if left else (m, r)
+    inside = (project(rows, columns, r, left=left, grad=torch.float32, basis=torch.float32, card=card),) if gram else ()
+    return (first, *inside, ratio(m, n, r, left=left, splits=splits, out=True, gram=gram),
+            coefficients(n if left else m, per_tensor=False, limited=True),
+            residual(m, n, r, left=left, rule=1, param=param, grad=grad, basis=basis))
+
+
+def frugal_step(m, n, r, *, left, param, grad, basis, card, sign=True):
+    """The launches of a step, in order."""
+    return (project(m, n, r, left=left, grad=grad, basis=basis, card=card), adam(m, n, r, left=left, out=torch.float32),
+            residual(m, n, r, left=left, rule=2 if sign else 1, param=param, grad=grad, basis=basis, scaled=False))
+
+
 def _int8(m, n, group_size):
     """Codes and scales of a weight that is updated in place."""
     scales = m * triton.cdiv(n, group_size) * FP32

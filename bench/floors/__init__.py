@@ -12,8 +12,8 @@ def add_arguments(parser):
 
 
 def run(args):
-    for package, name in (("galore_torch", "galore-torch"), ("bitsandbytes", "bitsandbytes"),
-                          ("transformers", "transformers")):
+    for package, name in (("galore_torch", "galore-torch"), ("apollo_torch", "apollo-torch"),
+                          ("bitsandbytes", "bitsandbytes"), ("transformers", "transformers")):
         try:
             __import__(package)
         except ImportError as error:

@@ -10,23 +10,31 @@ from lowrank_sys.bench.floors.floor import CEILINGS, HERE, RANK, SIZE, Floor
 from lowrank_sys.cli import CommandError
 
 
-def galore_step(timer):
-    """Time of galore_step over that of its two bare GEMMs, on the worse side."""
-    ratios = []
-    for left in (True, False):
-        case = Case("galore_step", SIZE, SIZE, RANK, torch.float32, left, "cpu")
-        served = kernels.measure(case, timer, CEILINGS, seconds=5)[0]
-        if served["check"] != "ok":
-            raise CommandError(f"galore_step, served by {served['variant']}: {served['check']}", code=1)
-        ratios.append(served["ratio"])
-    return max(ratios)
+def over_gemms(op):
+    """Time of a step over that of its bare GEMMs, on the worse side."""
+
+    def measure(timer):
+        ratios = []
+        for left in (True, False):
+            case = Case(op, SIZE, SIZE, RANK, torch.float32, left, "cpu")
+            served = kernels.measure(case, timer, CEILINGS, seconds=5)[0]
+            if served["check"] != "ok":
+                raise CommandError(f"{op}, served by {served['variant']}: {served['check']}", code=1)
+            ratios.append(served["ratio"])
+        return max(ratios)
+
+    return measure
 
 
-def steady_step(timer):
-    """Time of galore-torch's steady step over ours."""
-    settings = optimizers.Settings([(SIZE, SIZE)], RANK, torch.float32, optimizers.NEVER, "cpu")
-    ours, _ = optimizers.measure(settings, ("lowrank", "galore-torch"), timer, base="galore-torch", steps=30, svd=False)
-    return 1 / ours["ratio"]
+def steady_step(ours, peer):
+    """Time of the peer's steady step over ours."""
+
+    def measure(timer):
+        settings = optimizers.Settings([(SIZE, SIZE)], RANK, torch.float32, optimizers.NEVER, "cpu")
+        row, _ = optimizers.measure(settings, (ours, peer), timer, base=peer, steps=30, svd=False)
+        return 1 / row["ratio"]
+
+    return measure
 
 
 @functools.cache
@@ -60,8 +68,12 @@ def extra_memory(timer):
 
 
 FLOORS = [
-    Floor(f"galore_step over its two bare GEMMs, {HERE}", "<= 1.15x", 1.15, galore_step, False),
-    Floor(f"GaLoreAdamW step against galore-torch, {HERE}", ">= 1.8x faster", 1.8, steady_step, True),
+    Floor(f"galore_step over its two bare GEMMs, {HERE}", "<= 1.15x", 1.15, over_gemms("galore_step"), False),
+    Floor(f"frugal_step over its three bare GEMMs, {HERE}", "<= 1.15x", 1.15, over_gemms("frugal_step"), False),
+    Floor(f"GaLoreAdamW step against galore-torch, {HERE}", ">= 1.8x faster", 1.8, steady_step("lowrank", "galore-torch"),
+          True),
+    Floor(f"APOLLOAdamW step against apollo-torch, {HERE}", ">= 2.3x faster", 2.3, steady_step("apollo", "apollo-torch"),
+          True),
     Floor("GaLoreAdamW on llama-60m, amortised over a gap of 200, against galore-torch", ">= 1.4x faster", 1.4, amortised,
           True),
     Floor("GaLoreAdamW on llama-60m, worst step over the median", "<= 2x", 2.0, worst_step, False),

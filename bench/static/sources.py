@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-import triton
 
 from lowrank_sys.bench.static import cards
 from lowrank_sys.bench.static.build import TOOLS, Build, resources

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../core/adam_8bit.h"
-#include "projection.h"
+#include "int4.h"
 
 namespace lowrank {
 
@@ -77,13 +77,8 @@ inline void check_adam_8bit(const Tensors& params, const Tensors& grads, const S
   check_length(op, "steps", steps, "params", params);
   check_guards(op, params, steps, lr, guards);
   for (size_t i = 0; i < params.size(); ++i) {
-    const Place place = place_of(params[i]);
-    const auto shape = params[i].sizes();
-    expect_float(op, Item{"params", i}, params[i]);
-    expect_float(op, Item{"grads", i}, grads[i]);
-    expect_like(op, Item{"params", i}, params[i], shape, place);
-    expect_like(op, Item{"grads", i}, grads[i], shape, place);
-    moments.at(i).check(op, shape, place, i);
+    expect_param_and_grad(op, i, params[i], grads[i]);
+    moments.at(i).check(op, params[i].sizes(), place_of(params[i]), i);
   }
 }
 
@@ -106,14 +101,42 @@ inline void check_adam_8bit_low_rank(const Tensors& low_rank_grads, const Tensor
   }
 }
 
-inline void check_galore_step_8bit(const Tensor& param, const Tensor& grad, const Tensor& basis, const Stored& moments,
-                                   bool left) {
-  constexpr const char* op = "galore_step_8bit";
+// A basis as a step takes it: a matrix.
+struct DenseBasis {
+  const Tensor& basis;
+
+  Shape check(const char* op, const Tensor& param, bool left) const {
+    expect_basis(op, param, basis, left);
+    return low_rank_shape(param, basis, left);
+  }
+};
+
+// In INT4.
+struct Int4Basis {
+  const Tensor &packed, &scale, &offset;
+  int64_t group_size;
+
+  Shape check(const char* op, const Tensor& param, bool left) const {
+    expect_int4(op, packed, scale, offset, param.size(left ? 0 : 1), group_size, place_of(param),
+                {"basis", "basis_scale", "basis_offset"});
+    return int4_low_rank_shape(param, packed, left);
+  }
+};
+
+// One matrix of a step with 8-bit moments; `gradient` is R if `projected`, else G.
+template <class Basis>
+void check_low_rank_step_8bit(const char* op, const Tensor& param, const Tensor& gradient, const Basis& basis,
+                              const Stored& moments, bool projected, bool left) {
   expect_matrix(op, "param", param);
-  expect_float(op, "grad", grad);
-  expect_like(op, "grad", grad, param.sizes(), place_of(param));
-  check_project(op, grad, basis, left);
-  moments.check(op, low_rank_shape(param, basis, left), place_of(param));
+  const Shape shape = basis.check(op, param, left);
+  const Place place = place_of(param);
+  if (projected) {
+    expect_low_rank(op, "low_rank_grad", gradient, shape, place);
+  } else {
+    expect_float(op, "grad", gradient);
+    expect_like(op, "grad", gradient, param.sizes(), place);
+  }
+  moments.check(op, shape, place);
 }
 
 }  // namespace lowrank

@@ -184,6 +184,15 @@ inline void check_guards(const char* op, const Tensors& params, const Tensors& s
   check_guards(op, "params", params, steps, &lr, guards);
 }
 
+// Entry i of lists of parameters of any shape and their gradients.
+inline void expect_param_and_grad(const char* op, size_t i, const Tensor& param, const Tensor& grad) {
+  const Place place = place_of(param);
+  expect_float(op, Item{"params", i}, param);
+  expect_float(op, Item{"grads", i}, grad);
+  expect_like(op, Item{"params", i}, param, param.sizes(), place);
+  expect_like(op, Item{"grads", i}, grad, param.sizes(), place);
+}
+
 // A 0-dim tensor on the CPU of any number type.
 inline double read_number(const char* op, const char* name, const Tensor& t) {
   const int32_t dtype = dtype_of(t);

@@ -161,36 +161,36 @@ def _linear_backward(ctx, grad_out):
 torch.library.register_autograd("lowrank::int8_linear", _linear_backward, setup_context=_save, lib=library)
 
 
+# csrc/ops/cpu/int8_products.h: elements of a weight that are in fp32 at once during a product.
+PANEL_ELEMENTS = 1 << 19
+
+
 @workspace("quantize_int8", "dequantize_int8", "int8_update_", "int8_update_.tensor")
-def _(*_, cuda=False, **__):
+def _(*args, cuda=False, **options):
     return 0
-
-
-PANEL_ELEMENTS = 1 << 19  # csrc/ops/cpu/int8_products.h
-
-
-def _product(rows, depth, panel, width):
-    """Bytes of a product of rows (t, depth) with panels of the weight that give `width` outputs each."""
-    t = 0 if depth == 0 else rows.numel() // depth
-    if t == 0 or width == 0:
-        return 0
-    high = min(t, TILE_SIDE)
-    return fp32(*panel) + (0 if rows.dtype == torch.float32 else fp32(high, depth) + fp32(high, width))
 
 
 @workspace("int8_linear")
 def _(x, codes, scale, bias=None, *, group_size=256, cuda=False):
-    if cuda:
-        return 0
     m, n = codes.shape
-    count = min(m, max(1, PANEL_ELEMENTS // max(1, n)))
-    return _product(x, n, (count, n), count) + (0 if bias is None else copy_unless_fp32(bias))
+    if cuda or x.numel() == 0:
+        return 0
+    high = min(m, max(1, PANEL_ELEMENTS // max(1, n)))
+    return fp32(high, n) + _rows_in_fp32(x, high) + (0 if bias is None else copy_unless_fp32(bias))
 
 
 @workspace("int8_linear_backward")
 def _(grad_out, codes, scale, *, group_size=256, cuda=False):
-    if cuda:
-        return 0
     m, n = codes.shape
-    count = min(n, max(1, PANEL_ELEMENTS // max(1, m * group_size)) * group_size)
-    return _product(grad_out, m, (m, count), count)
+    if cuda or grad_out.numel() == 0:
+        return 0
+    wide = min(n, max(1, PANEL_ELEMENTS // max(1, m * group_size)) * group_size)
+    return fp32(m, wide) + _rows_in_fp32(grad_out, wide)
+
+
+def _rows_in_fp32(rows, outputs):
+    """Of at most TILE_SIDE rows that are not fp32, and of their results for `outputs` columns."""
+    if rows.dtype == torch.float32:
+        return 0
+    width = rows.shape[-1]
+    return fp32(min(rows.numel() // width, TILE_SIDE), width + outputs)

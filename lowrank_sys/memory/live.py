@@ -87,7 +87,9 @@ class LiveStorages(TorchDispatchMode):
         return _Result(out)
 
     def track(self, tensor, category=None):
-        """Count `tensor`, which may have been there before; with `category`, as such."""
+        """Count `tensor`, which may have been there before; with `category`, as such. On the meta device it takes none."""
+        if tensor.is_meta:
+            return
         for storage in storages(tensor):
             key = self._keys.get(storage)
             if key is None:

@@ -16,7 +16,7 @@ from lowrank_sys.cli import CommandError
 from lowrank_sys.memory import allocator, process
 from lowrank_sys.memory.ledger import CATEGORIES
 from lowrank_sys.memory.rehearsal import Rehearsal, rehearse
-from lowrank_sys.train.methods import METHODS
+from lowrank_sys.train.methods import METHODS, settle
 
 PARTS = (*CATEGORIES, "activations", "workspace")
 
@@ -129,8 +129,11 @@ def _changes(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     yield sizes
     if args.dtype == "fp32":
         yield [{"dtype": "bf16"}]
+    if settle(args).weights == "float":
+        yield [{"weights": "int8"}]
     yield [{"method": method} for method in METHODS if method != args.method]
-    yield [{"rank": args.rank >> halvings} for halvings in (1, 2, 3) if args.rank >> halvings >= 4]
+    rank = settle(args).rank
+    yield [{"rank": rank >> halvings} for halvings in (1, 2, 3) if rank >> halvings >= 4]
 
 
 def _described(changes: dict[str, Any]) -> str:

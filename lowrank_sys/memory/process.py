@@ -19,7 +19,7 @@ PROBE = {
     "eval_tokens": 16, "device": "cpu",
 }  # fmt: skip
 # Flags that decide what the process loads and holds.
-KEPT = ("method", "data", "text_field", "tokenizer", "dtype", "subspace")
+KEPT = ("method", "data", "text_field", "tokenizer", "dtype", "subspace", "weights")
 
 # The CUDA context, cuBLAS and loaded kernels on a GPU. Stated, not measured.
 CUDA_CONTEXT = 768 << 20

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowrank_sys.memory import allocator, ledger
 from lowrank_sys.memory.live import LiveStorages
 from lowrank_sys.train import data, methods, models, trainer
+from lowrank_sys.train.methods import settle
 
 STEPS = 2  # the first makes the state, the second has gradients and activations beside it
 
@@ -99,4 +100,5 @@ def _as_if_real():
 def _model(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
     vocab = len(data.load_tokenizer(args.tokenizer)) if args.tokenizer else None
     config = models.config(args.model, vocab=vocab, seq_len=args.seq_len)
-    return models.build(config, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], device=device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    return models.build(config, dtype=dtype, device=device, int8=settle(args).weights == "int8")

@@ -1,9 +1,15 @@
 """Optimizers: parts that keep state and call ops, composed by LowRankOptimizer; every method is a short preset."""
 
 from lowrank_sys.optim.accumulate import Accumulate
-from lowrank_sys.optim.galore import GaLoreAdafactor, GaLoreAdamW
+from lowrank_sys.optim.apollo import APOLLOAdamW
+from lowrank_sys.optim.fira import FiraAdamW
+from lowrank_sys.optim.frugal import FrugalAdamW
+from lowrank_sys.optim.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from lowrank_sys.optim.grass import GrassAdamW
 from lowrank_sys.optim.groups import param_groups
 from lowrank_sys.optim.in_backward import InBackward
 from lowrank_sys.optim.optimizer import LowRankOptimizer
+from lowrank_sys.optim.qgalore import QGaLoreAdamW8bit
 
-__all__ = ["Accumulate", "GaLoreAdafactor", "GaLoreAdamW", "InBackward", "LowRankOptimizer", "param_groups"]
+__all__ = ["APOLLOAdamW", "Accumulate", "FiraAdamW", "FrugalAdamW", "GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit",
+           "GrassAdamW", "InBackward", "LowRankOptimizer", "QGaLoreAdamW8bit", "param_groups"]

@@ -5,7 +5,6 @@ Clipping, unscaling and schedulers are the caller's ordinary code on these `.gra
 
 import torch
 
-from lowrank_sys._ops.rules import low_rank_shape
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
 from lowrank_sys.optim.coefficient import CONTAINER, LowRankGradients, coefficient_like, is_coefficient, weights, zero
 from lowrank_sys.optim.gradients import Hooked, expect_one_process
@@ -48,12 +47,13 @@ class Accumulate(Hooked):
         for weight in self.coefficients:
             self.serve(weight)
 
+    def check(self, optimizer):
+        if not optimizer.residual.starts_from_low_rank(optimizer.inner):
+            raise ValueError(f"per_layer='accumulate' needs a rule that can start from R, got {type(optimizer).__name__}")
+
     def attach(self, optimizer, group, names):
         if "rank" not in group:
             return super().attach(optimizer, group, names)
-        if not hasattr(optimizer.inner, "subspace_step"):
-            rule = type(optimizer.inner).__name__
-            raise ValueError(f"per_layer='accumulate' needs a rule that can start from R, got {rule}")
         if self.model is None:
             raise ValueError("per_layer='accumulate' needs the model: give the groups of param_groups(model) as they are, or "
                              "per_layer=Accumulate(model=model)")
@@ -111,7 +111,7 @@ class Accumulate(Hooked):
         if weight not in self._window:
             self._open(optimizer, weight, coefficient, state)
         sketch, left = self._window[weight], state["left"]
-        low_rank = torch.ops.lowrank.project(grad, state["basis"], left=left)
+        low_rank = optimizer.subspace.project(grad, state)
         if sketch is not None:
             sketch.add(optimizer.subspace.sketch(grad, sketch.omega, left), coefficient.grad)
         if coefficient.grad is None:
@@ -125,7 +125,7 @@ class Accumulate(Hooked):
         """The first gradient of this weight since the last step."""
         expect_one_process()
         self._expect_new(weight, coefficient)
-        self._fit(weight, coefficient, state)
+        self._fit(optimizer, weight, coefficient, state)
         omega = optimizer.subspace.sketch_directions(weight, state)
         self._window[weight] = None if omega is None else _Sketch(omega)
 
@@ -134,10 +134,10 @@ class Accumulate(Hooked):
             raise RuntimeError("the last step's low-rank gradients are still there, and their basis may have changed since: "
                                "call zero_grad() after step()")
 
-    def _fit(self, weight, coefficient, state):
+    def _fit(self, optimizer, weight, coefficient, state):
         """A model that was moved, cast or copied carries its coefficients along as full tensors; a loaded state may have
         another rank."""
-        shape = low_rank_shape(weight, state["basis"], state["left"])
+        shape = optimizer.subspace.shape_of(weight, state)
         if (coefficient.shape, coefficient.dtype, coefficient.device) != (shape, self.dtype, weight.device) or (
                 coefficient.untyped_storage().nbytes() > coefficient.element_size()):
             coefficient.grad = None

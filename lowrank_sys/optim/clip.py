@@ -5,9 +5,16 @@ import math
 import torch
 
 
+# Elements whose norm is taken at once on the CPU, where torch copies them in fp64 first.
+PIECE = 1 << 20
+
+
 def gradient_norms(grads):
     """Euclidean norm of each gradient, (len(grads),) fp64: not finite only where an element is not."""
-    return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float64))
+    pieces = [grad.flatten().split(PIECE) if grad.is_cpu else (grad,) for grad in grads]
+    norms = torch.stack(torch._foreach_norm([piece for parts in pieces for piece in parts], 2, dtype=torch.float64))
+    counts = [len(parts) for parts in pieces]
+    return norms if len(norms) == len(grads) else torch.stack([part.norm() for part in norms.split(counts)])
 
 
 def scale_to_norm_(grads, norms, max_norm):

@@ -1,6 +1,8 @@
 """GaLore (Zhao et al., ICML 2024, arXiv:2403.03507): Adam or Adafactor on the gradient's leading singular directions."""
 
+from lowrank_sys.optim.adam import adam_defaults
 from lowrank_sys.optim.inner import Adafactor, Adam
+from lowrank_sys.optim.inner_8bit import Adam8bit
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 
 
@@ -25,13 +27,31 @@ class GaLoreAdamW(LowRankOptimizer):
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, nonfinite="skip",
                  per_layer=None):
-        for i, beta in enumerate(betas):
-            if not 0 <= beta < 1:
-                raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}")
-        if not eps >= 0:
-            raise ValueError(f"eps must be at least 0, got {eps}")
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, Adam(), defaults, nonfinite, per_layer)
+        super().__init__(params, Adam(), adam_defaults(lr, betas, eps, weight_decay), nonfinite, per_layer)
+
+
+class GaLoreAdamW8bit(LowRankOptimizer):
+    """GaLoreAdamW with moments in 8 bits: codes of the dynamic map of bitsandbytes, in blocks of 256 with an fp32 absmax each.
+
+    Drop-in for galore_torch's GaLoreAdamW8bit and, in groups without `rank`, for bitsandbytes' AdamW8bit; the group keys are
+    those of GaLoreAdamW, and `min_8bit_size`: smaller moments (of a low-rank group: of R) stay in fp32. The update comes from
+    the moments before they are rounded. lowrank_sys.optim.bitsandbytes converts the state.
+
+    Args:
+        params, lr, betas, eps, nonfinite, per_layer: as GaLoreAdamW.
+        weight_decay: 0.01 by default, as the peers'.
+        min_8bit_size: elements.
+
+    State of a matrix (m, n): `exp_avg`, `exp_avg_sq` uint8 (r, n) or (m, r); `exp_avg_absmax`, `exp_avg_sq_absmax` fp32, one a
+    block; `basis` (m or n, r), `step`, and the schedule.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *, min_8bit_size=4096,
+                 nonfinite="skip", per_layer=None):
+        if not isinstance(min_8bit_size, int) or min_8bit_size < 0:
+            raise ValueError(f"min_8bit_size must be an integer of at least 0, got {min_8bit_size!r}")
+        defaults = {**adam_defaults(lr, betas, eps, weight_decay), "min_8bit_size": min_8bit_size}
+        super().__init__(params, Adam8bit(), defaults, nonfinite, per_layer)
 
 
 class GaLoreAdafactor(LowRankOptimizer):

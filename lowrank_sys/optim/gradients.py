@@ -17,6 +17,9 @@ class AtStep:
     served_by_hooks = False
     defaults = {}  # group keys that differ from the subspace's
 
+    def check(self, optimizer):
+        """Raise a ValueError for an optimizer whose low-rank step this mode cannot serve."""
+
     def attach(self, optimizer, group, names):
         """Prepare for a new group; names of its parameters. An older optimizer's hooks on them are removed."""
         for param in group["params"]:
@@ -44,7 +47,7 @@ class AtStep:
         subspace.refresh_from_sketches(group, sketches, states, lr, left)
 
     def _update(self, optimizer, group, params, grads, states, lr, left, guards):
-        optimizer.inner.low_rank_step(group, params, grads, states, lr, left, guards)
+        optimizer.residual.low_rank_step(optimizer.inner, group, params, grads, states, lr, left, guards)
 
     def clip(self, optimizer, max_norm):
         """Scale all gradients by the norm of the low-rank and the plain ones; returns it."""
@@ -59,8 +62,7 @@ class AtStep:
                 raise ValueError("clipping by the low-rank norm needs refresh='next': a basis must be known before its step")
             optimizer._init_state()
             for param, grad in pairs:
-                state = optimizer.state[param]
-                measured.append(torch.ops.lowrank.project(grad.contiguous(), state["basis"], left=state["left"]))
+                measured.append(optimizer.subspace.measured(grad.contiguous(), optimizer.state[param]))
         return scale_to_norm_(grads, gradient_norms(measured), max_norm) if grads else torch.zeros(())
 
     def finish(self, optimizer):

@@ -1,12 +1,13 @@
 """param_groups: which weights of a model train in a subspace."""
 
-from torch import nn
-
+from lowrank_sys.nn.linear_layers import linear_layers
 from lowrank_sys.optim.coefficient import is_coefficient
-from lowrank_sys.subspace.subspace import Subspace
+from lowrank_sys.optim.residual import Dropped, ScaledGradient, ScaledResidual, StateFree
+from lowrank_sys.subspace.keyed import Keyed
+from lowrank_sys.subspace.rows import Rows
 
-# Output heads by name, where the model does not say which module it is.
-HEADS = ("lm_head", "head", "classifier", "score", "output")
+# Whose keys a low-rank group may have; its optimizer says which of them it reads.
+PARTS = (Keyed, Rows, Dropped, ScaledGradient, ScaledResidual, StateFree)
 
 
 class ParamGroups(list):
@@ -17,15 +18,11 @@ class ParamGroups(list):
         self.model = model
 
 
-def _is_linear(module):
-    # transformers' Conv1D (GPT-2) is a linear layer with a transposed weight.
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
 def param_groups(model, rank=128, *, target_modules=None, plain=None, **low_rank):
     """Two optimizer groups: weights of linear layers in a subspace, everything else plain.
 
-    Embeddings, norms, biases, output heads and weights tied to an embedding are plain.
+    Embeddings, norms, biases, output heads and weights tied to an embedding are plain. The INT8 weight of a QuantLinear is one
+    of a linear layer.
 
     Args:
         model: nn.Module. Frozen parameters are left out.
@@ -37,19 +34,10 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, **low_rank
     Returns:
         [plain group, low-rank group] with named parameters: a list, with the model as its `model`.
     """
-    known = {*Subspace.defaults, "scale", "lr", "weight_decay", "betas", "eps"}
+    known = {*(key for part in PARTS for key in part.defaults), "lr", "weight_decay", "betas", "eps", "min_8bit_size"}
     if unknown := sorted(low_rank.keys() - known):
         raise ValueError(f"keys of the low-rank group must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    chosen = set()
-    for name, module in model.named_modules():
-        if not _is_linear(module) or module is head or id(module.weight) in embedded:
-            continue
-        if name.rpartition(".")[2] in HEADS:
-            continue
-        if target_modules is None or any(target in name for target in target_modules):
-            chosen.add(id(module.weight))
+    chosen = {id(module.weight) for _, module in linear_layers(model, target_modules)}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not is_coefficient(p)]
     matrices = [(name, p) for name, p in named if id(p) in chosen]
     if not matrices:

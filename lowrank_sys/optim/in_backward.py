@@ -60,9 +60,9 @@ class InBackward(Hooked):
         if self.max_norm is None:
             return super()._update(optimizer, group, params, grads, states, lr, left, guards)
         factor = self._factor(optimizer, params[0].device)
-        low_rank = [torch.ops.lowrank.project(g, s["basis"], left=left) for g, s in zip(grads, states)]
+        low_rank = [optimizer.subspace.measured(g, s) for g, s in zip(grads, states)]
         self._remember(low_rank, states)
-        if hasattr(optimizer.inner, "subspace_step"):
+        if optimizer.residual.starts_from_low_rank(optimizer.inner):
             guards = {**guards, "grad_scale": factor}
             optimizer.inner.subspace_step(group, params, low_rank, states, lr, left, guards)
         else:

@@ -5,6 +5,7 @@ import torch
 from lowrank_sys.memory import ledger
 from lowrank_sys.optim.coefficient import weights, with_coefficients, without_coefficients
 from lowrank_sys.optim.per_layer import resolve
+from lowrank_sys.optim.residual import Dropped
 from lowrank_sys.optim.store import InPlace
 from lowrank_sys.subspace.subspace import Subspace
 
@@ -12,27 +13,31 @@ from lowrank_sys.subspace.subspace import Subspace
 class LowRankOptimizer(torch.optim.Optimizer):
     """Low-rank updates for groups with a `rank`, the plain inner rule for the others.
 
-    Composed of a subspace part (select, store, refresh, transport), an inner rule on the low-rank state, a store (how weights
-    are kept) and a residual: what happens to G - back(R) is part of the fused op that the inner rule calls, which drops it.
+    Composed of a subspace part (select, store, refresh, transport), an inner rule on the low-rank state, a residual (what
+    happens to G - back(R)) and a store (how weights are kept).
 
     Args:
-        params: parameters, named parameters or groups, as for any torch optimizer. Keys of a low-rank group: `rank`, `scale`
-            and those of Subspace.
+        params: parameters, named parameters or groups, as for any torch optimizer. Keys of a low-rank group: `rank` and
+            those of the subspace and the residual.
         inner: the inner rule (lowrank_sys.optim.inner).
         defaults: the rule's hyper-parameters, with `lr` (float or 0-dim tensor).
         nonfinite: 'skip': a gradient that is not finite leaves its channel (plain groups: its element) untouched, counted
             by `skipped()`; 'raise': FloatingPointError before anything is written.
         per_layer: when the gradients of the matrices are projected (lowrank_sys.optim.per_layer). None: in step().
             'accumulate' or an Accumulate: as soon as they exist. 'in_backward' or an InBackward: with their whole step.
+        subspace: Subspace() by default, an orthonormal basis in memory (lowrank_sys.subspace).
+        residual: Dropped() by default, GaLore's (lowrank_sys.optim.residual).
 
     The state is tensors and plain numbers only: torch.load(weights_only=True), DCP and safetensors work, and a resumed run is
     exact to the bit.
     """
 
+    low_rank_defaults = {}  # group keys in which a method differs from its parts
+
     # GradScaler hands over grad_scale and found_inf instead of synchronising.
     _step_supports_amp_scaling = True
 
-    def __init__(self, params, inner, defaults, nonfinite="skip", per_layer=None):
+    def __init__(self, params, inner, defaults, nonfinite="skip", per_layer=None, *, subspace=None, residual=None):
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite must be 'skip' or 'raise', got {nonfinite!r}")
         lr = defaults["lr"]
@@ -41,7 +46,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if not defaults["weight_decay"] >= 0:
             raise ValueError(f"weight_decay must be at least 0, got {defaults['weight_decay']}")
         self.inner = inner
-        self.subspace = Subspace()
+        self.subspace = Subspace() if subspace is None else subspace
+        self.residual = Dropped() if residual is None else residual
         self.store = InPlace()
         self.nonfinite = nonfinite
         self._counters = {}
@@ -52,8 +58,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self):
         # torch's names three fields only: a copy would lose its parts.
-        return {**super().__getstate__(), "inner": self.inner, "subspace": self.subspace, "store": self.store,
-                "nonfinite": self.nonfinite, "_counters": self._counters, "gradients": self.gradients}
+        return {**super().__getstate__(), "inner": self.inner, "subspace": self.subspace, "residual": self.residual,
+                "store": self.store, "nonfinite": self.nonfinite, "_counters": self._counters, "gradients": self.gradients}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -75,14 +81,23 @@ class LowRankOptimizer(torch.optim.Optimizer):
             raise
 
     def _check_low_rank(self, group, names):
+        self.gradients.check(self)
         self._set_defaults(group)
+        if group.get("quant") and not self._serves_int4():
+            raise ValueError(f"quant must be False for {type(self).__name__}, got {group['quant']!r}")
         self.subspace.check(group, names)
+        self.residual.check(group)
         if group["moments"] not in self.inner.transports:
             raise ValueError(f"moments must be one of {', '.join(self.inner.transports)} for {type(self.inner).__name__}, "
                              f"got {group['moments']!r}")
 
+    def _serves_int4(self):
+        parts = (self.inner, self.residual)
+        return "quant" in self.subspace.defaults and all(getattr(part, "int4_basis", False) for part in parts)
+
     def _set_defaults(self, group):
-        for key, value in {**self.subspace.defaults, **self.gradients.defaults, "scale": 0.25}.items():
+        parts = (self.subspace.defaults, self.residual.defaults, self.gradients.defaults, self.low_rank_defaults)
+        for key, value in {key: value for part in parts for key, value in part.items()}.items():
             group.setdefault(key, value)
 
     def _init_state(self, only=None):
@@ -101,6 +116,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             shape = param.shape
             if "rank" in group:
                 shape = self.subspace.init(state, param, group, index[param], len(matrices))
+                self.residual.init(state, param)
             self.inner.init(state, tuple(shape), param, group)
 
     def _counter(self, device):
@@ -126,8 +142,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for g, group in enumerate(self.param_groups):
                 for i, other in enumerate(group["params"]):
                     if other is param:
-                        name = group["param_names"][i] if "param_names" in group else f"parameter {i} of group {g}"
-                        raise FloatingPointError(f"the gradient of {name} is not finite")
+                        raise FloatingPointError(f"the gradient of {_name(group, g, i)} is not finite")
 
     def _rate(self, group):
         lr = group["lr"]
@@ -191,6 +206,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Weight elements left untouched so far because their gradient was not finite. Reads the device."""
         return sum(int(counter) for counter in self._counters.values())
 
+    def refreshes(self):
+        """The refresh schedule of every matrix, by name: {"countdown": steps until its next refresh}.
+
+        Where its gap is its own (cos_threshold): also "gap", and "overlaps", those of its last bases with their predecessors,
+        oldest first. Reads the device.
+        """
+        schedule = {}
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(weights(group)):
+                if "countdown" in self.state.get(param, ()):
+                    schedule[_name(group, g, i)] = self.subspace.describe(self.state[param])
+        return schedule
+
     def state_bytes(self):
         """Bytes of the state as the ledger has them, and of the accumulators of per_layer='accumulate' when they are full."""
         return ledger.state_bytes(self) + sum(self.gradients.memory().values())
@@ -216,16 +244,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, param in zip(ids, params):
-            basis = state_dict["state"].get(i, {}).get("basis")
-            if basis is not None and (basis.dim() != 2 or basis.shape[0] not in param.shape):
-                raise ValueError(f"the state's basis of shape {tuple(basis.shape)} does not fit a parameter of shape "
+            state = state_dict["state"].get(i, {})
+            if not self.subspace.fits(param, state):
+                raise ValueError(f"the state's basis of shape {tuple(state['basis'].shape)} does not fit a parameter of shape "
                                  f"{tuple(param.shape)}")
         super().load_state_dict(state_dict)
         for i, param in zip(ids, params):
             for key, value in state_dict["state"].get(i, {}).items():
                 if isinstance(value, torch.Tensor):
-                    self.state[param][key] = value.to("cpu" if key == "countdown" else param.device)
+                    self.state[param][key] = value.to("cpu" if key in self.subspace.on_host else param.device)
         for group in self.param_groups:
             if "rank" in group:
                 self._set_defaults(group)  # keys that an older checkpoint lacks
         self.gradients.loaded(self)
+
+
+def _name(group, g, i):
+    """Of parameter i of group g, for people."""
+    return group["param_names"][i] if "param_names" in group else f"parameter {i} of group {g}"

@@ -8,7 +8,8 @@ import torch
 from lowrank_sys.reference.adam import adamw_step
 from lowrank_sys.reference.apollo_int8 import apollo_int8_step, apollo_int8_step_list
 from lowrank_sys.reference.blockwise import (adam_8bit_, adam_8bit_low_rank_, dequantize_blockwise, galore_step_8bit,
-                                             galore_step_8bit_list, quantize_blockwise)
+                                             galore_step_8bit_int4, galore_step_8bit_list, quantize_blockwise,
+                                             subspace_step_8bit_int4, subspace_step_8bit_list)
 from lowrank_sys.reference.galore import (back_project_, channel_norms, galore_step, galore_step_list, project, subspace_step,
                                           subspace_step_list)
 from lowrank_sys.reference.gaussian import gaussian_back_project_, gaussian_basis_, gaussian_project
@@ -36,6 +37,9 @@ IMPLEMENTATIONS = {
     "galore_step_8bit.tensor": galore_step_8bit,
     "galore_step_8bit": galore_step_8bit,
     "galore_step_8bit.list": galore_step_8bit_list,
+    "galore_step_8bit.int4": galore_step_8bit_int4,
+    "subspace_step_8bit.list": subspace_step_8bit_list,
+    "subspace_step_8bit.int4": subspace_step_8bit_int4,
     "project": project,
     "back_project_": back_project_,
     "channel_norms": channel_norms,

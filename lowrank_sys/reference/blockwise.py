@@ -9,6 +9,7 @@ from lowrank_sys import _ops
 from lowrank_sys._ops.blockwise import BLOCK
 from lowrank_sys.reference.adam import accumulator, adam_, skip, usable
 from lowrank_sys.reference.galore import back, project
+from lowrank_sys.reference.int4 import dequantize_int4
 
 
 @functools.cache
@@ -110,6 +111,7 @@ def adam_8bit_(params, grads, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_s
     _ops.blockwise.check_adam_8bit(params, grads, *moments, steps, lr=lr, guards=(grad_scale, found_inf, skipped))
     if skip(params, found_inf):
         return
+    grad_scale = None if grad_scale is None else grad_scale.reshape(())
     for param, grad, *stored, step in zip(params, grads, *moments, steps):
         step += 1
         left_out = adamw(param, grad, Moments(*stored, torch.float32), step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
@@ -122,7 +124,7 @@ def adamw(param, grad, moments, *, step, lr, beta1, beta2, eps, weight_decay, gr
     """One tensor of adam_8bit_; returns how many elements were left out."""
     w, g = param.to(accumulator(param)), grad.to(accumulator(param))
     if grad_scale is not None:
-        g = g * grad_scale.reshape(())
+        g = g * grad_scale
     ok = usable(g)
     update = moments.adam(g, ok, step=step, beta1=beta1, beta2=beta2, eps=eps)
     param.copy_(torch.where(ok, (1 - lr * weight_decay) * w - lr * update, w))
@@ -172,18 +174,50 @@ def galore_step_8bit(param, grad, basis, exp_avg, exp_avg_sq, exp_avg_absmax, ex
     _step(param, project(grad, basis, left=left), basis, moments, step=step, lr=lr, left=left, **hyper)
 
 
-def galore_step_8bit_list(params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps, *, lr,
-                          left, grad_scale=None, found_inf=None, skipped=None, **hyper):
-    """galore_step_8bit for many matrices; steps (0-dim fp32) are advanced by one first. Guards as in adamw_step."""
-    moments = (exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes)
-    _ops.blockwise.check_galore_step_8bit_list(params, grads, bases, *moments, steps, lr=lr, left=left,
-                                               guards=(grad_scale, found_inf, skipped))
+def _step_list(op, lists, *, projected, lr, left, grad_scale=None, found_inf=None, skipped=None, group_size=None, **hyper):
+    _ops.blockwise.check_low_rank_lists_8bit(op, *lists, projected=projected, lr=lr, left=left, group_size=group_size,
+                                             guards=(grad_scale, found_inf, skipped))
+    params, gradients, bases, moments, steps = _ops.blockwise.split_lists(lists, group_size)
     if skip(params, found_inf):
         return
-    for param, grad, basis, *stored, step in zip(params, grads, bases, *moments, steps):
+    for param, r, step, *basis_and_moments in zip(params, gradients, steps, *bases, *moments):
+        basis, stored = basis_and_moments[:-4], basis_and_moments[-4:]
+        if group_size is not None:
+            basis = [dequantize_int4(*basis, d=param.shape[0 if left else 1], group_size=group_size)]
         step += 1
-        r = project(grad, basis, left=left)
+        if not projected:
+            r = project(r, *basis, left=left)
         r = r if grad_scale is None else r * grad_scale
-        left_out = _step(param, r, basis, stored, step=step, lr=lr, left=left, **hyper)
+        left_out = _step(param, r, *basis, stored, step=step, lr=lr, left=left, **hyper)
         if skipped is not None:
             skipped += left_out
+
+
+def galore_step_8bit_list(params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps,
+                          **options):
+    """galore_step_8bit for many matrices; steps (0-dim fp32) are advanced by one first. Guards as in adamw_step."""
+    lists = (params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps)
+    _step_list("galore_step_8bit", lists, projected=False, **options)
+
+
+def galore_step_8bit_int4(params, grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs, exp_avg_absmaxes,
+                          exp_avg_sq_absmaxes, steps, *, group_size=256, **options):
+    """galore_step_8bit_list on bases in INT4: packed codes, scales and offsets, see quantize_int4."""
+    lists = (params, grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs, exp_avg_absmaxes,
+             exp_avg_sq_absmaxes, steps)
+    _step_list("galore_step_8bit", lists, projected=False, group_size=group_size, **options)
+
+
+def subspace_step_8bit_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes,
+                            steps, **options):
+    """galore_step_8bit_list from gradients that are already projected: R (r, n) if left, else (m, r), fp32."""
+    lists = (params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps)
+    _step_list("subspace_step_8bit", lists, projected=True, **options)
+
+
+def subspace_step_8bit_int4(params, low_rank_grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs,
+                            exp_avg_absmaxes, exp_avg_sq_absmaxes, steps, *, group_size=256, **options):
+    """galore_step_8bit_int4 from gradients that are already projected: R (r, n) if left, else (m, r), fp32."""
+    lists = (params, low_rank_grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs, exp_avg_absmaxes,
+             exp_avg_sq_absmaxes, steps)
+    _step_list("subspace_step_8bit", lists, projected=True, group_size=group_size, **options)

@@ -4,7 +4,6 @@ import functools
 
 import torch
 
-from lowrank_sys import _ops
 from lowrank_sys.reference.adafactor import adafactor_step
 from lowrank_sys.reference.dct import dct_columns, dct_select
 from lowrank_sys.reference.orthogonalize import newton_schulz
@@ -12,6 +11,7 @@ from lowrank_sys.reference.sparse import row_norms
 from lowrank_sys.reference.subspace import sketch_directions, subspace_iteration
 from lowrank_sys.reference.transport import rotate_moments_
 from lowrank_sys.subspace.refresh import refresh_, refresh_from_sketch_
+from lowrank_sys.subspace.schedule import refresh_keys_, refresh_rows_
 
 
 def _project(grad, basis, *, left):
@@ -34,8 +34,12 @@ IMPLEMENTATIONS = {
     "row_norms": functools.partial(row_norms, norms=_channel_norms),
     "subspace_iteration": functools.partial(subspace_iteration, project=_project),
     "refresh_": refresh_,
+    "refresh_.full": refresh_,
     "sketch_directions": sketch_directions,
     "refresh_from_sketch_": refresh_from_sketch_,
+    "refresh_from_sketch_.full": refresh_from_sketch_,
+    "refresh_keys_": refresh_keys_,
+    "refresh_rows_": refresh_rows_,
     "rotate_moments_": rotate_moments_,
     "dct_select": functools.partial(dct_select, select=_select_rows),
     "dct_columns": dct_columns,

@@ -3,7 +3,11 @@
 import torch
 
 from lowrank_sys import _ops
+from lowrank_sys._ops.subspace import refresh_lists
 from lowrank_sys.reference.subspace import basis_from_sketch, svd_basis
+from lowrank_sys.subspace import gap as adaptive
+from lowrank_sys.subspace.basis import DENSE, Int4
+from lowrank_sys.subspace.moments import reset, rotate
 
 # A countdown of COLD says that there is no basis yet.
 COLD = -1
@@ -25,11 +29,12 @@ def _svd(grad, basis, *, rank, left, seed):
 SELECT = {"randomized": randomized_basis, "svd": _svd}
 
 
-def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap, first_gaps, seeds, subspace, moments):
+def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap, first_gaps, seeds, subspace, moments,
+             **full):
     """Advance the refresh schedule of many matrices by one step, choosing anew each basis that is due.
 
     Args:
-        bases: (m or n, r) each, written in place.
+        bases: (m or n, r) each, written in place; packed codes, if there are scales.
         grads: (m, n) each.
         countdowns: 0-dim int64 CPU tensors: steps until the next refresh, COLD before the first. On the host, so that
             a GPU is never asked.
@@ -41,30 +46,38 @@ def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left
         seeds: one a matrix.
         subspace: 'randomized' | 'svd'.
         moments: 'keep' | 'reset' (the step counter too) | 'rotate'.
+
+    The full form also takes, each list empty where it does not apply:
+        basis_scales, basis_offsets, group_size: of bases in INT4, see quantize_int4; the old one is decoded while it is needed.
+        exp_avg_absmaxes, exp_avg_sq_absmaxes: of moments in 8 bits, see quantize_blockwise.
+        gaps, overlaps: 0-dim int64 CPU tensors, each the gap of one matrix in place of `gap`, and the queues (fp32) of the
+            overlaps that make it longer: lowrank_sys.subspace.gap, with cos_threshold, gamma_proj and max_gap.
     """
-    _ops.subspace.check_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, gap=gap, first_gaps=first_gaps,
-                                seeds=seeds, subspace=subspace, moments=moments)
+    stored, schedule = refresh_lists(bases, exp_avgs, exp_avg_sqs, steps, moments, **full)
+    _ops.subspace.check_refresh(stored, grads, countdowns, lr, schedule, gap=gap, first_gaps=first_gaps, seeds=seeds,
+                                subspace=subspace)
     if not countdowns:
         return
     waits = torch.stack(countdowns).tolist()
     due = [i for i, wait in enumerate(waits) if wait <= 0]
     for i in due:
-        matrix = _ops.subspace.refresh_matrix(i, bases, grads, exp_avgs, exp_avg_sqs, steps, moments)
-        _ops.subspace.check_refresh_matrix(*matrix, left=left)
+        _ops.subspace.check_refresh_matrix(stored, i, grads[i], left=left)
+    training, matrices = trains(lr), _Matrices(stored, schedule, left)
     for i in due:
-        basis, cold = bases[i], waits[i] == COLD
-        new = SELECT[subspace](grads[i], None if cold else basis, rank=basis.shape[1], left=left, seed=seeds[i])
-        if not cold:
-            _transport(i, basis, new.to(basis.dtype), exp_avgs, exp_avg_sqs, steps, left, moments)
-        basis.copy_(new)
-    if _trains(lr):
+        old = None if waits[i] == COLD else matrices.load(i, grads[i].shape[0 if left else 1])
+        new = SELECT[subspace](grads[i], old, rank=matrices.rank(i), left=left, seed=seeds[i])
+        if old is not None and training:
+            matrices.compare(i, old, new)
+        matrices.replace(i, old, new)
+    if training:
+        matrices.grow_gaps()
         for i in due:
-            countdowns[i].fill_(first_gaps[i] if waits[i] == COLD else gap)
+            countdowns[i].fill_(first_gaps[i] if waits[i] == COLD else matrices.gap(i, gap))
         torch._foreach_sub_(countdowns, 1)
 
 
 def refresh_from_sketch_(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap, first_gaps, seeds,
-                         moments):
+                         moments, **full):
     """refresh_ at the end of a step, from sketches of its gradient: what is due gets the basis of the next step.
 
     Args:
@@ -75,19 +88,25 @@ def refresh_from_sketch_(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, ste
 
     The other arguments as in refresh_. Until the first refresh `bases` are seeded ones, so moments are transported then too.
     """
-    _ops.subspace.check_refresh_from_sketch(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, steps, lr, left=left,
-                                            gap=gap, first_gaps=first_gaps, seeds=seeds, moments=moments)
-    if not countdowns or not _trains(lr):
+    stored, schedule = refresh_lists(bases, exp_avgs, exp_avg_sqs, steps, moments, **full)
+    _ops.subspace.check_refresh_from_sketch(stored, sketches, countdowns, lr, schedule, left=left, gap=gap,
+                                            first_gaps=first_gaps, seeds=seeds)
+    if not countdowns or not trains(lr):
         return
-    for i, wait in enumerate(torch.stack(countdowns).tolist()):
+    waits, matrices = torch.stack(countdowns).tolist(), _Matrices(stored, schedule, left)
+    for i, wait in enumerate(waits):
         if wait < COLD:
             countdowns[i].add_(2)  # with the common step below: one nearer to COLD
-        elif is_due(wait):
-            if sketches[i].numel() > 0:
-                new = basis_from_sketch(sketches[i], bases[i], left=left, seed=seeds[i]).to(bases[i].dtype)
-                _transport(i, bases[i], new, exp_avgs, exp_avg_sqs, steps, left, moments)
-                bases[i].copy_(new)
-            countdowns[i].fill_(first_gaps[i] if wait == COLD else gap)
+        elif is_due(wait) and sketches[i].numel() > 0:
+            old = matrices.load(i, sketches[i].shape[0 if left else 1])
+            new = basis_from_sketch(sketches[i], old, left=left, seed=seeds[i])
+            if wait != COLD:  # the first one follows a seeded basis
+                matrices.compare(i, old, new)
+            matrices.replace(i, old, new)
+    matrices.grow_gaps()
+    for i, wait in enumerate(waits):
+        if is_due(wait):
+            countdowns[i].fill_(first_gaps[i] if wait == COLD else matrices.gap(i, gap))
     torch._foreach_sub_(countdowns, 1)
 
 
@@ -96,15 +115,57 @@ def is_due(wait):
     return wait in (0, COLD)
 
 
-def _trains(lr):
+def trains(lr):
     """False for a host-side rate of 0: nothing is trained, and what is due stays due."""
     return lr.device.type != "cpu" or lr.item() != 0
 
 
-def _transport(i, old, new, exp_avgs, exp_avg_sqs, steps, left, moments):
-    """From and to what is stored, which is rounded to the basis' dtype."""
-    if moments == "reset":
-        for tensor in (exp_avgs[i], exp_avg_sqs[i], steps[i]):
-            tensor.zero_()
-    elif moments == "rotate":
-        torch.ops.lowrank.rotate_moments_(exp_avgs[i], exp_avg_sqs[i], old, new, left=left)
+class _Matrices:
+    """What a refresh does to one matrix of its lists."""
+
+    def __init__(self, stored, schedule, left):
+        self._stored, self._schedule, self._left = stored, schedule, left
+        self._store = Int4(stored.group_size) if stored.is_int4 else DENSE
+        self._means = {}  # matrix -> mean overlap of its last bases, on the device
+
+    def load(self, i, d):
+        return self._store.load(*self._stored.basis(i), d=d)
+
+    def rank(self, i):
+        return self._store.rank(*self._stored.basis(i))
+
+    def compare(self, i, old, new):
+        """Remember how much of its subspace matrix i keeps, if its gap is its own."""
+        if self._schedule.gaps:
+            value = adaptive.overlap(old, new)
+            self._means[i] = adaptive.push_(self._schedule.overlaps[i], value, _same(old, new))
+
+    def replace(self, i, old, new):
+        """Store the new basis and transport the moments: from and to what is stored, which is rounded."""
+        store, tensors, moments = self._store, self._stored.basis(i), self._stored.moments
+        if old is None:
+            store.write(*tensors, new=new)
+            return
+        if moments == "rotate" and store is DENSE:
+            old = old.clone()
+        kept = _same(old, new)
+        store.write(*tensors, new=new, kept=kept)
+        if moments == "keep":
+            return
+        exp_avg, exp_avg_sq, step, absmaxes = self._stored.adam(i)
+        if moments == "reset":
+            reset(exp_avg, exp_avg_sq, *absmaxes, step)
+        else:
+            rotate(exp_avg, exp_avg_sq, absmaxes, old, store.load(*tensors, d=new.shape[0]), kept, left=self._left)
+
+    def grow_gaps(self):
+        gaps = [self._schedule.gaps[i] for i in self._means]
+        adaptive.grow_(gaps, list(self._means.values()), self._schedule)
+
+    def gap(self, i, common):
+        return self._schedule.gaps[i].item() if self._schedule.gaps else common
+
+
+def _same(old, new):
+    """Whether the old basis was kept, 0-dim: nothing waits for the answer."""
+    return (old == new).all()

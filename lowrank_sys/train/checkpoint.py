@@ -30,13 +30,7 @@ def write(root: Path, step: int, identity: dict[str, Any], fill: Callable[[Path]
 
     def fill_and_sign(folder: Path) -> None:
         fill(folder)
-        files = {
-            str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)}
-            for p in sorted(folder.rglob("*"))
-            if p.is_file()
-        }
-        body = {"step": step, "identity": identity, "files": files}
-        (folder / MANIFEST).write_text(json.dumps({**body, "sha256": _seal(body)}, indent=1))
+        sign(folder, step=step, identity=identity)
 
     target = root / f"step-{step:08d}"
     publish(target, fill_and_sign, what=f"checkpoint of step {step}")
@@ -70,21 +64,51 @@ def publish(target: Path, fill: Callable[[Path], None], what: str) -> None:
         raise CommandError(f"--out {target.parent}: could not save the {what}: {reason}", code=1) from error
 
 
+def sign(folder: Path, **body: Any) -> None:
+    """Write the manifest of `folder`: size and SHA-256 of every file in it, and `body`, plain JSON values."""
+    files = {
+        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)}
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p != folder / MANIFEST
+    }
+    body = {**body, "files": files}
+    (folder / MANIFEST).write_text(json.dumps({**body, "sha256": _seal(body)}, indent=1))
+
+
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest of the checkpoint `folder`, after checking every file against it.
 
     Raises ValueError saying in a few words what is wrong.
     """
+    manifest = _manifest(folder)
+    if folder.name != f"step-{manifest['step']:08d}":
+        raise ValueError(f"{MANIFEST} is damaged")
+    _check_files(folder, manifest)
+    return manifest
+
+
+def verify_signed(folder: Path) -> dict[str, Any]:
+    """The manifest of any folder that was signed, after checking every file against it; ValueError as `verify`."""
+    manifest = _manifest(folder)
+    _check_files(folder, manifest)
+    return manifest
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        seal, files = manifest.pop("sha256"), manifest["files"]
+        seal, _ = manifest.pop("sha256"), manifest["files"]
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
     except (ValueError, KeyError, AttributeError):
         raise ValueError(f"{MANIFEST} is damaged") from None
-    if seal != _seal(manifest) or folder.name != f"step-{manifest['step']:08d}":
+    if seal != _seal(manifest):
         raise ValueError(f"{MANIFEST} is damaged")
-    for name, expected in files.items():
+    return manifest
+
+
+def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{name} is missing")
@@ -92,7 +116,6 @@ def verify(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
         if _sha256(path) != expected["sha256"]:
             raise ValueError(f"{name} is damaged (its SHA-256 differs)")
-    return manifest
 
 
 def newest(root: Path, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:

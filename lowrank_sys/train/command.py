@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_sys.cli import CommandError
-from lowrank_sys.train.methods import METHODS
+from lowrank_sys.train.methods import METHODS, settle
 from lowrank_sys.train.models import PRESETS, is_known
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
+WEIGHTS = ("float", "int8")
 PER_LAYER = ("accumulate", "in_backward")
 
 # Flags that a resumed run must have in common with its checkpoint, and flags that it may change: those alter neither the
@@ -28,7 +29,7 @@ PER_LAYER = ("accumulate", "in_backward")
 BOUND = (
     "model", "method", "data", "text_field", "tokenizer", "batch_size", "seq_len", "gradient_accumulation_steps", "rank",
     "update_proj_gap", "scale", "proj_type", "subspace", "lr", "plain_lr", "weight_decay", "grad_clip", "warmup_ratio",
-    "warmup_steps", "min_lr_ratio", "seed", "dtype", "per_layer",
+    "warmup_steps", "min_lr_ratio", "seed", "dtype", "weights", "per_layer",
 )
 FREE = (
     "out", "resume", "steps", "save_steps", "eval_steps", "eval_tokens", "keep", "gradient_checkpointing", "device",
@@ -72,11 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="free each matrix's gradient during backward: accumulate (its projection adds up over the micro-batches) or "
         "in_backward (its step is taken at once; one micro-batch a step, clipped by the previous step's norm)",
     )
-    add("--rank", metavar="R", type=int, default=128, help="rank of the low-rank gradients (default: %(default)s)")
+    add("--rank", metavar="R", type=int, help=f"rank of the low-rank gradients (default: {_defaults('rank')})")
     add("--update-proj-gap", metavar="N", type=int, default=200, help="steps between refreshes of a basis (default: 200)")
-    add("--scale", type=float, default=0.25, help="factor on the low-rank update (default: %(default)s)")
+    add("--scale", type=float, help=f"factor on the low-rank update (default: {_defaults('scale')})")
     add("--proj-type", metavar="NAME", default="std", help="which side is projected (default: %(default)s)")
-    add("--subspace", metavar="NAME", default="randomized", help="how a basis is found (default: %(default)s)")
+    add("--subspace", metavar="NAME", help=f"how a basis is found, or rows are selected (default: {_defaults('subspace')})")
     rates = ", ".join(f"{name} {m.lr:g} and {m.plain_lr:g}" for name, m in METHODS.items())
     add("--lr", type=float, help=f"learning rate of the linear weights (default: the method's; with --plain-lr: {rates})")
     add("--plain-lr", metavar="LR", type=float, help="learning rate of embeddings, norms and head")
@@ -86,7 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warmup-steps", metavar="N", type=int, help="steps that warm up, in place of --warmup-ratio")
     add("--min-lr-ratio", metavar="X", type=float, default=0.1, help="where the cosine ends (default: %(default)s)")
     add("--seed", metavar="S", type=int, default=0, help="of weights, data order and bases (default: %(default)s)")
-    add("--dtype", metavar="NAME", default="auto", help="weights: fp32 or bf16 (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--dtype", metavar="NAME", default="auto", help="of computation and float weights: fp32 or bf16 (default: bf16 on a GPU, fp32 on a CPU)")
+    add(
+        "--weights",
+        metavar="NAME",
+        help="of the linear layers: float, in --dtype, or int8, rounded stochastically at every step; the loss is then computed "
+        f"without its logits (default: {_defaults('weights')})",
+    )
     add("--device", metavar="NAME", default="auto", help="cpu or cuda (default: cuda where there is a GPU)")
     add("--eval-steps", metavar="N", type=int, default=100, help="steps between evaluations (default: %(default)s)")
     add("--eval-tokens", metavar="N", type=int, default=16384, help="validation tokens used (default: %(default)s)")
@@ -101,6 +108,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + ", ".join(_flag(name) for name in FREE[2:])
         + ". A new --steps moves the end of the schedule",
     )
+
+
+def _defaults(name: str) -> str:
+    """The methods' defaults of a flag: the most common one, then whose are others."""
+    usual = getattr(METHODS["galore"], name)
+    others = {key: getattr(m, name) for key, m in METHODS.items() if getattr(m, name) != usual}
+    return ", ".join([str(usual), *(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+                                    for key, value in others.items())])
 
 
 def _title(model: str) -> str:
@@ -129,9 +144,9 @@ def _check(args: argparse.Namespace) -> None:
     """Fill the defaults that depend on other flags; raise CommandError for the first bad value."""
     if not is_known(args.model):
         raise CommandError(f"--model: unknown {args.model!r}; valid: {', '.join(PRESETS)}, or a config.json")
-    for flag, valid in (("method", METHODS), ("dtype", DTYPES), ("device", DEVICES)):
+    for flag, valid in (("method", METHODS), ("dtype", DTYPES), ("device", DEVICES), ("weights", (None, *WEIGHTS))):
         if getattr(args, flag) not in valid:
-            raise CommandError(f"--{flag}: unknown {getattr(args, flag)!r}; valid: {', '.join(valid)}")
+            raise CommandError(f"--{flag}: unknown {getattr(args, flag)!r}; valid: {', '.join(filter(None, valid))}")
     if args.per_layer not in (None, *PER_LAYER):
         raise CommandError(f"--per-layer: unknown {args.per_layer!r}; valid: {', '.join(PER_LAYER)}")
     if args.per_layer == "in_backward" and args.gradient_accumulation_steps > 1:
@@ -139,8 +154,8 @@ def _check(args: argparse.Namespace) -> None:
             f"--per-layer in_backward takes a step every micro-batch, got --gradient-accumulation-steps "
             f"{args.gradient_accumulation_steps}; use --per-layer accumulate"
         )
-    if args.per_layer and args.method == "adamw":
-        raise CommandError("--per-layer needs a method with low-rank gradients, got --method adamw")
+    if args.per_layer and not METHODS[args.method].low_rank:
+        raise CommandError(f"--per-layer needs a method with low-rank gradients, got --method {args.method}")
     method = METHODS[args.method]
     args.lr = method.lr if args.lr is None else args.lr
     args.plain_lr = method.plain_lr if args.plain_lr is None else args.plain_lr
@@ -171,6 +186,7 @@ def _train(args: argparse.Namespace) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    args = settle(args)
     out, device = Path(args.out), _device(args.device)
     args.dtype = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(args.dtype, args.dtype)
 
@@ -186,7 +202,7 @@ def _train(args: argparse.Namespace) -> None:
         transformers.set_seed(args.seed)
         config = models.config(args.model, vocab=corpus.vocab if args.tokenizer else None, seq_len=args.seq_len)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-        model = models.build(config, dtype=dtype, device=device)
+        model = models.build(config, dtype=dtype, device=device, int8=args.weights == "int8")
         if device.type == "cpu" and allocator.is_tight(model, allocator.available_bytes()):
             allocator.save_memory()
         optimizer = methods.build(model, args)

@@ -18,29 +18,49 @@ class Method(NamedTuple):
     build: Callable[[torch.nn.Module, argparse.Namespace], LowRankOptimizer]
     lr: float
     plain_lr: float
+    low_rank: bool = True  # whether gradients are projected
+    rank: int = 128
+    scale: float = 0.25
+    subspace: str = "randomized"
+    weights: str = "float"
 
 
-def _adamw(model, args):
-    from lowrank_sys.optim import GaLoreAdamW, param_groups
-
-    # the same split as the low-rank methods, so that embeddings, norms and head have their own rate here too
-    plain, linear = param_groups(model)
-    groups = [{"params": plain["params"], "lr": args.plain_lr}, {"params": linear["params"]}]
-    return GaLoreAdamW(groups, lr=args.lr, weight_decay=args.weight_decay)  # without a rank: plain AdamW
+# Flags whose default is the method's, besides the rates.
+DEFAULTS = ("rank", "scale", "subspace", "weights")
 
 
-def _low_rank_groups(model, args):
+def settle(args: argparse.Namespace) -> argparse.Namespace:
+    """`args` with what was left to the method filled in."""
+    method = METHODS[args.method]
+    missing = {name: getattr(method, name) for name in DEFAULTS if getattr(args, name) is None}
+    return type(args)(**{**vars(args), **missing})
+
+
+def _plain(optimizer):
+    def build(model, args):
+        from lowrank_sys import optim
+
+        # the same split as the low-rank methods, so that embeddings, norms and head have their own rate here too
+        plain, linear = optim.param_groups(model)
+        groups = [{"params": plain["params"], "lr": args.plain_lr}, {"params": linear["params"]}]
+        return getattr(optim, optimizer)(groups, lr=args.lr, weight_decay=args.weight_decay)  # without a rank: plain AdamW
+
+    return build
+
+
+def _low_rank_groups(model, args, scale="scale", **keys):
     from lowrank_sys.optim import param_groups
 
     return param_groups(
         model,
         rank=args.rank,
         update_proj_gap=args.update_proj_gap,
-        scale=args.scale,
         proj_type=args.proj_type,
         subspace=args.subspace,
         seed=args.seed,
         plain={"lr": args.plain_lr},
+        **{scale: args.scale},
+        **keys,
     )
 
 
@@ -51,11 +71,16 @@ def _per_layer(args):
     return InBackward(max_norm=args.grad_clip or None) if args.per_layer == "in_backward" else args.per_layer
 
 
-def _galore(model, args):
-    from lowrank_sys.optim import GaLoreAdamW
+def _preset(name, scale="scale", **keys):
+    """Builds optimizer `name`, whose group key `scale` is the flag --scale; keys: of its low-rank group."""
 
-    groups = _low_rank_groups(model, args)
-    return GaLoreAdamW(groups, lr=args.lr, weight_decay=args.weight_decay, per_layer=_per_layer(args))
+    def build(model, args):
+        from lowrank_sys import optim
+
+        groups = _low_rank_groups(model, args, scale, **keys)
+        return getattr(optim, name)(groups, lr=args.lr, weight_decay=args.weight_decay, per_layer=_per_layer(args))
+
+    return build
 
 
 def _galore_adafactor(model, args):
@@ -73,9 +98,17 @@ def _galore_adafactor(model, args):
 
 
 METHODS = {
-    "adamw": Method(_adamw, lr=3e-4, plain_lr=1e-2),
-    "galore": Method(_galore, lr=5e-3, plain_lr=3e-3),
+    "adamw": Method(_plain("GaLoreAdamW"), lr=3e-4, plain_lr=1e-2, low_rank=False),
+    "adamw8bit": Method(_plain("GaLoreAdamW8bit"), lr=3e-4, plain_lr=1e-2, low_rank=False),
+    "galore": Method(_preset("GaLoreAdamW"), lr=5e-3, plain_lr=3e-3),
+    "galore8bit": Method(_preset("GaLoreAdamW8bit"), lr=5e-3, plain_lr=3e-3),
+    "q-galore": Method(_preset("QGaLoreAdamW8bit"), lr=5e-3, plain_lr=3e-3),
     "galore-adafactor": Method(_galore_adafactor, lr=5e-3, plain_lr=3e-3),
+    "apollo": Method(_preset("APOLLOAdamW"), lr=2e-3, plain_lr=3e-3, scale=1.0),
+    "apollo-mini": Method(_preset("APOLLOAdamW", scale_type="tensor"), lr=1e-3, plain_lr=3e-3, rank=1, scale=128.0),
+    "fira": Method(_preset("FiraAdamW", scale="alpha"), lr=2e-3, plain_lr=3e-3),
+    "grass": Method(_preset("GrassAdamW"), lr=5e-3, plain_lr=3e-3, subspace="top"),
+    "frugal": Method(_preset("FrugalAdamW"), lr=1e-3, plain_lr=3e-3, scale=1.0),
 }
 
 
@@ -85,6 +118,6 @@ def build(model: torch.nn.Module, args: argparse.Namespace) -> LowRankOptimizer:
     Raises CommandError with the optimizer's own words, as for a rank above min(m, n) of a weight.
     """
     try:
-        return METHODS[args.method].build(model, args)
+        return METHODS[args.method].build(model, settle(args))
     except ValueError as error:
         raise CommandError(str(error)) from error

@@ -70,11 +70,18 @@ def config(name: str, *, vocab: int | None = None, seq_len: int = 1024) -> Llama
     )
 
 
-def build(config: LlamaConfig, *, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
-    """A freshly initialised model, drawn from torch's global generator directly in `dtype` on `device`."""
+def build(config: LlamaConfig, *, dtype: torch.dtype, device: torch.device, int8: bool = False) -> LlamaForCausalLM:
+    """A freshly initialised model, drawn from torch's global generator directly in `dtype` on `device`.
+
+    int8: with INT8 weights (lowrank_sys.nn), of which at most one layer's float weight exists at a time.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
+    if int8:
+        from lowrank_sys.nn import quantized_from_config
+
+        return quantized_from_config(config, dtype, device)
     # from_config rather than .to(dtype): the rotary frequencies stay fp32
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -11,6 +11,9 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from lowrank_sys.nn import causal_lm_loss
+from lowrank_sys.nn.pretrained import save_quantized
+from lowrank_sys.nn.quantize import is_marked
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
 from lowrank_sys.train import checkpoint
 
@@ -52,6 +55,11 @@ class LowRankTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset)  # Windows is in its final order
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if is_marked(model.config):  # who keeps weights in INT8 has no room for logits
+            return causal_lm_loss(model, **inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -130,17 +138,23 @@ def mean_loss(model: torch.nn.Module, windows: torch.Tensor, batch_size: int) ->
     total = torch.zeros((), dtype=torch.float64, device=device)
     for ids in windows.split(batch_size):
         ids = ids.to(device)
-        logits = model(input_ids=ids).logits[:, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        if is_marked(model.config):
+            total += causal_lm_loss(model, ids, ids, num_items_in_batch=1)
+        else:
+            logits = model(input_ids=ids).logits[:, :-1].float()
+            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
     model.train(training)
     return total.item() / windows[:, 1:].numel()
 
 
 def save_final(model: torch.nn.Module, folder: Path, tokenizer: str | None) -> None:
-    """Write weights and configuration, and the tokenizer if there is one, as `from_pretrained` reads them."""
+    """Write weights and configuration, and the tokenizer if there is one, as `from_pretrained` reads them.
+
+    INT8 weights are written as such: `lowrank_sys.nn.quantized_from_pretrained` reads them.
+    """
 
     def fill(partial: Path) -> None:
-        model.save_pretrained(partial)
+        save_quantized(model, partial) if is_marked(model.config) else model.save_pretrained(partial)
         if tokenizer is not None:
             from transformers import AutoTokenizer
 

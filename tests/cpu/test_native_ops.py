@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from refusals import assert_refused, clone
 
 import lowrank_sys  # noqa: F401  registers the ops
 from lowrank_sys import backends, reference
@@ -31,10 +31,6 @@ def inputs(m, n, r, left, dtype=torch.float32, grad_dtype=None, basis_dtype=torc
     basis = torch.randn(d, r, generator=generator) / max(d, 1) ** 0.5
     return [torch.randn(m, n, generator=generator).to(dtype), torch.randn(m, n, generator=generator).to(grad_dtype or dtype),
             basis.to(basis_dtype), torch.randn(shape, generator=generator), torch.rand(shape, generator=generator) + 0.1]
-
-
-def clone(values, change=torch.clone):
-    return [clone(x, change) if isinstance(x, list) else change(x) for x in values]
 
 
 def assert_near(got, want, tolerance):
@@ -312,24 +308,6 @@ def test_bad_matrices(name):
     change(a)
     args, hyper = list(a.values())[:5], {k: a[k] for k in STEP}
     assert_refused(getattr(ops, op), args, hyper, expected)
-
-
-def message(call, args, hyper):
-    with pytest.raises(RuntimeError) as caught:
-        call(*args, **hyper)
-    return str(caught.value).partition("\n")[0]
-
-
-def assert_refused(call, args, hyper, expected):
-    """`call` raises, naming what it got, and writes nothing; its fake says the same."""
-    before = clone(args)
-    said = message(call, args, hyper)
-    assert expected in said
-    for now, then in zip(args, before):
-        assert all(map(torch.equal, now, then)) if isinstance(now, list) else torch.equal(now, then)
-    with FakeTensorMode() as mode:
-        fake = lambda x: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
-        assert message(call, clone(args, fake), {key: fake(value) for key, value in hyper.items()}) == said
 
 
 def test_step_counts_from_one():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from family import FAMILY
 from lowrank_sys.optim import GaLoreAdafactor, GaLoreAdamW, param_groups
 
 VOCAB = 50
@@ -39,6 +40,7 @@ OPTIMIZERS = {
     "adamw reset": lambda model: adamw(model, moments="reset"),
     "adamw short-moments": lambda model: adamw(model, proj_type="short-moments"),
     "adafactor": lambda model: GaLoreAdafactor(param_groups(model, rank=16, update_proj_gap=7)),
+    **FAMILY,
 }
 EACH = pytest.mark.parametrize("name", OPTIMIZERS)
 

@@ -40,6 +40,8 @@ def arguments(**changes):
     {"gradient_accumulation_steps": 2, "dtype": "bf16"},
     {"method": "galore-adafactor", "subspace": "svd"},
     {"method": "adamw", "batch_size": 1},
+    {"method": "q-galore", "dtype": "bf16"},
+    {"method": "galore8bit", "per_layer": "accumulate"},
     {"per_layer": "accumulate", "gradient_accumulation_steps": 2},
 ], ids=str)  # fmt: skip
 def test_a_rehearsal_has_the_peak_of_the_real_run(changes):
@@ -52,7 +54,7 @@ def test_a_rehearsal_has_the_peak_of_the_real_run(changes):
         assert sum(run.at_peak.values()) == run.peak and sum(run.at_rest.values()) == run.rest
     weights = sum(p.untyped_storage().nbytes() for p in real.model.parameters())
     assert fake.at_peak["weights"] == real.at_peak["weights"] == pytest.approx(weights, rel=0.01)
-    for category in ("basis", "moments", "counters"):
+    for category in ("basis", "moments", "scales", "counters"):
         assert fake.at_rest.get(category) == real.at_rest.get(category)
     assert (fake.at_peak.get("basis", 0) > 0) == (args.method != "adamw")
 
@@ -160,6 +162,22 @@ def test_scratch_of_a_list_is_kept_from_matrix_to_matrix(dtype):
              [torch.zeros(p.shape) for p in lists[0]], steps)
     op = torch.ops.lowrank.adamw_step.default
     assert allocated(op, *plain, **{**ADAM, "lr": lr}) == expected(op, *plain, **{**ADAM, "lr": lr}) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("t, m, n", [(1500, 1300, 1100), (64, 300, 200)])
+def test_scratch_of_int8_weights(t, m, n, dtype):
+    ops = torch.ops.lowrank
+    torch.manual_seed(0)
+    codes, scale = ops.quantize_int8(torch.randn(m, n))
+    x, grad_out, bias = torch.randn(t, n).to(dtype), torch.randn(t, m).to(dtype), torch.randn(m).to(dtype)
+    for call in ((ops.int8_linear.default, x, codes, scale), (ops.int8_linear.default, x, codes, scale, bias),
+                 (ops.int8_linear_backward.default, grad_out, codes, scale), (ops.quantize_int8.default, x),
+                 (ops.dequantize_int8.default, codes, scale)):
+        assert allocated(*call) == expected(*call)
+    update = (ops.int8_update_.default, codes, scale, torch.randn(m, n).to(dtype))
+    keys = {"alpha": 1e-3, "seed": 1, "step": 1, "parameter": 0}
+    assert allocated(*update, **keys) == expected(*update, **keys) == 0
 
 
 def test_scratch_of_torchs_own_operators():

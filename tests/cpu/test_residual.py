@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import message
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lowrank_sys  # noqa: F401  registers the ops
@@ -309,12 +310,6 @@ def test_fuzz(method, m, n, r, left, dtype, grad, seed):
     case.run(step=2, lr=0.1)
     case.oracle(want, step=2, lr=0.1)
     check(case, case.tensors, want, before)
-
-
-def message(call, args, hyper):
-    with pytest.raises(RuntimeError) as caught:
-        call(*args, **hyper)
-    return str(caught.value).partition("\n")[0]
 
 
 BAD = {

@@ -121,6 +121,34 @@ def test_galore_step_8bit(form, dtype, left):
                                atol=moved * (1e-4 if dtype == torch.float32 else 0.01))
 
 
+@SIDES
+@pytest.mark.parametrize("projected", [False, True], ids=["from G", "from R"])
+@pytest.mark.parametrize("int4", [False, True], ids=["dense", "int4"])
+def test_low_rank_lists_are_those_of_the_cpu(int4, projected, left):
+    m, n, r = 1000, 520, 32
+    draw = torch.Generator().manual_seed(0)
+    param, grad = (torch.randn(m, n, generator=draw) for _ in range(2))
+    grad[5, 7] = torch.nan
+    basis = [torch.randn(m if left else n, r, generator=draw) / 30]
+    if int4:
+        basis = list(ops.quantize_int4(*basis))
+    moments = stored((r, n) if left else (m, r))
+    if projected:
+        grad = ops.project_int4(grad, *basis, left=left) if int4 else ops.project(grad, *basis, left=left)
+    cpu = [param, grad, *basis, *moments, torch.tensor(2.0)]
+    gpu = on_gpu(cpu)
+    op = ops.subspace_step_8bit if projected else ops.galore_step_8bit
+    for values, device in ((cpu, "cpu"), (gpu, "cuda")):
+        skipped = torch.zeros((), dtype=torch.int64, device=device)
+        form = op.int4 if int4 else op.list
+        form(*([x] for x in values), lr=torch.tensor(2**-7, device=device), skipped=skipped, **HYPER, scale=0.25, left=left)
+        assert skipped.item() == (m if left else n) and values[-1].item() == 3
+    for a, b in zip(gpu[-5:-3], cpu[-5:-3]):
+        apart = (a.cpu().int() - b.int()).abs()
+        assert apart.max() <= 1 and (apart != 0).sum() <= 0.005 * apart.numel()
+    torch.testing.assert_close(gpu[0].cpu(), cpu[0], rtol=2**-20, atol=1e-5)
+
+
 def test_no_synchronisation():
     w, moments = torch.randn(512, 768, device="cuda"), on_gpu(stored((512, 768)))
     basis, low = torch.randn(512, 32, device="cuda"), on_gpu(stored((32, 768)))

@@ -5,12 +5,16 @@ import torch
 
 from lowrank_sys import reference
 from lowrank_sys.kernels import configs, traffic
-from lowrank_sys.kernels.blockwise import galore_step_8bit, galore_step_8bit_list
+from lowrank_sys.kernels.blockwise import (galore_step_8bit, galore_step_8bit_int4, galore_step_8bit_list,
+                                           subspace_step_8bit_int4, subspace_step_8bit_list)
 from lowrank_sys.reference.blockwise import dynamic_map
 
 ops = torch.ops.lowrank
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+FORMS = {(False, None): galore_step_8bit_list, (False, 32): galore_step_8bit_int4, (True, None): subspace_step_8bit_list,
+         (True, 32): subspace_step_8bit_int4}
+EACH_FORM = pytest.mark.parametrize("form", FORMS, ids=["from G", "from G int4", "from R", "from R int4"])
 MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
 
 
@@ -27,6 +31,27 @@ def with_codes(lane, *args, **kwargs):
 
 def tensors(case):
     return [getattr(case, name) for name in ("param", "grad", "basis", *MOMENTS)]
+
+
+def lists(cases, form):
+    """The lists of a form, of matrices whose basis is what INT4 keeps of it where the form wants that; no steps."""
+    projected, group_size = form
+    for case in cases:
+        if group_size is not None:
+            int4 = reference.quantize_int4(case.basis, group_size=group_size)
+            case.put("basis", reference.dequantize_int4(*int4, d=case.basis.shape[0], group_size=group_size))
+            for name, tensor in zip(("packed", "scale", "offset"), int4):
+                case.put(name, tensor)
+        if projected:
+            r = reference.project(case.wants["grad"], case.wants["basis"], left=case.left)
+            case.put("low_rank", r.float().to(case.param.device))
+    basis = ("basis",) if group_size is None else ("packed", "scale", "offset")
+    names = ("param", "low_rank" if projected else "grad", *basis, *MOMENTS)
+    return [[getattr(case, name) for case in cases] for name in names]
+
+
+def options(form):
+    return {} if form[1] is None else {"group_size": form[1]}
 
 
 def oracle(lane, case, *, step, grad_scale=1.0):
@@ -62,16 +87,17 @@ def test_galore_step_8bit(lane, shape, types, left):
 
 
 @SIDES
-def test_list(lane, left):
+@EACH_FORM
+def test_list(lane, form, left):
     """Matrices of several shapes, two of which share launches; steps advance; grad_scale multiplies."""
     shapes = [(63, 100, 7), (60, 40, 5), (63, 100, 7)]
     cases = [with_codes(lane, *shape, left, seed=i) for i, shape in enumerate(shapes)]
     befores = [case.param.clone() for case in cases]
     steps = [torch.tensor(float(i), device=lane.device) for i in (0, 4, 9)]
     skipped = torch.zeros((), dtype=torch.int64, device=lane.device)
-    galore_step_8bit_list(*map(list, zip(*map(tensors, cases))), steps, lr=torch.tensor(1e-2), left=left,
-                          grad_scale=torch.tensor([0.5], device=lane.device), found_inf=torch.zeros((), device=lane.device),
-                          skipped=skipped, **lane.hyper)
+    FORMS[form](*lists(cases, form), steps, lr=torch.tensor(1e-2), left=left, **options(form),
+                grad_scale=torch.tensor([0.5], device=lane.device), found_inf=torch.zeros((), device=lane.device),
+                skipped=skipped, **lane.hyper)
     assert [step.item() for step in steps] == [1.0, 5.0, 10.0] and skipped.item() == 0
     for case, before, step in zip(cases, befores, steps):
         oracle(lane, case, step=step.item(), grad_scale=0.5)
@@ -79,7 +105,8 @@ def test_list(lane, left):
 
 
 @SIDES
-def test_nonfinite(lane, left):
+@EACH_FORM
+def test_nonfinite(lane, form, left):
     """A bad channel keeps its weights, and its decoded moments within their new blocks' gaps; its weights are counted."""
     case = with_codes(lane, 60, 70, 9, left)
     before = case.param.clone()
@@ -90,8 +117,8 @@ def test_nonfinite(lane, left):
         grad[(3, channel) if left else (channel, 3)] = float("nan")
     case.put("grad", grad)
     skipped = torch.zeros((), dtype=torch.int64, device=lane.device)
-    galore_step_8bit_list(*([tensor] for tensor in tensors(case)), [torch.tensor(2.0, device=lane.device)],
-                          lr=torch.tensor(1e-2), left=left, skipped=skipped, **lane.hyper)
+    FORMS[form](*lists([case], form), [torch.tensor(2.0, device=lane.device)], lr=torch.tensor(1e-2), left=left,
+                skipped=skipped, **options(form), **lane.hyper)
     oracle(lane, case, step=3)
     check(lane, case, before)
     assert skipped.item() == 2 * (60 if left else 70)
@@ -105,13 +132,15 @@ def test_nonfinite(lane, left):
 
 
 @SIDES
-def test_found_inf(lane, left):
+@EACH_FORM
+def test_found_inf(lane, form, left):
     case = with_codes(lane, 60, 40, 5, left)
     case.grad.fill_(float("nan"))
+    arguments = lists([case], form)
     before = [tensor.clone() for tensor in tensors(case)]
     step, skipped = torch.tensor(4.0, device=lane.device), torch.zeros((), dtype=torch.int64, device=lane.device)
-    galore_step_8bit_list(*([tensor] for tensor in tensors(case)), [step], lr=torch.tensor(1e-2, device=lane.device), left=left,
-                          found_inf=torch.ones(1, device=lane.device), skipped=skipped, **lane.hyper)
+    FORMS[form](*arguments, [step], lr=torch.tensor(1e-2, device=lane.device), left=left, skipped=skipped,
+                found_inf=torch.ones(1, device=lane.device), **options(form), **lane.hyper)
     assert step.item() == 4.0 and skipped.item() == 0
     for i in (0, 3, 4, 5, 6):
         assert torch.equal(tensors(case)[i], before[i])

@@ -1,11 +1,14 @@
-"""apollo_step against apollo-torch's APOLLOAdamW, teacher-forced: the same weights, gradients and basis at every step."""
+"""apollo_step against apollo-torch's APOLLOAdamW, teacher-forced: the same weights, gradients and basis at every step.
+APOLLOAdamW against it on a real model, freely: singular vectors with the package's sign rule, or the same Gaussian bases."""
 
 import pytest
 import torch
 
-import lowrank_sys  # noqa: F401  registers the ops
+from lowrank_sys.optim import APOLLOAdamW, param_groups
+from lowrank_sys.reference.gaussian import gaussian_basis
+from lowrank_sys.reference.subspace import canonical_signs
 
-apollo_torch = pytest.importorskip("apollo_torch")
+apollo_torch = pytest.importorskip("apollo_torch", reason="the peer apollo-torch is not installed")
 
 SIDES = pytest.mark.parametrize("shape", [(40, 60), (60, 40), (48, 48)], ids=str)
 
@@ -42,3 +45,58 @@ def test_teacher_forced(shape, proj, scale_type, scale, front):
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-6, atol=1e-5 * lr * scale**0.5 * 30)
         limited += before > 0 and abs(limiter.item() / before - 1.01) < 1e-4
     assert limited, "the limiter never acted"
+
+
+def shared_singular_vectors(monkeypatch):
+    from apollo_torch.svd_projector import GaLoreProjector
+
+    original = GaLoreProjector.get_orthogonal_matrix
+
+    def signed(self, weights, rank, type):
+        matrix, old = original(self, weights, rank, type), self.ortho_matrix
+        if type == "right":
+            return canonical_signs(matrix.T, None if old is None else old.T).T.contiguous()
+        return canonical_signs(matrix, old)
+
+    monkeypatch.setattr(GaLoreProjector, "get_orthogonal_matrix", signed)
+
+
+def shared_gaussians(monkeypatch, plain):
+    """The peer numbers parameters from 1; `plain` of them come before the matrices."""
+    from apollo_torch.random_projector import GradientProjector
+
+    def ours(self, weights, rank, type, seed):
+        if not hasattr(self, "refreshes"):
+            self.first_seed, self.refreshes = seed, 0
+        d = weights.shape[1 if type == "right" else 0]
+        basis = gaussian_basis(d, rank, seed=0, step=self.refreshes, parameter=self.first_seed - plain - 1)
+        self.refreshes += 1
+        return basis.T.contiguous() if type == "right" else basis
+
+    monkeypatch.setattr(GradientProjector, "get_orthogonal_matrix", ours)
+
+
+@pytest.mark.parametrize("proj", ["svd", "random"])
+@pytest.mark.parametrize("options", [dict(rank=32, scale=4.0), dict(rank=1, scale_type="tensor")], ids=["channel", "mini"])
+def test_follows_the_peer_for_20_steps(llama, backward, monkeypatch, proj, options):
+    # eps is tiny because the peer adds it before bias correction in plain parameters.
+    hyper = {"lr": 2e-3, "betas": (0.9, 0.999), "eps": 1e-30, "weight_decay": 0.0}
+    options = {"scale_type": "channel", "update_proj_gap": 10, **options}
+    ours, theirs = llama(), llama()
+    groups = param_groups(ours, proj=proj, subspace="svd", **options)
+    optimizer = APOLLOAdamW(groups, **hyper)
+    shared = ("rank", "update_proj_gap", "scale", "proj_type", "proj", "scale_type")
+    keys = {key: optimizer.param_groups[1][key] for key in shared}
+    plain, low_rank = param_groups(theirs)
+    shared_singular_vectors(monkeypatch)
+    shared_gaussians(monkeypatch, len(plain["params"]))
+    peer = apollo_torch.APOLLOAdamW([{"params": [p for _, p in plain["params"]]},
+                                     {"params": [p for _, p in low_rank["params"]], **keys}], **hyper)
+    for step in range(20):
+        assert backward(ours, step) == pytest.approx(backward(theirs, step), rel=1e-4)
+        optimizer.step()
+        peer.step()
+    limited = [optimizer.state[p]["limiter"].item() for p in optimizer.param_groups[1]["params"]]
+    assert limited == pytest.approx([peer.state[q]["scaled_grad"].item() for _, q in low_rank["params"]], rel=1e-3)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        assert ((p - q).norm() / q.norm()).item() < 1e-4, name

@@ -2,7 +2,7 @@
 #include "blockwise.h"
 
 #include "../../cpu/blockwise.h"
-#include "products.h"
+#include "int4_products.h"
 
 namespace lowrank {
 
@@ -76,29 +76,55 @@ void adam_8bit_low_rank_list(const Tensors& low_rank_grads, const Tensors& updat
                        grad_scale_of(guards), left);
 }
 
-// Returns how many weights were left out.
-int64_t galore(const Tensor& param, const Tensor& grad, const Tensor& basis, const Stored& moments, const AdamStep& step,
-               float grad_scale, bool left, Workspace& work) {
-  const Tensor b = as_fp32(basis, work.basis), r = work.low_rank.matrix(moments.exp_avg.size(0), moments.exp_avg.size(1));
-  project_into(r, grad, b, left, work.tile);
+// The two products of a step.
+
+void project_on(const DenseBasis& basis, const Tensor& r, const Tensor& grad, bool left, Workspace& work) {
+  project_into(r, grad, as_fp32(basis.basis, work.basis), left, work.tile);
+}
+
+void back_project_on(const DenseBasis& basis, const Tensor& param, const Tensor& x, bool left, const AdamStep& step,
+                     const uint8_t* ok, Workspace& work) {
+  back_project_into(param, x, as_fp32(basis.basis, work.basis), left, step.decay, step.alpha, ok, work.tile);
+}
+
+Int4 unpacked(const Int4Basis& basis, const Tensor& matrix, bool left) {
+  return as_int4(basis.packed, basis.scale, basis.offset, matrix.size(left ? 0 : 1), basis.group_size);
+}
+
+void project_on(const Int4Basis& basis, const Tensor& r, const Tensor& grad, bool left, Workspace& work) {
+  project_int4_into(r, grad, unpacked(basis, grad, left), left, work.basis, work.tile);
+}
+
+void back_project_on(const Int4Basis& basis, const Tensor& param, const Tensor& x, bool left, const AdamStep& step,
+                     const uint8_t* ok, Workspace& work) {
+  back_project_int4_into(param, x, unpacked(basis, param, left), left, step.decay, step.alpha, ok, work.basis, work.tile);
+}
+
+// `gradient` is R if `projected`, else G. Returns how many weights were left out.
+template <class Basis>
+int64_t low_rank_step(const Tensor& param, const Tensor& gradient, const Basis& basis, const Stored& moments,
+                      const AdamStep& step, float grad_scale, bool projected, bool left, Workspace& work) {
+  const Tensor x = work.low_rank.matrix(moments.exp_avg.size(0), moments.exp_avg.size(1));
+  if (!projected) project_on(basis, x, gradient, left, work);
   std::vector<uint8_t> ok;
-  const int64_t skipped = adam_8bit_low_rank(r, moments, r, ok, step, grad_scale, left);
+  const int64_t skipped = adam_8bit_low_rank(projected ? gradient : x, moments, x, ok, step, grad_scale, left);
   if (skipped < int64_t(ok.size()))
-    back_project_into(param, r, b, left, step.decay, step.alpha, skipped > 0 ? ok.data() : nullptr, work.tile);
+    back_project_on(basis, param, x, left, step, skipped > 0 ? ok.data() : nullptr, work);
   return skipped * param.size(left ? 0 : 1);
 }
 
-constexpr const char* kGalore = "galore_step_8bit";
+constexpr const char *kGalore = "galore_step_8bit", *kSubspace = "subspace_step_8bit";
 
 void galore_step_8bit(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg,
                       const Tensor& exp_avg_sq, const Tensor& exp_avg_absmax, const Tensor& exp_avg_sq_absmax, int64_t step,
                       double lr, double beta1, double beta2, double eps, double weight_decay, double scale, bool left) {
   const Stored moments{exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax};
-  check_galore_step_8bit(param, grad, basis, moments, left);
+  const DenseBasis dense{basis};
+  check_low_rank_step_8bit(kGalore, param, grad, dense, moments, false, left);
   if (step < 1) fail(kGalore, "step counts from 1, got ", step);
   const Hyper hyper{beta1, beta2, eps, weight_decay, scale};
   Workspace work;
-  galore(param, grad, basis, moments, hyper.at(double(step), lr), 1.0f, left, work);
+  low_rank_step(param, grad, dense, moments, hyper.at(double(step), lr), 1.0f, false, left, work);
 }
 
 void galore_step_8bit_tensor(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg,
@@ -106,37 +132,66 @@ void galore_step_8bit_tensor(const Tensor& param, const Tensor& grad, const Tens
                              const Tensor& step, const Tensor& lr, double beta1, double beta2, double eps, double weight_decay,
                              double scale, bool left) {
   const Stored moments{exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax};
-  check_galore_step_8bit(param, grad, basis, moments, left);
+  const DenseBasis dense{basis};
+  check_low_rank_step_8bit(kGalore, param, grad, dense, moments, false, left);
   expect_scalar(kGalore, "step", step, place_of(param));
   const double count = read_number(kGalore, "step", step);
   expect_scalar(kGalore, "lr", lr, place_of(param));
   const Hyper hyper{beta1, beta2, eps, weight_decay, scale};
   Workspace work;
-  galore(param, grad, basis, moments, hyper.at(count, read_number(kGalore, "lr", lr)), 1.0f, left, work);
+  low_rank_step(param, grad, dense, moments, hyper.at(count, read_number(kGalore, "lr", lr)), 1.0f, false, left, work);
 }
 
-void galore_step_8bit_list(const Tensors& params, const Tensors& grads, const Tensors& bases, const Tensors& exp_avgs,
-                           const Tensors& exp_avg_sqs, const Tensors& exp_avg_absmaxes, const Tensors& exp_avg_sq_absmaxes,
-                           const Tensors& steps, const Tensor& lr, double beta1, double beta2, double eps, double weight_decay,
-                           double scale, bool left, const std::optional<Tensor>& grad_scale,
-                           const std::optional<Tensor>& found_inf, const std::optional<Tensor>& skipped) {
-  const Guards guards{grad_scale, found_inf, skipped};
-  const StoredLists moments{exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes};
-  check_length(kGalore, "grads", grads, "params", params);
-  check_length(kGalore, "bases", bases, "params", params);
-  moments.check_lengths(kGalore, "params", params);
-  check_length(kGalore, "steps", steps, "params", params);
-  check_guards(kGalore, params, steps, lr, guards);
-  for (size_t i = 0; i < params.size(); ++i) check_galore_step_8bit(params[i], grads[i], bases[i], moments.at(i), left);
-  const double rate = read_number(kGalore, "lr", lr);
+// The list forms; `basis_of(i)` is a DenseBasis or an Int4Basis, and the lists that it is made of have been checked.
+template <class BasisOf>
+void step_list(const char* op, const Tensors& params, const Tensors& gradients, const BasisOf& basis_of,
+               const StoredLists& moments, const Tensors& steps, const Tensor& lr, const Hyper& hyper, const Guards& guards,
+               bool projected, bool left) {
+  moments.check_lengths(op, "params", params);
+  check_length(op, "steps", steps, "params", params);
+  check_guards(op, params, steps, lr, guards);
+  for (size_t i = 0; i < params.size(); ++i)
+    check_low_rank_step_8bit(op, params[i], gradients[i], basis_of(i), moments.at(i), projected, left);
+  const double rate = read_number(op, "lr", lr);
   if (is_no_op(guards)) return;
-  const Hyper hyper{beta1, beta2, eps, weight_decay, scale};
   Workspace work;
   for (size_t i = 0; i < params.size(); ++i) {
     const float step = *data<float>(steps[i]) += 1.0f;
-    count_skipped(guards, galore(params[i], grads[i], bases[i], moments.at(i), hyper.at(step, rate), grad_scale_of(guards),
-                                 left, work));
+    count_skipped(guards, low_rank_step(params[i], gradients[i], basis_of(i), moments.at(i), hyper.at(step, rate),
+                                        grad_scale_of(guards), projected, left, work));
   }
+}
+
+template <bool projected>
+void step_list_dense(const Tensors& params, const Tensors& gradients, const Tensors& bases, const Tensors& exp_avgs,
+                     const Tensors& exp_avg_sqs, const Tensors& exp_avg_absmaxes, const Tensors& exp_avg_sq_absmaxes,
+                     const Tensors& steps, const Tensor& lr, double beta1, double beta2, double eps, double weight_decay,
+                     double scale, bool left, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                     const std::optional<Tensor>& skipped) {
+  const char* op = projected ? kSubspace : kGalore;
+  check_length(op, projected ? "low_rank_grads" : "grads", gradients, "params", params);
+  check_length(op, "bases", bases, "params", params);
+  step_list(op, params, gradients, [&](size_t i) { return DenseBasis{bases[i]}; },
+            {exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes}, steps, lr, {beta1, beta2, eps, weight_decay, scale},
+            {grad_scale, found_inf, skipped}, projected, left);
+}
+
+template <bool projected>
+void step_list_int4(const Tensors& params, const Tensors& gradients, const Tensors& bases, const Tensors& basis_scales,
+                    const Tensors& basis_offsets, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+                    const Tensors& exp_avg_absmaxes, const Tensors& exp_avg_sq_absmaxes, const Tensors& steps, const Tensor& lr,
+                    double beta1, double beta2, double eps, double weight_decay, double scale, bool left, int64_t group_size,
+                    const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                    const std::optional<Tensor>& skipped) {
+  const char* op = projected ? kSubspace : kGalore;
+  check_length(op, projected ? "low_rank_grads" : "grads", gradients, "params", params);
+  check_length(op, "bases", bases, "params", params);
+  check_length(op, "basis_scales", basis_scales, "params", params);
+  check_length(op, "basis_offsets", basis_offsets, "params", params);
+  step_list(op, params, gradients,
+            [&](size_t i) { return Int4Basis{bases[i], basis_scales[i], basis_offsets[i], group_size}; },
+            {exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes}, steps, lr, {beta1, beta2, eps, weight_decay, scale},
+            {grad_scale, found_inf, skipped}, projected, left);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank, CPU, library) {
@@ -146,7 +201,10 @@ STABLE_TORCH_LIBRARY_IMPL(lowrank, CPU, library) {
   library.impl("adam_8bit_low_rank_", TORCH_BOX(&adam_8bit_low_rank_list));
   library.impl("galore_step_8bit.tensor", TORCH_BOX(&galore_step_8bit_tensor));
   library.impl("galore_step_8bit", TORCH_BOX(&galore_step_8bit));
-  library.impl("galore_step_8bit.list", TORCH_BOX(&galore_step_8bit_list));
+  library.impl("galore_step_8bit.list", TORCH_BOX(&step_list_dense<false>));
+  library.impl("galore_step_8bit.int4", TORCH_BOX(&step_list_int4<false>));
+  library.impl("subspace_step_8bit.list", TORCH_BOX(&step_list_dense<true>));
+  library.impl("subspace_step_8bit.int4", TORCH_BOX(&step_list_int4<true>));
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // torch.ops.lowrank on CUDA: blockwise 8-bit codes, and Adam on them. The products of galore_step_8bit are Triton's.
-#include <map>
+#include <utility>
 
 #include "../../cuda/blockwise.h"
 #include "../blockwise.h"
@@ -35,28 +35,22 @@ void adam_8bit(const Tensors& params, const Tensors& grads, const Tensors& exp_a
                double beta1, double beta2, double eps, double weight_decay, const std::optional<Tensor>& grad_scale,
                const std::optional<Tensor>& found_inf, const std::optional<Tensor>& skipped) {
   const StoredLists moments{exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes};
-  check_adam_8bit(params, grads, moments, steps, lr, {grad_scale, found_inf, skipped});
+  const Guards guards{grad_scale, found_inf, skipped};
+  check_adam_8bit(params, grads, moments, steps, lr, guards);
   if (params.empty()) return;
-  const AdamWScalars scalars{beta1, beta2, eps, weight_decay, number("adam_8bit_", "lr", lr), pointer(grad_scale),
-                             pointer(found_inf), skipped ? static_cast<int64_t*>(skipped->data_ptr()) : nullptr};
+  const AdamWScalars scalars = adamw_scalars("adam_8bit_", beta1, beta2, eps, weight_decay, lr, guards);
   const DeviceGuard guard(params[0].get_device_index());
   const cudaStream_t stream = current_stream(params[0]);
-
-  std::map<std::pair<DType, DType>, Adam8bitList> lists;
-  const auto flush = [&](DType w, DType g, Adam8bitList& list) {
-    STD_CUDA_CHECK(launch_advance(StepList::of(list), scalars.found_inf, stream));
-    STD_CUDA_CHECK(launch_adam_8bit(w, g, list, scalars, stream));
-    list.count = 0;
-  };
-  for (size_t i = 0; i < params.size(); ++i) {
-    const DType w = storage(params[i]), g = storage(grads[i]);
-    Adam8bitList& list = lists[{w, g}];
-    list.items[list.count++] = {params[i].data_ptr(), grads[i].data_ptr(), moments.at(i).pointers(),
-                                static_cast<float*>(steps[i].data_ptr()), params[i].numel()};
-    if (list.count == Adam8bitList::kMost) flush(w, g, list);
-  }
-  for (auto& [dtypes, list] : lists)
-    if (list.count > 0) flush(dtypes.first, dtypes.second, list);
+  launch_lists<Adam8bitList>(
+      params.size(), [&](size_t i) { return std::pair{storage(params[i]), storage(grads[i])}; },
+      [&](size_t i) {
+        return Adam8bitList::Item{params[i].data_ptr(), grads[i].data_ptr(), moments.at(i).pointers(),
+                                  static_cast<float*>(steps[i].data_ptr()), params[i].numel()};
+      },
+      [&](const auto& dtypes, const Adam8bitList& list) {
+        STD_CUDA_CHECK(launch_advance(StepList::of(list), scalars.found_inf, stream));
+        STD_CUDA_CHECK(launch_adam_8bit(dtypes.first, dtypes.second, list, scalars, stream));
+      });
 }
 
 void adam_8bit_low_rank(const Tensors& low_rank_grads, const Tensors& updates, const Tensors& exp_avgs,
@@ -76,23 +70,19 @@ void adam_8bit_low_rank(const Tensors& low_rank_grads, const Tensors& updates, c
   auto* ok = static_cast<uint8_t*>(flags.data_ptr());
   if (channels > 0) STD_CUDA_CHECK(cudaMemsetAsync(ok, 1, size_t(channels), stream));
 
-  std::map<DType, LowRankAdam8bitList> lists;
-  const auto flush = [&](DType x, LowRankAdam8bitList& list) {
-    STD_CUDA_CHECK(launch_mark_channels(list, scalars, stream));
-    STD_CUDA_CHECK(launch_adam_8bit_low_rank(x, list, scalars, stream));
-    list.count = 0;
-  };
-  for (size_t i = 0; i < low_rank_grads.size(); ++i) {
-    const Tensor& r = low_rank_grads[i];
-    const DType x = storage(updates[i]);
-    LowRankAdam8bitList& list = lists[x];
-    list.items[list.count++] = {static_cast<const float*>(r.data_ptr()), updates[i].data_ptr(), moments.at(i).pointers(),
-                                static_cast<const float*>(steps[i].data_ptr()), ok, r.size(0), r.size(1)};
-    ok += r.size(left ? 1 : 0);
-    if (list.count == LowRankAdam8bitList::kMost) flush(x, list);
-  }
-  for (auto& [x, list] : lists)
-    if (list.count > 0) flush(x, list);
+  launch_lists<LowRankAdam8bitList>(
+      low_rank_grads.size(), [&](size_t i) { return storage(updates[i]); },
+      [&](size_t i) {
+        const Tensor& r = low_rank_grads[i];
+        uint8_t* const first = std::exchange(ok, ok + r.size(left ? 1 : 0));
+        return LowRankAdam8bitList::Item{static_cast<const float*>(r.data_ptr()), updates[i].data_ptr(),
+                                         moments.at(i).pointers(), static_cast<const float*>(steps[i].data_ptr()), first,
+                                         r.size(0), r.size(1)};
+      },
+      [&](DType x, const LowRankAdam8bitList& list) {
+        STD_CUDA_CHECK(launch_mark_channels(list, scalars, stream));
+        STD_CUDA_CHECK(launch_adam_8bit_low_rank(x, list, scalars, stream));
+      });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank, CUDA, library) {

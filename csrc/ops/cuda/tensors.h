@@ -1,6 +1,8 @@
 // What the CUDA ops share: the current stream, and scalars that may lie on the device.
 #pragma once
 
+#include <map>
+
 #include "../../cuda/launch.h"
 #include "../rules.h"
 
@@ -29,5 +31,33 @@ inline Number number(const char* op, const char* name, const Tensor& t) {
 }
 
 inline const float* pointer(const std::optional<Tensor>& t) { return t ? static_cast<const float*>(t->data_ptr()) : nullptr; }
+
+inline AdamWScalars adamw_scalars(const char* op, double beta1, double beta2, double eps, double weight_decay, const Tensor& lr,
+                                  const Guards& guards) {
+  return {beta1,
+          beta2,
+          eps,
+          weight_decay,
+          number(op, "lr", lr),
+          pointer(guards.grad_scale),
+          pointer(guards.found_inf),
+          guards.skipped ? static_cast<int64_t*>(guards.skipped->data_ptr()) : nullptr};
+}
+
+// Launches `count` items in lists of equal key and at most List::kMost. key(i), item(i); launch(key, list) enqueues one.
+template <class List, class KeyOf, class ItemOf, class Launch>
+void launch_lists(size_t count, const KeyOf& key, const ItemOf& item, const Launch& launch) {
+  std::map<decltype(key(size_t())), List> lists;
+  for (size_t i = 0; i < count; ++i) {
+    const auto k = key(i);
+    List& list = lists[k];
+    list.items[list.count++] = item(i);
+    if (list.count < List::kMost) continue;
+    launch(k, list);
+    list.count = 0;
+  }
+  for (const auto& [k, list] : lists)
+    if (list.count > 0) launch(k, list);
+}
 
 }  // namespace lowrank

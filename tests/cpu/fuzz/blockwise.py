@@ -8,11 +8,13 @@ from lowrank_sys.reference.blockwise import dynamic_map
 
 from fuzz.bounds import UNIT, Near, adam, assert_within, decayed, exact, scaled
 from fuzz.harness import FLOATS, Fuzz, exactly, same_bits
+from fuzz.int4 import drawn_int4, group_size
 from fuzz.projection import back_of, drawn_basis, low_rank, product_of
-from fuzz.steps import compare_list, guards, hyper, plural, rate, settings_of, usable
+from fuzz.steps import compare_list, guards, hyper, rate, settings_of, usable
 
 NORMAL = torch.finfo(torch.float32).tiny
 MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
+BASES = ("bases", "basis_scales", "basis_offsets")
 LISTS = ("exp_avgs", "exp_avg_sqs", "exp_avg_absmaxes", "exp_avg_sq_absmaxes")
 
 
@@ -102,11 +104,16 @@ def check_adam(then, now, before, grad_scale, settings):
     return int(never.sum()), int((~sure).sum())
 
 
-def matrix(draw, left):
+def matrix(draw, left, projected=False, size=None):
+    """param, gradient (R if projected), the basis (its parts in groups of `size` entries, if given) and moments of one matrix."""
     m, n, r = draw.size(), draw.size(), draw.size(1, 65)
-    shape = low_rank(m, n, r, left)
-    return [draw.values(m, n, dtype=draw.of(*FLOATS)), draw.values(m, n, dtype=draw.of(*FLOATS)),
-            drawn_basis(draw, m if left else n, r), *moments(draw, shape)]
+    d, shape = m if left else n, low_rank(m, n, r, left)
+    gradient = draw.values(*shape) if projected else draw.values(m, n, dtype=draw.of(*FLOATS))
+    basis = [drawn_basis(draw, d, r)]
+    if size is not None:
+        drawn = drawn_int4(draw, d, r, size)
+        basis = [drawn[name] for name in ("packed", "scale", "offset")]
+    return [draw.values(m, n, dtype=draw.of(*FLOATS)), gradient, *basis, *moments(draw, shape)]
 
 
 def galore_arguments(tensor):
@@ -120,18 +127,39 @@ def galore_arguments(tensor):
     return arguments
 
 
-def galore_list_arguments(draw):
-    left, count = draw.of(True, False), draw.of(1, 2, 0)
-    rows = [matrix(draw, left) for _ in range(count)]
-    columns = [list(column) for column in zip(*rows)] or [[] for _ in range(7)]
-    return dict(zip(("params", "grads", plural("basis"), *LISTS), columns)) | dict(
-        steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw),
-        scale=draw.of(0.25, 1.0, 0.0), left=left, **guards(draw))
+def columns(projected, int4):
+    """Names of the lists of a step, without steps."""
+    return ("params", "low_rank_grads" if projected else "grads", *(BASES if int4 else BASES[:1]), *LISTS)
 
 
-def check_matrix(then, now, before, grad_scale, settings):
+def list_arguments(projected, int4):
+    def arguments(draw):
+        left, count, size = draw.of(True, False), draw.of(1, 2, 0), group_size(draw) if int4 else None
+        rows = [matrix(draw, left, projected, size) for _ in range(count)]
+        lists = [list(column) for column in zip(*rows)] or [[] for _ in columns(projected, int4)]
+        return dict(zip(columns(projected, int4), lists)) | ({"group_size": size} if int4 else {}) | dict(
+            steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw),
+            scale=draw.of(0.25, 1.0, 0.0), left=left, **guards(draw))
+
+    return arguments
+
+
+def compare_matrices(projected, int4):
+    """Bases in INT4 are those that the oracle decodes."""
+
+    def check_row(then, now, before, grad_scale, settings):
+        if int4:
+            d = then[0].shape[0 if before["left"] else 1]
+            basis = reference.dequantize_int4(*then[2:5], d=d, group_size=before["group_size"])
+            then, now = ([*row[:2], basis, *row[5:]] for row in (then, now))
+        return check_matrix(then, now, before, grad_scale, settings, projected)
+
+    return compare_list(columns(projected, int4), check_row)
+
+
+def check_matrix(then, now, before, grad_scale, settings, projected=False):
     left = before["left"]
-    r = scaled(grad_scale, product_of(then[1], then[2], left), operations=1)
+    r = scaled(grad_scale, exact(then[1]) if projected else product_of(then[1], then[2], left), operations=1)
     axis = 0 if left else 1
     sure, never = usable(r)
     sure, never = sure.all(axis, keepdim=True), never.any(axis, keepdim=True)
@@ -182,5 +210,7 @@ FUZZ = {
     "adam_8bit_low_rank_": Fuzz(low_rank_arguments, compare_low_rank),
     "galore_step_8bit.tensor": Fuzz(galore_arguments(tensor=True), compare_one),
     "galore_step_8bit": Fuzz(galore_arguments(tensor=False), compare_one),
-    "galore_step_8bit.list": Fuzz(galore_list_arguments, compare_list(("params", "grads", plural("basis"), *LISTS), check_matrix)),
+    **{f"{'subspace' if projected else 'galore'}_step_8bit.{'int4' if int4 else 'list'}":
+       Fuzz(list_arguments(projected, int4), compare_matrices(projected, int4))
+       for projected in (False, True) for int4 in (False, True)},
 }

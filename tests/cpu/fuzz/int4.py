@@ -17,9 +17,9 @@ def quantize_arguments(draw):
     return dict(basis=draw.values(draw.size(), draw.size(1, 65), dtype=draw.of(*FLOATS)), group_size=group_size(draw))
 
 
-def drawn_int4(draw, d, r):
-    """Any bytes, with scales and offsets that no quantizer need have made."""
-    size = group_size(draw)
+def drawn_int4(draw, d, r, size=None):
+    """Any bytes, with scales and offsets that no quantizer need have made, in groups of `size`."""
+    size = size or group_size(draw)
     groups = -(-d // size)
     return dict(packed=draw.values(r, (d + 1) // 2, hostile=False).mul(100).to(torch.int32).to(torch.uint8),
                 scale=draw.values(r, groups), offset=draw.values(r, groups), group_size=size)

@@ -2,7 +2,7 @@
 
 import torch
 
-from lowrank_sys.reference import transport
+from lowrank_sys.reference import dequantize_blockwise, dequantize_int4, quantize_blockwise, quantize_int4, transport
 from lowrank_sys.reference.subspace import leading_directions, svd_basis
 from lowrank_sys.subspace.refresh import COLD, randomized_basis
 
@@ -12,6 +12,7 @@ from fuzz.projection import low_rank
 ORTHONORMAL = 1e-5  # shifted CholeskyQR reaches a few epsilons times sqrt(r)
 # Squares of G's entries and their sums stay in fp32's range within these.
 LEAST, MOST = 1e-12, 1e15
+NAN = float("nan")
 
 
 def orthonormal(draw, d, r):
@@ -163,9 +164,119 @@ def compare_sketch(before, after, result):
         assert after["countdowns"][i] == wait
 
 
+def full(plain):
+    """The arguments of a full form from those of a plain one: INT4 or dense, coded moments or not, gaps of their own or not."""
+
+    def arguments(draw):
+        drawn = plain(draw)
+        bases, size = drawn["bases"], draw.of(256, 32, 1024)
+        lists = {name: [] for name in ("basis_scales", "basis_offsets", "exp_avg_absmaxes", "exp_avg_sq_absmaxes", "gaps",
+                                       "overlaps")}
+        if draw.of(True, False):
+            packed = [quantize_int4(basis, group_size=size) for basis in bases]
+            drawn["bases"], lists["basis_scales"], lists["basis_offsets"] = ([p[i] for p in packed] for i in range(3))
+        if draw.of(True, False):
+            for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+                coded = [quantize_blockwise(moment, signed=signed) for moment in drawn[f"{name}s"]]
+                drawn[f"{name}s"], lists[f"{name}_absmaxes"] = [c[0] for c in coded], [c[1] for c in coded]
+        if draw.of(True, False):
+            lists["gaps"] = [torch.tensor(draw.of(drawn["gap"], 5)) for _ in bases]
+            queues = draw.of([NAN, NAN], [NAN, 0.9], [0.1, 0.2], [1.0, 1.0])
+            lists["overlaps"] = [torch.tensor(queues) for _ in bases]
+        return drawn | lists | dict(group_size=size, cos_threshold=draw.of(0.4, 0.0, 1.0), gamma_proj=draw.of(2.0, 1.5),
+                                    max_gap=draw.of(9, 100))
+
+    return arguments
+
+
+def decoded(values, before):
+    """The arguments of the plain form that these stand for: dense bases and fp32 moments."""
+    values, left = dict(values), before["left"]
+    if before["basis_scales"]:
+        sizes = before.get("grads") or before["sketches"]
+        values["bases"] = [
+            dequantize_int4(*parts, d=2 * parts[0].shape[1] if like.numel() == 0 else like.shape[0 if left else 1],
+                            group_size=before["group_size"])
+            for like, *parts in zip(sizes, values["bases"], values["basis_scales"], values["basis_offsets"])]
+    for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        if before[f"{name}_absmaxes"]:
+            values[f"{name}s"] = [dequantize_blockwise(*coded, signed=signed)
+                                  for coded in zip(values[f"{name}s"], values[f"{name}_absmaxes"])]
+    return values
+
+
+def chosen_basis(then, i, before, wait):
+    """The fp32 basis that matrix i is to get, or None."""
+    basis, left, seed = then["bases"][i], before["left"], before["seeds"][i]
+    if "sketches" not in before:
+        if wait > 0:
+            return None
+        select = svd_basis if before["subspace"] == "svd" else randomized_basis
+        seed = {} if before["subspace"] == "svd" else {"seed": seed}
+        return select(before["grads"][i], None if wait == COLD else basis, rank=basis.shape[1], left=left, **seed)
+    sketch = before["sketches"][i]
+    if before["lr"] == 0 or wait not in (0, COLD) or not sketch.numel():
+        return None
+    return leading_directions(sketch if left else sketch.T.contiguous(), basis.float(), rank=basis.shape[1], seed=seed)[0]
+
+
+def compare_full(before, after, result):
+    """As the plain forms on what is decoded, within what storing rounds; gaps and queues by the rule in plain Python."""
+    then, now, sketched = decoded(before, before), decoded(after, before), "sketches" in before
+    trains = before["lr"].item() != 0
+    for i, countdown in enumerate(before["countdowns"]):
+        wait, first = countdown.item(), countdown.item() == COLD
+        old, new = then["bases"][i], chosen_basis(then, i, before, wait)
+        got = now["bases"][i]
+        if new is None or torch.equal(new, old.float()):
+            assert same_bits(got, old)
+        elif before["basis_scales"]:
+            want = quantize_int4(new, group_size=before["group_size"])
+            for name, value in zip(("bases", "basis_scales", "basis_offsets"), want):
+                assert same_bits(after[name][i], value)
+        else:
+            assert same_bits(got, new.to(old.dtype))
+        carried = new is not None and before["moments"] != "keep" and (sketched or not first)
+        for name, absmax in (("exp_avgs", "exp_avg_absmaxes"), ("exp_avg_sqs", "exp_avg_sq_absmaxes")):
+            assert carried or same_bits(before[name][i], after[name][i]), name
+            assert before["moments"] != "reset" or not carried or not now[name][i].any(), name
+        if carried and before["moments"] == "rotate":
+            want = [then[name][i].clone() for name in ("exp_avgs", "exp_avg_sqs")]
+            transport.rotate(*want, old, got, left=before["left"])
+            for name, absmax, value, signed in zip(("exp_avgs", "exp_avg_sqs"), ("exp_avg_absmaxes", "exp_avg_sq_absmaxes"), want,
+                                                   (True, False)):
+                if before[absmax]:
+                    assert all(map(same_bits, (after[name][i], after[absmax][i]), quantize_blockwise(value, signed=signed)))
+                else:
+                    assert same_bits(after[name][i], value)
+        check_schedule(before, after, i, wait, old, new, trains)
+
+
+def check_schedule(before, after, i, wait, old, new, trains):
+    gap = before["gap"]
+    if before["gaps"]:
+        gap, queue = before["gaps"][i].item(), before["overlaps"][i]
+        if trains and new is not None and wait != COLD and not torch.equal(new, old.float()):
+            overlap = min(1.0, ((old.double().T @ new.double()).square().sum() / old.shape[1]).item())
+            queue = torch.cat([queue[1:], torch.tensor([overlap])])
+            # A mean that a rounding error puts on either side of the threshold is not drawn: overlaps are not round numbers.
+            if queue.mean() >= before["cos_threshold"] or (overlap > 1 - 1e-5 and after["gaps"][i] > gap):
+                gap = max(gap, min(int(gap * before["gamma_proj"]), before["max_gap"]))
+        torch.testing.assert_close(after["overlaps"][i], queue, rtol=0, atol=1e-5, equal_nan=True)
+        assert after["gaps"][i] == gap
+    due = wait in (0, COLD)
+    if trains and due:
+        wait = (before["first_gaps"][i] if wait == COLD else gap) - 1
+    elif trains:
+        wait += 1 if wait < COLD else -1
+    assert after["countdowns"][i] == wait
+
+
 FUZZ = {
     "sketch_directions": Fuzz(directions_arguments, compare_directions),
     "refresh_from_sketch_": Fuzz(sketch_arguments, compare_sketch),
     "subspace_iteration": Fuzz(iteration_arguments, compare_iteration),
+    "refresh_.full": Fuzz(full(refresh_arguments), compare_full, lenient="a matrix whose refresh is not due is not looked at"),
+    "refresh_from_sketch_.full": Fuzz(full(sketch_arguments), compare_full),
     "refresh_": Fuzz(refresh_arguments, compare_refresh, lenient="a matrix whose refresh is not due is not looked at"),
 }

@@ -1,0 +1,159 @@
+"""The loss of a causal language model without its logits: head and cross-entropy, chunk by chunk."""
+
+import functools
+
+import torch
+from torch.autograd.function import once_differentiable
+
+TOKENS, VOCABULARY = 1024, 4096
+REDUCTIONS = ("mean", "sum")
+
+# Attributes of a configuration that change logits after the head, as Gemma's and Cohere's do.
+OTHER_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def _in_full_precision(method):
+    """Products inside stay fp32 under autocast."""
+
+    @functools.wraps(method)
+    def run(ctx, tensor, *rest):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return method(ctx, tensor, *rest)
+
+    return run
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Sum over tokens t of log Σ_v exp(z_tv) - z_t,y(t) with z = h Wᵀ + b.
+
+    Forward keeps log Σ_v exp(z_tv); backward makes each chunk of z again: dz = (softmax(z) - onehot(y)) g.
+    """
+
+    @staticmethod
+    @_in_full_precision
+    def forward(ctx, hidden, weight, bias, labels, ignore_index, tokens, vocabulary):
+        kept = labels != ignore_index
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        log_sum = hidden.new_full(labels.shape, -torch.inf, dtype=wide)
+        picked = hidden.new_full(labels.shape, torch.nan, dtype=wide)
+        for first in range(0, weight.shape[0], vocabulary):
+            head = weight[first:first + vocabulary].to(wide)
+            for at in range(0, hidden.shape[0], tokens):
+                rows = slice(at, at + tokens)
+                z = _logits(hidden[rows], head, bias, first)
+                log_sum[rows] = torch.logaddexp(log_sum[rows], z.logsumexp(1))
+                inside, column = _in_chunk(labels[rows], kept[rows], first, head.shape[0])
+                picked[rows] = torch.where(inside, z.gather(1, column[:, None])[:, 0], picked[rows])
+                del z
+        ctx.save_for_backward(hidden, weight, bias, labels, log_sum)
+        ctx.options = ignore_index, tokens, vocabulary
+        return torch.where(kept, log_sum - picked, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    @_in_full_precision
+    def backward(ctx, grad_out):
+        hidden, weight, bias, labels, log_sum = ctx.saved_tensors
+        ignore_index, tokens, vocabulary = ctx.options
+        kept = labels != ignore_index
+        factor = torch.where(kept, grad_out.to(log_sum.dtype), 0.0)
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.zeros_like(hidden, dtype=log_sum.dtype) if need_hidden else None
+        d_weight = torch.empty_like(weight) if need_weight else None
+        d_bias = torch.empty_like(bias) if need_bias else None
+        for first in range(0, weight.shape[0], vocabulary):
+            head = weight[first:first + vocabulary].to(log_sum.dtype)
+            d_head = torch.zeros_like(head) if need_weight else None
+            d_shift = head.new_zeros(head.shape[0]) if need_bias else None
+            for at in range(0, hidden.shape[0], tokens):
+                rows = slice(at, at + tokens)
+                dz = _logits(hidden[rows], head, bias, first)
+                dz.sub_(log_sum[rows, None]).exp_()
+                inside, column = _in_chunk(labels[rows], kept[rows], first, head.shape[0])
+                dz.scatter_add_(1, column[:, None], -inside.to(dz.dtype)[:, None])
+                # a skipped token may have a logit that is not finite
+                dz.mul_(factor[rows, None]).masked_fill_(~kept[rows, None], 0)
+                if need_hidden:
+                    d_hidden[rows].addmm_(dz, head)
+                if need_weight:
+                    d_head.addmm_(dz.T, hidden[rows].to(dz.dtype))
+                if need_bias:
+                    d_shift += dz.sum(0)
+                del dz
+            chunk = slice(first, first + head.shape[0])
+            if need_weight:
+                d_weight[chunk] = d_head
+            if need_bias:
+                d_bias[chunk] = d_shift
+        d_hidden = d_hidden.to(hidden.dtype) if need_hidden else None
+        return d_hidden, d_weight, d_bias, None, None, None, None
+
+
+def _logits(hidden, head, bias, first):
+    z = hidden.to(head.dtype) @ head.T
+    return z if bias is None else z.add_(bias[first:first + head.shape[0]])
+
+
+def _in_chunk(labels, kept, first, size):
+    """Which labels are in the chunk of the vocabulary, and their column in it (0 for the others)."""
+    inside = kept & (labels >= first) & (labels < first + size)
+    return inside, torch.where(inside, labels - first, 0)
+
+
+def chunked_loss(hidden, weight, labels, bias=None, *, ignore_index=-100, reduction="mean", tokens=TOKENS,
+                 vocabulary=VOCABULARY):
+    """cross_entropy(hidden @ weight.T + bias, labels) in fp32, without its logits.
+
+    Only `tokens` x `vocabulary` logits and `vocabulary` rows of the weight in fp32 exist at once, in backward as well, where
+    the logits are made again. Products and sums are fp32 (fp64 for fp64), whatever the storage; the gradients are rounded to
+    it once. Differentiable once.
+
+    Args:
+        hidden: (..., d) last hidden states, fp32 | bf16 | fp16.
+        weight: (V, d) of the output head, bias: (V) or None.
+        labels: (...) int64 of the tokens to predict, already shifted; `ignore_index` ones do not count. One outside of the
+            vocabulary makes the loss NaN.
+        reduction: 'mean' over the tokens that count (NaN if none does), or 'sum'.
+        tokens, vocabulary: sizes of the chunks.
+
+    Returns:
+        0-dim fp32 (fp64 for fp64).
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    for name, size in (("tokens", tokens), ("vocabulary", vocabulary)):
+        if not size >= 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if weight.dim() != 2 or hidden.shape[-1:] != weight.shape[1:]:
+        raise ValueError("hidden must have shape (..., d) and weight (V, d), got "
+                         f"{tuple(hidden.shape)} and {tuple(weight.shape)}")
+    if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 of shape {tuple(hidden.shape[:-1])}, got {labels.dtype} {tuple(labels.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    flat = labels.reshape(-1)
+    total = _CrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat, ignore_index, tokens, vocabulary)
+    return total if reduction == "sum" else total / (flat != ignore_index).sum()
+
+
+def causal_lm_loss(model, input_ids, labels, *, num_items_in_batch=None, tokens=TOKENS, vocabulary=VOCABULARY, **inputs):
+    """The loss that the Hugging Face causal language model `model` returns for `labels`, by chunked_loss.
+
+    input_ids, labels: (batch, sequence) int64; token t predicts label t + 1, labels of -100 do not count.
+    num_items_in_batch: what the sum is divided by; None: the number of tokens that count. inputs: for the model's decoder,
+    such as attention_mask.
+
+    Raises ValueError for a model whose logits are more than its head's output.
+    """
+    text = model.config.get_text_config()
+    for name in OTHER_LOGITS:
+        if getattr(text, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"the model changes its logits after the head: {name} is {getattr(text, name)}")
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear:
+        raise ValueError(f"the output head must be nn.Linear, got {type(head).__name__}")
+    hidden = model.base_model(input_ids=input_ids, **inputs).last_hidden_state
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = chunked_loss(hidden, head.weight, shifted, head.bias, reduction=reduction, tokens=tokens, vocabulary=vocabulary)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch

@@ -1,0 +1,61 @@
+"""quantized_from_config: a freshly initialised model whose float weights never exist together."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Sequence
+
+import torch
+
+from lowrank_sys.nn.quant_linear import QuantLinear
+from lowrank_sys.nn.quantize import mark, places, quantizable_layers, replace
+from lowrank_sys.nn.skeleton import Builder, skeleton, visit
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@torch.no_grad()
+def quantized_from_config(
+    config: PretrainedConfig,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int | None = None,
+    *,
+    target_modules: Sequence[str] | None = None,
+    group_size: int = 256,
+) -> PreTrainedModel:
+    """A freshly initialised causal language model with INT8 weights, as quantize_model makes them.
+
+    Layer by layer the weights are drawn by the model's own rule, quantized and dropped: the peak is the INT8 model and the
+    float weight of one layer.
+
+    dtype: of what stays float, and of the computation. seed: of the draws; None: torch's global generator.
+    target_modules, group_size: as of quantize_model. Raises ValueError as quantize_model.
+    """
+    model = skeleton(config, dtype)
+    chosen = {module for _, module in quantizable_layers(model, target_modules, group_size)}
+    found, builder = places(model), Builder(model, torch.device(device))
+
+    def make(owner, module):
+        builder.allocate(module)
+        owner._init_weights(module)
+        if module in chosen:
+            replace(found, module, QuantLinear.from_linear(module, group_size))
+            module.weight = None  # whoever still holds the module
+
+    with _seeded(seed):
+        visit(model, make)
+    model.tie_weights()
+    mark(model, group_size)
+    return model
+
+
+@contextlib.contextmanager
+def _seeded(seed):
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,33 @@
+"""Which linear layers of a model are its matrices: one rule for what trains in a subspace and for what is kept in INT8."""
+
+from torch import nn
+
+from lowrank_sys.nn.quant_weight import is_quantized
+
+# Output heads by name, where the model does not say which module it is.
+HEADS = ("lm_head", "head", "classifier", "score", "output")
+
+
+def _is_linear(module):
+    # transformers' Conv1D (GPT-2) is a linear layer with a transposed weight.
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or is_quantized(getattr(module, "weight", None))
+
+
+def linear_layers(model, target_modules=None):
+    """[(name, module)] of the linear layers but for output heads and layers whose weight is tied to an embedding.
+
+    target_modules: substrings of module names; a layer's name must contain one. None: all. ValueError if it is no list.
+    """
+    if isinstance(target_modules, str):
+        raise ValueError(f"target_modules must be a list of substrings of module names, got {target_modules!r}")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if _is_linear(module)
+        and module is not head
+        and id(module.weight) not in embedded
+        and name.rpartition(".")[2] not in HEADS
+        and (target_modules is None or any(target in name for target in target_modules))
+    ]

@@ -1,0 +1,174 @@
+"""Models with INT8 weights on the disk: from any Hugging Face checkpoint, tensor by tensor, and to one of their own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Sequence
+
+import torch
+from torch import nn
+
+from lowrank_sys.nn.quant_linear import QuantLinear
+from lowrank_sys.nn.quantize import is_marked, mark, places, quantizable_layers, replace
+from lowrank_sys.nn.skeleton import Builder, skeleton, visit
+from lowrank_sys.train import checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+# What older checkpoints have and models compute by themselves.
+COMPUTED = "rotary_emb.inv_freq"
+
+
+def save_quantized(model: PreTrainedModel, folder: str | Path, **options: Any) -> None:
+    """save_pretrained, with size and SHA-256 of every file in a manifest that quantized_from_pretrained checks.
+
+    INT8 weights are written as `codes` and `scale` beside the other tensors, and are read back exactly. Plain transformers
+    cannot read them: dequantize_model first where it should. options: of save_pretrained, such as max_shard_size.
+    """
+    model.save_pretrained(folder, **options)
+    checkpoint.sign(Path(folder))
+
+
+@torch.no_grad()
+def quantized_from_pretrained(
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    target_modules: Sequence[str] | None = None,
+    group_size: int = 256,
+) -> PreTrainedModel:
+    """A causal language model with INT8 weights from the checkpoint in `folder` (config.json and safetensors, sharded or not).
+
+    Tensor by tensor, a weight is read, quantized from the values as they are stored, and dropped: the peak is the INT8 model
+    and the largest tensor of the checkpoint. A checkpoint with INT8 weights (`save_quantized`, or save_pretrained of a
+    quantized model) is read back exactly; target_modules and group_size are then its own.
+
+    Args:
+        folder: path. A manifest in it (`save_quantized`, checkpoints of `lowrank train`) is checked first.
+        dtype: of what stays float, and of the computation; None: as the checkpoint's configuration says, else fp32.
+        target_modules, group_size: as of quantize_model.
+
+    Raises ValueError that names the file or the tensor: missing, damaged, unknown, of another shape.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json")
+    if (folder / checkpoint.MANIFEST).is_file():
+        try:
+            checkpoint.verify_signed(folder)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+    config = AutoConfig.from_pretrained(folder)
+    other = getattr(config, "quantization_config", None)
+    if other is not None and not is_marked(config):
+        raise ValueError(f"{folder}: the weights must be float or INT8 of lowrank_sys, got quantization_config {other}")
+    files = _files(folder)
+    coded = {name.removesuffix(".codes") for name in files if name.endswith(".codes")}
+    if coded and not is_marked(config):
+        raise ValueError(f"{folder}: config.json has no quantization_config for INT8 weights such as {min(coded)}.codes")
+    if coded:
+        group_size = config.quantization_config.get("group_size")
+
+    model = skeleton(config, dtype or config.dtype or torch.float32)
+    chosen = quantizable_layers(model, None if coded else target_modules, group_size)
+    found = places(model)
+    for name, linear in chosen:
+        if not coded or name in coded:
+            replace(found, linear, QuantLinear.from_linear(linear, group_size))
+    _make_computed(model, torch.device(device))
+    for name, path in files.items():
+        _put(model, name, _read(path, name), torch.device(device))
+    model.tie_weights()
+    missing = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} tensors of the model, the first {missing[0]}")
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    mark(model, group_size)
+    return model.eval()
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """name of a tensor -> its file."""
+    if (folder / INDEX).is_file():
+        try:
+            files = {name: folder / file for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()}
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ValueError(f"{folder / INDEX} is damaged") from None
+        missing = sorted({path.name for path in files.values() if not path.is_file()})
+        if missing:
+            raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names")
+        return dict(sorted(files.items(), key=lambda item: item[1]))
+    if not (folder / SINGLE).is_file():
+        raise ValueError(f"{folder} has no {SINGLE} and no {INDEX}")
+    with _opened(folder / SINGLE) as file:
+        return dict.fromkeys(file.keys(), folder / SINGLE)
+
+
+def _opened(path: Path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _read(path: Path, name: str) -> torch.Tensor:
+    """The tensor, mapped from its file."""
+    from safetensors import SafetensorError
+
+    # opened anew for every tensor: pages of an open file stay in the process
+    with _opened(path) as file:
+        try:
+            return file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _make_computed(model: PreTrainedModel, device: torch.device) -> None:
+    """Make what no checkpoint has: buffers that the model computes when it is initialised."""
+    builder = Builder(model, device)
+
+    def make(owner, module):
+        if module._non_persistent_buffers_set:
+            builder.allocate(module)
+            owner._init_weights(module)
+
+    visit(model, make)
+
+
+def _put(model: PreTrainedModel, name: str, value: torch.Tensor, device: torch.device) -> None:
+    path, _, key = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        module = None
+    if isinstance(module, QuantLinear) and key == "weight":
+        try:
+            module.quantize_(value.to(device))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{name}: {error}") from None
+        return
+    tensors = next((t for t in (module._parameters, module._buffers) if t.get(key) is not None), None) if module else None
+    if tensors is None:
+        if name.endswith(COMPUTED):
+            return
+        raise ValueError(f"the model has no {name}, which the checkpoint has")
+    old = tensors[key]
+    if value.shape != old.shape:
+        raise ValueError(f"{name} must have shape {tuple(old.shape)}, got {tuple(value.shape)}")
+    cast = tensors is module._parameters and old.dtype.is_floating_point and value.dtype.is_floating_point
+    if old.dtype != value.dtype and not cast:
+        raise ValueError(f"{name} must be {old.dtype}, got {value.dtype}")
+    value = value.to(device, old.dtype, copy=True)
+    tensors[key] = nn.Parameter(value, old.requires_grad) if tensors is module._parameters else value
+    if isinstance(module, QuantLinear):
+        module.follow()

@@ -1,0 +1,188 @@
+"""QuantLinear: a linear layer on an INT8 weight."""
+
+import contextlib
+import math
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from lowrank_sys._ops import FLOATS
+from lowrank_sys._ops.int8 import int8_scale_shape
+from lowrank_sys._ops.rules import expect_group_size
+from lowrank_sys.nn.quant_weight import QuantWeight, zero
+
+
+class _Linear(torch.autograd.Function):
+    """y = x Wᵀ + b. One node, so that dx is there before a hook on W's gradient can write the codes."""
+
+    @staticmethod
+    def forward(ctx, x, weight, codes, scale, bias, group_size):
+        ctx.save_for_backward(x if weight.requires_grad else None, codes, scale)
+        ctx.group_size = group_size
+        ctx.dtype = weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return torch.ops.lowrank.int8_linear(x, codes, scale, bias, group_size=group_size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        x, codes, scale = ctx.saved_tensors
+        grad_out = grad_out.contiguous()
+        rows = grad_out.reshape(-1, codes.shape[0])
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.lowrank.int8_linear_backward(grad_out, codes, scale, group_size=ctx.group_size)
+        if ctx.needs_input_grad[1]:
+            dw = (rows.T @ x.reshape(-1, codes.shape[1])).to(ctx.dtype)
+        if ctx.needs_input_grad[4]:
+            db = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return dx, dw, None, None, db, None
+
+
+class QuantLinear(nn.Module):
+    """y = x Wᵀ + b with W in INT8: dequantized tile by tile inside the product, and again in backward.
+
+    `weight` is a QuantWeight: a parameter without values whose `.grad` is the ordinary full gradient (out, in), made only if
+    the weight requires one. Its values are the buffers `codes` (out, in) int8 and `scale` (out, ⌈in/group_size⌉) fp32: these
+    are what state_dict() has in place of `weight`. `.to()`, `.half()` and the like change the type of `weight` and `bias`,
+    the scales stay fp32. A state_dict with a float `weight` is quantized as it is loaded. Under autocast x is cast as for
+    nn.Linear. Differentiable once.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as of nn.Linear, and the same initialisation, quantized.
+        group_size: neighbours along in_features that share a scale; a power of two from 32 to 1024.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, group_size=256):
+        super().__init__()
+        dtype = dtype or torch.get_default_dtype()
+        check_quantizable(dtype, group_size)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = group_size
+        shape = (out_features, in_features)
+        self.register_buffer("codes", torch.empty(shape, dtype=torch.int8, device=device))
+        self.register_buffer(
+            "scale", torch.empty(int8_scale_shape(shape, group_size), dtype=torch.float32, device=device)
+        )
+        self.weight = QuantWeight.over(self._buffers, group_size, dtype)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Draw weight and bias as nn.Linear does."""
+        if self.codes.is_meta:
+            return
+        weight = torch.empty(self.weight.shape, dtype=self.weight.dtype, device=self.codes.device)
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        self.quantize_(weight)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(max(1, self.in_features))
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @classmethod
+    def from_linear(cls, linear, group_size=256):
+        """A layer with the values of `linear` (nn.Linear), rounded to nearest, and its own bias parameter."""
+        check_quantizable(linear.weight.dtype, group_size)
+        with torch.device("meta"):
+            made = cls(linear.in_features, linear.out_features, False, dtype=linear.weight.dtype, group_size=group_size)
+        made.quantize_(linear.weight.detach())
+        made.weight.requires_grad_(linear.weight.requires_grad)
+        made.bias = linear.bias
+        return made.train(linear.training)
+
+    @torch.no_grad()
+    def quantize_(self, weight):
+        """Take the values of `weight` (out, in), fp32 | bf16 | fp16, rounded to the nearest codes, on its device."""
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            raise ValueError(f"weight must have shape {(self.out_features, self.in_features)}, got {tuple(weight.shape)}")
+        self.codes, self.scale = torch.ops.lowrank.quantize_int8(weight.contiguous(), group_size=self.group_size)
+        self.follow()
+
+    @torch.no_grad()
+    def dequantized(self, dtype=None):
+        """The weight's values (out, in), in `dtype` or the compute dtype."""
+        return torch.ops.lowrank.dequantize_int8(
+            self.codes, self.scale, group_size=self.group_size, dtype=dtype or self.weight.dtype
+        )
+
+    def forward(self, x):
+        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return _Linear.apply(x.contiguous(), self.weight, self.codes, self.scale, self.bias, self.group_size)
+
+    def extra_repr(self):
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, group_size={self.group_size}"
+
+    @contextlib.contextmanager
+    def _without_handle(self):
+        """nn.Module passes over a parameter that is None, and keeps its place."""
+        weight, self._parameters["weight"] = self._parameters["weight"], None
+        try:
+            yield weight
+        finally:
+            self._parameters["weight"] = weight
+
+    def follow(self, dtype=None):
+        """Make the handle one of the buffers' device, and of `dtype`: the same parameter where torch can."""
+        weight = self.weight
+        dtype = dtype or weight.dtype
+        handle = zero(weight.shape, dtype, self.codes.device)
+        if type(weight) is QuantWeight and torch._has_compatible_shallow_copy_type(weight, handle):
+            weight.data = handle
+        else:
+            grad = weight.grad
+            self.weight = QuantWeight.over(self._buffers, self.group_size, dtype, weight.requires_grad)
+            if grad is not None and grad.device == self.codes.device:
+                self.weight.grad = grad
+
+    def _apply(self, fn, recurse=True):
+        def keep(tensor):
+            moved = fn(tensor)
+            stored = tensor is self.codes or tensor is self.scale
+            return tensor.to(moved.device) if stored and moved.dtype != tensor.dtype else moved
+
+        with self._without_handle() as weight:
+            super()._apply(keep, recurse)
+        grad, weight.grad = weight.grad, None
+        self.follow(fn(torch.zeros((), dtype=weight.dtype, device=weight.device)).dtype)
+        if grad is not None:
+            self.weight.grad = fn(grad)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        with self._without_handle():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        dense = state_dict.pop(prefix + "weight", None)
+        if dense is not None:
+            try:
+                pair = torch.ops.lowrank.quantize_int8(dense.contiguous(), group_size=self.group_size)
+            except RuntimeError as error:
+                errors.append(f"{prefix}weight: {error}")
+                pair = self.codes, self.scale
+            state_dict[prefix + "codes"], state_dict[prefix + "scale"] = pair
+        for name in ("codes", "scale"):
+            given, own = state_dict.get(prefix + name), getattr(self, name)
+            if given is not None and given.dtype != own.dtype:
+                errors.append(f"{prefix}{name} must be {own.dtype}, got {given.dtype}")
+                state_dict[prefix + name] = own
+        with self._without_handle():
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        self.follow()  # assign=True may have brought buffers of another device
+
+
+def check_quantizable(dtype, group_size, name="weight"):
+    """Raise a ValueError for what cannot become an INT8 weight."""
+    if dtype not in FLOATS:
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype}")
+    if not isinstance(group_size, int):
+        raise ValueError(f"group_size must be a power of two from 32 to 1024, got {group_size!r}")
+    try:
+        expect_group_size("quantize_int8", group_size)
+    except RuntimeError as error:
+        raise ValueError(str(error).partition(": ")[2]) from None

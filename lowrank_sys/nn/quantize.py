@@ -1,0 +1,109 @@
+"""quantize_model and dequantize_model: the linear layers of a model to INT8 and back, in place, one at a time."""
+
+import torch
+from torch import nn
+
+from lowrank_sys.nn.linear_layers import linear_layers
+from lowrank_sys.nn.quant_linear import QuantLinear, check_quantizable
+
+# What a Hugging Face configuration says about weights that quantize_model made.
+METHOD = "lowrank_int8"
+
+
+def quantizable_layers(model, target_modules=None, group_size=256):
+    """[(name, nn.Linear)] that quantize_model replaces; ValueError where it would refuse.
+
+    Subclasses of nn.Linear are left alone, for they may use their weight in ways of their own, and so are weights that
+    several modules share.
+    """
+    check_quantizable(torch.float32, group_size)
+    owners = {}
+    for module in model.modules():
+        for param in module._parameters.values():
+            owners.setdefault(id(param), []).append(module)
+    layers = [
+        (name, module)
+        for name, module in linear_layers(model, target_modules)
+        if type(module) is nn.Linear and module is not model and len(owners[id(module.weight)]) == 1
+    ]
+    for target in target_modules or ():
+        if not any(target in name for name, _ in layers):
+            raise ValueError(f"target_modules: no linear layer to quantize has {target!r} in its name")
+    if not layers:
+        raise ValueError(f"model has no linear layer to quantize, got {type(model).__name__}")
+    for name, module in layers:
+        check_quantizable(module.weight.dtype, group_size, f"{name}.weight")
+    return layers
+
+
+def quantize_model(model, *, target_modules=None, group_size=256):
+    """Keep the weights of the model's linear layers in INT8, in place; returns the model.
+
+    The layers are those that `lowrank_sys.optim.param_groups` trains in a subspace, as far as they are nn.Linear: embeddings,
+    output heads and tied weights stay. Values are rounded to the nearest code. One layer at a time: at most one layer's float
+    weight exists beside the INT8 ones, unless something else (an optimizer) still holds the old parameters. Hooks on the
+    replaced modules are not carried over.
+
+    Args:
+        model: nn.Module with weights in fp32, bf16 or fp16.
+        target_modules: substrings of module names; a layer is replaced if its name contains one. All by default.
+        group_size: neighbours of a row that share a scale; a power of two from 32 to 1024.
+    """
+    layers = quantizable_layers(model, target_modules, group_size)
+    found = places(model)
+    while layers:
+        _, linear = layers.pop()
+        quantized = QuantLinear.from_linear(linear, group_size)
+        replace(found, linear, quantized)
+    mark(model, group_size)
+    return model
+
+
+def dequantize_model(model):
+    """The inverse: nn.Linear with the INT8 weights' values in their compute dtype, in place, one at a time; returns the model.
+
+    What save_pretrained then writes is an ordinary checkpoint. ValueError if the model has no INT8 weights.
+    """
+    found = places(model)
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    if not layers:
+        raise ValueError(f"model has no INT8 weights, got {type(model).__name__}")
+    while layers:
+        quantized = layers.pop()
+        replace(found, quantized, _linear(quantized))
+    if is_marked(getattr(model, "config", None)):
+        del model.config.quantization_config
+    return model
+
+
+def _linear(quantized):
+    with torch.device("meta"):
+        linear = nn.Linear(quantized.in_features, quantized.out_features, bias=False)
+    linear.weight = nn.Parameter(quantized.dequantized(), quantized.weight.requires_grad)
+    linear.bias = quantized.bias
+    return linear.train(quantized.training)
+
+
+def places(model):
+    """module -> its (parent, name)s: a module may be at several."""
+    found = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            found.setdefault(child, []).append((parent, name))
+    return found
+
+
+def replace(found, old, new):
+    for parent, name in found.pop(old):
+        setattr(parent, name, new)
+
+
+def mark(model, group_size):
+    """Tell the model's configuration, if it has one, so that a saved model says what it is."""
+    if hasattr(model, "config"):
+        model.config.quantization_config = {"quant_method": METHOD, "group_size": group_size}
+
+
+def is_marked(config):
+    quantization = getattr(config, "quantization_config", None)
+    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD

@@ -1,0 +1,44 @@
+"""APOLLO (Zhu et al., MLSys 2025, arXiv:2412.05270): Adam in a random subspace says how to scale the whole gradient."""
+
+from lowrank_sys.optim.adam import adam_defaults
+from lowrank_sys.optim.inner import Adam
+from lowrank_sys.optim.optimizer import LowRankOptimizer
+from lowrank_sys.optim.residual import ScaledGradient
+from lowrank_sys.subspace.keyed import Keyed
+
+
+class APOLLOAdamW(LowRankOptimizer):
+    """W <- (1 - lr*wd) W - a sqrt(scale) s o G, with a = lr sqrt(1 - beta2^t) / (1 - beta1^t).
+
+    s_j = |N_j| / |R_j| by channel, N = M / (sqrt(V) + eps) from the moments of R = project(G). The norm of
+    s o G grows by at most 1% a step (the norm-growth limiter). Groups without `rank` are plain AdamW. Group keys as apollo-torch's: `rank`, `update_proj_gap` (200), `scale`
+    (1, or 128 with scale_type='tensor'), `proj_type`, `proj` (random | svd), `scale_type` (channel | tensor), and those of
+    GaLoreAdamW; with proj='svd', `subspace` says how the singular directions are found. APOLLO-Mini is one factor for a whole
+    matrix from rank 1: `param_groups(model, **APOLLOAdamW.mini)`.
+
+    A random basis is never stored: the state holds its key of 32 bytes, and kernels make it from that. apollo-torch keeps
+    it in memory, decays after the update and adds eps before bias correction.
+
+    Args:
+        params, lr, betas, weight_decay, nonfinite: as GaLoreAdamW.
+        eps: added to sqrt(V), without bias correction in matrices.
+        scale_front: multiply by sqrt(scale) before the limiter instead of after it.
+        disable_nl: no norm-growth limiter.
+        per_layer: None | 'in_backward': the step needs the whole gradient.
+
+    State of a matrix (m, n): `exp_avg`, `exp_avg_sq` fp32 (r, n) or (m, r), `key` int64 (4,) or `basis`, `limiter`, `step`,
+    and the schedule.
+    """
+
+    # APOLLO-Mini: one scale a matrix, from a projection to one row or column.
+    mini = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, *, scale_front=False,
+                 disable_nl=False, nonfinite="skip", per_layer=None):
+        super().__init__(params, Adam(), adam_defaults(lr, betas, eps, weight_decay), nonfinite, per_layer, subspace=Keyed(),
+                         residual=ScaledGradient(front=scale_front, limited=not disable_nl))
+
+    def _set_defaults(self, group):
+        if group.get("scale_type") == "tensor":
+            group.setdefault("scale", self.mini["scale"])
+        super()._set_defaults(group)

@@ -1,0 +1,26 @@
+"""Fira (Chen et al. 2024, arXiv:2410.01623): GaLore, and the rest of the gradient scaled as Adam scales the low-rank part."""
+
+from lowrank_sys.optim.adam import adam_defaults
+from lowrank_sys.optim.inner import Adam
+from lowrank_sys.optim.optimizer import LowRankOptimizer
+from lowrank_sys.optim.residual import ScaledResidual
+
+
+class FiraAdamW(LowRankOptimizer):
+    """W <- (1 - lr*wd) W - a [alpha back(N) + s o (G - alpha back(R))]; a, s and N as APOLLOAdamW.
+
+    The norm of the second term grows by at most 1% a step. Groups without `rank` are plain AdamW. Group keys as Fira's:
+    `rank`, `update_proj_gap` (200), `alpha` (0.25), `proj_type`, and the other keys of GaLoreAdamW but `scale`. Its code, and
+    so this, scales the back(R) that is taken away by alpha too, which the paper does not; it decays after the update.
+
+    Args:
+        params, lr, betas, weight_decay, nonfinite: as GaLoreAdamW.
+        eps: added to sqrt(V), without bias correction in matrices.
+        per_layer: None | 'in_backward': the step needs the whole gradient.
+
+    State of a matrix: that of GaLoreAdamW, and `limiter`.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, *, nonfinite="skip", per_layer=None):
+        super().__init__(params, Adam(), adam_defaults(lr, betas, eps, weight_decay), nonfinite, per_layer,
+                         residual=ScaledResidual())

@@ -1,0 +1,35 @@
+"""FRUGAL (Zmushko et al. 2024, arXiv:2411.07837): AdamW in the subspace, signSGD in the rest of the gradient."""
+
+from lowrank_sys.optim.adam import adam_defaults
+from lowrank_sys.optim.inner import Adam
+from lowrank_sys.optim.optimizer import LowRankOptimizer
+from lowrank_sys.optim.residual import StateFree
+
+
+class FrugalAdamW(LowRankOptimizer):
+    """W <- (1 - lr*wd) W - lr [scale back(Adam(R)) + residual_scale sign(G - back(R))].
+
+    Groups without `rank` are plain AdamW. Group keys: `rank`, `update_proj_gap` (200), `scale` (1), `residual_scale` (1; 0.1
+    to fine-tune), `moments` ('reset' at a refresh, the step counter too), and those of GaLoreAdamW.
+
+    Args:
+        params, lr, betas, eps, nonfinite: as GaLoreAdamW.
+        weight_decay: as torch.optim.AdamW.
+        inactive_update_rule: 'sign_sgd' | 'sgd', of G - back(R).
+        per_layer: None | 'in_backward': the step needs the whole gradient.
+
+    State of a matrix: that of GaLoreAdamW.
+    """
+
+    rules = {"sign_sgd": True, "sgd": False}
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, *, inactive_update_rule="sign_sgd",
+                 nonfinite="skip", per_layer=None):
+        if inactive_update_rule not in self.rules:
+            raise ValueError(f"inactive_update_rule must be one of {', '.join(self.rules)}, got {inactive_update_rule!r}")
+        super().__init__(params, Adam(), adam_defaults(lr, betas, eps, weight_decay), nonfinite, per_layer,
+                         residual=StateFree(sign=self.rules[inactive_update_rule]))
+
+    def _set_defaults(self, group):
+        group.setdefault("moments", "reset")
+        super()._set_defaults(group)

@@ -1,0 +1,389 @@
+"""Steps on 8-bit moments against the oracle."""
+
+import pytest
+import torch
+from refusals import assert_refused, clone
+
+import lowrank_sys  # noqa: F401  registers the ops
+from lowrank_sys import backends, reference
+from lowrank_sys.reference.blockwise import dynamic_map
+
+ops = torch.ops.lowrank
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+ADAM = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+LOW_RANK = dict(**ADAM, scale=0.25)
+NAN, INF = float("nan"), float("inf")
+
+pytestmark = pytest.mark.skipif(bool(backends.NATIVE_MISSING), reason=f"no native build: {backends.NATIVE_MISSING}")
+
+
+def same(a, b):
+    """Equal bytes."""
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def stored(shape, seed=0):
+    """exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax; second moments away from 0, where the update is well conditioned."""
+    draw = torch.Generator().manual_seed(seed)
+    m, m_absmax = ops.quantize_blockwise(torch.randn(shape, generator=draw), signed=True)
+    v, v_absmax = ops.quantize_blockwise(torch.rand(shape, generator=draw) + 0.1, signed=False)
+    return [m, v, m_absmax, v_absmax]
+
+
+def decoded(moments):
+    return (ops.dequantize_blockwise(moments[0], moments[2], signed=True),
+            ops.dequantize_blockwise(moments[1], moments[3], signed=False))
+
+
+def assert_neighbours(got, want, error=2.0**-21):
+    """Codes that differ are neighbours, and only of values within `error` absmax of a midpoint: a bounded share of them."""
+    for i, codes in enumerate(zip(got[:2], want[:2])):
+        difference = (codes[0].int() - codes[1].int()).abs()
+        assert difference.max().item() <= 1 if difference.numel() else True, f"moment {i}: codes differ by {difference.max()}"
+        # 255 midpoints, each with a share of 2 error of the values around it if they fill [0, 1] evenly; twice that and a few.
+        assert (difference != 0).sum() <= 2 * 255 * 2 * error * difference.numel() + 3, f"moment {i}"
+    for a, b in zip(got[2:], want[2:]):
+        assert torch.allclose(a, b, rtol=4 * error, atol=0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("grad_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(70001,), (3, 5, 7), (256,), (0,), ()], ids=str)
+def test_adam_8bit_against_oracle(shape, grad_dtype, dtype):
+    draw = torch.Generator().manual_seed(5)
+    w, g = torch.randn(shape, generator=draw).to(dtype), torch.randn(shape, generator=draw).to(grad_dtype)
+    if w.numel() > 9:
+        g.view(-1)[[3, -1]] = torch.tensor([NAN, INF], dtype=grad_dtype)
+    moments = stored(shape)
+    step, skipped = torch.tensor(2.0), torch.tensor(1)
+    got, before = [w.clone(), *clone(moments)], w.clone()
+    lr, grad_scale = torch.tensor(0.1), torch.tensor(0.5)
+    ops.adam_8bit_([got[0]], [g], *[[x] for x in got[1:]], [step], lr=lr, **ADAM, grad_scale=grad_scale, skipped=skipped)
+    assert step == 3 and skipped == 1 + (2 if w.numel() > 9 else 0)
+
+    want = [w.double(), *clone(moments)]
+    left_out = reference.blockwise.adamw(want[0], g.double(), reference.blockwise.Moments(*want[1:], torch.float64), step=3,
+                                         lr=0.1, **ADAM, grad_scale=0.5)
+    assert left_out == skipped - 1
+    assert_neighbours(got[1:], want[1:])
+    error = (got[0].double() - want[0]).abs()
+    assert (error <= ROUNDING[dtype] * (2 * want[0].abs() + 2.0**-14) + 2.0**-22 * 5).all()
+    if w.numel() > 9:
+        assert same(got[0].view(-1)[[3, -1]], before.view(-1)[[3, -1]])
+        # Left out: the decoded value, encoded again with its block.
+        index = torch.tensor([3, w.numel() - 1])
+        for now, then, signed, block in zip(decoded(got[1:]), decoded(moments), (True, False), got[3:]):
+            gap = dynamic_map(signed).diff().max() / 2
+            assert ((now.view(-1)[index] - then.view(-1)[index]).abs() <= gap * block[index // 256] * 1.001).all()
+
+
+def test_adam_8bit_is_exact_in_fp32():
+    """The decoded state, adam in fp32 step by step, encoded again: the oracle in fp32 gives neighbours at most, and few."""
+    w, g = torch.randn(4096), torch.randn(4096)
+    got, want = [w.clone(), *stored(w.shape)], [w.clone(), *stored(w.shape)]
+    steps = [torch.tensor(0.0), torch.tensor(0.0)]
+    for _ in range(5):
+        ops.adam_8bit_([got[0]], [g], *[[x] for x in got[1:]], [steps[0]], lr=torch.tensor(0.01), **ADAM)
+        reference.adam_8bit_([want[0]], [g], *[[x] for x in want[1:]], [steps[1]], lr=torch.tensor(0.01), **ADAM)
+    assert_neighbours(got[1:], want[1:])
+    assert torch.allclose(got[0], want[0], rtol=0, atol=5 * 0.01 * 2.0**-8)  # a neighbouring code now and then
+
+
+def test_a_block_of_skipped_elements_keeps_its_bytes():
+    w, g, moments = torch.randn(5, 256), torch.randn(5, 256), stored((5, 256))
+    g[1], g[3] = NAN, 1e30
+    moments[0][1] = 0  # -0.993 absmax at most: encoding again would rescale the block
+    before = clone([w, *moments])
+    skipped = torch.tensor(0)
+    ops.adam_8bit_([w], [g], *[[x] for x in moments], [torch.tensor(0.0)], lr=torch.tensor(0.1), **ADAM, skipped=skipped)
+    assert skipped == 512
+    for now, then in zip([w, *moments], before):
+        assert same(now[[1, 3]], then[[1, 3]])
+        assert all((now[i] != then[i]).any() for i in (0, 2, 4))
+
+
+def test_many_steps_stay_near_adamw():
+    """300 steps on a noisy quadratic: 8-bit moments reach the loss of fp32 ones within 2%."""
+    losses = []
+    for eight in (True, False):
+        torch.manual_seed(0)
+        target, w, step = torch.randn(64, 128), torch.zeros(64, 128), torch.tensor(0.0)
+        moments = [torch.zeros(w.shape, dtype=torch.uint8)] * 2 if eight else []
+        moments = [x.clone() for x in moments] + [torch.zeros(32) if eight else torch.zeros_like(w) for _ in range(2)]
+        for _ in range(300):
+            g = w - target + 0.3 * torch.randn(w.shape)
+            op = ops.adam_8bit_ if eight else ops.adamw_step
+            op([w], [g], *[[x] for x in moments], [step], lr=torch.tensor(0.02), **(ADAM | {"weight_decay": 0.0}))
+        losses.append((w - target).square().mean().item())
+    assert losses[0] <= 1.02 * losses[1] + 1e-3
+
+
+def low_rank_inputs(m, n, r, left, dtype=torch.float32, seed=0):
+    """param, grad, basis and the moments of one matrix."""
+    draw = torch.Generator().manual_seed(seed)
+    d, shape = (m, (r, n)) if left else (n, (m, r))
+    return [torch.randn(m, n, generator=draw).to(dtype), torch.randn(m, n, generator=draw).to(dtype),
+            (torch.randn(d, r, generator=draw) / max(d, 1) ** 0.5).to(dtype), *stored(shape, seed)]
+
+
+GALORE_SHAPES = [(63, 100, 7), (200, 130, 64), (1, 200, 1), (1100, 1030, 5), (0, 20, 3), (20, 0, 3)]
+
+
+@SIDES
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", GALORE_SHAPES, ids=str)
+def test_galore_step_8bit_against_oracle(shape, dtype, left):
+    got = low_rank_inputs(*shape, left, dtype)
+    want = clone(got[:3], torch.Tensor.double) + clone(got[3:])
+    hyper = dict(step=3, lr=0.1, **LOW_RANK, left=left)
+    assert ops.galore_step_8bit(*got, **hyper) is None
+    reference.galore_step_8bit(*want, **hyper)
+    # R is a product of depth d: one rounding for each root of it, of sums of |G| |B|.
+    b, g = want[2], want[1]
+    depth = b.shape[0]
+    size = ((b.T.abs() @ g.abs()) if left else (g.abs() @ b.abs())).max().item() if g.numel() else 0.0
+    r_error = 2.0**-23 * max(depth, 1) ** 0.5 * size
+    assert_neighbours(got[3:], want[3:], error=2.0**-21 + r_error)
+    # An error of r enters x over sqrt(v) > 0.3; lr * scale = 0.025; |x| < 40.
+    back = 0.025 * b.abs().sum(1).max().item() * (4 * r_error + 2.0**-22 * 40) if b.numel() else 0.0
+    error = (got[0].double() - want[0]).abs()
+    assert (error <= ROUNDING[dtype] * (2 * want[0].abs() + 2.0**-14) + back).all()
+
+
+def as_lists(count, left, dtype=torch.float32):
+    return [list(column) for column in zip(*(low_rank_inputs(20 + i, 30, 4, left, dtype, seed=i) for i in range(count)))]
+
+
+@SIDES
+def test_a_list_is_its_matrices_one_by_one(left):
+    lists = as_lists(3, left)
+    steps = [torch.tensor(float(i)) for i in range(3)]
+    want = [[x.clone() for x in matrix] for matrix in zip(*lists)]
+    hyper = dict(lr=torch.tensor(0.1), **LOW_RANK, left=left)
+    ops.galore_step_8bit(*lists, steps, **hyper, grad_scale=torch.tensor([0.5]), found_inf=torch.tensor(0.0))
+    assert [float(step) for step in steps] == [1, 2, 3]
+    for i, args in enumerate(want):
+        args[1] *= 0.5
+        ops.galore_step_8bit(*args, step=torch.tensor(i + 1), **hyper)
+        for column in (0, 3, 4, 5, 6):
+            assert same(lists[column][i], args[column])
+
+
+@SIDES
+def test_a_step_is_its_three_parts(left):
+    """project, adam_8bit_low_rank_, back_project_: the same bytes."""
+    whole, parts = (low_rank_inputs(63, 100, 7, left) for _ in range(2))
+    hyper = dict(beta1=0.9, beta2=0.999, eps=1e-8)
+    ops.galore_step_8bit(*whole, step=3, lr=0.1, **LOW_RANK, left=left)
+    r = ops.project(parts[1], parts[2], left=left)
+    x = torch.empty_like(r)
+    ops.adam_8bit_low_rank_([r], [x], *[[y] for y in parts[3:]], [torch.tensor(3.0)], **hyper, left=left)
+    ops.back_project_(parts[0], x, parts[2], alpha=-0.1 * 0.25, beta=1 - 0.1 * 0.1, left=left)
+    for a, b in zip(whole[3:], parts[3:]):
+        assert same(a, b)
+    assert torch.allclose(whole[0], parts[0], rtol=2.0**-22, atol=1e-7)
+
+
+@SIDES
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_bad_channels_keep_weights_and_decoded_moments(dtype, left):
+    """R is (30, 140) or (130, 30): blocks of 256 span channels, and one consists of bad channels only."""
+    got = low_rank_inputs(130, 140, 30, left, dtype)
+    grad = got[1] if left else got[1].T
+    bad = torch.zeros(140 if left else 130, dtype=torch.bool)
+    bad[[3, 10, *range(40, 60)]] = True
+    grad[5, bad] = NAN
+    before, want = clone(got), clone(got[:3], torch.Tensor.double) + clone(got[3:])
+    step, skipped = torch.tensor(4.0), torch.tensor(7)
+    ops.galore_step_8bit(*[[x] for x in got], [step], lr=torch.tensor(0.1), **LOW_RANK, left=left, skipped=skipped)
+    assert skipped == 7 + int(bad.sum()) * got[0].shape[0 if left else 1]
+    pick = (lambda x, keep: x[:, keep]) if left else (lambda x, keep: x[keep])
+    assert same(pick(got[0], bad), pick(before[0], bad))
+    reference.galore_step_8bit(*want, step=5, lr=0.1, **LOW_RANK, left=left)
+    assert_neighbours(got[3:], want[3:], error=2.0**-17)
+    assert torch.allclose(got[0].double(), want[0], rtol=4 * ROUNDING[dtype], atol=1e-5, equal_nan=True)
+    # A decoded moment of a bad channel moves by half a gap of its block's new absmax at most.
+    flags = (bad.expand(got[3].shape) if left else bad[:, None].expand(got[3].shape)).reshape(-1)
+    for now, then, signed, absmax in zip(decoded(got[3:]), decoded(before[3:]), (True, False), got[5:]):
+        gap = dynamic_map(signed).diff().max() / 2
+        allowed = gap * absmax.repeat_interleave(256)[:flags.numel()] * 1.001
+        assert ((now.view(-1) - then.view(-1)).abs() <= allowed)[flags].all()
+    whole = torch.nn.functional.pad(flags, (0, -flags.numel() % 256), value=True).view(-1, 256).all(dim=1)
+    assert whole.sum() == (0 if left else 2)  # elements 1200 ... 1799 of R hold two whole blocks
+    for i, at in ((3, None), (4, None), (5, whole), (6, whole)):
+        at = whole.repeat_interleave(256)[:flags.numel()] if at is None else at
+        assert same(got[i].view(-1)[at], before[i].view(-1)[at])
+
+
+@SIDES
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_update_of_a_bad_channel_is_nan(dtype, left):
+    shape = (7, 130) if left else (130, 7)
+    r, update = torch.randn(shape), torch.zeros(shape, dtype=dtype)
+    (r if left else r.T)[2, 9] = 2.0**64
+    ops.adam_8bit_low_rank_([r], [update], *[[x] for x in stored(shape)], [torch.tensor(1.0)], beta1=0.9, beta2=0.999, eps=1e-8,
+                            left=left)
+    update = update if left else update.T
+    assert update[:, 9].isnan().all() and update.isnan().sum() == 7
+
+
+@SIDES
+@pytest.mark.parametrize("poisoned", ["grad", "basis"])
+def test_nothing_finite_changes_nothing(poisoned, left):
+    args = low_rank_inputs(33, 40, 6, left)
+    args[1 if poisoned == "grad" else 2].fill_(NAN)
+    before = clone(args)
+    ops.galore_step_8bit(*args, step=1, lr=0.1, **LOW_RANK, left=left)
+    assert all(same(args[i], before[i]) for i in (0, 3, 4, 5, 6))
+
+
+def test_fresh_state_is_zeros():
+    """Zero bytes are a zero state: the first update is that of Adam."""
+    w, g = torch.zeros(1000), torch.randn(1000)
+    moments = [torch.zeros(1000, dtype=torch.uint8), torch.zeros(1000, dtype=torch.uint8), torch.zeros(4), torch.zeros(4)]
+    ops.adam_8bit_([w], [g], *[[x] for x in moments], [torch.tensor(0.0)], lr=torch.tensor(0.5), **ADAM)
+    assert torch.allclose(w, -0.5 * g.sign(), atol=1e-4)
+
+
+@pytest.mark.parametrize("op", ["galore_step_8bit", "adam_8bit_", "adam_8bit_low_rank_"])
+def test_found_inf_makes_the_step_a_no_op(op):
+    lists = as_lists(2, True)
+    low_rank = [torch.randn(4, 30) for _ in range(2)]
+    lists = {"galore_step_8bit": lists, "adam_8bit_": [low_rank, clone(low_rank), *lists[3:]],
+             "adam_8bit_low_rank_": [low_rank, clone(low_rank), *lists[3:]]}[op]
+    extra = {"galore_step_8bit": dict(**LOW_RANK, left=True, lr=torch.tensor(0.1), skipped=torch.tensor(5)),
+             "adam_8bit_": dict(**ADAM, lr=torch.tensor(0.1), skipped=torch.tensor(5)),
+             "adam_8bit_low_rank_": dict(beta1=0.9, beta2=0.999, eps=1e-8, left=True)}[op]
+    lists[1][0].fill_(NAN)
+    lists.append([torch.tensor(2.0), torch.tensor(3.0)])
+    before = clone(lists)
+    getattr(ops, op)(*lists, **extra, found_inf=torch.tensor(1.0))
+    assert extra.get("skipped", 5) == 5
+    for now, then in zip(lists, before):
+        assert all(same(a, b) for a, b in zip(now, then))
+
+
+def test_empty_lists():
+    ops.adam_8bit_(*[[]] * 7, lr=torch.tensor(0.1), **ADAM)
+    ops.galore_step_8bit(*[[]] * 8, lr=torch.tensor(0.1), **LOW_RANK, left=True)
+    ops.adam_8bit_low_rank_(*[[]] * 7, beta1=0.9, beta2=0.999, eps=1e-8, left=True)
+
+
+def test_no_thread_count_changes_the_bits():
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        got = low_rank_inputs(300, 700, 40, True)
+        got[1][5, 9] = NAN
+        w, g = torch.randn(70000, generator=torch.Generator().manual_seed(1)), got[1].view(-1)[:70000]
+        moments = stored(w.shape)
+        ops.adam_8bit_([w], [g], *[[x] for x in moments], [torch.tensor(0.0)], lr=torch.tensor(0.1), **ADAM)
+        low = torch.randn(40, 700, generator=torch.Generator().manual_seed(2))
+        low[3, 5] = INF
+        ops.adam_8bit_low_rank_([low], [low], *[[x] for x in got[3:]], [torch.tensor(1.0)], beta1=0.9, beta2=0.999, eps=1e-8,
+                                left=True)
+        results.append([w, *moments, low, *got[3:]])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(same, results[0], other))
+
+
+# Rules
+
+
+def sample_calls():
+    tensors, guards = dict(step=torch.tensor(2.0), lr=torch.tensor(0.1)), dict(grad_scale=torch.tensor(0.5),
+                                                                              found_inf=torch.tensor(0.0))
+    counted = guards | dict(skipped=torch.tensor(0))
+    x = torch.randn(3, 300)
+    yield ops.quantize_blockwise.default, [x], dict(signed=True)
+    yield ops.dequantize_blockwise.default, list(ops.quantize_blockwise(x, signed=False)), dict(signed=False)
+    for left in (True, False):
+        one, lists, steps = low_rank_inputs(8, 12, 3, left, torch.bfloat16), as_lists(2, left), [torch.tensor(1.0) for _ in "ab"]
+        low = [torch.randn(y.shape) for y in lists[3]]
+        extra = dict(**LOW_RANK, left=left)
+        yield ops.galore_step_8bit.default, one, dict(step=2, lr=0.1, **extra)
+        yield ops.galore_step_8bit.tensor, one, tensors | extra
+        yield ops.galore_step_8bit.list, [*lists, steps], dict(lr=tensors["lr"], **extra, **counted)
+        yield ops.adam_8bit_.default, [low, clone(low), *lists[3:], steps], dict(lr=tensors["lr"], **ADAM, **counted)
+        yield (ops.adam_8bit_low_rank_.default, [clone(low), low, *lists[3:], steps],
+               dict(beta1=0.9, beta2=0.999, eps=1e-8, left=left, **guards))
+
+
+def test_opcheck():
+    for op, args, hyper in sample_calls():
+        torch.library.opcheck(op, tuple(args), hyper)
+
+
+def test_every_op_is_served_natively():
+    for op, _, _ in sample_calls():
+        name = str(op).removeprefix("lowrank.").removesuffix(".default")
+        assert {row.implementation for row in backends.table() if (row.op, row.device) == (name, "cpu")} == {"C++"}
+
+
+def test_compiles_without_a_break():
+    def run(w, g, m, v, a, b, step, lr):
+        ops.adam_8bit_([w], [g], [m], [v], [a], [b], [step], lr=lr, **ADAM)
+        codes, absmax = ops.quantize_blockwise(w, signed=True)
+        return ops.dequantize_blockwise(codes, absmax, signed=True) * 2
+
+    results = []
+    for function in (torch.compile(run, fullgraph=True, backend="aot_eager"), run):
+        torch.manual_seed(0)
+        w, moments, step = torch.randn(300), stored((300,)), torch.tensor(0.0)
+        for i in range(3):
+            out = function(w, torch.randn(300), *moments, step, torch.tensor(0.1 / (i + 1)))
+        results.append([w, *moments, out])
+    assert all(map(same, *results))
+
+
+BAD = {
+    "param 3-dim": (0, torch.zeros(2, 3, 4), "param must be a matrix"),
+    "grad shape": (1, torch.zeros(20, 31), "grad must have shape (20, 30)"),
+    "basis shape": (2, torch.zeros(30, 4), "basis must have shape (m = 20, r)"),
+    "codes shape": (3, torch.zeros(4, 29, dtype=torch.uint8), "exp_avg must have shape (4, 30), got (4, 29)"),
+    "codes fp32": (3, torch.zeros(4, 30), "exp_avg must be torch.uint8, got torch.float32"),
+    "absmax shape": (5, torch.zeros(2), "exp_avg_absmax must have shape (1,), got (2,)"),
+    "second codes": (4, torch.zeros(30, 4, dtype=torch.uint8).T, "exp_avg_sq must be contiguous"),
+    "second absmax": (6, torch.zeros(1).half(), "exp_avg_sq_absmax must be torch.float32, got torch.float16"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_matrices(name):
+    place, value, expected = BAD[name]
+    args = low_rank_inputs(20, 30, 4, True)
+    args[place] = value
+    assert_refused(ops.galore_step_8bit, args, dict(step=1, lr=0.1, **LOW_RANK, left=True), f"galore_step_8bit: {expected}")
+
+
+def test_step_counts_from_one():
+    assert_refused(ops.galore_step_8bit, low_rank_inputs(20, 30, 4, True), dict(step=0, lr=0.1, **LOW_RANK, left=True),
+                   "galore_step_8bit: step counts from 1, got 0")
+
+
+BAD_LISTS = {
+    "grads short": (lambda a, h: a[1].pop(), "must have 2 tensors like"),
+    "absmaxes short": (lambda a, h: a[-2].pop(), "exp_avg_sq_absmaxes must have 2 tensors like"),
+    "steps short": (lambda a, h: a[-1].pop(), "steps must have 2 tensors like"),
+    "steps int": (lambda a, h: a[-1].__setitem__(1, torch.tensor(1)), "steps[1] must be torch.float32, got torch.int64"),
+    "found_inf dtype": (lambda a, h: h.update(found_inf=torch.tensor(True)), "found_inf must be torch.float32, got torch.bool"),
+    "second codes": (lambda a, h: a[-5].__setitem__(1, torch.zeros(3, dtype=torch.uint8)), "must have shape (4, 30), got (3,)"),
+    "codes type": (lambda a, h: a[-4].__setitem__(1, torch.zeros(4, 30)), "must be torch.uint8, got torch.float32"),
+}
+
+
+@pytest.mark.parametrize("op", ["galore_step_8bit", "adam_8bit_", "adam_8bit_low_rank_"])
+@pytest.mark.parametrize("name", BAD_LISTS)
+def test_bad_lists(name, op):
+    change, expected = BAD_LISTS[name]
+    lists, hyper = as_lists(2, True), dict(lr=torch.tensor(0.1), **LOW_RANK, left=True)
+    if op != "galore_step_8bit":
+        low_rank = [torch.randn(4, 30) for _ in range(2)]
+        lists = [low_rank, clone(low_rank), *lists[3:]]
+        hyper = dict(lr=torch.tensor(0.1), **ADAM) if op == "adam_8bit_" else dict(beta1=0.9, beta2=0.99, eps=1e-8, left=True)
+    lists.append([torch.tensor(0.0), torch.tensor(1.0)])
+    change(lists, hyper)
+    assert_refused(getattr(ops, op), lists, hyper, expected)

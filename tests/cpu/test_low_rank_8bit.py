@@ -1,0 +1,231 @@
+"""Low-rank steps with 8-bit moments from G and from R, on dense bases and on bases in INT4."""
+
+import pytest
+import torch
+from refusals import assert_refused, clone
+
+import lowrank_sys  # noqa: F401  registers the ops
+from lowrank_sys import backends, reference
+
+ops = torch.ops.lowrank
+SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HYPER = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, scale=0.25)
+SHAPES = [(63, 100, 7), (300, 130, 40), (1, 200, 1), (600, 515, 9)]
+MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
+NAN = float("nan")
+
+pytestmark = pytest.mark.skipif(bool(backends.NATIVE_MISSING), reason=f"no native build: {backends.NATIVE_MISSING}")
+
+
+def same(a, b):
+    """Equal bytes."""
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+class Case:
+    """One matrix: param, grad, a basis and the same one in INT4, and moments as codes."""
+
+    def __init__(self, m, n, r, left, dtype=torch.float32, seed=0, group_size=64):
+        draw = torch.Generator().manual_seed(seed)
+        self.left, self.group_size, self.d = left, group_size, m if left else n
+        self.param, self.grad = (torch.randn(m, n, generator=draw).to(dtype) for _ in range(2))
+        basis = torch.randn(self.d, r, generator=draw) / self.d**0.5
+        self.int4 = list(ops.quantize_int4(basis, group_size=group_size))
+        self.dense = [ops.dequantize_int4(*self.int4, d=self.d, group_size=group_size)]
+        shape = (r, n) if left else (m, r)
+        first, first_absmax = ops.quantize_blockwise(torch.randn(shape, generator=draw), signed=True)
+        second, second_absmax = ops.quantize_blockwise(torch.rand(shape, generator=draw) + 0.1, signed=False)
+        self.moments, self.step = [first, second, first_absmax, second_absmax], torch.tensor(2.0)
+
+    def low_rank(self, form):
+        if form == "list":
+            return ops.project(self.grad, *self.dense, left=self.left)
+        return ops.project_int4(self.grad, *self.int4, left=self.left, group_size=self.group_size)
+
+    def run(self, form, projected=False, served=ops, lr=0.1, **guards):
+        """Returns copies of what the step wrote: param, moments and step."""
+        param, moments, step = self.param.clone(), clone(self.moments), self.step.clone()
+        basis = self.dense if form == "list" else self.int4
+        gradient = self.low_rank(form) if projected else self.grad
+        op = getattr(getattr(served, f"{'subspace' if projected else 'galore'}_step_8bit"), form)
+        options = {} if form == "list" else {"group_size": self.group_size}
+        op([param], [gradient], *([x] for x in basis), *([x] for x in moments), [step], lr=torch.tensor(lr), left=self.left,
+           **HYPER, **options, **guards)
+        return [param, *moments, step]
+
+
+@SIDES
+@pytest.mark.parametrize("form", ["list", "int4"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 20, 3), (20, 0, 3)], ids=str)
+def test_from_r_is_from_g(shape, dtype, form, left):
+    """project and the step from R: the bytes of the step from G, guards and all."""
+    case = Case(*shape, left, dtype)
+    guards = dict(grad_scale=torch.tensor([0.5]), found_inf=torch.tensor(0.0))
+    for a, b in zip(case.run(form, **guards), case.run(form, projected=True, **guards)):
+        assert same(a, b)
+
+
+@SIDES
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int4_is_its_parts(shape, dtype, left):
+    """project_int4, adam_8bit_low_rank_, back_project_int4_: the same bytes."""
+    case = Case(*shape, left, dtype)
+    whole = case.run("int4")
+    r, moments, param = case.low_rank("int4"), clone(case.moments), case.param.clone()
+    adam = {key: HYPER[key] for key in ("beta1", "beta2", "eps")}
+    ops.adam_8bit_low_rank_([r], [r], *([x] for x in moments), [torch.tensor(3.0)], **adam, left=left)
+    ops.back_project_int4_(param, r, *case.int4, alpha=-0.1 * 0.25, beta=1 - 0.1 * 0.1, left=left, group_size=64)
+    assert all(map(same, whole[1:5], moments))
+    assert torch.allclose(whole[0].float(), param.float(), rtol=torch.finfo(dtype).eps, atol=1e-7)  # lr is a double there
+
+
+@SIDES
+@pytest.mark.parametrize("projected", [False, True], ids=["from G", "from R"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int4_is_the_step_on_what_it_decodes_to(shape, projected, left):
+    """R may differ in its last bits, so a code may be the neighbour now and then; a weight moves by lr * scale * |x| a code."""
+    case = Case(*shape, left)
+    dense, packed = case.run("list", projected), case.run("int4", projected)
+    for a, b in zip(dense[1:3], packed[1:3]):
+        apart = (a.int() - b.int()).abs()
+        assert apart.max() <= 1 and (apart != 0).sum() <= 0.002 * apart.numel() + 2
+    for a, b in zip(dense[3:5], packed[3:5]):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+    torch.testing.assert_close(dense[0], packed[0], rtol=2.0**-22, atol=1e-4 * 0.025)
+    assert dense[5] == packed[5] == 3
+
+
+@SIDES
+@pytest.mark.parametrize("form", ["list", "int4"])
+@pytest.mark.parametrize("projected", [False, True], ids=["from G", "from R"])
+def test_against_the_oracle_with_a_bad_channel(projected, form, left):
+    case = Case(130, 90, 12, left)
+    (case.grad if left else case.grad.T)[5, 7] = NAN
+    before = case.param.clone()
+    skipped = [torch.tensor(3), torch.tensor(3)]
+    got = case.run(form, projected, skipped=skipped[0])
+    want = case.run(form, projected, served=_Oracle, skipped=skipped[1])
+    size = 130 if left else 90
+    assert skipped[0] == skipped[1] == 3 + size
+    torch.testing.assert_close(got[0], want[0], rtol=2.0**-20, atol=1e-5)
+    for a, b in zip(got[1:3], want[1:3]):
+        assert (a.int() - b.int()).abs().max() <= 1
+    pick = (slice(None), 7) if left else (7, slice(None))
+    assert torch.equal(got[0][pick], before[pick]) and (got[0] != before).sum() > 0.95 * (before.numel() - size)
+
+
+class _Oracle:
+    """torch.ops.lowrank's interface to the reference."""
+
+    class galore_step_8bit:
+        list, int4 = staticmethod(reference.galore_step_8bit_list), staticmethod(reference.galore_step_8bit_int4)
+
+    class subspace_step_8bit:
+        list, int4 = staticmethod(reference.subspace_step_8bit_list), staticmethod(reference.subspace_step_8bit_int4)
+
+
+@pytest.mark.parametrize("form", ["list", "int4"])
+@pytest.mark.parametrize("projected", [False, True], ids=["from G", "from R"])
+def test_found_inf_makes_the_step_a_no_op(projected, form):
+    case, skipped = Case(40, 30, 5, True), torch.tensor(5)
+    case.grad.fill_(NAN)
+    got = case.run(form, projected, found_inf=torch.tensor(1.0), skipped=skipped)
+    assert skipped == 5 and all(map(same, got, [case.param, *case.moments, case.step]))
+
+
+@SIDES
+def test_a_list_is_its_matrices_one_by_one(left):
+    """Matrices of several shapes and types reuse one scratch."""
+    cases = [Case(20 + 40 * i, 90 - 30 * i, 4 + i, left, FLOATS[i], seed=i) for i in range(3)]
+    want = [case.run("int4") for case in cases]
+    got = [[case.param.clone(), *clone(case.moments), case.step.clone()] for case in cases]
+    columns = [list(column) for column in zip(*got)]
+    ops.galore_step_8bit.int4(columns[0], [case.grad for case in cases], *map(list, zip(*(case.int4 for case in cases))),
+                              *columns[1:], lr=torch.tensor(0.1), left=left, group_size=64, **HYPER)
+    for a, b in zip(got, want):
+        assert all(map(same, a, b))
+
+
+def test_no_thread_count_changes_the_bits():
+    results, before = [], torch.get_num_threads()
+    case = Case(600, 515, 40, False, torch.bfloat16)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(case.run("int4", projected=True))
+    torch.set_num_threads(before)
+    assert all(map(same, results[0], results[1])) and all(map(same, results[0], results[2]))
+
+
+def calls():
+    guards = dict(grad_scale=torch.tensor(0.5), found_inf=torch.tensor(0.0), skipped=torch.tensor(0))
+    case = Case(8, 70, 3, False, torch.bfloat16)
+    moments = [[x] for x in case.moments]
+    for projected in (False, True):
+        for form, basis in (("list", case.dense), ("int4", case.int4)):
+            op = getattr(getattr(ops, f"{'subspace' if projected else 'galore'}_step_8bit"), form)
+            gradient = case.low_rank(form) if projected else case.grad
+            options = {} if form == "list" else {"group_size": 64}
+            yield (op, ([case.param], [gradient], *([x] for x in basis), *moments, [case.step]),
+                   dict(lr=torch.tensor(0.1), left=False, **HYPER, **options, **guards))
+
+
+def test_opcheck():
+    for op, args, hyper in calls():
+        torch.library.opcheck(op, clone(args), hyper)
+
+
+def test_every_op_is_served_natively():
+    for op, _, _ in calls():
+        name = str(op).removeprefix("lowrank.")
+        assert {row.implementation for row in backends.table() if (row.op, row.device) == (name, "cpu")} == {"C++"}
+
+
+BAD = {
+    "packed shape": ("int4", 2, torch.zeros(4, 9, dtype=torch.uint8), "basis must have shape (r, 10) for vectors of 20 entries, got (4, 9)"),
+    "packed type": ("int4", 2, torch.zeros(4, 10), "basis must be torch.uint8, got torch.float32"),
+    "basis_scale shape": ("int4", 3, torch.zeros(4, 2), "basis_scale must have shape (4, 1), got (4, 2)"),
+    "basis_offset type": ("int4", 4, torch.zeros(4, 1).half(), "basis_offset must be torch.float32, got torch.float16"),
+    "basis shape": ("list", 2, torch.zeros(30, 4), "basis must have shape (m = 20, r)"),
+    "codes": ("int4", 5, torch.zeros(4, 30), "exp_avg must be torch.uint8, got torch.float32"),
+    "absmax": ("int4", 8, torch.zeros(3), "exp_avg_sq_absmax must have shape (1,), got (3,)"),
+    "param": ("int4", 0, torch.zeros(2, 3, 4), "param must be a matrix"),
+    "step": ("int4", 9, torch.tensor(1), "steps[0] must be torch.float32, got torch.int64"),
+}
+
+
+@pytest.mark.parametrize("projected", [False, True], ids=["from G", "from R"])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name, projected):
+    form, place, value, expected = BAD[name]
+    case = Case(20, 30, 4, True)
+    basis = case.dense if form == "list" else case.int4
+    gradient = case.low_rank(form) if projected else case.grad
+    lists = [[case.param], [gradient], *([x] for x in basis), *([x] for x in case.moments), [case.step]]
+    lists[place] = [value]
+    op = f"{'subspace' if projected else 'galore'}_step_8bit"
+    options = {} if form == "list" else {"group_size": 64}
+    assert_refused(getattr(getattr(ops, op), form), lists, dict(lr=torch.tensor(0.1), left=True, **HYPER, **options), f"{op}: {expected}",
+                   oracle=getattr(getattr(_Oracle, op), form))
+
+
+@pytest.mark.parametrize("gradient, expected", [
+    (torch.zeros(4, 29), "low_rank_grad must have shape (4, 30), got (4, 29)"),
+    (torch.zeros(4, 30).bfloat16(), "low_rank_grad must be torch.float32, got torch.bfloat16")])
+def test_bad_low_rank_gradients(gradient, expected):
+    case = Case(20, 30, 4, True)
+    lists = [[case.param], [gradient], *([x] for x in case.int4), *([x] for x in case.moments), [case.step]]
+    assert_refused(ops.subspace_step_8bit.int4, lists, dict(lr=torch.tensor(0.1), left=True, group_size=64, **HYPER),
+                   f"subspace_step_8bit: {expected}", oracle=reference.subspace_step_8bit_int4)
+    lists[3] = []
+    assert_refused(ops.subspace_step_8bit.int4, lists, dict(lr=torch.tensor(0.1), left=True, group_size=64, **HYPER),
+                   "subspace_step_8bit: basis_scales must have 1 tensors like params, got 0")
+
+
+def test_group_size_is_checked():
+    case = Case(20, 30, 4, True)
+    lists = [[case.param], [case.grad], *([x] for x in case.int4), *([x] for x in case.moments), [case.step]]
+    assert_refused(ops.galore_step_8bit.int4, lists, dict(lr=torch.tensor(0.1), left=True, group_size=48, **HYPER),
+                   "galore_step_8bit: group_size must be a power of two from 32 to 1024, got 48")
