@@ -92,13 +92,13 @@ INT8_LINEAR = {
 
 # The back-projection into INT8 weights, by kind: a tile of whole groups along n, and as many rows as leave this many elements.
 BACK_PROJECT_INT8 = {
-    16: _tile(8, 2, ELEMENTS=16384, BLOCK_R=64),
-    32: _tile(8, 2, ELEMENTS=16384, BLOCK_R=32),
-    "odd": _tile(8, 1, ELEMENTS=8192, BLOCK_R=16),
+    16: _tile(8, 2, ELEMENTS=8192, BLOCK_R=64),
+    32: _tile(8, 2, ELEMENTS=8192, BLOCK_R=32),
+    "odd": _tile(8, 1, ELEMENTS=4096, BLOCK_R=16),
 }
 
 # APOLLO's update of INT8 weights: elementwise but for the largest of a group.
-SCALED_INT8 = _tile(8, 1, ELEMENTS=8192)
+SCALED_INT8 = _tile(8, 1, ELEMENTS=4096)
 
 
 class Target(NamedTuple):
@@ -156,10 +156,11 @@ def int8_linear(*, m, n, back, dtype, group_size):
     return config
 
 
-def back_project_int8(*, n, r, dtypes, group_size):
-    """Launch arguments of the back-projection into an INT8 weight. One table serves every architecture."""
+def back_project_int8(*, n, r, dtypes, group_size, offset=0):
+    """Launch arguments of the back-projection into an INT8 weight that begins at element `offset` of the unsharded tensor: rows
+    that share no draws of random bits count as odd. One table serves every architecture."""
     narrow = dtypes[0] == dtypes[1] and dtypes[0].itemsize == 2
-    return back_project_int8_config("odd" if n % 16 or r % 16 else 16 if narrow else 32, r, group_size)
+    return back_project_int8_config("odd" if n % 16 or r % 16 or offset % 8 else 16 if narrow else 32, r, group_size)
 
 
 def back_project_int8_config(kind, r, group_size):

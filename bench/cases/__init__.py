@@ -9,10 +9,11 @@ One module a group of ops.
 import torch
 
 from lowrank_sys import backends
-from lowrank_sys.bench.cases import blockwise, gaussian, int4, int8, projection, residual, sparse, steps, subspace, transforms
+from lowrank_sys.bench.cases import (blockwise, gaussian, int4, int8, projection, qgalore, residual, sparse, steps, subspace,
+                                     transforms)
 from lowrank_sys.bench.cases.case import Case
 
-GROUPS = (steps, projection, int4, subspace, int8, sparse, transforms, blockwise, gaussian, residual)
+GROUPS = (steps, projection, int4, subspace, int8, sparse, transforms, blockwise, gaussian, residual, qgalore)
 OPS = {name: op for group in GROUPS for name, op in group.OPS.items()}
 
 # Timed once: at 4096 x 4096 it takes most of a minute.
