@@ -16,7 +16,7 @@ from lowrank_sys.cli import CommandError
 from lowrank_sys.memory import allocator, process
 from lowrank_sys.memory.ledger import CATEGORIES
 from lowrank_sys.memory.rehearsal import Rehearsal, rehearse
-from lowrank_sys.train.methods import METHODS, settle
+from lowrank_sys.train.methods import LEAN, settle
 
 PARTS = (*CATEGORIES, "activations", "workspace")
 
@@ -80,7 +80,7 @@ class Planner:
         """(changes that make the run fit, the smallest plan found); a change: {"flags", "peak_bytes"}, every one planned.
 
         First the allocator's, where the run would not find memory tight by itself; all single changes that do, of every
-        family in `_changes` the mildest (every method); else the first combination.
+        family in `_changes` the mildest (every method of LEAN); else the first combination.
         """
         plan = self.plan()
         unchanged = plan["peak_bytes"]
@@ -131,7 +131,7 @@ def _changes(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         yield [{"dtype": "bf16"}]
     if settle(args).weights == "float":
         yield [{"weights": "int8"}]
-    yield [{"method": method} for method in METHODS if method != args.method]
+    yield [{"method": method} for method in LEAN if method != args.method]
     rank = settle(args).rank
     yield [{"rank": rank >> halvings} for halvings in (1, 2, 3) if rank >> halvings >= 4]
 

@@ -122,6 +122,9 @@ METHODS = {
     "frugal": Method(_preset("FrugalAdamW"), lr=1e-3, plain_lr=3e-3, scale=1.0),
 }
 
+# Those that are known to need little memory: what `lowrank plan` tries where a run does not fit.
+LEAN = ("galore8bit", "q-galore", "apollo-mini")
+
 
 def build(model: torch.nn.Module, args: argparse.Namespace) -> LowRankOptimizer:
     """The optimizer of `args.method` over the parameters of `model`; its last group is the linear weights.

@@ -159,6 +159,22 @@ def test_the_ledger_knows_codes_and_scales():
     assert memory["basis"] == sum(s["basis"].numel() for s in states)
 
 
+def test_apollo_with_small_plain_moments():
+    """plain_8bit: only embeddings and head are coded; the matrices train as without."""
+    models, kinds = [], []
+    for plain_8bit in (False, True):
+        model = quantize_model(build(), group_size=32)
+        optimizer = APOLLOAdamW(groups(model), lr=LR, eps=EPS, plain_8bit=plain_8bit)
+        for group in optimizer.param_groups:
+            group["min_8bit_size"] = 1000
+        train(model, optimizer, range(1))
+        models.append(model)
+        kinds.append({optimizer.state[model[0].weight]["exp_avg"].dtype, optimizer.state[model[1].weight]["exp_avg"].dtype})
+    assert kinds == [{torch.float32}, {torch.uint8, torch.float32}]
+    one, two = map(stored, models)
+    assert all(torch.equal(one[key], two[key]) for key in one if "codes" in key)
+
+
 @pytest.mark.parametrize("cls", [GaLoreAdamW, FiraAdamW, GrassAdamW])
 def test_who_cannot_write_int8_says_so(cls):
     model = quantize_model(build(), group_size=32)
