@@ -229,4 +229,4 @@ class _Sketch:
 
 
 def _identity(grad):
-    return grad.data_ptr(), grad._version
+    return grad.untyped_storage()._cdata, grad._version

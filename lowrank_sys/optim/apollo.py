@@ -11,11 +11,11 @@ from lowrank_sys.subspace.keyed import Keyed
 class APOLLOAdamW(LowRankOptimizer):
     """W <- (1 - lr*wd) W - a sqrt(scale) s o G, with a = lr sqrt(1 - beta2^t) / (1 - beta1^t).
 
-    s_j = |N_j| / |R_j| by channel, N = M / (sqrt(V) + eps) from the moments of R = project(G). The norm of
-    s o G grows by at most 1% a step (the norm-growth limiter). Groups without `rank` are plain AdamW. Group keys as apollo-torch's: `rank`, `update_proj_gap` (200), `scale`
-    (1, or 128 with scale_type='tensor'), `proj_type`, `proj` (random | svd), `scale_type` (channel | tensor), and those of
-    GaLoreAdamW; with proj='svd', `subspace` says how the singular directions are found. APOLLO-Mini is one factor for a whole
-    matrix from rank 1: `param_groups(model, **APOLLOAdamW.mini)`.
+    s_j = |N_j| / |R_j| by channel, N = M / (sqrt(V) + eps) from the moments of R = project(G). The norm of s o G grows by at most
+    1% a step (the norm-growth limiter). Groups without `rank` are plain AdamW. Group keys as apollo-torch's: `rank`,
+    `update_proj_gap` (200), `scale` (1, or 128 with scale_type='tensor'), `proj_type`, `proj` (random | svd), `scale_type`
+    (channel | tensor), and those of GaLoreAdamW; with proj='svd', `subspace` says how the singular directions are found.
+    APOLLO-Mini is one factor for a whole matrix from rank 1: `param_groups(model, **APOLLOAdamW.mini)`.
 
     A random basis is never stored: the state holds its key of 32 bytes, and kernels make it from that. apollo-torch keeps
     it in memory, decays after the update and adds eps before bias correction.

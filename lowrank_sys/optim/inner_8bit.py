@@ -4,7 +4,7 @@ import torch
 
 from lowrank_sys._ops.blockwise import blocks
 from lowrank_sys.optim.inner import Adam
-from lowrank_sys.optim.store import store_of as weights_of
+from lowrank_sys.optim.store import weight_store
 from lowrank_sys.subspace.basis import alike, parts, store_of
 
 # Moments of fewer elements stay in fp32, as in bitsandbytes.
@@ -26,7 +26,7 @@ class Adam8bit:
         self._full = Adam()
 
     def init(self, state, shape, param, group):
-        if torch.Size(shape).numel() < group["min_8bit_size"] and not weights_of(param).int8:
+        if torch.Size(shape).numel() < group["min_8bit_size"] and not weight_store(param).int8:
             self._full.init(state, shape, param, group)
             return
         for key in MOMENTS[:2]:
@@ -42,14 +42,14 @@ class Adam8bit:
                 self._full.plain_step(group, params, grads, states, lr, guards)
 
     def low_rank_step(self, group, params, grads, states, lr, left, guards):
-        if weights_of(params[0]).int8:
+        if weight_store(params[0]).int8:
             self._int8("qgalore_step", group, params, grads, states, lr, left, guards)
             return
         self._low_rank("galore_step_8bit", self._full.low_rank_step, group, params, grads, states, lr, left, guards)
 
     def subspace_step(self, group, params, low_rank_grads, states, lr, left, guards):
         """low_rank_step from R."""
-        if weights_of(params[0]).int8:
+        if weight_store(params[0]).int8:
             self._int8("qgalore_subspace_step", group, params, low_rank_grads, states, lr, left, guards)
             return
         self._low_rank("subspace_step_8bit", self._full.subspace_step, group, params, low_rank_grads, states, lr, left, guards)
@@ -66,7 +66,7 @@ class Adam8bit:
                  **store.options, **self._full.hyper(group), **guards)
 
     def _int8(self, name, group, params, gradients, states, lr, left, guards):
-        weights = weights_of(params[0])
+        weights = weight_store(params[0])
         for _, states, params, gradients in alike(_kind, states, params, gradients):
             store = store_of(states[0])
             bases = [*map(list, zip(*(parts(state)[1] for state in states))), [], []][:3]

@@ -6,7 +6,7 @@ from lowrank_sys.memory import ledger
 from lowrank_sys.optim.coefficient import weights, with_coefficients, without_coefficients
 from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.residual import Dropped
-from lowrank_sys.optim.store import store_of
+from lowrank_sys.optim.store import weight_store
 from lowrank_sys.subspace.subspace import Subspace
 
 
@@ -81,7 +81,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _check_stores(self, group, names):
         for name, param in zip(names, group["params"]):
-            store = store_of(param)
+            store = weight_store(param)
             store.check(param, name)
             if not store.int8:
                 continue
@@ -128,7 +128,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if "rank" in group:
                 shape = self.subspace.init(state, param, group, index[param], len(matrices))
                 self.residual.init(state, param)
-                store_of(param).init(state, index[param])
+                weight_store(param).init(state, index[param])
             self.inner.init(state, tuple(shape), param, group)
 
     def _counter(self, device):
@@ -143,7 +143,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if grad.is_sparse:
                 raise ValueError(f"gradients must be dense, got a sparse one for a parameter of shape {tuple(param.shape)}")
             state = self.state[param]
-            batch = batches.setdefault((param.device, state.get("left", False), store_of(param).group_size), ([], [], []))
+            kind = param.device, state.get("left", False), weight_store(param).group_size
+            batch = batches.setdefault(kind, ([], [], []))
             for items, item in zip(batch, (param, grad.contiguous(), state)):
                 items.append(item)
         for (_, left, _), batch in batches.items():

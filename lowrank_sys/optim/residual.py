@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from lowrank_sys.optim.store import store_of
+from lowrank_sys.optim.store import weight_store
 
 # A norm may grow by this factor a step (Fira, section 3.3; APOLLO, section 4.2).
 GROWTH = 1.01
@@ -91,7 +91,7 @@ class ScaledGradient(_FromGradient):
 
     def low_rank_step(self, inner, group, params, grads, states, lr, left, guards):
         bases = [state["key"] if "key" in state else state["basis"] for state in states]
-        store, ops = store_of(params[0]), torch.ops.lowrank
+        store, ops = weight_store(params[0]), torch.ops.lowrank
         (ops.apollo_int8_step if store.int8 else ops.apollo_step).list(
             *store.tensors(params), grads, bases, _field(states, "exp_avg"), _field(states, "exp_avg_sq"),
             *self._limiters(states), _field(states, "step"), lr=lr, scale=group["scale"], left=left,

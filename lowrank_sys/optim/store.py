@@ -57,6 +57,6 @@ class Int8(InPlace):
 IN_PLACE = InPlace()
 
 
-def store_of(param):
+def weight_store(param):
     """The store that a parameter is kept in."""
     return Int8(param.group_size) if is_quantized(param) else IN_PLACE

@@ -87,7 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warmup-steps", metavar="N", type=int, help="steps that warm up, in place of --warmup-ratio")
     add("--min-lr-ratio", metavar="X", type=float, default=0.1, help="where the cosine ends (default: %(default)s)")
     add("--seed", metavar="S", type=int, default=0, help="of weights, data order and bases (default: %(default)s)")
-    add("--dtype", metavar="NAME", default="auto", help="of computation and float weights: fp32 or bf16 (default: bf16 on a GPU, fp32 on a CPU)")
+    dtypes = "of computation and float weights: fp32 or bf16 (default: bf16 on a GPU, fp32 on a CPU)"
+    add("--dtype", metavar="NAME", default="auto", help=dtypes)
     add(
         "--weights",
         metavar="NAME",
