@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch>=2.10
 OUT ?= runs/$(shell date +%Y%m%d-%H%M%S)
 # Packages that the parity lane and the benchmarks compare with; their own pins are old, so without dependencies.
-PEERS = galore-torch bitsandbytes
+PEERS = galore-torch apollo-torch bitsandbytes
 
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
