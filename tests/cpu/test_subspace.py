@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowrank_sys.reference.subspace import svd_basis
+from lowrank_sys.reference.subspace import leading_eigenvectors, svd_basis
 
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 M, N, R = 160, 200, 24
@@ -195,3 +195,12 @@ def test_a_useless_gradient_leaves_the_moments_as_they_are(left):
     before = [x.clone() for x in state]
     refresh(state, torch.full((M, N), torch.nan), left, "rotate")
     assert all(torch.equal(a, b) for a, b in zip(state, before))
+
+
+@pytest.mark.parametrize("rank, decay", [(30, 2), (100, 4), (255, 0)])
+def test_many_directions_of_a_gram_of_low_rank_are_orthonormal(rank, decay):
+    """As with fewer tokens than a large rank: most of the directions have no energy."""
+    generator = torch.Generator().manual_seed(rank)
+    y = torch.randn(700, rank, generator=generator) * torch.logspace(0, -decay, rank) @ torch.randn(rank, 1152, generator=generator)
+    v = leading_eigenvectors(y.T @ y / y.abs().amax() ** 2, 1024)
+    torch.testing.assert_close(v.T @ v, torch.eye(1024), atol=1e-5, rtol=0)
