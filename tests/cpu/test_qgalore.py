@@ -176,13 +176,14 @@ def assert_near(got, want):
     assert difference.max() <= 1 and (difference > 0).sum() <= 2 + difference.numel() // 200
 
 
+# R is fp32, and APOLLO knows one kind of basis here.
+CALLS = [(op, dtype, int4) for op in METHODS for dtype in FLOATS for int4 in (True, False)
+         if (op != "apollo_int8_step" or int4) and (op != "qgalore_subspace_step" or dtype == torch.float32)]
+
+
 @SIDES
-@BASES
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("op", METHODS)
+@pytest.mark.parametrize("op, dtype, int4", CALLS, ids=str)
 def test_steps_against_the_oracle(op, dtype, int4, left):
-    if op == "apollo_int8_step" and not int4 or op == "qgalore_subspace_step" and dtype != torch.float32:
-        pytest.skip("no such call")
     got = Matrix(op, 90, 333, 8, left, int4, dtype=dtype, limited=True)
     want = got.copy()
     before = got.args["codes"].clone()

@@ -67,14 +67,15 @@ class Step:
         close(param, want[0], rtol=torch.finfo(param.dtype).eps, atol=moved * (1e-4 if param.dtype == FP32 else 0.01))
 
 
+# A matrix of one row leaves Fira a residual of nothing but rounding, whose norm has no digits.
+CASES = [(method, shape) for method in STEPS for shape in SHAPES.args[1] if method != "fira" or min(shape[:2]) > 1]
+
+
 @SIDES
 @TYPES
-@SHAPES
 @pytest.mark.parametrize("form", ["plain", "tensor", "list"])
-@pytest.mark.parametrize("method", STEPS)
+@pytest.mark.parametrize("method, shape", CASES, ids=str)
 def test_step(method, form, shape, dtype, left):
-    if STEPS[method][0] == "fira_step" and min(shape[:2]) == 1:
-        pytest.skip("a residual of nothing but rounding has a norm without digits")
     case = Step(method, *shape, left, dtype)
     before, want, op = case.tensors[0].clone(), case.wanted(3), getattr(ops, case.name)
     if form == "plain":
