@@ -160,10 +160,10 @@ class Accumulate(Hooked):
 
     def low_rank_step(self, optimizer, group, params, grads, states, lr, left, guards):
         if self.dtype == torch.float32:
-            optimizer.inner.subspace_step(group, params, grads, states, lr, left, guards)
+            optimizer._subspace_step(group, params, grads, states, lr, left, guards)
         else:
             for param, grad, state in zip(params, grads, states):  # one fp32 copy at a time
-                optimizer.inner.subspace_step(group, [param], [grad.float()], [state], lr, left, guards)
+                optimizer._subspace_step(group, [param], [grad.float()], [state], lr, left, guards)
         sketches = [self._window.get(param) for param in params]
         sketches = [None if sketch is None else sketch.total for sketch in sketches]
         optimizer.subspace.refresh_from_sketches(group, sketches, states, lr, left)

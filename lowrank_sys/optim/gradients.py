@@ -47,7 +47,7 @@ class AtStep:
         subspace.refresh_from_sketches(group, sketches, states, lr, left)
 
     def _update(self, optimizer, group, params, grads, states, lr, left, guards):
-        optimizer.residual.low_rank_step(optimizer.inner, group, params, grads, states, lr, left, guards)
+        optimizer._low_rank_step(group, params, grads, states, lr, left, guards)
 
     def clip(self, optimizer, max_norm):
         """Scale all gradients by the norm of the low-rank and the plain ones; returns it."""

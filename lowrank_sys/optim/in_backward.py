@@ -64,7 +64,7 @@ class InBackward(Hooked):
         self._remember(low_rank, states)
         if optimizer.residual.starts_from_low_rank(optimizer.inner):
             guards = {**guards, "grad_scale": factor}
-            optimizer.inner.subspace_step(group, params, low_rank, states, lr, left, guards)
+            optimizer._subspace_step(group, params, low_rank, states, lr, left, guards)
         else:
             torch._foreach_mul_(grads, factor)
             super()._update(optimizer, group, params, grads, states, lr, left, guards)

@@ -1,5 +1,7 @@
 """LowRankOptimizer: the composition that every method is a preset of."""
 
+from functools import partial
+
 import torch
 
 from lowrank_sys.memory import ledger
@@ -83,13 +85,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for name, param in zip(names, group["params"]):
             store = weight_store(param)
             store.check(param, name)
-            if not store.int8:
-                continue
-            if "rank" not in group:
+            if store.int8 and "rank" not in group:
                 raise ValueError(f"{name} is an INT8 weight, which trains in a group with a rank only")
-            if not self.residual.serves_int8(self.inner):
-                raise ValueError(f"{name} is an INT8 weight, which {type(self).__name__} cannot write; GaLoreAdamW8bit, "
-                                 "QGaLoreAdamW8bit and APOLLOAdamW can")
 
     def _check_low_rank(self, group, names):
         self.gradients.check(self)
@@ -165,6 +162,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _guards(self, device, grad_scale=None, found_inf=None):
         return {"grad_scale": grad_scale, "found_inf": found_inf, "skipped": self._counter(device)}
+
+    def _low_rank_step(self, *arguments):
+        """The step of matrices of one batch from their gradients."""
+        self._write(partial(self.residual.low_rank_step, self.inner), *arguments)
+
+    def _subspace_step(self, *arguments):
+        """The same from R."""
+        self._write(self.inner.subspace_step, *arguments)
+
+    def _write(self, step, group, params, *arguments):
+        store = weight_store(params[0])
+        if store.int8 and not self.residual.writes_int8(self.inner):
+            step = partial(store.in_full, step)
+        step(group, params, *arguments)
 
     def _group_of(self, param):
         return next(group for group in self.param_groups if any(p is param for p in group["params"]))

@@ -35,8 +35,8 @@ class Dropped:
         """Whether inner.subspace_step is the step: it needs nothing of G but R."""
         return hasattr(inner, "subspace_step")
 
-    def serves_int8(self, inner):
-        """Whether the step can write INT8 weights."""
+    def writes_int8(self, inner):
+        """Whether its op writes INT8 weights itself."""
         return getattr(inner, "int8_weights", False)
 
     def low_rank_step(self, inner, group, params, grads, states, lr, left, guards):
@@ -50,6 +50,9 @@ class _FromGradient(Dropped):
     int4_basis = False
 
     def starts_from_low_rank(self, inner):
+        return False
+
+    def writes_int8(self, inner):
         return False
 
     def init(self, state, param):
@@ -99,7 +102,7 @@ class ScaledGradient(_FromGradient):
             **inner.hyper(group), **guards,
         )
 
-    def serves_int8(self, inner):
+    def writes_int8(self, inner):
         return True
 
 

@@ -1,5 +1,7 @@
 """Weight stores: how an optimizer keeps and writes the weights. A parameter says by itself which store it has."""
 
+import torch
+
 from lowrank_sys._ops import FLOATS
 from lowrank_sys.nn.quant_weight import is_quantized
 
@@ -52,6 +54,20 @@ class Int8(InPlace):
 
     def options(self, group, states):
         return {"seed": group["seed"], "parameters": [s["parameter"] for s in states], "group_size": self.group_size}
+
+    def in_full(self, step, group, params, gradients, states, *rest):
+        """Take a step that writes float weights only: on fp32 values of one matrix at a time, whose change is rounded.
+
+        Two fp32 copies of that matrix exist meanwhile.
+        """
+        size = self.group_size
+        for param, gradient, state in zip(params, gradients, states):
+            before = torch.ops.lowrank.dequantize_int8(param.codes, param.scale, group_size=size)
+            after = before.clone()
+            step(group, [after], [gradient], [state], *rest)
+            one = after.new_ones(())
+            torch.ops.lowrank.int8_update_(param.codes, param.scale, after.sub_(before), alpha=one, decay=one, seed=group["seed"],
+                                           step=state["step"], parameter=state["parameter"], group_size=size)
 
 
 IN_PLACE = InPlace()

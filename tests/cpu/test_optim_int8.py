@@ -8,8 +8,9 @@ from small_model import EPS, backward, build, groups, train
 from torch import nn
 
 from lowrank_sys import reference
-from lowrank_sys.nn import QuantLinear, quantize_model
-from lowrank_sys.optim import APOLLOAdamW, FiraAdamW, GaLoreAdamW, GaLoreAdamW8bit, GrassAdamW, QGaLoreAdamW8bit, param_groups
+from lowrank_sys.nn import QuantLinear, dequantize_model, quantize_model
+from lowrank_sys.optim import (APOLLOAdamW, FiraAdamW, FrugalAdamW, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GrassAdamW,
+                               QGaLoreAdamW8bit)
 
 LR = 1e-2
 CASES = {
@@ -20,14 +21,28 @@ CASES = {
     "apollo": (APOLLOAdamW, {}),
     "apollo-mini": (APOLLOAdamW, {"scale_type": "tensor"}),
 }
+# Whose ops write float weights only.
+IN_FULL = {
+    "galore": (GaLoreAdamW, {}),
+    "galore-adafactor": (GaLoreAdafactor, {}),
+    "fira": (FiraAdamW, {}),
+    "frugal": (FrugalAdamW, {}),
+    "grass": (GrassAdamW, {}),
+}
+CASES |= IN_FULL
 EACH = pytest.mark.parametrize("name", CASES)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
 def make(name, dtype=torch.float32, per_layer=None, group_size=32):
-    cls, keys = CASES[name]
     model = quantize_model(build(dtype), group_size=group_size)
-    return model, cls(groups(model, **keys), lr=LR, eps=EPS, weight_decay=0.1, per_layer=per_layer)
+    return model, optimizer_of(name, model, per_layer)
+
+
+def optimizer_of(name, model, per_layer=None):
+    cls, keys = CASES[name]
+    rule = {"eps": EPS} if cls is not GaLoreAdafactor else {"relative_step": False, "scale_parameter": False}
+    return cls(groups(model, **keys), lr=LR, weight_decay=0.1, per_layer=per_layer, **rule)
 
 
 def stored(model):
@@ -175,11 +190,22 @@ def test_apollo_with_small_plain_moments():
     assert all(torch.equal(one[key], two[key]) for key in one if "codes" in key)
 
 
-@pytest.mark.parametrize("cls", [GaLoreAdamW, FiraAdamW, GrassAdamW])
-def test_who_cannot_write_int8_says_so(cls):
-    model = quantize_model(build(), group_size=32)
-    with pytest.raises(ValueError, match=f"1.weight is an INT8 weight, which {cls.__name__} cannot write"):
-        cls(param_groups(model, rank=4))
+@pytest.mark.parametrize("name", IN_FULL)
+def test_an_op_of_float_weights_steps_on_the_values(name):
+    """The change of the values is the float step's, to one code, and without a bias."""
+    (model, optimizer), floats = make(name), make(name)[0]
+    dequantize_model(floats)
+    twin = optimizer_of(name, floats)
+    layer = model[1]
+    before = layer.dequantized()
+    for m, o in ((model, optimizer), (floats, twin)):
+        backward(m, 0)
+        o.step()
+    moved, want = layer.dequantized() - before, floats[1].weight.detach() - before
+    code = layer.scale.repeat_interleave(32, dim=1)[:, : moved.shape[1]]
+    error = (moved - want).double()
+    assert want.abs().max() > 0 and (error.abs() <= 1.01 * code).all()
+    assert error.mean().abs() < 4 * (code.double() / 2).mean() / error.numel() ** 0.5
 
 
 def test_an_int8_weight_needs_a_rank():
