@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan; returns 0, or NO_FIT where the run does not fit. Raises CommandError, code 2 for bad input."""
     memory = None if args.device_memory is None else units.parse(args.device_memory, "--device-memory")
-    command._check(args)
+    command.check(args)
     try:
         result = make(args, memory)
     except ModuleNotFoundError as error:

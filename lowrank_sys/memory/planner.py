@@ -16,6 +16,7 @@ from lowrank_sys.cli import CommandError
 from lowrank_sys.memory import allocator, process
 from lowrank_sys.memory.ledger import CATEGORIES
 from lowrank_sys.memory.rehearsal import Rehearsal, rehearse
+from lowrank_sys.train.command import check
 from lowrank_sys.train.methods import LEAN, settle
 
 PARTS = (*CATEGORIES, "activations", "workspace")
@@ -59,8 +60,10 @@ class Planner:
     def _rehearse(self, changes: dict[str, Any]) -> Rehearsal:
         key = tuple(sorted(changes.items()))
         if key not in self._rehearsals:
+            changed = argparse.Namespace(**{**vars(self._args), **changes})
+            check(changed)
             self._tell(f"rehearsing {_described(changes) or 'the run'}")
-            self._rehearsals[key] = rehearse(argparse.Namespace(**{**vars(self._args), **changes}))
+            self._rehearsals[key] = rehearse(changed)
         return self._rehearsals[key]
 
     def _allocator(self, run: Rehearsal) -> tuple[int, bool]:
@@ -99,14 +102,14 @@ class Planner:
                         break
             best += [min(planned, key=lambda pair: pair[0])] if planned else []
         smallest = min([(unchanged, {}), *best], key=lambda pair: pair[0])
-        together: dict[str, Any] = {}
+        least, together = unchanged, {}
         for peak, change in best:
             if fitting:
                 break
-            if peak < unchanged:
-                together |= change
-                smallest = min(smallest, (self._peak(together), dict(together)), key=lambda pair: pair[0])
-                fitting += [smallest] if smallest[0] <= self._memory else []
+            if peak < unchanged and (peak := self._peak(together | change)) < least:
+                least, together = peak, together | change
+                smallest = min(smallest, (least, together), key=lambda pair: pair[0])
+                fitting += [smallest] if least <= self._memory else []
         return [_change(*pair) for pair in fitting], _change(*smallest)
 
     def _peak(self, changes: dict[str, Any]) -> float:
@@ -127,6 +130,11 @@ def _changes(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         micro_batches = -(-args.batch_size * args.gradient_accumulation_steps // size)
         sizes.append({"batch_size": size, "gradient_accumulation_steps": micro_batches})
     yield sizes
+    if args.per_layer is None:
+        yield [{"per_layer": "in_backward"}]
+        yield [{"per_layer": "accumulate"}, {"per_layer": "accumulate", "accumulate_dtype": "bf16"}]
+    elif args.per_layer == "accumulate" and args.accumulate_dtype == "fp32":
+        yield [{"accumulate_dtype": "bf16"}]
     if args.dtype == "fp32":
         yield [{"dtype": "bf16"}]
     if settle(args).weights == "float":

@@ -23,13 +23,14 @@ DTYPES = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 WEIGHTS = ("float", "int8")
 PER_LAYER = ("accumulate", "in_backward")
+ACCUMULATE_DTYPES = ("fp32", "bf16")
 
 # Flags that a resumed run must have in common with its checkpoint, and flags that it may change: those alter neither the
 # weights so far nor the meaning of an optimizer state.
 BOUND = (
     "model", "method", "data", "text_field", "tokenizer", "batch_size", "seq_len", "gradient_accumulation_steps", "rank",
     "update_proj_gap", "scale", "proj_type", "subspace", "lr", "plain_lr", "weight_decay", "grad_clip", "warmup_ratio",
-    "warmup_steps", "min_lr_ratio", "seed", "dtype", "weights", "per_layer",
+    "warmup_steps", "min_lr_ratio", "seed", "dtype", "weights", "per_layer", "accumulate_dtype",
 )
 FREE = (
     "out", "resume", "steps", "save_steps", "eval_steps", "eval_tokens", "keep", "gradient_checkpointing", "device",
@@ -73,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="free each matrix's gradient during backward: accumulate (its projection adds up over the micro-batches) or "
         "in_backward (its step is taken at once; one micro-batch a step, clipped by the previous step's norm)",
     )
+    add("--accumulate-dtype", metavar="NAME", default="fp32",
+        help="of what --per-layer accumulate adds up: fp32, or bf16, rounded once a micro-batch (default: %(default)s)")
     add("--rank", metavar="R", type=int, help=f"rank of the low-rank gradients (default: {_defaults('rank')})")
     add("--update-proj-gap", metavar="N", type=int, default=200, help="steps between refreshes of a basis (default: 200)")
     add("--scale", type=float, help=f"factor on the low-rank update (default: {_defaults('scale')})")
@@ -132,7 +135,7 @@ def _flag(name: str) -> str:
 def run(args: argparse.Namespace) -> int:
     """Train; returns 0. Raises CommandError: code 2 for bad input, 1 for a failure while writing, 130 if interrupted."""
     try:
-        _check(args)
+        check(args)
         _train(args)
     except ModuleNotFoundError as error:
         raise CommandError(f"{error.name} is not installed; pip install 'lowrank-sys[train]' brings it", code=1) from error
@@ -141,15 +144,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
     """Fill the defaults that depend on other flags; raise CommandError for the first bad value."""
     if not is_known(args.model):
         raise CommandError(f"--model: unknown {args.model!r}; valid: {', '.join(PRESETS)}, or a config.json")
-    for flag, valid in (("method", METHODS), ("dtype", DTYPES), ("device", DEVICES), ("weights", (None, *WEIGHTS))):
-        if getattr(args, flag) not in valid:
-            raise CommandError(f"--{flag}: unknown {getattr(args, flag)!r}; valid: {', '.join(filter(None, valid))}")
-    if args.per_layer not in (None, *PER_LAYER):
-        raise CommandError(f"--per-layer: unknown {args.per_layer!r}; valid: {', '.join(PER_LAYER)}")
+    for name, valid in {"method": METHODS, "dtype": DTYPES, "device": DEVICES, "weights": (None, *WEIGHTS),
+                        "per_layer": (None, *PER_LAYER), "accumulate_dtype": ACCUMULATE_DTYPES}.items():
+        if getattr(args, name) not in valid:
+            raise CommandError(f"{_flag(name)}: unknown {getattr(args, name)!r}; valid: {', '.join(filter(None, valid))}")
+    if args.accumulate_dtype != "fp32" and args.per_layer != "accumulate":
+        raise CommandError(f"--accumulate-dtype {args.accumulate_dtype} needs --per-layer accumulate")
     if args.per_layer == "in_backward" and args.gradient_accumulation_steps > 1:
         raise CommandError(
             f"--per-layer in_backward takes a step every micro-batch, got --gradient-accumulation-steps "

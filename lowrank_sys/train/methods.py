@@ -65,10 +65,15 @@ def _low_rank_groups(model, args, scale="scale", **keys):
 
 
 def _per_layer(args):
-    from lowrank_sys.optim import InBackward
+    import torch
 
-    # in_backward clips by itself: nothing is left to clip for the trainer
-    return InBackward(max_norm=args.grad_clip or None) if args.per_layer == "in_backward" else args.per_layer
+    from lowrank_sys.optim import Accumulate, InBackward
+
+    if args.per_layer == "in_backward":  # it clips by itself: nothing is left to clip for the trainer
+        return InBackward(max_norm=args.grad_clip or None)
+    if args.per_layer == "accumulate":
+        return Accumulate(torch.bfloat16 if args.accumulate_dtype == "bf16" else torch.float32)
+    return None
 
 
 def _preset(name, scale="scale", more=lambda args: {}, **keys):

@@ -28,7 +28,7 @@ def command(text, out, *more):
 
 @pytest.mark.parametrize("flags", [
     ["--per-layer", "accumulate", "--gradient-accumulation-steps", "2"], ["--per-layer", "in_backward"],
-    ["--method", "q-galore", "--per-layer", "accumulate"], ["--method", "q-galore", "--dtype", "bf16"],
+    ["--method", "q-galore", "--per-layer", "accumulate", "--accumulate-dtype", "bf16"], ["--method", "q-galore", "--dtype", "bf16"],
     ["--method", "galore8bit", "--per-layer", "in_backward"], ["--method", "adamw8bit"]], ids=" ".join)
 def test_lowrank_train(text, tmp_path, flags):
     assert command(text, tmp_path / "run", *flags) == 0
@@ -47,6 +47,8 @@ def test_lowrank_train(text, tmp_path, flags):
 
 @pytest.mark.parametrize("flags, message", [
     (["--per-layer", "twice"], "--per-layer: unknown 'twice'; valid: accumulate, in_backward"),
+    (["--per-layer", "accumulate", "--accumulate-dtype", "fp16"], "--accumulate-dtype: unknown 'fp16'; valid: fp32, bf16"),
+    (["--accumulate-dtype", "bf16"], "--accumulate-dtype bf16 needs --per-layer accumulate"),
     (["--per-layer", "in_backward", "--gradient-accumulation-steps", "2"], "use --per-layer accumulate"),
     (["--per-layer", "accumulate", "--method", "adamw8bit"], "--per-layer needs a method with low-rank gradients, got --method adamw8bit"),
     (["--per-layer", "accumulate", "--method", "adamw"], "--per-layer needs a method with low-rank gradients"),

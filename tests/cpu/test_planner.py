@@ -26,7 +26,7 @@ def arguments(**changes):
     command.add_arguments(parser)
     args = parser.parse_args(["--device", "cpu", "--dtype", "fp32"])
     vars(args).update(changes)
-    command._check(args)
+    command.check(args)
     return args
 
 
@@ -43,6 +43,7 @@ def arguments(**changes):
     {"method": "q-galore", "dtype": "bf16"},
     {"method": "galore8bit", "per_layer": "accumulate"},
     {"per_layer": "accumulate", "gradient_accumulation_steps": 2},
+    {"per_layer": "accumulate", "accumulate_dtype": "bf16", "gradient_accumulation_steps": 2},
 ], ids=str)  # fmt: skip
 def test_a_rehearsal_has_the_peak_of_the_real_run(changes):
     args = arguments(**{"model": "llama-1m", "batch_size": 4, "seq_len": 128, "rank": 32, **changes})
@@ -319,6 +320,7 @@ def test_a_combination_is_tried_and_the_least_is_told(plan):
     assert code == 3 and facts["would_fit"] == []
     least = facts["smallest"]
     assert "--batch-size 1 --gradient-accumulation-steps 4" in least["flags"] and "--dtype bf16" in least["flags"]
+    assert "--per-layer in_backward" not in least["flags"]  # which takes no micro-batches
     code, out, _ = plan("--json", device_memory=least["peak_bytes"], **wide)
     assert code == 3 and json.loads(out)["would_fit"][-1]["peak_bytes"] <= least["peak_bytes"]
     assert "nothing that was tried fits; the least" in plan(device_memory="1GiB", **wide)[1]
