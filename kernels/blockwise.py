@@ -69,31 +69,21 @@ def _step_list(op, lists, *, projected, lr, beta1, beta2, eps, weight_decay, sca
                     counters=counters, grad_scale=grad_scale, found_inf=found_inf, skipped=skipped)
 
 
-def galore_step_8bit_list(params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps,
-                          **options):
+def galore_step_8bit_list(*lists, **options):
     """galore_step_8bit for many matrices; steps (0-dim fp32) are advanced by one first. Guards as in galore_step_list."""
-    lists = (params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps)
     _step_list("galore_step_8bit", lists, projected=False, **options)
 
 
-def galore_step_8bit_int4(params, grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs, exp_avg_absmaxes,
-                          exp_avg_sq_absmaxes, steps, *, group_size=256, **options):
+def galore_step_8bit_int4(*lists, group_size=256, **options):
     """galore_step_8bit_list on bases in INT4: packed codes, scales and offsets, see quantize_int4."""
-    lists = (params, grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs, exp_avg_absmaxes,
-             exp_avg_sq_absmaxes, steps)
     _step_list("galore_step_8bit", lists, projected=False, group_size=group_size, **options)
 
 
-def subspace_step_8bit_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes,
-                            steps, **options):
+def subspace_step_8bit_list(*lists, **options):
     """galore_step_8bit_list from gradients that are already projected: R (r, n) if left, else (m, r), fp32."""
-    lists = (params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps)
     _step_list("subspace_step_8bit", lists, projected=True, **options)
 
 
-def subspace_step_8bit_int4(params, low_rank_grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs,
-                            exp_avg_absmaxes, exp_avg_sq_absmaxes, steps, *, group_size=256, **options):
+def subspace_step_8bit_int4(*lists, group_size=256, **options):
     """galore_step_8bit_int4 from gradients that are already projected: R (r, n) if left, else (m, r), fp32."""
-    lists = (params, low_rank_grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs, exp_avg_absmaxes,
-             exp_avg_sq_absmaxes, steps)
     _step_list("subspace_step_8bit", lists, projected=True, group_size=group_size, **options)
