@@ -7,7 +7,7 @@ import triton.language as tl
 from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.common import (ALPHA, CORRECTION1, CORRECTION2, DECAY, as_scalar, is_off, on_device_of, step_scalars)
-from lowrank_sys.kernels.int8 import aligned, update_int8
+from lowrank_sys.kernels.int8 import aligned, count_left_out, update_int8
 from lowrank_sys.kernels.project import new_counters
 from lowrank_sys.kernels.qgalore import counter_steps
 from lowrank_sys.kernels.residual import apollo_coefficients
@@ -40,10 +40,7 @@ def scaled_int8_kernel(codes, weight_scale, grad, coefficients, scalars, step, s
     alpha = tl.load(scalars + ALPHA) * (tl.sqrt_rn(tl.load(scalars + CORRECTION2)) / tl.load(scalars + CORRECTION1))
     update_int8(b_update, codes, weight_scale, i_m, i_n, m, n, alpha, tl.load(scalars + DECAY), seed, tl.load(step), parameter, first,
                 INT8_GROUP, ALIGNED, BLOCK_M, BLOCK_N)
-    if skipped is not None:
-        count = tl.sum((m_w & ~(tl.abs(b_update) < float("inf"))).to(tl.int32))
-        if count > 0:
-            tl.atomic_add(skipped, count.to(tl.int64), sem="relaxed")
+    count_left_out(skipped, b_update, m_w)
 
 
 def _update(codes, weight_scale, grad, *tensors, parameter, offset, scalars, count, left, seed, group_size, skipped, **hyper):

@@ -13,7 +13,7 @@ from lowrank_sys.kernels.back_project import back_tile
 from lowrank_sys.kernels.basis import Int4Basis, arguments, rank
 from lowrank_sys.kernels.common import (ALPHA, DECAY, SLOTS, as_scalar, is_off, on_device_of, pick, precision, step_scalars)
 from lowrank_sys.kernels.galore import launches
-from lowrank_sys.kernels.int8 import aligned, update_int8
+from lowrank_sys.kernels.int8 import aligned, count_left_out, update_int8
 from lowrank_sys.kernels.project import launch_project, new_counters
 
 
@@ -43,11 +43,8 @@ def back_project_int8_kernel(codes, weight_scale, low_rank, basis, scale, offset
     b_back = back_tile(low_rank, basis, scale, offset, i_m, i_n, m, n, r, width, LEFT, PRECISION, GROUP, BLOCK_M, BLOCK_N, BLOCK_R)
     update_int8(b_back, codes, weight_scale, i_m, i_n, m, n, tl.load(scalars + ALPHA), tl.load(scalars + DECAY), seed,
                 tl.load(step), parameter, first, INT8_GROUP, ALIGNED, BLOCK_M, BLOCK_N)
-    if skipped is not None:
-        m_m, m_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M) < m, i_n * BLOCK_N + tl.arange(0, BLOCK_N) < n
-        count = tl.sum((m_m[:, None] & m_n[None, :] & ~(tl.abs(b_back) < float("inf"))).to(tl.int32))
-        if count > 0:
-            tl.atomic_add(skipped, count.to(tl.int64), sem="relaxed")
+    m_m, m_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M) < m, i_n * BLOCK_N + tl.arange(0, BLOCK_N) < n
+    count_left_out(skipped, b_back, m_m[:, None] & m_n[None, :])
 
 
 def counter_steps(steps):
