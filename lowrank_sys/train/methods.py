@@ -120,11 +120,11 @@ METHODS = {
     "galore-adafactor": Method(_galore_adafactor, lr=5e-3, plain_lr=3e-3),
     "apollo": Method(_preset("APOLLOAdamW", more=_small_plain_state), lr=2e-3, plain_lr=3e-3, scale=1.0),
     "apollo-mini": Method(
-        _preset("APOLLOAdamW", more=_small_plain_state, scale_type="tensor"), lr=1e-3, plain_lr=3e-3, rank=1, scale=128.0
+        _preset("APOLLOAdamW", more=_small_plain_state, scale_type="tensor"), lr=2e-3, plain_lr=3e-3, rank=1, scale=128.0
     ),
     "fira": Method(_preset("FiraAdamW", scale="alpha"), lr=2e-3, plain_lr=3e-3),
     "grass": Method(_preset("GrassAdamW"), lr=5e-3, plain_lr=3e-3, subspace="top"),
-    "frugal": Method(_preset("FrugalAdamW"), lr=1e-3, plain_lr=3e-3, scale=1.0),
+    "frugal": Method(_preset("FrugalAdamW"), lr=5e-4, plain_lr=3e-3, scale=1.0),
 }
 
 # Those that are known to need little memory: what `lowrank plan` tries where a run does not fit.
