@@ -112,11 +112,13 @@ def _row(method, summaries):
 
 
 def _plot(path, runs, rows, title):
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     curves, points = figure.subplots(1, 2)
-    colors = {row["method"]: f"C{i % 10}" for i, row in enumerate(rows)}
+    # the ten strong colours of the palette, then the ten light ones
+    colors = {row["method"]: colormaps["tab20"](2 * i % 20 + i // 10) for i, row in enumerate(rows)}
     for row in rows:
         method = row["method"]
         for i, (summary, steps) in enumerate(runs[method]):
