@@ -17,6 +17,7 @@ TORCH = {
     aten._foreach_norm.Scalar: lambda tensors, order=2, dtype=None: _norm_in_another_type(tensors, dtype),
     aten.linalg_vector_norm.default: lambda tensor, *_, dtype=None, **__: _norm_in_another_type([tensor], dtype),
     aten._linalg_svd.default: lambda a, *_, **__: a.element_size() * a.numel(),  # LAPACK works on a copy
+    aten._linalg_eigh.default: lambda a, *_, **__: 2 * a.element_size() * a.numel(),  # what LAPACK asks for
 }
 
 

@@ -22,6 +22,8 @@ DEPENDENT = (1e-6, None, None, None, 0.0)
 MIX = 1e-2
 # Orthogonal iterations on the small Gram matrix that pick the leading r of the sketched directions.
 RITZ_ITERATIONS = 6
+# Device types where LAPACK's QR and eigenvectors take less time than several Cholesky passes; on a GPU they make the host wait.
+LAPACK = ("cpu",)
 
 
 def gaussian(rows, columns, seed, like):
@@ -49,10 +51,19 @@ def cholesky_qr(y, passes, shifts=SHIFTS):
     return y
 
 
+def orthonormalize(y, passes):
+    """Orthonormal columns that span those of y (d, l), completed where y has no full rank, to fp32 accuracy."""
+    if y.device.type in LAPACK:
+        return torch.linalg.qr(unit_columns(y)).Q.contiguous()
+    return cholesky_qr(y, passes=passes)
+
+
 def leading_eigenvectors(gram, rank):
     """(l, rank) orthonormal columns that span the leading eigenvectors of gram (l, l), largest first."""
     diagonal = gram.diagonal()
     gram = gram / diagonal.amax().clamp(min=torch.finfo(gram.dtype).tiny)
+    if gram.device.type in LAPACK:
+        return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
     v = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)[:, diagonal.argsort(descending=True)[:rank]]
     for i in range(RITZ_ITERATIONS):
         # a gram of low rank leaves columns that only their rounding tells apart
@@ -75,7 +86,7 @@ def svd_basis(grad, basis, *, rank, left):
     g = grad.to(accumulator(grad))
     valid = g.isfinite().all() & (g != 0).any()
     if not valid:
-        return basis if basis is not None else cholesky_qr(gaussian(g.shape[0 if left else 1], rank, 0, g), passes=3)
+        return basis if basis is not None else orthonormalize(gaussian(g.shape[0 if left else 1], rank, 0, g), passes=3)
     u, _, vh = torch.linalg.svd(g, full_matrices=False)
     return canonical_signs((u[:, :rank] if left else vh[:rank].T).contiguous(), basis)
 
@@ -101,7 +112,7 @@ def leading_directions(y, old, *, rank, seed):
     fill = FRESH * unit_columns(gaussian(y.shape[0], rank, seed + 1, y))
     if old is not None:
         fill = old + fill
-    new = cholesky_qr(y / norms[0].clamp(min=torch.finfo(y.dtype).tiny) + FILL * fill, passes=3)
+    new = orthonormalize(y / norms[0].clamp(min=torch.finfo(y.dtype).tiny) + FILL * fill, passes=3)
     new = canonical_signs(new, old)
     if old is not None:
         new = torch.where(valid, new, old)
@@ -110,7 +121,7 @@ def leading_directions(y, old, *, rank, seed):
 
 def seeded_basis(rows, rank, seed, like):
     """(rows, rank) orthonormal columns from the seed alone, fp32: the basis before there is any gradient."""
-    return canonical_signs(cholesky_qr(gaussian(rows, rank, seed, like), passes=3))
+    return canonical_signs(orthonormalize(gaussian(rows, rank, seed, like), passes=3))
 
 
 def sketch_directions(basis, exp_avg, *, other, left, seed=0):
@@ -132,7 +143,7 @@ def sketch_directions(basis, exp_avg, *, other, left, seed=0):
     if exp_avg is not None:
         warm = unit_columns(exp_avg.to(like.dtype).T if left else exp_avg.to(like.dtype))
         omega[:, :rank] = warm + MIX * omega[:, :rank]
-    return cholesky_qr(omega, passes=3).to(basis.dtype)
+    return orthonormalize(omega, passes=3).to(basis.dtype)
 
 
 def basis_from_sketch(sketch, old, *, left, seed=0):
@@ -177,14 +188,15 @@ def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, se
         return z.T.contiguous() if left else z
 
     if old is None:
-        z = cholesky_qr(gaussian(other, columns, seed, grad), passes=2)
+        z = orthonormalize(gaussian(other, columns, seed, grad), passes=2)
         y = to_basis_side(z)
     else:
         y = old if columns == rank else torch.cat([old, unit_columns(gaussian(d, columns - rank, seed, grad))], dim=1)
     for i in range(n_iter):
         if i > 0 or old is None:
             y = cholesky_qr(y, passes=1)
-        z = cholesky_qr(to_other_side(y), passes=2 if i + 1 == n_iter else 1)
+        z = to_other_side(y)
+        z = orthonormalize(z, passes=2) if i + 1 == n_iter else cholesky_qr(z, passes=1)
         y = to_basis_side(z)
 
     return leading_directions(y, old, rank=rank, seed=seed)

@@ -189,6 +189,8 @@ def test_scratch_of_torchs_own_operators():
     assert expected(norm, grads, 2, dtype=torch.float64) == 8 * 500 * 300 and expected(norm, grads, 2) == 0
     svd = torch.ops.aten._linalg_svd.default
     assert allocated(svd, grads[0]) == pytest.approx(expected(svd, grads[0]), rel=0.03)
+    eigh = torch.ops.aten._linalg_eigh.default
+    assert allocated(eigh, grads[0][:300]) == pytest.approx(expected(eigh, grads[0][:300]), rel=0.03)
 
 
 def test_an_op_without_a_formula_is_bounded():

@@ -3,10 +3,18 @@
 import pytest
 import torch
 
+from lowrank_sys.reference import subspace
 from lowrank_sys.reference.subspace import leading_eigenvectors, svd_basis
 
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 M, N, R = 160, 200, 24
+
+
+@pytest.fixture(params=["lapack", "cholesky"], autouse=True)
+def factorizations(request, monkeypatch):
+    """The CPU's, and those of a GPU, which run on any device."""
+    if request.param == "cholesky":
+        monkeypatch.setattr(subspace, "LAPACK", ())
 
 
 def gradient(spectrum, seed=0):
