@@ -21,7 +21,7 @@ def add_arguments(parser):
                         help=f"one or more of {', '.join(OPS)} (default: all)")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--shape", nargs="+", type=shapes.parse_shape, metavar="MxN",
-                       help="default: 4096x4096; 1024x1024 for subspace_iteration, whose base is an SVD")
+                       help="default: 4096x4096; 1024x1024 where the base is an SVD")
     sizes.add_argument("--model", choices=PRESETS, metavar="NAME",
                        help=f"the linear weights of a model: {', '.join(PRESETS)}")
     parser.add_argument("--rank", nargs="+", type=shapes.positive, default=[128], metavar="R", help="default: 128")
@@ -43,8 +43,9 @@ def cases(args):
         op = OPS[name]
         if args.base not in (None, "reference", *op.bases):
             raise CommandError(f"--base {args.base}: unknown for {name}; valid: {', '.join(['reference', *op.bases])}")
+        base = args.base or next(iter(op.bases))
         sizes = args.shape or (args.model and shapes.matrices(args.model))
-        sizes = sizes or [(1024, 1024) if name == "subspace_iteration" else (4096, 4096)]
+        sizes = sizes or [(1024, 1024) if base in ONCE else (4096, 4096)]
         for (m, n), rank, left in itertools.product(sizes, args.rank, sides):
             if op.ranked:
                 shapes.check_rank(rank, m, n)
@@ -80,7 +81,7 @@ class Check:
 
     def __init__(self, case):
         self.case, self.op = case, OPS[case.op]
-        if case.op == "subspace_iteration":
+        if self.op.chooses:
             self.best = energies(make(case)["grad"])[:case.rank].sum().item()
         else:
             truth = self.op.truth or self.op.oracle
@@ -91,7 +92,7 @@ class Check:
         """{'error': relative to fp64, of the worst result; 'energy': of a basis, beside the best one of that rank}."""
         tensors = make(self.case)
         outputs = self.op.call(function, tensors, self.case)
-        if self.case.op != "subspace_iteration":
+        if not self.op.chooses:
             return {"error": max(_relative_error(o, t) for o, t in zip(outputs, self.truth)), "energy": None}
         # The vectors are unique only up to rotations of equal singular values: what counts is that they are orthonormal
         # and what they capture.
@@ -207,5 +208,5 @@ def run(args):
 def print_list(device):
     for name, op in OPS.items():
         case = Case(name, 0, 0, 0, torch.float32, True, device)
-        print(f"{name:20}{device}: {serving(case)[0]:14}bases: {', '.join([*op.bases, 'reference'])}")
+        print(f"{name:24}{device}: {serving(case)[0]:14}bases: {', '.join([*op.bases, 'reference'])}")
     return 0

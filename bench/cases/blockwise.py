@@ -3,7 +3,8 @@
 import torch
 
 from lowrank_sys import reference
-from lowrank_sys.bench.cases.case import ADAM, Op, low_rank, moments, orthonormal, scalars, two_products
+from lowrank_sys.bench.cases.case import (ADAM, Op, copy_of, low_rank, moments, orthonormal, product_back, scalars,
+                                          two_products)
 from lowrank_sys.reference.blockwise import dynamic_map
 
 
@@ -23,6 +24,15 @@ def _galore_inputs(case, randn):
             **_codes(low_rank(case), randn), **scalars(case)}
 
 
+def _low_rank_inputs(case, randn):
+    return {"low_rank": randn(*low_rank(case), dtype=torch.float32), "update": randn(*low_rank(case)),
+            **_codes(low_rank(case), randn), **scalars(case)}
+
+
+def _subspace_inputs(case, randn):
+    return {"param": randn(case.m, case.n), "basis": orthonormal(case, randn), **_low_rank_inputs(case, randn)}
+
+
 STORED = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
 
 
@@ -38,6 +48,22 @@ def _adam_truth(params, grads, *lists, lr, **hyper):
                               **hyper)
 
 
+def _fp64(lists, r, **adam):
+    """Adam's update from R in fp64, and its moments' absmax."""
+    *stored, step = (tensor for tensor, in lists)
+    return reference.blockwise.Moments(*stored, torch.float64).adam(r, torch.ones_like(r, dtype=torch.bool), step=step, **adam)
+
+
+def _low_rank_truth(low_rank_grads, updates, *lists, left, **adam):
+    updates[0].copy_(_fp64(lists, low_rank_grads[0], **adam))
+
+
+def _subspace_truth(params, low_rank_grads, bases, *lists, lr, weight_decay, scale, left, **adam):
+    lists[-1][0] += 1
+    update = _fp64(lists, low_rank_grads[0], **adam)
+    params[0].mul_(1 - lr * weight_decay).sub_(lr * scale * reference.galore.back(update, bases[0], left))
+
+
 def _adam_8bit(f, t, case):
     f([t["param"]], [t["grad"]], *([t[name]] for name in STORED), [t["step"]], lr=t["lr"], **ADAM)
     return _results(t)
@@ -46,6 +72,18 @@ def _adam_8bit(f, t, case):
 def _galore_step_8bit(f, t, case):
     f(t["param"], t["grad"], t["basis"], *(t[name] for name in STORED), step=t["step"], lr=t["lr"], scale=0.25, left=case.left,
       **ADAM)
+    return _results(t)
+
+
+def _adam_8bit_low_rank(f, t, case):
+    adam = {name: value for name, value in ADAM.items() if name != "weight_decay"}
+    f([t["low_rank"]], [t["update"]], *([t[name]] for name in STORED), [t["step"]], left=case.left, **adam)
+    return [t["update"], t["exp_avg_absmax"], t["exp_avg_sq_absmax"]]
+
+
+def _subspace_step_8bit(f, t, case):
+    f([t["param"]], [t["low_rank"]], [t["basis"]], *([t[name]] for name in STORED), [t["step"]], lr=t["lr"], scale=0.25,
+      left=case.left, **ADAM)
     return _results(t)
 
 
@@ -65,6 +103,10 @@ def _bytes_of_codes(elements):
     return 4 * elements + 16 * -(-elements // 256)
 
 
+def _low_rank_bytes(case):
+    return (4 + case.element) * case.low_rank + _bytes_of_codes(case.low_rank)
+
+
 def _bitsandbytes_codes(t, case):
     import bitsandbytes
 
@@ -79,6 +121,16 @@ OPS = {
         flop=lambda c: 16 * c.matrix,
         bases={"bitsandbytes": bitsandbytes_adamw}, overload="adam_8bit_", oracle=reference.adam_8bit_, ranked=False,
         sided=False, truth=_adam_truth),
+    "adam_8bit_low_rank_": Op(
+        _low_rank_inputs, _adam_8bit_low_rank, traffic=_low_rank_bytes, flop=lambda c: 16 * c.low_rank,
+        bases={"copy": copy_of(_low_rank_bytes)}, overload="adam_8bit_low_rank_", oracle=reference.adam_8bit_low_rank_,
+        truth=_low_rank_truth),
+    "subspace_step_8bit": Op(
+        _subspace_inputs, _subspace_step_8bit,
+        traffic=lambda c: c.element * (2 * c.matrix + c.basis) + 4 * c.low_rank + _bytes_of_codes(c.low_rank),
+        flop=lambda c: 2 * c.matrix * c.rank,
+        bases={"gemm": product_back}, overload="subspace_step_8bit.list", oracle=reference.subspace_step_8bit_list,
+        truth=_subspace_truth),
     "galore_step_8bit": Op(
         _galore_inputs, _galore_step_8bit,
         traffic=lambda c: c.element * (3 * c.matrix + 2 * c.basis) + _bytes_of_codes(c.low_rank),

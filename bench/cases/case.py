@@ -50,6 +50,8 @@ class Op(NamedTuple):
     sided: bool = True
     truth: Callable | None = None  # called on fp64 tensors in place of the oracle
     exact: bool = False  # the results are codes or indices: equal to the oracle's at the same precision
+    chooses: bool = False  # the result is a basis of G: what counts is that it is orthonormal and what it captures
+    other: str = ""  # what takes the time where it is neither the counted bytes nor the counted products
 
 
 def low_rank(case):
@@ -73,6 +75,17 @@ def scalars(case):
 def adam_bytes(elements):
     """Two fp32 moments, read and written."""
     return 16 * elements
+
+
+def copy_of(traffic):
+    """A copy that reads and writes as many bytes together."""
+
+    def base(t, case):
+        source = torch.zeros(traffic(case) // 2, dtype=torch.uint8, device=case.device)
+        out = torch.ones_like(source)
+        return lambda: out.copy_(source)
+
+    return base
 
 
 def product(t, case):

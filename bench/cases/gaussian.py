@@ -1,9 +1,9 @@
-"""Products with a Gaussian basis that is made from its seed: it is never read."""
+"""Products with a Gaussian basis that is made from its seed, which is never read, and the schedule of its seeds."""
 
 import torch
 
 from lowrank_sys import reference
-from lowrank_sys.bench.cases.case import Op, low_rank
+from lowrank_sys.bench.cases.case import Op, low_rank, moments, scalars
 
 WHICH = {"seed": 1, "step": 2, "parameter": 3}
 
@@ -47,18 +47,44 @@ def _gemm_back(t, case):
     return lambda: t["param"].addmm_(a, b, beta=0.99, alpha=0.25)
 
 
+def _key_inputs(case, randn):
+    return {"key": torch.tensor([1, 2, 3, 0], device=case.device), "countdown": torch.tensor(0),
+            **moments(low_rank(case), randn), **scalars(case)}
+
+
+def _refresh_keys(f, t, case):
+    t["countdown"].zero_()
+    f([t["key"]], [t["countdown"]], [t["exp_avg"]], [t["exp_avg_sq"]], [t["step"]], t["lr"], gap=200, moments="reset")
+    return [t["key"], t["exp_avg"], t["exp_avg_sq"]]
+
+
+def _next_key(keys, countdowns, exp_avgs, exp_avg_sqs, *_, **__):
+    keys[0][1] += 1
+    _zero(exp_avgs[0], exp_avg_sqs[0])
+
+
+def _zero(*tensors):
+    for tensor in tensors:
+        tensor.zero_()
+
+
+MADE = "random numbers"
 OPS = {
     "gaussian_basis_": Op(
         lambda case, randn: {"out": torch.zeros(_side(case), case.rank, dtype=case.dtype, device=case.device)}, _basis,
         traffic=lambda c: c.element * c.basis, flop=lambda c: 60 * c.basis,
         bases={"randn": lambda t, c: lambda: t["out"].normal_()}, overload="gaussian_basis_",
-        oracle=reference.gaussian_basis_, exact=True),
+        oracle=reference.gaussian_basis_, exact=True, other=MADE),
     "gaussian_project": Op(
         lambda case, randn: {"grad": randn(case.m, case.n)}, _project,
         traffic=lambda c: c.element * c.matrix + 4 * c.low_rank, flop=lambda c: 2 * c.matrix * c.rank,
-        bases={"gemm": _gemm}, overload="gaussian_project", oracle=reference.gaussian_project),
+        bases={"gemm": _gemm}, overload="gaussian_project", oracle=reference.gaussian_project, other=MADE),
     "gaussian_back_project_": Op(
         _back_inputs, _back,
         traffic=lambda c: 2 * c.element * c.matrix + 4 * c.low_rank, flop=lambda c: 2 * c.matrix * c.rank,
-        bases={"gemm": _gemm_back}, overload="gaussian_back_project_", oracle=reference.gaussian_back_project_),
+        bases={"gemm": _gemm_back}, overload="gaussian_back_project_", oracle=reference.gaussian_back_project_, other=MADE),
+    "refresh_keys_": Op(
+        _key_inputs, _refresh_keys, traffic=lambda c: 8 * c.low_rank + 64, flop=lambda c: 0,
+        bases={"zero": lambda t, c: lambda: _zero(t["exp_avg"], t["exp_avg_sq"])}, overload="refresh_keys_", oracle=_next_key,
+        exact=True, other="counters on the host"),
 }

@@ -15,7 +15,7 @@ def int4_bytes(case):
     return case.rank * (-(-d // 2) + 8 * -(-d // GROUP))
 
 
-def _int4(case, randn):
+def int4_basis(case, randn):
     """A basis in INT4, and what its entries are, for the bare GEMMs."""
     int4 = torch.ops.lowrank.quantize_int4(orthonormal(case, randn), group_size=GROUP)
     basis = torch.ops.lowrank.dequantize_int4(*int4, d=case.m if case.left else case.n, group_size=GROUP)
@@ -47,20 +47,20 @@ def _copy(t, case):
 OPS = {
     "quantize_int4": Op(
         lambda c, randn: {"basis": orthonormal(c, randn)}, lambda f, t, c: list(f(t["basis"], group_size=GROUP)),
-        traffic=lambda c: c.element * c.basis + int4_bytes(c), flop=lambda c: 0,
+        traffic=lambda c: c.element * c.basis + int4_bytes(c), flop=lambda c: 2 * c.basis,
         bases={"copy": _copy}, overload="quantize_int4", oracle=reference.quantize_int4, exact=True),
     "dequantize_int4": Op(
-        _int4,
+        int4_basis,
         lambda f, t, c: [f(*(t[name] for name in NAMES), d=c.m if c.left else c.n, group_size=GROUP)],
-        traffic=lambda c: 4 * c.basis + int4_bytes(c), flop=lambda c: 0,
+        traffic=lambda c: 4 * c.basis + int4_bytes(c), flop=lambda c: 2 * c.basis,
         bases={"copy": _copy}, overload="dequantize_int4", oracle=reference.dequantize_int4, exact=True),
     "project_int4": Op(
-        lambda c, randn: {"grad": randn(c.m, c.n)} | _int4(c, randn),
+        lambda c, randn: {"grad": randn(c.m, c.n)} | int4_basis(c, randn),
         lambda f, t, c: [f(t["grad"], *(t[name] for name in NAMES), left=c.left)],
         traffic=lambda c: c.element * c.matrix + int4_bytes(c) + 4 * c.low_rank, flop=lambda c: 2 * c.matrix * c.rank,
         bases={"gemm": product}, overload="project_int4", oracle=reference.project_int4, truth=_in_fp64(reference.project)),
     "back_project_int4_": Op(
-        lambda c, randn: {"param": randn(c.m, c.n), "low_rank": randn(*low_rank(c), dtype=torch.float32)} | _int4(c, randn),
+        lambda c, randn: {"param": randn(c.m, c.n), "low_rank": randn(*low_rank(c), dtype=torch.float32)} | int4_basis(c, randn),
         _back_project,
         traffic=lambda c: 2 * c.element * c.matrix + int4_bytes(c) + 4 * c.low_rank, flop=lambda c: 2 * c.matrix * c.rank,
         bases={"gemm": product_back}, overload="back_project_int4_", oracle=reference.back_project_int4_,

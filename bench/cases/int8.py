@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys import reference
-from lowrank_sys.bench.cases.case import Op
+from lowrank_sys.bench.cases.case import Op, copy_of
 
 GROUP, TOKENS = 256, 512
 
@@ -47,17 +47,6 @@ def stored(case):
 def update_bytes(case):
     """The update and the scales are read, the codes are read and written."""
     return case.element * case.matrix + case.matrix + stored(case)
-
-
-def copy_of(traffic):
-    """A copy that reads and writes as many bytes together."""
-
-    def base(t, case):
-        source = torch.zeros(traffic(case) // 2, dtype=torch.uint8, device=case.device)
-        out = torch.ones_like(source)
-        return lambda: out.copy_(source)
-
-    return base
 
 
 def gemm(name, back):

@@ -6,7 +6,7 @@ from lowrank_sys import reference
 from lowrank_sys.bench.cases.blockwise import STORED, _bytes_of_codes, _codes
 from lowrank_sys.bench.cases.case import (ADAM, Op, adam_bytes, low_rank, moments, orthonormal, product, product_back, scalars,
                                           two_products)
-from lowrank_sys.bench.cases.int4 import NAMES, int4_bytes
+from lowrank_sys.bench.cases.int4 import NAMES, int4_basis, int4_bytes
 from lowrank_sys.bench.cases.int8 import GROUP, stored
 
 STREAM = {"seed": 1, "parameter": 0}
@@ -18,19 +18,16 @@ def _weight(case, randn):
     return {"codes": codes, "weight_scale": scale, "param": param}
 
 
-def _int4(case, randn):
-    """A basis in INT4, and what its entries are, for the bare GEMMs."""
-    int4 = torch.ops.lowrank.quantize_int4(orthonormal(case, randn), group_size=GROUP)
-    basis = torch.ops.lowrank.dequantize_int4(*int4, d=case.m if case.left else case.n, group_size=GROUP)
-    return dict(zip(NAMES, int4)) | {"basis": basis.to(case.dtype)}
-
-
 def _back_inputs(case, randn):
-    return _weight(case, randn) | _int4(case, randn) | {"low_rank": randn(*low_rank(case), dtype=torch.float32)}
+    return _weight(case, randn) | int4_basis(case, randn) | {"low_rank": randn(*low_rank(case), dtype=torch.float32)}
 
 
 def _step_inputs(case, randn):
-    return _weight(case, randn) | {"grad": randn(case.m, case.n)} | _int4(case, randn) | _codes(low_rank(case), randn) | scalars(case)
+    return _weight(case, randn) | {"grad": randn(case.m, case.n)} | int4_basis(case, randn) | _codes(low_rank(case), randn) | scalars(case)
+
+
+def _subspace_inputs(case, randn):
+    return _back_inputs(case, randn) | _codes(low_rank(case), randn) | scalars(case)
 
 
 def _apollo_inputs(case, randn):
@@ -57,10 +54,15 @@ def _back_truth(codes, scale, x, *int4, alpha, decay, left, **_):
     return decay * _dense(codes, scale) + alpha * reference.galore.back(x, _basis(*int4, codes.shape[0 if left else 1]), left)
 
 
-def _step_truth(codes, weight_scale, grad, packed, basis_scale, basis_offset, *stored, step, lr, beta1, beta2, eps, weight_decay,
-                left, **rest):
+def _step_truth(codes, weight_scale, grad, packed, basis_scale, basis_offset, *stored, left, **rest):
     basis = _basis(packed, basis_scale, basis_offset, codes.shape[0 if left else 1])
     r = reference.project(grad, basis, left=left)
+    return _subspace_truth(codes, weight_scale, r, packed, basis_scale, basis_offset, *stored, left=left, **rest)
+
+
+def _subspace_truth(codes, weight_scale, r, packed, basis_scale, basis_offset, *stored, step, lr, beta1, beta2, eps, weight_decay,
+                    left, **rest):
+    basis = _basis(packed, basis_scale, basis_offset, codes.shape[0 if left else 1])
     moments = reference.blockwise.Moments(*stored, torch.float64)
     x = moments.adam(r, torch.ones_like(r, dtype=torch.bool), step=step, beta1=beta1, beta2=beta2, eps=eps)
     return (1 - lr * weight_decay) * _dense(codes, weight_scale) - lr * rest["scale"] * reference.galore.back(x, basis, left)
@@ -77,9 +79,12 @@ def _back(f, t, case):
                         left=case.left, step=0, **STREAM))
 
 
-def _step(f, t, case):
-    return _result(t, f(t["codes"], t["weight_scale"], t["grad"], *(t[name] for name in NAMES), *(t[name] for name in STORED),
-                        step=t["step"], lr=t["lr"], scale=0.25, left=case.left, **STREAM, **ADAM))
+def _step_from(gradient):
+    def step(f, t, case):
+        return _result(t, f(t["codes"], t["weight_scale"], t[gradient], *(t[name] for name in NAMES), *(t[name] for name in STORED),
+                            step=t["step"], lr=t["lr"], scale=0.25, left=case.left, **STREAM, **ADAM))
+
+    return step
 
 
 def _apollo(f, t, case):
@@ -98,10 +103,15 @@ OPS = {
         flop=lambda c: 2 * c.matrix * c.rank, bases={"gemm": product_back}, overload="back_project_int8_",
         oracle=reference.back_project_int8_, truth=_back_truth),
     "qgalore_step": Op(
-        _step_inputs, _step,
+        _step_inputs, _step_from("grad"),
         traffic=lambda c: weight_bytes(c) + c.element * c.matrix + 2 * int4_bytes(c) + _bytes_of_codes(c.low_rank),
         flop=lambda c: 4 * c.matrix * c.rank, bases={"gemms": two_products}, overload="qgalore_step.tensor",
         oracle=reference.qgalore_step, truth=_step_truth),
+    "qgalore_subspace_step": Op(
+        _subspace_inputs, _step_from("low_rank"),
+        traffic=lambda c: weight_bytes(c) + int4_bytes(c) + 4 * c.low_rank + _bytes_of_codes(c.low_rank),
+        flop=lambda c: 2 * c.matrix * c.rank, bases={"gemm": product_back}, overload="qgalore_subspace_step.tensor",
+        oracle=reference.qgalore_subspace_step, truth=_subspace_truth),
     "apollo_int8_step": Op(
         _apollo_inputs, _apollo,
         traffic=lambda c: weight_bytes(c) + c.element * (2 * c.matrix + c.basis) + adam_bytes(c.low_rank),

@@ -1,4 +1,5 @@
-"""Structured sparse ops. Bytes are those of the selected rows; weight decay adds a read and a write of the rest of W."""
+"""Structured sparse ops. Bytes are those of the selected rows, of a column its whole cache lines; weight decay adds a read and a
+write of the rest of W."""
 
 import torch
 
@@ -12,6 +13,15 @@ def _indices(case):
     """Every k-th row or column."""
     d = case.m if case.left else case.n
     return (torch.arange(case.rank, device=case.device) * (d // case.rank)).int()
+
+
+LINE = 64
+
+
+def _selected(case):
+    """Bytes that the selected rows or columns lie in."""
+    apart = case.element if case.left else min(LINE, case.n * case.element // case.rank)
+    return apart * case.low_rank
 
 
 def _grass_inputs(case, randn):
@@ -59,29 +69,57 @@ def _rows(case):
     return case.m if case.left else case.n
 
 
+def _norms(t, case):
+    return lambda: torch.linalg.vector_norm(t["grad"], dim=1 if case.left else 0, dtype=torch.float32)
+
+
+def _refresh_inputs(case, randn):
+    # Rows whose norms differ by more than rounding: every backend selects the same.
+    grad, d = randn(case.m, case.n, dtype=torch.float32), 1 if case.left else 0
+    norms = 1 + torch.arange(_rows(case), device=case.device) / _rows(case)
+    grad *= norms.unsqueeze(d) / torch.linalg.vector_norm(grad, dim=d, keepdim=True)
+    return {"grad": grad.to(case.dtype), "indices": _indices(case), "countdown": torch.tensor(0),
+            "refreshes": torch.tensor(1), **scalars(case)}
+
+
+def _refresh_rows(f, t, case):
+    t["countdown"].zero_()
+    f([t["indices"]], [], [t["grad"]], [t["countdown"]], [t["refreshes"]], [], [], [], t["lr"], left=case.left, gap=200,
+      first_gaps=[200], seeds=[1], parameters=[0], method="top", moments="keep")
+    return [t["indices"]]
+
+
+def _chosen_rows(indices, row_scales, grads, *_, left, method, **__):
+    indices[0].copy_(select_rows(row_norms(grads[0], left=left), r=indices[0].shape[0], method=method)[0])
+
+
 OPS = {
     "grass_step": Op(
         _grass_inputs, _grass_step,
-        traffic=lambda c: c.element * (2 * c.matrix + c.low_rank) + adam_bytes(c.low_rank),
+        traffic=lambda c: 2 * c.element * c.matrix + _selected(c) + adam_bytes(c.low_rank),
         flop=lambda c: c.matrix + 12 * c.low_rank,
         bases={"decay": _decay}, overload="grass_step.tensor", oracle=reference.grass_step),
     "row_norms": Op(
         lambda case, randn: {"grad": randn(case.m, case.n)}, lambda f, t, c: [f(t["grad"], left=c.left)],
         traffic=lambda c: c.element * c.matrix + 4 * _rows(c), flop=lambda c: 2 * c.matrix,
-        bases={"torch": lambda t, c: lambda: torch.linalg.vector_norm(t["grad"], dim=1 if c.left else 0, dtype=torch.float32)},
+        bases={"torch": _norms},
         overload="row_norms", oracle=row_norms, ranked=False,
         truth=lambda grad, *, left: torch.linalg.vector_norm(grad, dim=1 if left else 0)),
     "select_rows": Op(
         _select_inputs, lambda f, t, c: [f(t["norms"], r=c.rank, method="sample", seed=1)[0]],
         traffic=lambda c: 4 * _rows(c) + 8 * c.rank, flop=lambda c: 64 * _rows(c),
         bases={"multinomial": lambda t, c: lambda: torch.multinomial(t["norms"], c.rank)}, overload="select_rows",
-        oracle=select_rows, exact=True),
+        oracle=select_rows, exact=True, other="selection"),
+    "refresh_rows_": Op(
+        _refresh_inputs, _refresh_rows,
+        traffic=lambda c: c.element * c.matrix + 4 * (_rows(c) + c.rank), flop=lambda c: 2 * c.matrix,
+        bases={"norms": _norms}, overload="refresh_rows_", oracle=_chosen_rows, exact=True),
     "gather_rows": Op(
         _gather_inputs, lambda f, t, c: [f(t["grad"], t["indices"], None, left=c.left)],
-        traffic=lambda c: (c.element + 4) * c.low_rank, flop=lambda c: c.low_rank,
+        traffic=lambda c: _selected(c) + 4 * c.low_rank, flop=lambda c: c.low_rank,
         bases={"index_select": _index_select}, overload="gather_rows", oracle=reference.gather_rows),
     "scatter_add_rows_": Op(
         _scatter_inputs, _scatter,
-        traffic=lambda c: (2 * c.element + 4) * c.low_rank, flop=lambda c: 2 * c.low_rank,
+        traffic=lambda c: 2 * _selected(c) + 4 * c.low_rank, flop=lambda c: 2 * c.low_rank,
         bases={"index_add": _index_add}, overload="scatter_add_rows_", oracle=reference.scatter_add_rows_),
 }

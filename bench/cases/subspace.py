@@ -2,10 +2,21 @@
 
 import torch
 
-from lowrank_sys.bench.cases.case import Op, orthonormal
-from lowrank_sys.reference.subspace import subspace_iteration
+from lowrank_sys import reference
+from lowrank_sys.bench.cases.case import Op, low_rank, moments, orthonormal, scalars
+from lowrank_sys.reference.subspace import (MIX, basis_from_sketch, gaussian, sketch_directions, sketched_columns,
+                                            subspace_iteration, unit_columns)
 
 N_ITER = 2
+
+
+def _columns(case):
+    return sketched_columns(case.rank, case.m, case.n)
+
+
+def _sides(case):
+    """The axis that is projected, and the other."""
+    return (case.m, case.n) if case.left else (case.n, case.m)
 
 
 def _iteration_inputs(case, randn):
@@ -16,12 +27,102 @@ def _iteration_inputs(case, randn):
     return {"grad": (grad / grad.std()).to(case.dtype), "basis": orthonormal(case, randn)}
 
 
+def _refresh_inputs(case, randn):
+    return _iteration_inputs(case, randn) | {"countdown": torch.tensor(0)} | scalars(case)
+
+
+def _sketch_inputs(case, randn):
+    t = _refresh_inputs(case, randn)
+    omega = torch.linalg.qr(randn(_sides(case)[1], _columns(case), dtype=torch.float32)).Q.contiguous()
+    return t | {"sketch": reference.project(t["grad"], omega, left=not case.left).contiguous()}
+
+
+def _schedule(t, case):
+    """Arguments of a refresh that is due, with moments that are kept."""
+    t["countdown"].zero_()
+    return ([t["countdown"]], [], [], [], t["lr"]), {"left": case.left, "gap": 200, "first_gaps": [200], "seeds": [0],
+                                                     "moments": "keep"}
+
+
+def _refresh(f, t, case):
+    state, options = _schedule(t, case)
+    f([t["basis"]], [t["grad"]], *state, subspace="randomized", **options)
+    return [t["basis"]]
+
+
+def _refresh_from_sketch(f, t, case):
+    state, options = _schedule(t, case)
+    f([t["basis"]], [t["sketch"]], *state, **options)
+    return [t["basis"]]
+
+
+def _refreshed(bases, grads, *_, left, seeds, **__):
+    old = bases[0]
+    old.copy_(subspace_iteration(grads[0], old, rank=old.shape[1], left=left, n_iter=1, seed=seeds[0])[0])
+
+
+def _refreshed_from_sketch(bases, sketches, *_, left, seeds, **__):
+    bases[0].copy_(basis_from_sketch(sketches[0], bases[0], left=left, seed=seeds[0]))
+
+
+def _directions_inputs(case, randn):
+    return {"basis": orthonormal(case, randn), "exp_avg": moments(low_rank(case), randn)["exp_avg"]}
+
+
+def _directions_truth(basis, exp_avg, *, other, left, seed=0):
+    """The Q of a QR in fp64 of the same columns: the Gaussian is drawn in fp32, R has a positive diagonal."""
+    d, rank = basis.shape
+    omega = unit_columns(gaussian(other, sketched_columns(rank, d, other), seed, basis.float())).double()
+    omega[:, :rank] = unit_columns(exp_avg.T if left else exp_avg) + MIX * omega[:, :rank]
+    q, r = torch.linalg.qr(omega)
+    return q * r.diagonal().sign()
+
+
+def _products(t, case):
+    """The bare GEMMs of a refresh: to the other side and back."""
+    grad = t["grad"]
+    d, other = _sides(case)
+    y, z = grad.new_ones(d, _columns(case)), grad.new_ones(other, _columns(case))
+    g = grad if case.left else grad.T
+
+    def run():
+        torch.mm(g.T, y, out=z)
+        torch.mm(g, z, out=y)
+
+    return run
+
+
+def _svd(t, case):
+    return lambda: torch.linalg.svd(t["grad"].float(), full_matrices=False)
+
+
+def _qr_of(rows):
+    """torch's QR of as many columns."""
+    return lambda t, c: (lambda y: lambda: torch.linalg.qr(y))(torch.randn(rows(c), _columns(c), device=c.device))
+
+
+FACTORS = "factorizations"
+# The products with G on r + r/8 columns are counted; in what has no product with G, those with its columns, and of the l x l
+# matrices nothing.
 OPS = {
     "subspace_iteration": Op(
         _iteration_inputs, lambda f, t, c: list(f(t["grad"], t["basis"], rank=c.rank, left=c.left, n_iter=N_ITER)),
-        # 2 n_iter products with G on r + r/8 columns; what happens on the columns alone is not counted.
-        traffic=lambda c: 2 * N_ITER * c.element * c.matrix,
-        flop=lambda c: 4 * N_ITER * c.matrix * min(c.rank + -(-c.rank // 8), c.m, c.n),
-        bases={"svd": lambda t, c: lambda: torch.linalg.svd(t["grad"].float(), full_matrices=False)},
-        overload="subspace_iteration", oracle=subspace_iteration),
+        traffic=lambda c: 2 * N_ITER * c.element * c.matrix, flop=lambda c: 4 * N_ITER * c.matrix * _columns(c),
+        bases={"svd": _svd}, overload="subspace_iteration", oracle=subspace_iteration, chooses=True, other=FACTORS),
+    "refresh_": Op(
+        _refresh_inputs, _refresh,
+        traffic=lambda c: 2 * c.element * (c.matrix + c.basis), flop=lambda c: 4 * c.matrix * _columns(c),
+        bases={"gemms": _products, "svd": _svd}, overload="refresh_", oracle=_refreshed, chooses=True, other=FACTORS),
+    "refresh_from_sketch_": Op(
+        _sketch_inputs, _refresh_from_sketch,
+        traffic=lambda c: 4 * _sides(c)[0] * _columns(c) + 2 * c.element * c.basis,
+        flop=lambda c: 2 * _sides(c)[0] * (_columns(c)**2 + _columns(c) * c.rank + 6 * c.rank**2),
+        bases={"qr": _qr_of(lambda c: _sides(c)[0])}, overload="refresh_from_sketch_", oracle=_refreshed_from_sketch,
+        chooses=True, other=FACTORS),
+    "sketch_directions": Op(
+        _directions_inputs, lambda f, t, c: [f(t["basis"], t["exp_avg"], other=_sides(c)[1], left=c.left)],
+        traffic=lambda c: 4 * c.low_rank + c.element * _sides(c)[1] * _columns(c),
+        flop=lambda c: 12 * _sides(c)[1] * _columns(c)**2,
+        bases={"qr": _qr_of(lambda c: _sides(c)[1])}, overload="sketch_directions", oracle=sketch_directions,
+        truth=_directions_truth, other=FACTORS),
 }

@@ -58,14 +58,15 @@ OPS = {
         lambda f, t, c: [f(t["grad"], rank=c.rank, left=c.left)[1].sum()],  # columns of nearly equal norm may change places
         traffic=lambda c: c.element * c.matrix, flop=lambda c: 5 * c.matrix * max(c.m, c.n).bit_length() // 2,
         bases={"fft": lambda t, c: lambda: torch.fft.rfft(t["grad"].float(), dim=0 if c.left else 1)},
-        overload="dct_select", oracle=dct_select,
+        overload="dct_select", oracle=dct_select, other="an FFT",
         truth=lambda grad, *, rank, left: (None, column_norms(grad, left=left).topk(rank).values)),
     "dct_columns": Op(
         lambda case, randn: {"indices": torch.arange(case.rank, device=case.device, dtype=torch.int32)},
         lambda f, t, c: [f(t["indices"], d=c.m if c.left else c.n)],
         traffic=lambda c: 4 * c.basis, flop=lambda c: 8 * c.basis,
         bases={"cos": lambda t, c: lambda: torch.zeros(c.m if c.left else c.n, c.rank, device=c.device).cos()},
-        overload="dct_columns", oracle=dct_columns, exact=True),
+        overload="dct_columns", oracle=dct_columns, exact=True,
+        other="cosines"),
     "newton_schulz": Op(
         lambda case, randn: {"x": randn(case.m, case.n)}, lambda f, t, c: [f(t["x"], steps=STEPS)],
         traffic=lambda c: c.element * c.matrix + 4 * (2 * STEPS + 1) * c.matrix, flop=_newton_schulz_flop,

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from lowrank_sys import cli
+from lowrank_sys import backends, cli
 from lowrank_sys.bench import floors, kernels, machine, optimizers, shapes, timing
 from lowrank_sys.bench.cases import OPS, make, serving
 from lowrank_sys.bench.cases.case import Case
@@ -53,6 +53,11 @@ def test_every_op_gives_rows_with_all_fields(capsys, tmp_path):
         assert (row["check"] is None) == is_base and row["check"] in (None, "ok")
     assert rows[0]["device"] in out
     assert not list(tmp_path.glob(".*"))
+
+
+def test_no_op_is_missing():
+    assert set(OPS) == {row.op.partition(".")[0] for row in backends.table()}
+    assert {op.overload for op in OPS.values()} <= {row.op for row in backends.table()}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
