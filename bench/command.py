@@ -2,13 +2,14 @@
 
 import argparse
 
-from lowrank_sys.bench import floors, kernels, optimizers, plan, train
+from lowrank_sys.bench import floors, kernels, optimizers, plan, quality, train
 from lowrank_sys.bench.static import command as static
 
 COMMANDS = {
     "kernels": (kernels, "time every op against the oracle and against plain torch"),
     "optimizers": (optimizers, "time a whole optimizer step, ours beside galore-torch and torch.optim"),
     "train": (train, "train one model by several methods: loss, memory and speed beside each other"),
+    "quality": (quality, "train a miniature by every method, over several seeds: validation losses and their spread"),
     "plan": (plan, "compare what lowrank plan says with what real runs take"),
     "floors": (floors, "measure every promise of speed; exit 1 on a miss"),
 }

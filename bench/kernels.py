@@ -4,16 +4,22 @@ import itertools
 
 import torch
 
-from lowrank_sys.bench import machine, report, shapes, timing
-from lowrank_sys.bench.cases import ONCE, OPS, double, make, serving
+from lowrank_sys.bench import compare, machine, plot, report, shapes, timing
+from lowrank_sys.bench.cases import ONCE, OPS, PACKAGES, double, make, serving
 from lowrank_sys.bench.cases.case import Case
 from lowrank_sys.cli import CommandError
-from lowrank_sys.train.models import PRESETS
 
 # A kernel may be this many times as wrong as the oracle at the same precision, plus a few roundings of fp32.
 TOLERANCE, ROUNDING = 2.0, 1e-6
 # Share of the best rank-r energy that a basis may miss beyond what the oracle misses.
 ENERGY_TOLERANCE = 1e-3
+# Every case is timed this many times, from the first case to the last and again, in memory of its own each time.
+PASSES = 5
+# Seconds of timing: of all cases together, and the most of one.
+BUDGET, MOST = 60.0, 2.0
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+# What identifies a row.
+KEYS = ("op", "shape", "rank", "dtype", "side", "variant")
 
 
 def add_arguments(parser):
@@ -22,17 +28,20 @@ def add_arguments(parser):
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--shape", nargs="+", type=shapes.parse_shape, metavar="MxN",
                        help="default: 4096x4096; 1024x1024 where the base is an SVD")
-    sizes.add_argument("--model", choices=PRESETS, metavar="NAME",
-                       help=f"the linear weights of a model: {', '.join(PRESETS)}")
+    sizes.add_argument("--model", choices=shapes.MODELS, metavar="NAME",
+                       help=f"the linear weights of a model: {', '.join(shapes.MODELS)}")
     parser.add_argument("--rank", nargs="+", type=shapes.positive, default=[128], metavar="R", help="default: 128")
     parser.add_argument("--dtype", nargs="+", choices=shapes.DTYPES, default=["fp32"], metavar="D",
                         help=f"of weights, gradients and bases: {', '.join(shapes.DTYPES)} (default: fp32)")
     parser.add_argument("--side", choices=("left", "right", "both"), default="both", help="of the basis (default: both)")
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, metavar="NAME",
+                        help=f"only these implementations: {', '.join(BACKENDS)} (default: who serves the op here, and the oracle)")
     parser.add_argument("--base", metavar="NAME", help="what ratios refer to: reference, or the op's own base (see --list)")
     parser.add_argument("--device", type=shapes.parse_device, default=shapes.default_device(), help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="of timing a case (default: 2)")
+    parser.add_argument("--seconds", type=shapes.seconds, metavar="S",
+                        help=f"of timing a case (default: {BUDGET:g} for all cases together, at most {MOST:g} each)")
     parser.add_argument("--list", action="store_true", help="list the ops, their implementations here and their bases")
-    report.add_output_arguments(parser)
+    report.add_output_arguments(parser, compare=True, plot="rooflines: GFLOP/s against FLOP a byte")
 
 
 def cases(args):
@@ -51,7 +60,16 @@ def cases(args):
                 shapes.check_rank(rank, m, n)
             rank, left = rank if op.ranked else None, left if op.sided else None
             found[Case(name, m, n, rank, shapes.DTYPES[dtype], left, args.device)] = None  # a dict: unique, in order
+    if args.backend:
+        found = {case: None for case in found if {backend(serving(case)[0], case), "reference"} & {*args.backend}}
+    if not found:
+        raise CommandError(f"--backend {' '.join(args.backend)}: serves none of these ops on {args.device}")
     return list(found)
+
+
+def backend(implementation, case):
+    """The name of BACKENDS for an implementation of backends.table()."""
+    return {"reference": "reference", "Triton": "triton"}.get(implementation, torch.device(case.device).type)
 
 
 def command(case, base):
@@ -86,7 +104,7 @@ class Check:
         else:
             truth = self.op.truth or self.op.oracle
             self.truth = self.op.call(truth, make(case) if self.op.exact else double(make(case)), case)
-        self.oracle = self.figures(self.op.oracle)
+        self.oracle = {"error": 0.0, "energy": None} if self.op.exact else self.figures(self.op.oracle)
 
     def figures(self, function):
         """{'error': relative to fp64, of the worst result; 'energy': of a basis, beside the best one of that rank}."""
@@ -116,32 +134,74 @@ def _relative_error(output, truth):
     return (error / torch.linalg.vector_norm(truth.double())).item() if error != 0 else 0.0
 
 
-def measure(case, timer, ceilings, *, seconds, base=None):
-    """Rows of one case, one a variant: who serves the op, the oracle, and the base. A wrong variant is not timed."""
+class Trial:
+    """A case and its variants: who serves the op, the oracle, and the base. A wrong variant is not timed.
+
+    base: '' for none. backends: of BACKENDS, the only ones to run. once: times of bases that are taken once, which several cases may share.
+    """
+
+    def __init__(self, case, *, base=None, backends=None, once=None):
+        self.case, self.op = case, OPS[case.op]
+        self.base = next(iter(self.op.bases)) if base is None else base
+        self.once = {} if once is None else once
+        name, function = serving(case)
+        self.functions = {name: function, "reference": self.op.oracle}
+        if backends:
+            self.functions = {name: f for name, f in self.functions.items()
+                              if backend(name, case) in backends or name == self.base}
+        self.passes = {}  # variant -> [[seconds, ...], ...]
+
+    def check(self):
+        check = Check(self.case)
+        self.figures = {name: check.oracle if name == "reference" else check.figures(f) for name, f in self.functions.items()}
+        self.verdicts = {name: check.verdict(figures) for name, figures in self.figures.items()}
+
+    def time(self, timer, seconds):
+        """One more pass over all variants, on fresh tensors."""
+        bases, case = self.op.bases, self.case
+        if self.base in ONCE and not self.passes:
+            key = (self.base, case.m, case.n, case.dtype)
+            if key not in self.once:
+                self.once[key] = timer(bases[self.base](make(case), case))
+            self.passes[self.base] = [[self.once[key]]]
+        timed = {name: _bind(self.op, f, case) for name, f in self.functions.items() if self.verdicts[name] == "ok"}
+        oracle = self.passes.get("reference", [])
+        if len(oracle) > 1 and sum(map(sum, oracle)) > PASSES * seconds:
+            del timed["reference"]  # it may take a thousand times as long
+        if self.base in bases and self.base not in ONCE:
+            timed[self.base] = bases[self.base](make(case), case)
+        for name, function in timed.items():
+            if name != "reference":
+                function()  # the first one in fresh memory
+        for name, samples in timer.interleave(timed, seconds=seconds, at_least=1, at_most=40, warmup=0).items():
+            self.passes.setdefault(name, []).append(samples)
+
+    def rows(self, ceilings):
+        case = self.case
+        limits = bounds(case, ceilings)
+        for variant in dict.fromkeys([*self.functions, *([self.base] if self.base in self.op.bases else [])]):
+            yield {"op": case.op, "shape": f"{case.m}x{case.n}", "rank": case.rank, "dtype": shapes.SPELLING[case.dtype],
+                   "side": {True: "left", False: "right", None: None}[case.left], "variant": variant,
+                   "backend": backend(variant, case) if variant in self.functions else None,
+                   "check": self.verdicts.get(variant), **self.figures.get(variant, {"error": None, "energy": None}),
+                   **_speed(case, variant, self.passes, self.base, max(limits.values())),
+                   "bound": self.op.other or max(limits, key=limits.get), "base": self.base, "command": command(case, self.base)}
+
+
+def bounds(case, ceilings):
+    """Seconds that the counted bytes and the counted products take at the measured ceilings."""
     op = OPS[case.op]
-    base = base or next(iter(op.bases))
-    name, function = serving(case)
-    check = Check(case)
-    functions = {name: function, "reference": op.oracle}
-    figures = {name: check.figures(function), "reference": check.oracle}
-    verdicts = {variant: check.verdict(f) for variant, f in figures.items()}
-    timed = {variant: _bind(op, functions[variant], case) for variant in functions if verdicts[variant] == "ok"}
-    once = {}
-    if base in op.bases:
-        (once if base in ONCE else timed)[base] = op.bases[base](make(case), case)
-    times = {variant: [timer(f)] for variant, f in once.items()}
-    times |= timer.interleave(timed, seconds=seconds)
-    floor = max(op.traffic(case) / (1e9 * ceilings["copy_gb_per_s"]),
-                op.flop(case) / (1e9 * ceilings["gemm_gflop_per_s"][str(case.dtype).removeprefix("torch.")]))
-    rows = []
-    for variant in [*functions, *([base] if base in op.bases else [])]:
-        row = {"op": case.op, "shape": f"{case.m}x{case.n}", "rank": case.rank, "dtype": shapes.SPELLING[case.dtype],
-               "side": {True: "left", False: "right", None: None}[case.left], "variant": variant,
-               "check": verdicts.get(variant), **figures.get(variant, {"error": None, "energy": None}),
-               **_speed(case, variant, times, base, floor),
-               "base": base, "command": command(case, base)}
-        rows.append(row)
-    return rows
+    return {"bytes": op.traffic(case) / (1e9 * ceilings["copy_gb_per_s"]),
+            "products": op.flop(case) / (1e9 * ceilings["gemm_gflop_per_s"][str(case.dtype).removeprefix("torch.")])}
+
+
+def measure(case, timer, ceilings, *, seconds, base=None, backends=None):
+    """Rows of one case, one a variant."""
+    trial = Trial(case, base=base, backends=backends)
+    trial.check()
+    for _ in range(PASSES):
+        trial.time(timer, seconds / PASSES)
+    return list(trial.rows(ceilings))
 
 
 def _bind(op, function, case):
@@ -149,19 +209,20 @@ def _bind(op, function, case):
     return lambda: op.call(function, tensors, case)
 
 
-def _speed(case, variant, times, base, floor):
+def _speed(case, variant, passes, base, floor):
     """The figures that follow from the samples of a variant; None where it was not timed, or does another computation."""
-    names = ("median_s", "p20_s", "p80_s", "samples", "gb_per_s", "gflop_per_s", "roofline", "ratio", "noise")
+    names = ("median_s", "p20_s", "p80_s", "spread", "samples", "gb_per_s", "gflop_per_s", "roofline", "ratio", "noise")
     row = dict.fromkeys(names)
-    if variant in times:
-        p20, median, p80 = timing.spread(times[variant])
-        row |= {"median_s": median, "p20_s": p20, "p80_s": p80, "samples": len(times[variant])}
+    if variant in passes:
+        found = timing.spread(passes[variant])
+        row |= {"median_s": found.median, "p20_s": found.p20, "p80_s": found.p80, "spread": found.relative,
+                "samples": sum(map(len, passes[variant]))}
         if variant not in ONCE:
             op = OPS[case.op]
-            row |= {"gb_per_s": op.traffic(case) / median / 1e9, "gflop_per_s": op.flop(case) / median / 1e9,
-                    "roofline": floor / median}
-        if variant != base and base in times:
-            row["ratio"], row["noise"] = timing.ratio(times[variant], times[base])
+            row |= {"gb_per_s": op.traffic(case) / found.median / 1e9, "gflop_per_s": op.flop(case) / found.median / 1e9,
+                    "roofline": floor / found.median}
+        if variant != base and base in passes:
+            row["ratio"], row["noise"] = timing.ratio(passes[variant], passes[base])
     return row
 
 
@@ -170,6 +231,7 @@ COLUMNS = [
     ("median", lambda row: report.seconds(row["median_s"])),
     ("p20", lambda row: report.seconds(row["p20_s"])),
     ("p80", lambda row: report.seconds(row["p80_s"])),
+    ("spread", lambda row: report.number(row["spread"], "{:.1%}")),
     ("samples", lambda row: report.number(row["samples"], "{}")),
     ("GB/s", lambda row: report.number(row["gb_per_s"])),
     ("GFLOP/s", lambda row: report.number(row["gflop_per_s"])),
@@ -186,22 +248,42 @@ def run(args):
     if args.list:
         return print_list(args.device)
     chosen = cases(args)
+    absent = {name: machine.absent(*package) for name, package in PACKAGES.items()}
+    if args.base and absent.get(args.base):
+        raise CommandError(f"--base {args.base}: {absent[args.base]}")
     facts = machine.describe(args.device)
     out = report.Report(args, facts)
+    old = compare.read(args.compare, KEYS, facts)
     out.say(machine.line(facts))
     timer = timing.Timer(args.device)
     ceilings = machine.ceilings(timer, list(dict.fromkeys(case.dtype for case in chosen)))
     facts |= ceilings
     rates = ", ".join(f"GEMM {dtype} {rate:.0f} GFLOP/s" for dtype, rate in ceilings["gemm_gflop_per_s"].items())
     out.say(f"ceilings measured now: copy {ceilings['copy_gb_per_s']:.1f} GB/s, {rates}\n")
+    trials, once = [], {}
     for case in chosen:
-        rows = measure(case, timer, ceilings, seconds=args.seconds, base=args.base)
+        base = args.base or next(iter(OPS[case.op].bases))
+        if absent.get(base):
+            out.say(f"{case.op} is compared with the oracle: {absent[base]}")
+            base = "reference"
+        trials.append(Trial(case, base=base, backends=args.backend, once=once))
+    seconds = min(MOST, BUDGET / len(trials)) if args.seconds is None else args.seconds
+    with out.console.status("") as status:
+        for turn, (i, trial) in itertools.product(range(PASSES), enumerate(trials)):
+            status.update(f"pass {turn + 1} of {PASSES}, case {i + 1} of {len(trials)}: {trial.case.op}")
+            if turn == 0:
+                trial.check()
+            trial.time(timer, seconds / PASSES)
+    for trial in trials:
+        rows = list(trial.rows(ceilings))
         columns = [column for column in COLUMNS if column[0] != "energy" or rows[0]["energy"] is not None]
-        out.table(f"{rows[0]['command']}\n{facts['device']}", columns, rows)
-    out.write()
+        out.table(f"{rows[0]['command']}\n{facts['device']}, bound by {rows[0]['bound']}", columns, rows)
+    slower = compare.judge(out, old, KEYS, args.compare) if old else 0
+    out.write(draw=plot.roofline)
     wrong = [row for row in out.rows if row["check"] not in (None, "ok")]
     if wrong:
         raise CommandError(f"{len(wrong)} of {len(out.rows)} rows fail the check against the oracle and have no speed", code=1)
+    compare.refuse(slower, args.compare)
     return 0
 
 

@@ -1,5 +1,6 @@
 """What a measurement was taken on: names, versions, commit, and the machine's own ceilings, measured."""
 
+import importlib
 import os
 import platform
 import subprocess
@@ -25,6 +26,15 @@ def describe(device):
         "python": platform.python_version(),
         "commit": commit(),
     }
+
+
+def absent(module, package):
+    """'' if a module can be imported, else how to install it."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"{package} is not installed ({error}): pip install {package}"
+    return ""
 
 
 def line(machine):

@@ -1,19 +1,26 @@
 """`lowrank bench optimizers`: a whole optimizer step over the matrices of a model, ours beside its peers."""
 
+import argparse
 import contextlib
-import importlib
+from importlib import metadata
 from typing import Callable, NamedTuple
 
 import torch
 
-from lowrank_sys.bench import machine, report, shapes, timing
+from lowrank_sys.bench import compare, machine, plot, report, shapes, timing
+from lowrank_sys.bench.cases import case
 from lowrank_sys.cli import CommandError
 from lowrank_sys.train.models import PRESETS
 
 SCALE, LR = 0.25, 1e-3
 # Size of the matrices, and their rank, on which the time of a step is all overhead.
 TINY, TINY_RANK = 8, 4
+OVERHEAD_SECONDS = 0.5
 NEVER = 10**9
+# Steps that are timed, and those of them that refresh every basis.
+STEPS, REFRESHES = 30, 3
+# What identifies a row.
+KEYS = ("optimizer", "model", "shapes", "rank", "dtype", "gap")
 
 
 class Settings(NamedTuple):
@@ -30,8 +37,10 @@ class Settings(NamedTuple):
 
 class Contender(NamedTuple):
     build: Callable  # (parameters, settings) -> optimizer
+    periodic: bool = False  # whether a basis is refreshed every `gap` steps
     module: str = "torch"
-    install: str = ""
+    install: str = "torch"  # the package, as pip knows it
+    int8: bool = False  # over INT8 weights
 
 
 def _ours(name, **keys):
@@ -58,27 +67,62 @@ def _apollo_torch(params, settings):
     return APOLLOAdamW(settings.groups(params, **APOLLO), lr=LR)
 
 
+def _bitsandbytes(params, settings):
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(params, lr=LR)
+
+
+def _torchao(name):
+    def build(params, settings):
+        from torchao import optim
+
+        return getattr(optim, name)(params, lr=LR)
+
+    return build
+
+
+class BareGemms:
+    """The two products of every matrix, and nothing else."""
+
+    def __init__(self, params, settings):
+        self.state = {}
+        self.products = []
+        for param in params:
+            m, n = param.shape
+            one = case.Case("gemms", m, n, settings.rank, settings.dtype, m < n, settings.device)
+            basis = case.orthonormal(one, lambda *size, dtype: torch.randn(size, dtype=dtype, device=settings.device))
+            tensors = {"param": param.detach(), "grad": param.grad, "basis": basis}
+            self.products.append(case.two_products(tensors, one))
+
+    def step(self):
+        for product in self.products:
+            product()
+
+
 CONTENDERS = {
-    "lowrank": Contender(_ours("GaLoreAdamW")),
-    "galore-torch": Contender(_galore_torch, "galore_torch", "galore-torch"),
-    "apollo": Contender(_ours("APOLLOAdamW", **APOLLO)),
-    "apollo-torch": Contender(_apollo_torch, "apollo_torch", "apollo-torch"),
-    "fira": Contender(_ours("FiraAdamW", alpha=SCALE)),
-    "grass": Contender(_ours("GrassAdamW")),
-    "frugal": Contender(_ours("FrugalAdamW")),
+    "lowrank": Contender(_ours("GaLoreAdamW"), True),
+    "galore8bit": Contender(_ours("GaLoreAdamW8bit"), True),
+    "q-galore": Contender(_ours("QGaLoreAdamW8bit", cos_threshold=None), True, int8=True),  # a gap that does not grow
+    "galore-torch": Contender(_galore_torch, True, "galore_torch", "galore-torch"),
+    "apollo": Contender(_ours("APOLLOAdamW", **APOLLO), True),
+    "apollo-torch": Contender(_apollo_torch, True, "apollo_torch", "apollo-torch"),
+    "fira": Contender(_ours("FiraAdamW", alpha=SCALE), True),
+    "grass": Contender(_ours("GrassAdamW"), True),
+    "frugal": Contender(_ours("FrugalAdamW"), True),
     "adamw-fused": Contender(lambda params, _: torch.optim.AdamW(params, lr=LR, fused=True)),
     "adamw-foreach": Contender(lambda params, _: torch.optim.AdamW(params, lr=LR, foreach=True)),
+    "bitsandbytes": Contender(_bitsandbytes, module="bitsandbytes", install="bitsandbytes"),
+    "torchao-8bit": Contender(_torchao("AdamW8bit"), module="torchao", install="torchao"),
+    "torchao-4bit": Contender(_torchao("AdamW4bit"), module="torchao", install="torchao"),
+    "gemms": Contender(BareGemms),
 }
-PERIODIC = ("lowrank", "galore-torch")
 
 
 def why_missing(name):
     """'' if a contender can be imported, else how to install it."""
-    try:
-        importlib.import_module(CONTENDERS[name].module)
-    except ImportError as error:
-        return f"{name} is not installed ({error}): pip install {CONTENDERS[name].install}"
-    return ""
+    why = machine.absent(CONTENDERS[name].module, CONTENDERS[name].install)
+    return f"{name}: {why}" if why else ""
 
 
 @contextlib.contextmanager
@@ -113,9 +157,27 @@ def build(name, settings):
 
     params = []
     for m, n in settings.matrices:
-        params.append(torch.nn.Parameter(0.02 * randn(m, n)))
+        weight = 0.02 * randn(m, n)
+        params.append(_quantized(weight) if CONTENDERS[name].int8 else torch.nn.Parameter(weight))
         params[-1].grad = randn(m, n)
     return CONTENDERS[name].build(params, settings)
+
+
+def _quantized(weight):
+    from lowrank_sys.nn.quant_weight import QuantWeight
+
+    return QuantWeight(*torch.ops.lowrank.quantize_int8(weight), dtype=weight.dtype)
+
+
+def _tensors(value):
+    """The plain tensors of a value of a state: itself, the parts of a subclass, or what an object keeps."""
+    if hasattr(value, "__tensor_flatten__"):  # torchao's codes and scales
+        for name in value.__tensor_flatten__()[0]:
+            yield from _tensors(getattr(value, name))
+    elif isinstance(value, torch.Tensor):
+        yield value
+    else:  # galore-torch's projector
+        yield from (item for item in getattr(value, "__dict__", {}).values() if isinstance(item, torch.Tensor))
 
 
 def state_bytes(optimizer):
@@ -123,9 +185,8 @@ def state_bytes(optimizer):
     storages = {}
     for state in optimizer.state.values():
         for value in state.values():
-            for item in [value, *getattr(value, "__dict__", {}).values()]:  # galore-torch keeps its basis in an object
-                if isinstance(item, torch.Tensor):
-                    storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+            for item in _tensors(value):
+                storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
     return sum(storages.values())
 
 
@@ -133,7 +194,8 @@ def overhead(name, count, device):
     """Seconds a matrix that a steady step takes on `count` matrices too small to compute with."""
     optimizer = build(name, Settings([(TINY, TINY)] * count, TINY_RANK, torch.float32, NEVER, device))
     timer = timing.Timer(device, flush=False)
-    return timing.quantile(timer.interleave({name: optimizer.step}, seconds=0.5, at_least=20)[name], 0.5) / count
+    times = timer.interleave({name: optimizer.step}, seconds=OVERHEAD_SECONDS, at_least=20)[name]
+    return timing.quantile(times, 0.5) / count
 
 
 def cycle(times, gap):
@@ -148,6 +210,13 @@ def cycle(times, gap):
     return sum(positions) / gap, max(positions)
 
 
+def refresh(name, settings, timer):
+    """Seconds of a step that refreshes every basis from the one before."""
+    optimizer = build(name, settings._replace(gap=1))
+    optimizer.step()  # the first bases
+    return timing.quantile([timer(optimizer.step) for _ in range(REFRESHES)], 0.5)
+
+
 def measure(settings, names, timer, *, base, steps, svd):
     """Rows, one a contender: the first step apart, then `steps` steps of all, interleaved."""
     with contextlib.ExitStack() as stack:
@@ -158,13 +227,16 @@ def measure(settings, names, timer, *, base, steps, svd):
         times = timer.interleave({name: optimizer.step for name, optimizer in optimizers.items()}, seconds=0,
                                  at_least=steps, warmup=0)
         rows = []
+        times = {name: timing.parts(samples) for name, samples in times.items()}
         for name, optimizer in optimizers.items():
-            p20, median, p80 = timing.spread(times[name])
-            mean, worst = cycle(times[name], settings.gap)
-            row = {"optimizer": name, "median_s": median, "p20_s": p20, "p80_s": p80, "samples": steps,
-                   "first_s": first[name], "worst_s": worst, "amortised_s": mean, "ratio": None, "noise": None}
+            found = timing.spread(times[name])
+            row = {"optimizer": name, "median_s": found.median, "p20_s": found.p20, "p80_s": found.p80,
+                   "spread": found.relative, "samples": steps, "first_s": first[name], "refresh_s": None, "amortised_s": None,
+                   "worst_s": None, "ratio": None, "noise": None}
             if name == "galore-torch" and not svd:
-                row |= dict.fromkeys(("first_s", "worst_s", "amortised_s"))
+                row["first_s"] = None
+            elif CONTENDERS[name].periodic and settings.gap != NEVER:
+                row |= _periodic(name, settings, timer, found.median, sum(times[name], []))
             if name != base:
                 row["ratio"], row["noise"] = timing.ratio(times[name], times[base])
             row |= {"state_bytes": state_bytes(optimizer),
@@ -178,6 +250,13 @@ def measure(settings, names, timer, *, base, steps, svd):
     return rows
 
 
+def _periodic(name, settings, timer, step, times):
+    """The refresh apart, and over a gap: as measured where the steps cover one, else what follows from one refresh of all."""
+    mean, worst = cycle(times, settings.gap)
+    more = max(refresh(name, settings, timer) - step, 0.0)
+    return {"refresh_s": more, "amortised_s": mean or step + more / settings.gap, "worst_s": worst}
+
+
 def add_arguments(parser):
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--shape", nargs="+", type=shapes.parse_shape, metavar="MxN", help="default: 4096x4096")
@@ -186,25 +265,37 @@ def add_arguments(parser):
     parser.add_argument("--rank", type=shapes.positive, default=128, metavar="R", help="default: 128")
     parser.add_argument("--dtype", choices=shapes.DTYPES, default="fp32", metavar="D",
                         help=f"of weights and gradients: {', '.join(shapes.DTYPES)} (default: fp32)")
-    parser.add_argument("--base", choices=CONTENDERS, default="galore-torch", metavar="NAME",
-                        help=f"what ratios refer to: {', '.join(CONTENDERS)} (default: galore-torch)")
+    parser.add_argument("--optimizers", type=_names, metavar="A,B",
+                        help=f"of {', '.join(CONTENDERS)} (default: all that are installed)")
+    parser.add_argument("--base", choices=CONTENDERS, metavar="NAME",
+                        help="what ratios refer to (default: galore-torch, or the first of --optimizers)")
     parser.add_argument("--gap", type=shapes.positive, default=200, metavar="N",
                         help="steps between two refreshes of a basis (default: 200)")
     parser.add_argument("--steps", type=shapes.positive, metavar="N",
-                        help="steps to time (default: one gap; fewer show neither the amortised nor the worst step)")
+                        default=STEPS,
+                        help="steps to time (default: %(default)s; a whole gap shows the worst step too)")
     parser.add_argument("--svd", action="store_true",
                         help="let galore-torch take its SVDs (most of a minute for one 4096x4096), instead of timing only its "
                         "steady step, from a random basis")
     parser.add_argument("--device", type=shapes.parse_device, default=shapes.default_device(), help="default: %(default)s")
-    report.add_output_arguments(parser)
+    report.add_output_arguments(parser, compare=True, plot="a step of each and its state")
 
 
-def command(args):
-    """The command that repeats this run."""
+def _names(text):
+    names = text.split(",")
+    for name in names:
+        if name not in CONTENDERS:
+            raise argparse.ArgumentTypeError(f"unknown {name!r}; valid: {', '.join(CONTENDERS)}")
+    return list(dict.fromkeys(names))
+
+
+def command(args, name, base):
+    """The command that repeats one row."""
     sizes = args.shape or [(4096, 4096)]
     sizes = f"--model {args.model}" if args.model else "--shape " + " ".join(f"{m}x{n}" for m, n in sizes)
-    return (f"lowrank bench optimizers {sizes} --rank {args.rank} --dtype {args.dtype} --base {args.base} --gap {args.gap} "
-            f"--steps {args.steps or args.gap}{' --svd' if args.svd else ''} --device {args.device}")
+    names = name if name == base else f"{name},{base}"
+    return (f"lowrank bench optimizers {sizes} --rank {args.rank} --dtype {args.dtype} --optimizers {names} --base {base} "
+            f"--gap {args.gap} --steps {args.steps}{' --svd' if args.svd else ''} --device {args.device}")
 
 
 def _with_noise(row):
@@ -216,8 +307,10 @@ COLUMNS = [
     ("step", lambda row: report.seconds(row["median_s"])),
     ("p20", lambda row: report.seconds(row["p20_s"])),
     ("p80", lambda row: report.seconds(row["p80_s"])),
+    ("spread", lambda row: report.number(row["spread"], "{:.1%}")),
     ("step / base", _with_noise),
     ("first", lambda row: report.seconds(row["first_s"])),
+    ("refresh", lambda row: report.seconds(row["refresh_s"])),
     ("amortised", lambda row: report.seconds(row["amortised_s"])),
     ("amort. / base", lambda row: report.number(row["amortised_ratio"], "{:.3g}")),
     ("worst", lambda row: report.seconds(row["worst_s"])),
@@ -232,24 +325,34 @@ def run(args):
     matrices = shapes.matrices(args.model) if args.model else args.shape or [(4096, 4096)]
     for m, n in matrices:
         shapes.check_rank(args.rank, m, n)
-    missing = {name: why for name in CONTENDERS if (why := why_missing(name))}
-    if args.base in missing:
-        raise CommandError(f"--base {missing[args.base]}")
-    names = [name for name in CONTENDERS if name not in missing]
+    base = args.base or (args.optimizers or ["galore-torch"])[0]
+    missing = {name: why for name in args.optimizers or CONTENDERS if (why := why_missing(name))}
+    if why := why_missing(base):
+        raise CommandError(f"--base {why}")
+    if args.optimizers and missing:
+        raise CommandError(f"--optimizers {next(iter(missing.values()))}")
+    names = [name for name in dict.fromkeys([*(args.optimizers or CONTENDERS), base]) if name not in missing]
     settings = Settings(matrices, args.rank, shapes.DTYPES[args.dtype], args.gap, args.device)
     facts = machine.describe(args.device)
+    facts |= {package: metadata.version(package) for name in names if (package := CONTENDERS[name].install) != "torch"}
     out = report.Report(args, facts)
+    old = compare.read(args.compare, KEYS, facts)
     out.say(machine.line(facts))
     for why in missing.values():
         out.say(why)
-    rows = measure(settings, names, timing.Timer(args.device), base=args.base, steps=args.steps or args.gap, svd=args.svd)
-    named = {"model": args.model, "matrices": len(matrices), "elements": sum(m * n for m, n in matrices), "rank": args.rank,
-             "dtype": args.dtype, "gap": args.gap, "base": args.base, "command": command(args)}
-    title = f"{facts['device']} | matrices: {len(matrices)}, weights: {named['elements'] / 1e6:.1f}M"
-    out.table(f"{named['command']}\n{title}", COLUMNS, [{**named, **row} for row in rows])
-    out.say("step: median; amortised, worst: over a whole gap with its refreshes; extra: most memory a step holds beyond the "
-            f"state; overhead: a step's time a matrix on {TINY}x{TINY} matrices")
+    rows = measure(settings, names, timing.Timer(args.device), base=base, steps=args.steps, svd=args.svd)
+    named = {"model": args.model, "shapes": " ".join(f"{m}x{n}" for m, n in dict.fromkeys(matrices)), "matrices": len(matrices),
+             "elements": sum(m * n for m, n in matrices), "rank": args.rank, "dtype": args.dtype, "gap": args.gap, "base": base}
+    title = f"matrices: {len(matrices)}, weights: {named['elements'] / 1e6:.1f}M, r = {args.rank}, {args.dtype}, gap {args.gap}"
+    out.table(f"{facts['device']} | {title}", COLUMNS,
+              [{**named, **row, "command": command(args, row["optimizer"], base)} for row in rows])
+    for row in out.rows:
+        out.say(row["command"])
+    out.say("step: median; refresh: of every basis, beyond a step; amortised: over a gap; worst: of a gap; extra: most memory a "
+            f"step holds beyond the state; overhead: a step's time a matrix on {TINY}x{TINY} matrices")
     if "galore-torch" in names and not args.svd:
         out.say("galore-torch: steady steps only, from random bases in place of its SVD (--svd times that too)")
-    out.write()
+    slower = compare.judge(out, old, KEYS, args.compare) if old else 0
+    out.write(draw=plot.bars)
+    compare.refuse(slower, args.compare)
     return 0

@@ -1,4 +1,4 @@
-"""Tables for people; JSON and CSV for programs, written whole or not at all."""
+"""Tables and plots for people; JSON and CSV for programs; files are written whole or not at all."""
 
 import csv
 import errno
@@ -8,12 +8,18 @@ import math
 import os
 from pathlib import Path
 
+from lowrank_sys.bench import plot
 from lowrank_sys.cli import CommandError
 
 
-def add_output_arguments(parser):
+def add_output_arguments(parser, *, compare=False, plot=None):
     parser.add_argument("--json", metavar="FILE", help="write one object a row: figures, machine, versions, commit, command")
     parser.add_argument("--csv", metavar="FILE", help="write the same as comma-separated values")
+    if plot:
+        parser.add_argument("--plot", metavar="FILE", help=f"draw {plot}")
+    if compare:
+        parser.add_argument("--compare", metavar="OLD", help="a file of --json from this machine: print new over old times, and "
+                            "exit 1 if one is slower by more than the two spreads")
 
 
 def seconds(value):
@@ -53,14 +59,23 @@ class Report:
         self.facts = facts
         self.rows = []
         self.writers = [(Path(path), form) for path, form in ((args.json, to_json), (args.csv, to_csv)) if path]
-        for path, _ in self.writers:
-            _temporary(path).unlink()  # an output that cannot be written is told before the work, not after
+        self.picture = Path(args.plot) if getattr(args, "plot", None) else None
+        # an output that cannot be written is told before the work, not after
+        if self.picture:
+            plot.check(self.picture)
+        for path in [*(path for path, _ in self.writers), *([self.picture] if self.picture else [])]:
+            _temporary(path).unlink()
 
     def say(self, text):
         self.console.print(text, markup=False)
 
     def table(self, title, columns, rows):
         """Print a titled table and keep its rows. columns: [(heading, row -> text)]."""
+        self.show(title, columns, rows)
+        self.rows += rows
+
+    def show(self, title, columns, rows):
+        """Print a titled table."""
         from rich.table import Table
 
         table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
@@ -70,14 +85,17 @@ class Report:
             table.add_row(*(text(row) for _, text in columns))
         self.console.print(table)
         self.console.print()
-        self.rows += rows
 
-    def write(self):
+    def write(self, draw=None):
+        """Write the files. draw: (rows, facts) -> the figure of --plot."""
         rows = [{**row, **self.facts} for row in self.rows]
-        for path, form in self.writers:
+        writers = [(path, form(rows).encode()) for path, form in self.writers]
+        if self.picture:
+            writers.append((self.picture, plot.encoded(draw(self.rows, self.facts), self.picture)))
+        for path, content in writers:
             temporary = _temporary(path)
             try:
-                temporary.write_text(form(rows), encoding="utf-8")
+                temporary.write_bytes(content)
                 os.replace(temporary, path)
             except OSError as error:
                 temporary.unlink(missing_ok=True)

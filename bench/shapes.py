@@ -1,6 +1,7 @@
 """Shapes, ranks and dtypes as flags spell them, and the matrices of the models."""
 
 import argparse
+from typing import NamedTuple
 
 import torch
 
@@ -9,6 +10,21 @@ from lowrank_sys.train.models import PRESETS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPELLING = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Sizes(NamedTuple):
+    hidden: int
+    intermediate: int
+    layers: int
+    keys: int  # features of the key and value heads together
+
+
+# What can be trained, and larger models, whose matrices alone fit.
+MODELS = {name: Sizes(p.hidden, p.intermediate, p.layers, p.hidden) for name, p in PRESETS.items()} | {
+    "llama-30b": Sizes(6656, 17920, 60, 6656),
+    "llama-65b": Sizes(8192, 22016, 80, 8192),
+    "llama-70b": Sizes(8192, 28672, 80, 1024),  # 8 heads of 128 for keys and values
+}
 
 
 def parse_shape(text):
@@ -25,6 +41,16 @@ def positive(text):
     return int(text)
 
 
+def seconds(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value
+
+
 def parse_device(text):
     """'cpu', or 'cuda' where there is a GPU."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -39,9 +65,10 @@ def default_device():
 
 def matrices(model):
     """Shapes (m, n) of the linear weights of a LLaMA's blocks, layer by layer: q, k, v, o, gate, up, down."""
-    p = PRESETS[model]
-    block = [(p.hidden, p.hidden)] * 4 + [(p.intermediate, p.hidden)] * 2 + [(p.hidden, p.intermediate)]
-    return block * p.layers
+    s = MODELS[model]
+    block = [(s.hidden, s.hidden), *[(s.keys, s.hidden)] * 2, (s.hidden, s.hidden), *[(s.intermediate, s.hidden)] * 2,
+             (s.hidden, s.intermediate)]
+    return block * s.layers
 
 
 def check_rank(rank, m, n):

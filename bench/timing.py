@@ -3,6 +3,7 @@
 import random
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,20 +20,48 @@ def quantile(values, q):
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
-def spread(values):
-    """(p20, median, p80)."""
-    return tuple(quantile(values, q) for q in (0.2, 0.5, 0.8))
+class Spread(NamedTuple):
+    """Of samples: quantiles, and how much longer or shorter than the median another run's may be: 0.1 is 1.1 times or 1 / 1.1."""
+
+    p20: float
+    median: float
+    p80: float
+    relative: float
 
 
-def ratio(times, base):
-    """(times over base, whether that is noise).
+def spread(passes):
+    """The Spread of samples [[one pass], ...].
+
+    As far off as p20, p80 or the median of any pass: the samples of a pass share where their memory lies and what the machine
+    did in that moment, those of another pass, or of another run, do not.
+    """
+    values = [value for samples in passes for value in samples]
+    p20, median, p80 = (quantile(values, q) for q in (0.2, 0.5, 0.8))
+    seen = [p20, p80, *(quantile(samples, 0.5) for samples in passes)]
+    return Spread(p20, median, p80, max(factor(value, median) for value in seen) - 1)
+
+
+def factor(a, b):
+    """How many times one of two times is the other, at least 1."""
+    return max(a / b, b / a)
+
+
+def parts(values, count=5):
+    """Consecutive samples as passes: what drifts from the first to the last of them shows."""
+    count = min(count, len(values))
+    return [values[i * len(values) // count:(i + 1) * len(values) // count] for i in range(count)]
+
+
+def ratio(passes, base):
+    """(times over base, whether that is noise: whether 1 is within its spread).
 
     Samples of one round are compared with each other, so drift cancels; a base that was timed once is compared with every
-    sample. Noise: 1 lies between the 20th and the 80th percentile, so the variants cannot be told apart.
+    sample.
     """
-    base = base if len(base) == len(times) else [quantile(base, 0.5)] * len(times)
-    low, middle, high = spread([t / b for t, b in zip(times, base)])
-    return middle, low <= 1 <= high
+    once = sum(map(len, base)) == 1
+    found = spread([[t / base[0][0] for t in samples] if once else [t / b for t, b in zip(samples, others)]
+                    for samples, others in zip(passes, base * len(passes) if once else base)])
+    return found.median, factor(found.median, 1) <= 1 + found.relative
 
 
 class Timer:
@@ -70,7 +99,7 @@ class Timer:
         """
         for function in functions.values():
             for _ in range(warmup):
-                self(function)
+                function()
         self.synchronize()
         order, shuffle = list(functions), random.Random(0).shuffle
         times = {name: [] for name in functions}

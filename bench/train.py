@@ -12,9 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lowrank_sys.bench import machine, report
+from lowrank_sys.bench import machine, plot, report
 from lowrank_sys.cli import CommandError
-from lowrank_sys.train.checkpoint import write_file
 from lowrank_sys.train.methods import METHODS
 
 LOWRANK = "import sys; from lowrank_sys import cli; sys.exit(cli.main())"
@@ -28,8 +27,7 @@ def add_arguments(parser):
     add("--methods", metavar="A,B", help=f"of {', '.join(METHODS)} (default: all)")
     add("--seeds", metavar="S,T", default="0", help="a run for each (default: %(default)s)")
     add("--out", metavar="DIR", default="runs/bench", help="a folder for each run goes here (default: %(default)s)")
-    add("--plot", metavar="FILE", help="draw validation loss against tokens and against memory")
-    report.add_output_arguments(parser)
+    report.add_output_arguments(parser, plot="validation loss against tokens and against memory")
     add("flags", nargs=argparse.REMAINDER, metavar="-- FLAGS", help="flags of lowrank train, for all runs")
 
 
@@ -45,18 +43,16 @@ def run(args):
     flags = args.flags[1:] if args.flags[:1] == ["--"] else args.flags
     for flag in flags:
         if flag.partition("=")[0] in OWN:
-            raise CommandError(f"{flag}: lowrank bench train sets it itself")
+            raise CommandError(f"{flag}: lowrank bench {args.bench} sets it itself")
     out = report.Report(args, machine.describe("cpu"))
     out.say(machine.line(out.facts))
     runs = {method: [_train(out, Path(args.out), args.model, method, seed, flags) for seed in seeds] for method in methods}
     rows = [_row(method, [summary for summary, _ in pairs]) for method, pairs in runs.items()]
     rows.sort(key=lambda row: row["val_loss"])
     first = next(iter(runs.values()))[0][0]
-    title = f"{args.model}, {first['tokens']:,} tokens, seeds {args.seeds}: lowrank bench train {' '.join(flags)}".rstrip()
+    title = f"{args.model}, {first['tokens']:,} tokens, seeds {args.seeds}: lowrank bench {args.bench} {' '.join(flags)}".rstrip()
     out.table(title, COLUMNS, rows)
-    if args.plot:
-        _plot(Path(args.plot), runs, rows, title)
-    out.write()
+    out.write(draw=lambda rows, facts: _figure(runs, rows, title))
     return 0
 
 
@@ -111,11 +107,10 @@ def _row(method, summaries):
     }
 
 
-def _plot(path, runs, rows, title):
+def _figure(runs, rows, title):
+    figure = plot.figure(12, 5)
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
     curves, points = figure.subplots(1, 2)
     # the ten strong colours of the palette, then the ten light ones
     colors = {row["method"]: colormaps["tab20"](2 * i % 20 + i // 10) for i, row in enumerate(rows)}
@@ -134,5 +129,4 @@ def _plot(path, runs, rows, title):
     for axes in (curves, points):
         axes.grid(alpha=0.3)
     figure.suptitle(title, fontsize=9)
-    form = path.suffix.lstrip(".") or "png"
-    write_file(path, lambda partial: figure.savefig(partial, format=form, dpi=120))
+    return figure

@@ -18,6 +18,8 @@ OPS = {name: op for group in GROUPS for name, op in group.OPS.items()}
 
 # Timed once: at 4096 x 4096 it takes most of a minute.
 ONCE = ("svd",)
+# Bases that are packages: (module, what to install).
+PACKAGES = {"bitsandbytes": ("bitsandbytes", "bitsandbytes")}
 
 
 def make(case):

@@ -2,19 +2,14 @@
 
 import torch
 
-from lowrank_sys.bench import kernels
 from lowrank_sys.bench.cases.case import Case
-from lowrank_sys.bench.floors.floor import CEILINGS, SIZE, Floor
-from lowrank_sys.cli import CommandError
+from lowrank_sys.bench.floors.floor import SIZE, Floor, served
 
 
 def adam_8bit(timer):
     """Time of bitsandbytes' AdamW8bit step over that of adam_8bit_."""
     case = Case("adam_8bit_", SIZE, SIZE, None, torch.float32, None, "cpu")
-    served = kernels.measure(case, timer, CEILINGS, seconds=5)[0]
-    if served["check"] != "ok":
-        raise CommandError(f"adam_8bit_, served by {served['variant']}: {served['check']}", code=1)
-    return 1 / served["ratio"]
+    return 1 / served(case, timer)["ratio"]
 
 
 FLOORS = [

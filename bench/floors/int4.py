@@ -2,23 +2,15 @@
 
 import torch
 
-from lowrank_sys.bench import kernels
 from lowrank_sys.bench.cases import make
 from lowrank_sys.bench.cases.case import Case
 from lowrank_sys.bench.cases.int4 import NAMES
-from lowrank_sys.bench.floors.floor import CEILINGS, HERE, RANK, SIZE, Floor
-from lowrank_sys.cli import CommandError
+from lowrank_sys.bench.floors.floor import HERE, RANK, SIZE, Floor, served
 
 
 def product(timer, op):
     """Time of a product with an INT4 basis over that of the fp32 GEMM, on the worse side."""
-    ratios = []
-    for left in (True, False):
-        served = kernels.measure(Case(op, SIZE, SIZE, RANK, torch.float32, left, "cpu"), timer, CEILINGS, seconds=5)[0]
-        if served["check"] != "ok":
-            raise CommandError(f"{op}, served by {served['variant']}: {served['check']}", code=1)
-        ratios.append(served["ratio"])
-    return max(ratios)
+    return max(served(Case(op, SIZE, SIZE, RANK, torch.float32, left, "cpu"), timer)["ratio"] for left in (True, False))
 
 
 def basis_bytes(timer):

@@ -2,10 +2,8 @@
 
 import torch
 
-from lowrank_sys.bench import kernels
 from lowrank_sys.bench.cases.case import Case
-from lowrank_sys.bench.floors.floor import CEILINGS, Floor
-from lowrank_sys.cli import CommandError
+from lowrank_sys.bench.floors.floor import Floor, served
 
 # A low-rank momentum and a dense one, wide and tall.
 SHAPES = ((1024, 4096), (4096, 1024), (2048, 2048))
@@ -13,13 +11,7 @@ SHAPES = ((1024, 4096), (4096, 1024), (2048, 2048))
 
 def newton_schulz(timer):
     """Time of newton_schulz over that of its bare GEMMs, at the worst of the sizes."""
-    ratios = []
-    for m, n in SHAPES:
-        served = kernels.measure(Case("newton_schulz", m, n, None, torch.float32, None, "cpu"), timer, CEILINGS, seconds=5)[0]
-        if served["check"] != "ok":
-            raise CommandError(f"newton_schulz, served by {served['variant']}: {served['check']}", code=1)
-        ratios.append(served["ratio"])
-    return max(ratios)
+    return max(served(Case("newton_schulz", m, n, None, torch.float32, None, "cpu"), timer)["ratio"] for m, n in SHAPES)
 
 
 FLOORS = [Floor("newton_schulz over its GEMMs, 1024x4096, 4096x1024 and 2048x2048, fp32", "<= 1.1x", 1.1, newton_schulz, False)]

@@ -2,14 +2,16 @@
 
 import csv
 import json
+import sys
 
 import pytest
 import torch
 
 from lowrank_sys import backends, cli
-from lowrank_sys.bench import floors, kernels, machine, optimizers, shapes, timing
+from lowrank_sys.bench import floors, kernels, machine, optimizers, plot, quality, shapes, timing, train
 from lowrank_sys.bench.cases import OPS, make, serving
 from lowrank_sys.bench.cases.case import Case
+from lowrank_sys.bench.floors import roofline
 from lowrank_sys.bench.floors.floor import Floor
 
 CEILINGS = {"copy_gb_per_s": 10.0, "gemm_gflop_per_s": {"float32": 100.0, "bfloat16": 100.0, "float16": 100.0}}
@@ -19,6 +21,8 @@ CEILINGS = {"copy_gb_per_s": 10.0, "gemm_gflop_per_s": {"float32": 100.0, "bfloa
 def quick(monkeypatch):
     monkeypatch.setattr(timing, "_largest_cache", lambda: 0)
     monkeypatch.setattr(timing, "LEAST_FILL", 1 << 10)
+    monkeypatch.setattr(optimizers, "OVERHEAD_SECONDS", 0.0)
+    monkeypatch.setattr(kernels, "PASSES", 2)
     monkeypatch.setattr(machine, "ceilings", lambda timer, dtypes: dict(CEILINGS))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -104,13 +108,133 @@ def test_a_wrong_kernel_gets_no_speed(capsys, monkeypatch, tmp_path, op, wrong):
     (["--dtype", "fp8"], "'fp32', 'bf16', 'fp16'"),
     (["--model", "gpt-2"], "'llama-60m'"),
     (["--device", "tpu"], "valid: cpu"),
+    (["--op", "projekt"], "invalid choice: 'projekt'"),
+    (["--seconds", "-1"], "not a number of seconds"),
+    (["--op", "project", "--backend", "triton"], "--backend triton: serves none of these ops on cpu"),
     (["--json", "/nonexistent/rows.json"], "/nonexistent/rows.json"),
     (["--csv", "/"], "cannot write"),
+    (["--plot", "/nonexistent/plot.png"], "/nonexistent/plot.png"),
+    (["--plot", "plot.xyz"], "--plot plot.xyz: unknown format; valid: ."),
+    (["--compare", "/nonexistent/old.json"], "/nonexistent/old.json: cannot read it"),
 ], ids=" ".join)
 def test_bad_input(capsys, argv, message):
     code, out, err = run(capsys, "kernels", *argv)
     assert code == 2
     assert err.count("\n") == 1 and message in err
+
+
+def test_backends_are_chosen_by_name(capsys, tmp_path):
+    path = tmp_path / "rows.json"
+    argv = ["--op", "project", "--shape", "8x6", "--rank", "2", "--side", "left", "--json", str(path)]
+    for backend in ("reference", "cpu"):
+        assert run_kernels(capsys, *argv, "--backend", backend)[0] == 0
+        rows = json.loads(path.read_text())
+        assert [row["backend"] for row in rows] == [backend, None] and [row["base"] for row in rows] == ["gemm", "gemm"]
+
+
+def test_a_slow_oracle_is_timed_twice(monkeypatch):
+    trial = kernels.Trial(Case("project", 8, 6, 2, torch.float32, True, "cpu"))
+    trial.check()
+    for _ in range(3):
+        trial.time(timing.Timer("cpu"), seconds=0)
+    assert {name: len(passes) for name, passes in trial.passes.items()} == {
+        serving(trial.case)[0]: 3, "reference": 2, "gemm": 3}
+
+
+def test_kernels_without_bitsandbytes(capsys, monkeypatch, tmp_path):
+    path = tmp_path / "rows.json"
+    monkeypatch.setitem(kernels.PACKAGES, "bitsandbytes", ("nonexistent_module", "bitsandbytes"))
+    argv = ["--op", "quantize_blockwise", "--shape", "8x6", "--json", str(path)]
+    code, out, err = run_kernels(capsys, *argv)
+    assert code == 0 and "pip install bitsandbytes" in out
+    assert {row["base"] for row in json.loads(path.read_text())} == {"reference"}
+    code, out, err = run_kernels(capsys, *argv, "--base", "bitsandbytes")
+    assert code == 2 and err.count("\n") == 1 and "pip install bitsandbytes" in err
+
+
+@pytest.fixture
+def measured(capsys, tmp_path):
+    """A file of a run, and the arguments of that run."""
+    argv = ["--op", "project", "--shape", "8x6", "--rank", "2", "--side", "left"]
+    path = tmp_path / "old.json"
+    assert run_kernels(capsys, *argv, "--json", str(path))[0] == 0
+    return path, argv
+
+
+def _rewritten(path, **changes):
+    rows = [row | changes for row in json.loads(path.read_text())]
+    path.write_text(json.dumps(rows))
+
+
+@pytest.mark.parametrize("old, spread, verdict, code", [
+    (1e-9, 0.1, "regression", 1), (1e3, 0.1, "faster", 0), (1e-9, 1e12, "noise", 0)])
+def test_compare(capsys, measured, tmp_path, old, spread, verdict, code):
+    path, argv = measured
+    _rewritten(path, median_s=old, spread=spread)
+    found, out, err = run_kernels(capsys, *argv, "--compare", str(path), "--json", str(tmp_path / "new.json"))
+    assert found == code and ("2 rows are slower" in err) == bool(code)
+    new = json.loads((tmp_path / "new.json").read_text())
+    assert [row.get("verdict") for row in new] == [verdict, None, verdict]  # the oracle is not judged
+    assert new[0]["new_over_old"] == pytest.approx(new[0]["median_s"] / old) and new[0]["old_s"] == old
+    assert "new / old" in out
+
+
+def test_compare_with_another_run_of_the_same(capsys, measured):
+    path, argv = measured
+    code, out, err = run_kernels(capsys, *argv, "--dtype", "fp32", "bf16", "--compare", str(path))
+    assert code in (0, 1) and "2 of 4 rows have no partner" in out
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{", "it is not JSON"), ("[]", "it does not hold rows"), ('[{"op": "project"}]', "it does not hold rows"),
+    (b"\xff\xfe", "it is not JSON")], ids=["half", "empty", "other rows", "bytes"])
+def test_compare_with_no_rows(capsys, measured, content, message):
+    path, argv = measured
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, out, err = run_kernels(capsys, *argv, "--compare", str(path))
+    assert code == 2 and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize("field, value", [("device", "Abacus"), ("threads", 99)])
+def test_compare_with_another_machine(capsys, measured, field, value):
+    path, argv = measured
+    _rewritten(path, **{field: value})
+    code, out, err = run_kernels(capsys, *argv, "--compare", str(path))
+    assert code == 2 and err.count("\n") == 1 and f"the machines differ: {field} was {value}" in err
+
+
+def test_compare_with_nothing_in_common(capsys, measured):
+    path, argv = measured
+    _rewritten(path, op="back_project_")
+    code, out, err = run_kernels(capsys, *argv, "--compare", str(path))
+    assert code == 2 and "no row in common" in err
+
+
+def test_plots(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    for form, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        path = tmp_path / f"plot.{form}"
+        run_kernels(capsys, "--op", "project", "refresh_keys_", "--shape", "8x6", "--rank", "2", "--plot", str(path))
+        assert path.read_bytes().startswith(start)
+        run(capsys, "optimizers", "--shape", "24x16", "--rank", "4", "--optimizers", "lowrank,gemms", "--steps", "2", "--device",
+            "cpu", "--plot", str(path))
+        assert path.read_bytes().startswith(start)
+
+
+def test_the_roofline_is_drawn_from_the_rows():
+    pytest.importorskip("matplotlib")
+    row = {"op": "project", "variant": "C++", "check": "ok", "gb_per_s": 2.0, "gflop_per_s": 50.0}
+    axes, = plot.roofline([row], {**CEILINGS, "device": "here"}).axes
+    assert axes.lines[0].get_xydata().tolist() == [[25.0, 50.0]]
+    ceiling = axes.lines[3].get_xydata()
+    assert ceiling[1].tolist() == [10.0, 100.0] and ceiling[2][1] == 100.0  # 100 GFLOP/s from 10 FLOP a byte on
+    assert [text.get_text() for text in axes.texts] == ["project"]
+
+
+def test_a_plot_without_matplotlib_says_how_to_install_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = run_kernels(capsys, "--op", "project", "--shape", "8x6", "--rank", "2", "--plot", str(tmp_path / "plot.png"))
+    assert code == 2 and err.count("\n") == 1 and "pip install matplotlib" in err
 
 
 def test_list_names_every_op_and_its_bases(capsys):
@@ -130,7 +254,10 @@ def test_cases_of_a_model_are_its_distinct_shapes():
                      + [("adamw_step", m, n, None, None) for m, n in sizes])
 
 
-def test_matrices_of_llama_7b():
+def test_matrices_of_models():
+    assert [shape for shape in shapes.matrices("llama-70b")[:7]] == [
+        (8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)]
+    assert len(shapes.matrices("llama-65b")) == 7 * 80 and (17920, 6656) in shapes.matrices("llama-30b")
     assert len(shapes.matrices("llama-7b")) == 224
     assert set(shapes.matrices("llama-7b")) == {(4096, 4096), (11008, 4096), (4096, 11008)}
 
@@ -150,15 +277,21 @@ def test_inputs_are_the_same_at_every_call():
 
 def test_ratio_is_taken_round_by_round_so_that_drift_cancels():
     base = [1.0, 2.0, 4.0, 8.0, 16.0]
-    ratio, noise = timing.ratio([1.5 * t for t in base], base)
+    ratio, noise = timing.ratio([[1.5 * t for t in base]], [base])
     assert (ratio, noise) == (1.5, False)
-    assert timing.ratio([0.9, 1.1, 1.0, 0.8, 1.2], [1.0] * 5) == (1.0, True)
-    assert timing.ratio([2.0, 2.0, 2.0], [8.0]) == (0.25, False)
+    assert timing.ratio([[0.9, 1.1, 1.0, 0.8, 1.2]], [[1.0] * 5]) == (1.0, True)
+    assert timing.ratio([[2.0, 2.0], [2.0]], [[8.0]]) == (0.25, False)
 
 
 def test_quantiles():
-    assert timing.spread([5.0, 1.0, 3.0, 2.0, 4.0]) == pytest.approx((1.8, 3.0, 4.2))
-    assert timing.spread([7.0]) == (7.0, 7.0, 7.0)
+    assert timing.spread([[5.0, 1.0, 3.0], [2.0, 4.0]]) == pytest.approx((1.8, 3.0, 4.2, 3.0 / 1.8 - 1))
+    assert timing.spread([[7.0]]) == (7.0, 7.0, 7.0, 0.0)
+
+
+def test_the_spread_covers_what_drifts_between_passes():
+    assert timing.spread([[10.0] * 9, [10.0] * 9, [13.0]]) == pytest.approx((10.0, 10.0, 10.0, 0.3))
+    assert timing.parts([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 3) == [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    assert timing.parts([1.0, 2.0]) == [[1.0], [2.0]]
 
 
 def test_interleave_runs_every_variant_once_a_round():
@@ -183,8 +316,9 @@ def test_cycle_needs_a_whole_gap_and_forgives_what_happens_once():
 
 def test_optimizers(capsys, tmp_path):
     path = tmp_path / "rows.json"
+    names = [name for name in optimizers.CONTENDERS if not optimizers.why_missing(name) and not name.startswith("torchao")]
     code, out, err = run(capsys, "optimizers", "--shape", "24x16", "16x24", "--rank", "4", "--gap", "3", "--base",
-                         "adamw-fused", "--device", "cpu", "--json", str(path))
+                         "adamw-fused", "--device", "cpu", "--steps", "4", "--optimizers", ",".join(names), "--json", str(path))
     assert (code, err) == (0, "")
     rows = {row["optimizer"]: row for row in json.loads(path.read_text())}
     ours = rows["lowrank"]
@@ -195,14 +329,57 @@ def test_optimizers(capsys, tmp_path):
     # two moments and a basis a matrix, and a few scalars
     assert 0 <= ours["state_bytes"] - 4 * 2 * (2 * 24 * 4 + 16 * 4) < 100
     assert rows["adamw-fused"]["state_bytes"] >= 2 * 2 * 4 * 24 * 16
+    assert rows["gemms"]["state_bytes"] == 0
+    for name, row in rows.items():
+        periodic = optimizers.CONTENDERS[name].periodic and name != "galore-torch"
+        assert [row[key] is not None for key in ("refresh_s", "amortised_s", "worst_s")] == [periodic] * 3, name
+        assert row["command"].startswith("lowrank bench optimizers --shape 24x16 16x24") and f"--optimizers {name}" in row["command"]
+        assert row["p20_s"] <= row["median_s"] <= row["p80_s"] and row["spread"] >= 0
+
+
+def test_states_in_fewer_bits_are_smaller(capsys, tmp_path):
+    path = tmp_path / "rows.json"
+    names = ("q-galore", "galore8bit", "lowrank", "adamw-fused")
+    code, out, err = run(capsys, "optimizers", "--shape", "320x256", "--rank", "16", "--steps", "1", "--device", "cpu",
+                         "--optimizers", ",".join(names), "--json", str(path))
+    sizes = {row["optimizer"]: row["state_bytes"] for row in json.loads(path.read_text())}
+    assert code == 0 and sorted(names, key=sizes.get) == list(names) and len(set(sizes.values())) == 4
+
+
+def test_a_refresh_is_amortised_over_a_gap_that_the_steps_do_not_cover(capsys, tmp_path):
+    path = tmp_path / "rows.json"
+    code, out, err = run(capsys, "optimizers", "--shape", "24x16", "--rank", "4", "--gap", "50", "--steps", "2", "--device", "cpu",
+                         "--optimizers", "lowrank", "--json", str(path))
+    row, = json.loads(path.read_text())
+    assert row["worst_s"] is None and row["base"] == "lowrank"
+    assert row["amortised_s"] == pytest.approx(row["median_s"] + row["refresh_s"] / 50)
+
+
+def test_the_state_of_a_tensor_subclass_is_that_of_its_parts():
+    class Codes(torch.Tensor):
+        @staticmethod
+        def __new__(cls, codes):
+            made = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+            made.codes = codes
+            return made
+
+        def __tensor_flatten__(self):
+            return ["codes"], []
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            raise NotImplementedError(function)
+
+    optimizer = type("Optimizer", (), {"state": {0: {"exp_avg": Codes(torch.zeros(100, dtype=torch.uint8)), "step": 3}}})
+    assert optimizers.state_bytes(optimizer) == 100
 
 
 @pytest.mark.parametrize("svd", [False, True])
 def test_galore_torch_shows_its_refresh_only_with_its_svd(capsys, tmp_path, svd):
     pytest.importorskip("galore_torch")
     path = tmp_path / "rows.json"
-    code, out, err = run(capsys, "optimizers", "--shape", "24x16", "--rank", "4", "--gap", "2", "--device", "cpu",
-                         "--json", str(path), *["--svd"] * svd)
+    code, out, err = run(capsys, "optimizers", "--shape", "24x16", "--rank", "4", "--gap", "2", "--device", "cpu", "--steps", "4",
+                         "--optimizers", "galore-torch,lowrank", "--json", str(path), *["--svd"] * svd)
     assert code == 0
     rows = {row["optimizer"]: row for row in json.loads(path.read_text())}
     shown = [rows["galore-torch"][key] is not None for key in ("first_s", "worst_s", "amortised_s")]
@@ -233,9 +410,22 @@ def test_random_bases_have_the_layout_of_the_svds(shape):
 def test_a_base_that_is_not_installed_says_how_to_install_it(capsys, monkeypatch):
     missing = optimizers.CONTENDERS["galore-torch"]._replace(module="nonexistent_module")
     monkeypatch.setitem(optimizers.CONTENDERS, "galore-torch", missing)
-    code, out, err = run(capsys, "optimizers", "--shape", "8x8", "--rank", "2")
+    for more in ([], ["--optimizers", "lowrank,galore-torch"], ["--optimizers", "lowrank", "--base", "galore-torch"]):
+        code, out, err = run(capsys, "optimizers", "--shape", "8x8", "--rank", "2", *more)
+        assert code == 2
+        assert err.count("\n") == 1 and "pip install galore-torch" in err
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--optimizers", "lowrank,adma"], "unknown 'adma'; valid: lowrank, "),
+    (["--shape", "8x8", "--rank", "9", "--optimizers", "lowrank"], "--rank 9 is too large for shape 8x8"),
+    (["--model", "llama-70b"], "'llama-7b'"),
+    (["--optimizers", "lowrank", "--csv", "/nonexistent/rows.csv"], "cannot write"),
+], ids=" ".join)
+def test_bad_input_of_optimizers(capsys, argv, message):
+    code, out, err = run(capsys, "optimizers", *argv)
     assert code == 2
-    assert err.count("\n") == 1 and "pip install galore-torch" in err
+    assert err.count("\n") == 1 and message in err
 
 
 def test_floors_exit_1_on_a_miss(capsys, monkeypatch, tmp_path):
@@ -249,3 +439,51 @@ def test_floors_exit_1_on_a_miss(capsys, monkeypatch, tmp_path):
     assert code == 1 and "1 of 2 floors missed" in err
     assert "1.10x  ok" in out and "1.50x  MISSED" in out
     assert [row["holds"] for row in json.loads(path.read_text())] == [True, False]
+
+
+def test_floors_are_chosen_by_their_line(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("galore_torch")
+    code, out, _ = run(capsys, "floors", "--list")
+    assert code == 0 and [line.partition("  ")[0] for line in out.splitlines()] == [floor.what for floor in floors.FLOORS]
+    monkeypatch.setattr(floors, "FLOORS", [
+        Floor("slow", "<= 1x", 1.0, lambda timer: 1 / 0, at_least=False),
+        Floor("Worst kernel", ">= 70%", 0.7, lambda timer: (0.8, "project left"), at_least=True, names=True),
+    ])
+    path = tmp_path / "floors.json"
+    code, out, err = run(capsys, "floors", "--only", "worst", "--json", str(path))
+    assert code == 0 and "slow" not in out and "project left" in out
+    row, = json.loads(path.read_text())
+    assert (row["figure"], row["of"], row["command"]) == (0.8, "project left", "lowrank bench floors --only 'Worst kernel'")
+    code, out, err = run(capsys, "floors", "--only", "nothing")
+    assert code == 2 and err.count("\n") == 1 and "--only nothing" in err
+
+
+def test_the_worst_kernel_of_each_shape(monkeypatch):
+    monkeypatch.setattr(roofline, "SIZE", 48)
+    monkeypatch.setattr(roofline, "RANK", 8)
+    monkeypatch.setattr(kernels, "PASSES", 1)
+    timer = timing.Timer("cpu")
+    (least_bytes, bytes_of), (least_products, products_of) = (roofline.worst(timer, bound) for bound in ("bytes", "products"))
+    rows = roofline._rows(timer)
+    assert {row["op"] for row in rows} == {name for name, op in OPS.items() if not op.other}
+    assert {row["variant"] for row in rows} <= {"C++", "composition"} and not any(row["base"] for row in rows)
+    assert least_bytes == min(row["roofline"] for row in rows if row["bound"] == "bytes")
+    assert f"{least_products}" == f"{min(row['roofline'] for row in rows if row['bound'] == 'products')}"
+    assert bytes_of.split()[0] in OPS and products_of.split()[0] in OPS
+
+
+def test_what_bounds_an_op():
+    def bound(op, left):
+        limits = kernels.bounds(Case(op, 4096, 4096, 128, torch.float32, left, "cpu"), CEILINGS)
+        return max(limits, key=limits.get)
+
+    assert bound("galore_step", True) == bound("newton_schulz", None) == "products"
+    assert bound("adamw_step", None) == bound("gather_rows", False) == bound("quantize_int4", True) == "bytes"
+
+
+def test_quality_is_train_by_other_defaults():
+    parser = cli.Parser()
+    quality.add_arguments(parser)
+    args = parser.parse_args(["--methods", "galore"])
+    assert (args.model, args.seeds, args.methods, args.flags) == ("llama-1m", "0,1,2", "galore", [])
+    assert quality.run is train.run

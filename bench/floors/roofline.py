@@ -1,0 +1,34 @@
+"""Promises of kernels against the ceilings that are measured first: the bandwidth of a copy and the rate of a GEMM."""
+
+import functools
+
+import torch
+
+from lowrank_sys.bench import machine
+from lowrank_sys.bench.cases import OPS
+from lowrank_sys.bench.cases.case import Case
+from lowrank_sys.bench.floors.floor import HERE, RANK, SIZE, Floor, served
+
+
+@functools.cache
+def _rows(timer):
+    """A row an op and side, bound by its counted bytes or by its counted products; what does other work has no such bound."""
+    ceilings = machine.ceilings(timer, [torch.float32])
+    ops = {name: op for name, op in OPS.items() if not op.other}
+    return [served(Case(name, SIZE, SIZE, RANK if op.ranked else None, torch.float32, left, "cpu"), timer, ceilings, seconds=1,
+                   base="", backends=["cpu"])
+            for name, op in ops.items() for left in ((True, False) if op.sided else (None,))]
+
+
+def worst(timer, bound):
+    """(least share of the ceiling that bounds them, which op and side has it)."""
+    row = min((row for row in _rows(timer) if row["bound"] == bound), key=lambda row: row["roofline"])
+    return row["roofline"], " ".join(filter(None, (row["op"], row["side"])))
+
+
+FLOORS = [
+    Floor(f"byte-shaped kernels, of the copy bandwidth, {HERE}", ">= 70%", 0.7, functools.partial(worst, bound="bytes"), True,
+          "{:.0%}", names=True),
+    Floor(f"GEMM-shaped kernels, of the GEMM rate, {HERE}", ">= 85%", 0.85, functools.partial(worst, bound="products"), True,
+          "{:.0%}", names=True),
+]
