@@ -51,9 +51,10 @@ def refuse(slower, path):
 
 def judge(out, old, keys, path):
     """Print the rows of `out` that `old` has too, and give each `old_s`, `new_over_old` and `verdict`; how many regressed."""
-    rows = [row for row in out.rows if row.get("variant") != "reference" and row["median_s"]]  # the oracle's speed is no promise
+    # the oracle's speed is no promise
+    rows = [row for row in out.rows if row.get("variant") != "reference" and row["spread"] is not None]
     pairs = [(row, old[_identity(row, keys)]) for row in rows if _identity(row, keys) in old]
-    pairs = [(new, before) for new, before in pairs if before["median_s"]]
+    pairs = [(new, before) for new, before in pairs if before["spread"] is not None]
     if not pairs:
         raise CommandError(f"--compare {path}: it has no row in common with this run")
     for new, before in pairs:

@@ -341,15 +341,17 @@ def run(args):
     for why in missing.values():
         out.say(why)
     rows = measure(settings, names, timing.Timer(args.device), base=base, steps=args.steps, svd=args.svd)
-    named = {"model": args.model, "shapes": " ".join(f"{m}x{n}" for m, n in dict.fromkeys(matrices)), "matrices": len(matrices),
-             "elements": sum(m * n for m, n in matrices), "rank": args.rank, "dtype": args.dtype, "gap": args.gap, "base": base}
-    title = f"matrices: {len(matrices)}, weights: {named['elements'] / 1e6:.1f}M, r = {args.rank}, {args.dtype}, gap {args.gap}"
+    sizes = " ".join(f"{m}x{n}" for m, n in dict.fromkeys(matrices))
+    named = {"model": args.model, "shapes": sizes, "matrices": len(matrices),
+             "elements": sum(m * n for m, n in matrices), "rank": args.rank, "dtype": args.dtype, "gap": args.gap,
+             "base": base}
+    title = f"matrices: {len(matrices)}, weights: {named['elements'] / 1e6:.1f}M, r = {args.rank}, {args.dtype}"
     out.table(f"{facts['device']} | {title}", COLUMNS,
               [{**named, **row, "command": command(args, row["optimizer"], base)} for row in rows])
     for row in out.rows:
         out.say(row["command"])
-    out.say("step: median; refresh: of every basis, beyond a step; amortised: over a gap; worst: of a gap; extra: most memory a "
-            f"step holds beyond the state; overhead: a step's time a matrix on {TINY}x{TINY} matrices")
+    out.say(f"step: median; refresh: of every basis, beyond a step; amortised, worst: over a gap of {args.gap}; extra: most "
+            f"memory a step holds beyond the state; overhead: a step's time a matrix on {TINY}x{TINY} matrices")
     if "galore-torch" in names and not args.svd:
         out.say("galore-torch: steady steps only, from random bases in place of its SVD (--svd times that too)")
     slower = compare.judge(out, old, KEYS, args.compare) if old else 0

@@ -1,4 +1,4 @@
-"""`lowrank bench quality`: what every method reaches in miniature, over several seeds: `lowrank bench train` by other defaults."""
+"""`lowrank bench quality`: what every method reaches in miniature, over seeds: `lowrank bench train` of a small model."""
 
 from lowrank_sys.bench import train
 

@@ -18,8 +18,8 @@ def add_output_arguments(parser, *, compare=False, plot=None):
     if plot:
         parser.add_argument("--plot", metavar="FILE", help=f"draw {plot}")
     if compare:
-        parser.add_argument("--compare", metavar="OLD", help="a file of --json from this machine: print new over old times, and "
-                            "exit 1 if one is slower by more than the two spreads")
+        parser.add_argument("--compare", metavar="OLD", help="a file of --json from this machine: print new over old times, "
+                            "and exit 1 if one is slower by more than the two spreads")
 
 
 def seconds(value):

@@ -21,12 +21,12 @@ def quantile(values, q):
 
 
 class Spread(NamedTuple):
-    """Of samples: quantiles, and how much longer or shorter than the median another run's may be: 0.1 is 1.1 times or 1 / 1.1."""
+    """Of samples: quantiles, and how far off another run's median may be: 0.1 is 1.1 times as long, or as short."""
 
     p20: float
     median: float
     p80: float
-    relative: float
+    relative: float | None  # of one sample nothing is known
 
 
 def spread(passes):
@@ -38,7 +38,7 @@ def spread(passes):
     values = [value for samples in passes for value in samples]
     p20, median, p80 = (quantile(values, q) for q in (0.2, 0.5, 0.8))
     seen = [p20, p80, *(quantile(samples, 0.5) for samples in passes)]
-    return Spread(p20, median, p80, max(factor(value, median) for value in seen) - 1)
+    return Spread(p20, median, p80, max(factor(value, median) for value in seen) - 1 if len(values) > 1 else None)
 
 
 def factor(a, b):
@@ -53,7 +53,7 @@ def parts(values, count=5):
 
 
 def ratio(passes, base):
-    """(times over base, whether that is noise: whether 1 is within its spread).
+    """(times over base, whether that is noise: whether 1 is within its spread; None of one sample).
 
     Samples of one round are compared with each other, so drift cancels; a base that was timed once is compared with every
     sample.
@@ -61,7 +61,7 @@ def ratio(passes, base):
     once = sum(map(len, base)) == 1
     found = spread([[t / base[0][0] for t in samples] if once else [t / b for t, b in zip(samples, others)]
                     for samples, others in zip(passes, base * len(passes) if once else base)])
-    return found.median, factor(found.median, 1) <= 1 + found.relative
+    return found.median, None if found.relative is None else factor(found.median, 1) <= 1 + found.relative
 
 
 class Timer:

@@ -50,7 +50,8 @@ def run(args):
     rows = [_row(method, [summary for summary, _ in pairs]) for method, pairs in runs.items()]
     rows.sort(key=lambda row: row["val_loss"])
     first = next(iter(runs.values()))[0][0]
-    title = f"{args.model}, {first['tokens']:,} tokens, seeds {args.seeds}: lowrank bench {args.bench} {' '.join(flags)}".rstrip()
+    title = f"{args.model}, {first['tokens']:,} tokens, seeds {args.seeds}: lowrank bench {args.bench} "
+    title = (title + " ".join(flags)).rstrip()
     out.table(title, COLUMNS, rows)
     out.write(draw=lambda rows, facts: _figure(runs, rows, title))
     return 0

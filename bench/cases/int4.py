@@ -60,7 +60,8 @@ OPS = {
         traffic=lambda c: c.element * c.matrix + int4_bytes(c) + 4 * c.low_rank, flop=lambda c: 2 * c.matrix * c.rank,
         bases={"gemm": product}, overload="project_int4", oracle=reference.project_int4, truth=_in_fp64(reference.project)),
     "back_project_int4_": Op(
-        lambda c, randn: {"param": randn(c.m, c.n), "low_rank": randn(*low_rank(c), dtype=torch.float32)} | int4_basis(c, randn),
+        lambda c, randn: {"param": randn(c.m, c.n), "low_rank": randn(*low_rank(c), dtype=torch.float32),
+                          **int4_basis(c, randn)},
         _back_project,
         traffic=lambda c: 2 * c.element * c.matrix + int4_bytes(c) + 4 * c.low_rank, flop=lambda c: 2 * c.matrix * c.rank,
         bases={"gemm": product_back}, overload="back_project_int4_", oracle=reference.back_project_int4_,

@@ -23,7 +23,8 @@ def _back_inputs(case, randn):
 
 
 def _step_inputs(case, randn):
-    return _weight(case, randn) | {"grad": randn(case.m, case.n)} | int4_basis(case, randn) | _codes(low_rank(case), randn) | scalars(case)
+    return (_weight(case, randn) | {"grad": randn(case.m, case.n)} | int4_basis(case, randn) | _codes(low_rank(case), randn)
+            | scalars(case))
 
 
 def _subspace_inputs(case, randn):
@@ -60,8 +61,8 @@ def _step_truth(codes, weight_scale, grad, packed, basis_scale, basis_offset, *s
     return _subspace_truth(codes, weight_scale, r, packed, basis_scale, basis_offset, *stored, left=left, **rest)
 
 
-def _subspace_truth(codes, weight_scale, r, packed, basis_scale, basis_offset, *stored, step, lr, beta1, beta2, eps, weight_decay,
-                    left, **rest):
+def _subspace_truth(codes, weight_scale, r, packed, basis_scale, basis_offset, *stored, step, lr, beta1, beta2, eps,
+                    weight_decay, left, **rest):
     basis = _basis(packed, basis_scale, basis_offset, codes.shape[0 if left else 1])
     moments = reference.blockwise.Moments(*stored, torch.float64)
     x = moments.adam(r, torch.ones_like(r, dtype=torch.bool), step=step, beta1=beta1, beta2=beta2, eps=eps)
@@ -81,7 +82,7 @@ def _back(f, t, case):
 
 def _step_from(gradient):
     def step(f, t, case):
-        return _result(t, f(t["codes"], t["weight_scale"], t[gradient], *(t[name] for name in NAMES), *(t[name] for name in STORED),
+        return _result(t, f(t["codes"], t["weight_scale"], t[gradient], *(t[name] for name in (*NAMES, *STORED)),
                             step=t["step"], lr=t["lr"], scale=0.25, left=case.left, **STREAM, **ADAM))
 
     return step

@@ -1,4 +1,4 @@
-"""Structured sparse ops. Bytes are those of the selected rows, of a column its whole cache lines; weight decay adds a read and a
+"""Structured sparse ops. Bytes are those of the selected rows, of a column its cache lines; weight decay adds a read and a
 write of the rest of W."""
 
 import torch

@@ -50,9 +50,9 @@ def _adafactor_inputs(case, randn):
 
 
 def _adafactor_step(f, t, case):
-    f(t["param"], t["grad"], t["basis"], t["exp_avg"], t["row"], t["col"], None, t["step"], lr=t["lr"], beta1=0.9, decay_rate=-0.8,
-      eps1=1e-30, eps2=1e-3, clip_threshold=1.0, weight_decay=0.01, scale=0.25, scale_parameter=False, relative_step=False,
-      warmup_init=False, left=case.left)
+    f(t["param"], t["grad"], t["basis"], t["exp_avg"], t["row"], t["col"], None, t["step"], lr=t["lr"], beta1=0.9,
+      decay_rate=-0.8, eps1=1e-30, eps2=1e-3, clip_threshold=1.0, weight_decay=0.01, scale=0.25, scale_parameter=False,
+      relative_step=False, warmup_init=False, left=case.left)
     return [t[name] for name in ("param", "exp_avg", "row", "col")]
 
 

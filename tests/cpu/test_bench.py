@@ -53,7 +53,7 @@ def test_every_op_gives_rows_with_all_fields(capsys, tmp_path):
         assert row["command"] in out
         assert row["command"].startswith(f"lowrank bench kernels --op {row['op']} --shape 33x20")
         is_base = row["variant"] == row["base"]
-        assert (row["ratio"] is None) == (row["noise"] is None) == is_base
+        assert (row["ratio"] is None) == is_base and (row["noise"] is None) == (is_base or row["samples"] == 1)
         assert (row["check"] is None) == is_base and row["check"] in (None, "ok")
     assert rows[0]["device"] in out
     assert not list(tmp_path.glob(".*"))
@@ -132,13 +132,15 @@ def test_backends_are_chosen_by_name(capsys, tmp_path):
         assert [row["backend"] for row in rows] == [backend, None] and [row["base"] for row in rows] == ["gemm", "gemm"]
 
 
-def test_a_slow_oracle_is_timed_twice(monkeypatch):
+def test_a_slow_oracle_is_timed_once():
     trial = kernels.Trial(Case("project", 8, 6, 2, torch.float32, True, "cpu"))
     trial.check()
     for _ in range(3):
         trial.time(timing.Timer("cpu"), seconds=0)
     assert {name: len(passes) for name, passes in trial.passes.items()} == {
-        serving(trial.case)[0]: 3, "reference": 2, "gemm": 3}
+        serving(trial.case)[0]: 3, "reference": 1, "gemm": 3}
+    spreads = {row["variant"]: row["spread"] for row in trial.rows(CEILINGS)}
+    assert spreads.pop("reference") is None and min(spreads.values()) > 0
 
 
 def test_kernels_without_bitsandbytes(capsys, monkeypatch, tmp_path):
@@ -216,8 +218,8 @@ def test_plots(capsys, tmp_path):
         path = tmp_path / f"plot.{form}"
         run_kernels(capsys, "--op", "project", "refresh_keys_", "--shape", "8x6", "--rank", "2", "--plot", str(path))
         assert path.read_bytes().startswith(start)
-        run(capsys, "optimizers", "--shape", "24x16", "--rank", "4", "--optimizers", "lowrank,gemms", "--steps", "2", "--device",
-            "cpu", "--plot", str(path))
+        run(capsys, "optimizers", "--shape", "24x16", "--rank", "4", "--optimizers", "lowrank,gemms", "--steps", "2",
+            "--device", "cpu", "--plot", str(path))
         assert path.read_bytes().startswith(start)
 
 
@@ -233,7 +235,7 @@ def test_the_roofline_is_drawn_from_the_rows():
 
 def test_a_plot_without_matplotlib_says_how_to_install_it(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    code, out, err = run_kernels(capsys, "--op", "project", "--shape", "8x6", "--rank", "2", "--plot", str(tmp_path / "plot.png"))
+    code, out, err = run_kernels(capsys, "--op", "project", "--shape", "8x6", "--rank", "2", "--plot", str(tmp_path / "p.png"))
     assert code == 2 and err.count("\n") == 1 and "pip install matplotlib" in err
 
 
@@ -285,7 +287,7 @@ def test_ratio_is_taken_round_by_round_so_that_drift_cancels():
 
 def test_quantiles():
     assert timing.spread([[5.0, 1.0, 3.0], [2.0, 4.0]]) == pytest.approx((1.8, 3.0, 4.2, 3.0 / 1.8 - 1))
-    assert timing.spread([[7.0]]) == (7.0, 7.0, 7.0, 0.0)
+    assert timing.spread([[7.0]]) == (7.0, 7.0, 7.0, None)
 
 
 def test_the_spread_covers_what_drifts_between_passes():
@@ -318,7 +320,8 @@ def test_optimizers(capsys, tmp_path):
     path = tmp_path / "rows.json"
     names = [name for name in optimizers.CONTENDERS if not optimizers.why_missing(name) and not name.startswith("torchao")]
     code, out, err = run(capsys, "optimizers", "--shape", "24x16", "16x24", "--rank", "4", "--gap", "3", "--base",
-                         "adamw-fused", "--device", "cpu", "--steps", "4", "--optimizers", ",".join(names), "--json", str(path))
+                         "adamw-fused", "--device", "cpu", "--steps", "4", "--optimizers", ",".join(names),
+                         "--json", str(path))
     assert (code, err) == (0, "")
     rows = {row["optimizer"]: row for row in json.loads(path.read_text())}
     ours = rows["lowrank"]
@@ -333,7 +336,8 @@ def test_optimizers(capsys, tmp_path):
     for name, row in rows.items():
         periodic = optimizers.CONTENDERS[name].periodic and name != "galore-torch"
         assert [row[key] is not None for key in ("refresh_s", "amortised_s", "worst_s")] == [periodic] * 3, name
-        assert row["command"].startswith("lowrank bench optimizers --shape 24x16 16x24") and f"--optimizers {name}" in row["command"]
+        assert row["command"].startswith("lowrank bench optimizers --shape 24x16 16x24")
+        assert f"--optimizers {name}" in row["command"]
         assert row["p20_s"] <= row["median_s"] <= row["p80_s"] and row["spread"] >= 0
 
 
@@ -348,8 +352,8 @@ def test_states_in_fewer_bits_are_smaller(capsys, tmp_path):
 
 def test_a_refresh_is_amortised_over_a_gap_that_the_steps_do_not_cover(capsys, tmp_path):
     path = tmp_path / "rows.json"
-    code, out, err = run(capsys, "optimizers", "--shape", "24x16", "--rank", "4", "--gap", "50", "--steps", "2", "--device", "cpu",
-                         "--optimizers", "lowrank", "--json", str(path))
+    code, out, err = run(capsys, "optimizers", "--shape", "24x16", "--rank", "4", "--gap", "50", "--steps", "2",
+                         "--device", "cpu", "--optimizers", "lowrank", "--json", str(path))
     row, = json.loads(path.read_text())
     assert row["worst_s"] is None and row["base"] == "lowrank"
     assert row["amortised_s"] == pytest.approx(row["median_s"] + row["refresh_s"] / 50)
@@ -378,8 +382,8 @@ def test_the_state_of_a_tensor_subclass_is_that_of_its_parts():
 def test_galore_torch_shows_its_refresh_only_with_its_svd(capsys, tmp_path, svd):
     pytest.importorskip("galore_torch")
     path = tmp_path / "rows.json"
-    code, out, err = run(capsys, "optimizers", "--shape", "24x16", "--rank", "4", "--gap", "2", "--device", "cpu", "--steps", "4",
-                         "--optimizers", "galore-torch,lowrank", "--json", str(path), *["--svd"] * svd)
+    code, out, err = run(capsys, "optimizers", "--shape", "24x16", "--rank", "4", "--gap", "2", "--device", "cpu",
+                         "--steps", "4", "--optimizers", "galore-torch,lowrank", "--json", str(path), *["--svd"] * svd)
     assert code == 0
     rows = {row["optimizer"]: row for row in json.loads(path.read_text())}
     shown = [rows["galore-torch"][key] is not None for key in ("first_s", "worst_s", "amortised_s")]
