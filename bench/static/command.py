@@ -86,7 +86,7 @@ def roofline_rows(args):
         case = Case(name, m, n, args.rank, dtype, True, "cpu")
         moved, flop = op.traffic(case), op.flop(case)
         row = {"table": "rooflines", "op": name, "shape": f"{m}x{n}", "rank": args.rank if op.ranked else None,
-               "dtype": args.dtype, "bytes": moved, "flop": flop}
+               "dtype": args.dtype, "bytes": moved, "flop": flop, "besides": op.other or None}
         for card in cards.CARDS:
             seconds, bound = cards.roofline(cards.CARDS[card], dtype, moved, flop)
             row |= {f"{card} computed_s": seconds, f"{card} bound": bound}
@@ -115,7 +115,8 @@ def roofline_columns():
         return lambda row: f"{report.seconds(row[f'{card} computed_s'])} {row[f'{card} bound']}"
 
     return [("op", lambda row: row["op"]), ("bytes", lambda row: report.size(row["bytes"])),
-            ("GFLOP", lambda row: report.number(row["flop"] / 1e9)), *((card, of(card)) for card in cards.CARDS)]
+            ("GFLOP", lambda row: report.number(row["flop"] / 1e9)), *((card, of(card)) for card in cards.CARDS),
+            ("not counted", lambda row: row["besides"] or "")]
 
 
 def run(args):

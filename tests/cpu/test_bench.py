@@ -187,6 +187,17 @@ def test_compare_with_another_run_of_the_same(capsys, measured):
     assert code in (0, 1) and "2 of 4 rows have no partner" in out
 
 
+def test_compare_optimizers(capsys, tmp_path):
+    path = tmp_path / "old.json"
+    argv = ["--shape", "24x16", "--rank", "4", "--steps", "3", "--device", "cpu", "--optimizers", "adamw-fused,gemms"]
+    assert run(capsys, "optimizers", *argv, "--json", str(path))[0] == 0
+    _rewritten(path, median_s=1e-9, spread=0.0)
+    code, out, err = run(capsys, "optimizers", *argv, "--compare", str(path))
+    assert code == 1 and err.count("\n") == 1 and "2 rows are slower" in err
+    code, out, err = run(capsys, "optimizers", *argv, "--gap", "7", "--compare", str(path))
+    assert code == 2 and "no row in common" in err
+
+
 @pytest.mark.parametrize("content, message", [
     ("{", "it is not JSON"), ("[]", "it does not hold rows"), ('[{"op": "project"}]', "it does not hold rows"),
     (b"\xff\xfe", "it is not JSON")], ids=["half", "empty", "other rows", "bytes"])
