@@ -1,6 +1,7 @@
 """`lowrank bench kernels`: every op against the oracle and against what else one could call."""
 
 import itertools
+import time
 
 import torch
 
@@ -15,8 +16,9 @@ TOLERANCE, ROUNDING = 2.0, 1e-6
 ENERGY_TOLERANCE = 1e-3
 # Every case is timed this many times, from the first case to the last and again, in memory of its own each time.
 PASSES = 5
-# Seconds of timing: of all cases together, and the most of one.
-BUDGET, MOST = 60.0, 2.0
+# Seconds of timing: of all cases together, and the most of one. What is beside it counts too: past the limit there is no pass
+# after the second.
+BUDGET, MOST, LIMIT = 60.0, 2.0, 140.0
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # What identifies a row.
 KEYS = ("op", "shape", "rank", "dtype", "side", "variant")
@@ -261,7 +263,7 @@ def run(args):
     facts |= ceilings
     rates = ", ".join(f"GEMM {dtype} {rate:.0f} GFLOP/s" for dtype, rate in ceilings["gemm_gflop_per_s"].items())
     out.say(f"ceilings measured now: copy {ceilings['copy_gb_per_s']:.1f} GB/s, {rates}\n")
-    trials, once = [], {}
+    trials, once, start = [], {}, time.monotonic()
     for case in chosen:
         base = args.base or next(iter(OPS[case.op].bases))
         if absent.get(base):
@@ -270,11 +272,17 @@ def run(args):
         trials.append(Trial(case, base=base, backends=args.backend, once=once))
     seconds = min(MOST, BUDGET / len(trials)) if args.seconds is None else args.seconds
     with out.console.status("") as status:
-        for turn, (i, trial) in itertools.product(range(PASSES), enumerate(trials)):
-            status.update(f"pass {turn + 1} of {PASSES}, case {i + 1} of {len(trials)}: {trial.case.op}")
-            if turn == 0:
-                trial.check()
-            trial.time(timer, seconds / PASSES)
+        for turn in range(PASSES):
+            turn_start = time.monotonic()
+            for i, trial in enumerate(trials):
+                status.update(f"pass {turn + 1} of {PASSES}, case {i + 1} of {len(trials)}: {trial.case.op}")
+                if turn == 0:
+                    trial.check()
+                trial.time(timer, seconds / PASSES)
+            now = time.monotonic()
+            if args.seconds is None and 0 < turn < PASSES - 1 and now + (now - turn_start) > start + LIMIT:
+                out.say(f"{turn + 1} of {PASSES} passes: one more would end after {LIMIT:g} s (with --seconds there is no limit)\n")
+                break
     for trial in trials:
         rows = list(trial.rows(ceilings))
         columns = [column for column in COLUMNS if column[0] != "energy" or rows[0]["energy"] is not None]

@@ -143,6 +143,18 @@ def test_a_slow_oracle_is_timed_once():
     assert spreads.pop("reference") is None and min(spreads.values()) > 0
 
 
+@pytest.mark.parametrize("limit, passes", [(0.0, 2), (1e9, 3)])
+def test_a_pass_that_would_end_late_is_left_out(capsys, monkeypatch, tmp_path, limit, passes):
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(kernels, "PASSES", 3)
+    monkeypatch.setattr(kernels, "BUDGET", 0.0)
+    monkeypatch.setattr(kernels, "LIMIT", limit)
+    argv = ["--device", "cpu", "--op", "project", "--shape", "8x6", "--rank", "2", "--side", "left", "--json", str(path)]
+    code, out, err = run(capsys, "kernels", *argv)
+    assert code == 0 and ("2 of 3 passes" in out) == (passes == 2)
+    assert {row["samples"] for row in json.loads(path.read_text()) if row["variant"] != "reference"} == {passes}
+
+
 def test_kernels_without_bitsandbytes(capsys, monkeypatch, tmp_path):
     path = tmp_path / "rows.json"
     monkeypatch.setitem(kernels.PACKAGES, "bitsandbytes", ("nonexistent_module", "bitsandbytes"))
