@@ -281,7 +281,7 @@ def run(args):
                 trial.time(timer, seconds / PASSES)
             now = time.monotonic()
             if args.seconds is None and 0 < turn < PASSES - 1 and now + (now - turn_start) > start + LIMIT:
-                out.say(f"{turn + 1} of {PASSES} passes: one more would end after {LIMIT:g} s (with --seconds there is no limit)\n")
+                out.say(f"{turn + 1} of {PASSES} passes: one more would end after {LIMIT:g} s (--seconds sets no limit)\n")
                 break
     for trial in trials:
         rows = list(trial.rows(ceilings))
