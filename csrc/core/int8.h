@@ -38,9 +38,9 @@ LR_HD bool is_finite(float x) { return fabsf(x) <= kLargestFloat; }
 // |x| as a number that orders like it, with NaN above infinity: unlike a maximum of floats, it vectorises and keeps NaN.
 LR_HD uint32_t magnitude(float x) { return float_bits(x) & 0x7fffffffu; }
 
-// The scale of a group by its largest magnitude: 0 if that is 0 or denormal, NaN if it is not finite.
-LR_HD float int8_scale(uint32_t largest) {
-  const float scale = bits_float(largest) * kUnit;
+// The scale of a group by its largest magnitude: 0 if it would be denormal, NaN if that is not finite.
+LR_HD float int8_scale(uint32_t largest, float unit = kUnit) {
+  const float scale = bits_float(largest) * unit;
   return largest > float_bits(kLargestFloat) ? bits_float(0x7fc00000u) : scale >= kLeastScale ? scale : 0.0f;
 }
 

@@ -3,6 +3,7 @@
 #include "gaussian.h"
 #include "int4.h"
 #include "int8.h"
+#include "int8_gemm.h"
 #include "norms.h"
 #include "residual.h"
 #include "sparse.h"
@@ -20,6 +21,11 @@ bool has_v4() {
   return v4;
 }
 
+bool has_vnni() {
+  static const bool vnni = has_v4() && __builtin_cpu_supports("avx512vnni");
+  return vnni;
+}
+
 }  // namespace
 }  // namespace lowrank
 
@@ -33,6 +39,23 @@ bool has_v4() {
   }                                                                                       \
   const Type& name##_kernels() { return has_v4() ? x86_64_v4::name##_table : x86_64_v3::name##_table; } \
   }
+
+// Kernels that have a third build, for the dot products of bytes.
+#define LR_SELECT_VNNI(Type, name)                                                                            \
+  namespace lowrank {                                                                                         \
+  namespace x86_64_v3 {                                                                                       \
+  extern const Type name##_table;                                                                             \
+  }                                                                                                           \
+  namespace x86_64_v4 {                                                                                       \
+  extern const Type name##_table;                                                                             \
+  }                                                                                                           \
+  namespace x86_64_v4_vnni {                                                                                  \
+  extern const Type name##_table;                                                                             \
+  }                                                                                                           \
+  const Type& name##_kernels() {                                                                              \
+    return has_vnni() ? x86_64_v4_vnni::name##_table : has_v4() ? x86_64_v4::name##_table : x86_64_v3::name##_table; \
+  }                                                                                                           \
+  }
 #else
 #define LR_SELECT(Type, name)                              \
   namespace lowrank {                                      \
@@ -41,12 +64,14 @@ bool has_v4() {
   }                                                        \
   const Type& name##_kernels() { return portable::name##_table; } \
   }
+#define LR_SELECT_VNNI LR_SELECT
 #endif
 
 LR_SELECT(BlockwiseKernels, blockwise)
 LR_SELECT(GaussianKernels, gaussian)
 LR_SELECT(Int4Kernels, int4)
 LR_SELECT(Int8Kernels, int8)
+LR_SELECT_VNNI(Int8GemmKernels, int8_gemm)
 LR_SELECT(NormKernels, norm)
 LR_SELECT(ResidualKernels, residual)
 LR_SELECT(SparseKernels, sparse)

@@ -6,8 +6,9 @@ from lowrank_sys._ops.rules import define, expect_basis, expect_dtype, expect_li
 from lowrank_sys._ops.workspace import copy_unless_fp32, tile_unless_fp32, workspace
 
 SCHEMAS = {
-    "project": "(Tensor grad, Tensor basis, *, bool left) -> Tensor",
-    "back_project_": "(Tensor(a!) param, Tensor low_rank, Tensor basis, *, float alpha=1.0, float beta=1.0, bool left) -> ()",
+    "project": "(Tensor grad, Tensor basis, *, bool left, bool int8_gemm=False) -> Tensor",
+    "back_project_": "(Tensor(a!) param, Tensor low_rank, Tensor basis, *, float alpha=1.0, float beta=1.0, bool left, "
+    "bool int8_gemm=False) -> ()",
     "channel_norms": "(Tensor grad, *, bool left) -> Tensor",
 }
 
@@ -32,13 +33,13 @@ define(SCHEMAS)
 
 
 @fake("project")
-def _(grad, basis, *, left):
+def _(grad, basis, *, left, int8_gemm=False):
     check_project(grad, basis, left=left)
     return grad.new_empty(low_rank_shape(grad, basis, left), dtype=torch.float32)
 
 
 @fake("back_project_")
-def _(param, low_rank, basis, *, alpha=1.0, beta=1.0, left):
+def _(param, low_rank, basis, *, alpha=1.0, beta=1.0, left, int8_gemm=False):
     check_back_project(param, low_rank, basis, left=left)
 
 

@@ -11,20 +11,20 @@ SCHEMAS = {
     # W <- (1 - lr*weight_decay) W - lr*scale*back(Adam(project(G)))
     # The tensor overload comes first: a 0-dim tensor given to an int argument would be accepted through .item().
     "galore_step.tensor": "(Tensor(a!) param, Tensor grad, Tensor basis, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, *, "
-    f"Tensor step, Tensor lr, {ADAM}, float scale, bool left) -> ()",
+    f"Tensor step, Tensor lr, {ADAM}, float scale, bool left, bool int8_gemm=False) -> ()",
     "galore_step": "(Tensor(a!) param, Tensor grad, Tensor basis, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, *, "
-    f"SymInt step, float lr, {ADAM}, float scale, bool left) -> ()",
+    f"SymInt step, float lr, {ADAM}, float scale, bool left, bool int8_gemm=False) -> ()",
     "galore_step.list": "(Tensor(a!)[] params, Tensor[] grads, Tensor[] bases, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, *, "
-    f"Tensor lr, {ADAM}, float scale, bool left, {GUARDS}) -> ()",
+    f"Tensor lr, {ADAM}, float scale, bool left, {GUARDS}, bool int8_gemm=False) -> ()",
     # The same, from a gradient that is already projected.
     "subspace_step.tensor": "(Tensor(a!) param, Tensor low_rank_grad, Tensor basis, Tensor(b!) exp_avg, "
-    f"Tensor(c!) exp_avg_sq, *, Tensor step, Tensor lr, {ADAM}, float scale, bool left) -> ()",
+    f"Tensor(c!) exp_avg_sq, *, Tensor step, Tensor lr, {ADAM}, float scale, bool left, bool int8_gemm=False) -> ()",
     "subspace_step": "(Tensor(a!) param, Tensor low_rank_grad, Tensor basis, Tensor(b!) exp_avg, "
-    f"Tensor(c!) exp_avg_sq, *, SymInt step, float lr, {ADAM}, float scale, bool left) -> ()",
+    f"Tensor(c!) exp_avg_sq, *, SymInt step, float lr, {ADAM}, float scale, bool left, bool int8_gemm=False) -> ()",
     "subspace_step.list": "(Tensor(a!)[] params, Tensor[] low_rank_grads, Tensor[] bases, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, *, "
-    f"Tensor lr, {ADAM}, float scale, bool left, {GUARDS}) -> ()",
+    f"Tensor lr, {ADAM}, float scale, bool left, {GUARDS}, bool int8_gemm=False) -> ()",
     # torch.optim.AdamW's step, element by element; an element whose gradient is not finite is skipped.
     "adamw_step": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     f"Tensor(d!)[] steps, *, Tensor lr, {ADAM}, {GUARDS}) -> ()",
@@ -99,7 +99,8 @@ define(SCHEMAS)
 
 
 def _one_matrix_fake(op, check):
-    def fake(param, grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left):
+    def fake(param, grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left,
+             int8_gemm=False):
         check(param, grad, basis, exp_avg, exp_avg_sq, left=left, op=op)
         check_step_and_rate(op, param.device, step, lr)
 
@@ -108,7 +109,7 @@ def _one_matrix_fake(op, check):
 
 def _list_fake(op, check):
     def fake(params, grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, beta1, beta2, eps, weight_decay, scale, left,
-             grad_scale=None, found_inf=None, skipped=None):
+             grad_scale=None, found_inf=None, skipped=None, int8_gemm=False):
         check_low_rank_lists(op, check, params, grads, bases, exp_avgs, exp_avg_sqs, steps, lr, left,
                              (grad_scale, found_inf, skipped))
 

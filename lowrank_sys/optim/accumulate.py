@@ -111,7 +111,7 @@ class Accumulate(Hooked):
         if weight not in self._window:
             self._open(optimizer, weight, coefficient, state)
         sketch, left = self._window[weight], state["left"]
-        low_rank = optimizer.subspace.project(grad, state)
+        low_rank = optimizer.subspace.project(optimizer._group_of(weight), grad, state)
         if sketch is not None:
             sketch.add(optimizer.subspace.sketch(grad, sketch.omega, left), coefficient.grad)
         if coefficient.grad is None:

@@ -11,8 +11,9 @@ class GaLoreAdamW(LowRankOptimizer):
 
     Drop-in for torch.optim.AdamW; groups without `rank` are plain AdamW. Group keys as galore_torch's: `rank`,
     `update_proj_gap` (200), `scale` (0.25), `proj_type` (std | reverse_std | left | right | short-moments), and `subspace`
-    (randomized | svd), `moments` (keep | reset | rotate), `seed`. The order is torch.optim.AdamW's, where galore_torch decays
-    after the update and adds eps before bias correction.
+    (randomized | svd), `moments` (keep | reset | rotate), `seed`, `int8_gemm` (False; True: the products of a step in INT8, see
+    docs/kernels/int8-products.md). The order is torch.optim.AdamW's, where galore_torch decays after the update and adds eps
+    before bias correction.
 
     Args:
         params: parameters or groups (lowrank_sys.optim.param_groups makes them from a model).

@@ -62,7 +62,7 @@ class AtStep:
                 raise ValueError("clipping by the low-rank norm needs refresh='next': a basis must be known before its step")
             optimizer._init_state()
             for param, grad in pairs:
-                measured.append(optimizer.subspace.measured(grad.contiguous(), optimizer.state[param]))
+                measured.append(optimizer.subspace.measured(group, grad.contiguous(), optimizer.state[param]))
         return scale_to_norm_(grads, gradient_norms(measured), max_norm) if grads else torch.zeros(())
 
     def finish(self, optimizer):

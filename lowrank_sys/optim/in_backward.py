@@ -60,7 +60,7 @@ class InBackward(Hooked):
         if self.max_norm is None:
             return super()._update(optimizer, group, params, grads, states, lr, left, guards)
         factor = self._factor(optimizer, params[0].device)
-        low_rank = [optimizer.subspace.measured(g, s) for g, s in zip(grads, states)]
+        low_rank = [optimizer.subspace.measured(group, g, s) for g, s in zip(grads, states)]
         self._remember(low_rank, states)
         if optimizer.residual.starts_from_low_rank(optimizer.inner):
             guards = {**guards, "grad_scale": factor}

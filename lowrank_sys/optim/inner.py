@@ -28,6 +28,7 @@ class Adam:
 
     transports = ("keep", "reset", "rotate")
     int4_basis = True  # serves bases in INT4
+    int8_gemm = True  # and products in INT8
     categories = {"exp_avg": "moments", "exp_avg_sq": "moments"}
 
     def init(self, state, shape, param, group):
@@ -54,7 +55,7 @@ class Adam:
         for part, bases in _bases(params, states):
             own = states[part]
             op(params[part], gradients[part], bases, _field(own, "exp_avg"), _field(own, "exp_avg_sq"), _field(own, "step"),
-               lr=lr, scale=group["scale"], left=left, **self.hyper(group), **guards)
+               lr=lr, scale=group["scale"], left=left, int8_gemm=group["int8_gemm"], **self.hyper(group), **guards)
 
 
 class Adafactor:

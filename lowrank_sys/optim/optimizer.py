@@ -91,17 +91,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _check_low_rank(self, group, names):
         self.gradients.check(self)
         self._set_defaults(group)
-        if group.get("quant") and not self._serves_int4():
-            raise ValueError(f"quant must be False for {type(self).__name__}, got {group['quant']!r}")
+        for key, part in (("quant", "int4_basis"), ("int8_gemm", "int8_gemm")):
+            if group.get(key) and not self._serves(key, part):
+                raise ValueError(f"{key} must be False for {type(self).__name__}, got {group[key]!r}")
         self.subspace.check(group, names)
         self.residual.check(group)
         if group["moments"] not in self.inner.transports:
             raise ValueError(f"moments must be one of {', '.join(self.inner.transports)} for {type(self.inner).__name__}, "
                              f"got {group['moments']!r}")
 
-    def _serves_int4(self):
-        parts = (self.inner, self.residual)
-        return "quant" in self.subspace.defaults and all(getattr(part, "int4_basis", False) for part in parts)
+    def _serves(self, key, flag):
+        """Whether all parts can do what a group key of the subspace asks for."""
+        return key in self.subspace.defaults and all(getattr(part, flag, False) for part in (self.inner, self.residual))
 
     def _set_defaults(self, group):
         parts = (self.subspace.defaults, self.residual.defaults, self.gradients.defaults, self.low_rank_defaults)

@@ -23,7 +23,7 @@ class Dropped:
 
     defaults = {"scale": 0.25}
     categories = {}
-    int4_basis = True  # serves bases in INT4, if the inner rule does
+    int4_basis = int8_gemm = True  # serves bases, or products, in these if the inner rule does
 
     def check(self, group):
         """Raise a ValueError that names a key with a value that is none."""
@@ -47,7 +47,7 @@ class _FromGradient(Dropped):
     """The step needs G itself."""
 
     limited = False
-    int4_basis = False
+    int4_basis = int8_gemm = False
 
     def starts_from_low_rank(self, inner):
         return False

@@ -27,9 +27,9 @@ def ungrouped(groups, n):
     return groups.reshape(groups.shape[0], groups.shape[1] * groups.shape[2])[:, :n]
 
 
-def new_scale(largest):
-    """Scales (fp32) of groups by their largest magnitudes, which get code 119 of 127: 1/16 of the range is headroom."""
-    scale = largest * torch.tensor(1 / UNIT, dtype=torch.float32, device=largest.device)
+def new_scale(largest, unit=UNIT):
+    """Scales (fp32) of groups by their largest magnitudes, which get code `unit`: 119 of 127 leaves 1/16 of the range as headroom."""
+    scale = largest * torch.tensor(1 / unit, dtype=torch.float32, device=largest.device)
     scale = torch.where(scale >= LEAST_SCALE, scale, 0.0)
     return torch.where(largest.isfinite(), scale, torch.nan)
 

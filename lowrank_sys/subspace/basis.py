@@ -34,8 +34,8 @@ class Dense:
         """Store `new` (d, r)."""
         basis.copy_(new)
 
-    def project(self, grad, basis, *, left):
-        return torch.ops.lowrank.project(grad, basis, left=left)
+    def project(self, grad, basis, *, left, int8_gemm=False):
+        return torch.ops.lowrank.project(grad, basis, left=left, int8_gemm=int8_gemm)
 
 
 class Int4:

@@ -57,6 +57,6 @@ class Keyed(Subspace):
         else:
             super().refresh_from_sketches(group, sketches, states, lr, left)
 
-    def measured(self, grad, state):
+    def measured(self, group, grad, state):
         """With a Gaussian basis |R| is |G| on average, and G is there."""
-        return grad if "key" in state else super().measured(grad, state)
+        return grad if "key" in state else super().measured(group, grad, state)

@@ -49,5 +49,5 @@ class Rows(Subspace):
             moments=moments,
         )
 
-    def measured(self, grad, state):
+    def measured(self, group, grad, state):
         return torch.ops.lowrank.gather_rows(grad, state["indices"], state.get("row_scale"), left=state["left"])

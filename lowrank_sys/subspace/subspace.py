@@ -39,6 +39,9 @@ class Subspace:
     with their predecessors by cos_threshold or more in the mean (Q-GaLore, lowrank_sys.subspace.gap). Two random subspaces
     overlap by r/d. This rule reads the overlaps: with a GPU, the host waits in a step that refreshes, and in no other.
 
+    `int8_gemm` quantises the operands of the step's two products to INT8 on the fly (docs/kernels/int8-products.md); a basis is
+    chosen in fp32 all the same.
+
     State of a matrix: `basis` (m or n, r) in the parameter's dtype, or packed with `basis_scale`, `basis_offset` and
     `group_size`; `left`; `countdown`, steps until the next refresh, on the host; `first_gap` and `seed`; with a cos_threshold
     `gap`, on the host, and `overlaps`, the queue.
@@ -46,7 +49,7 @@ class Subspace:
 
     defaults = {"update_proj_gap": 200, "proj_type": "std", "subspace": "randomized", "moments": "keep", "seed": 0,
                 "refresh": "now", "quant": False, "quant_n_bit": 4, "quant_group_size": 256, "cos_threshold": None,
-                "gamma_proj": 2, "queue_size": 5, "max_update_proj_gap": None}
+                "gamma_proj": 2, "queue_size": 5, "max_update_proj_gap": None, "int8_gemm": False}
     categories = {**DENSE.categories, **Int4.categories, "countdown": "counters", "gap": "counters", "overlaps": "counters"}
     on_host = ("countdown", "gap")  # state that stays there, for Python to read
     subspaces, transports, refreshes = SUBSPACES, MOMENTS, REFRESHES  # values of the keys
@@ -65,6 +68,8 @@ class Subspace:
         if "quant" in self.defaults:
             self._check_quantized(group)
             self._check_adaptive(group)
+        if group.get("int8_gemm") and group.get("quant"):
+            raise ValueError("int8_gemm must be False with quant: a basis in INT4 has products of its own")
         for name, param in zip(names, group["params"]):
             if param.dim() != 2:
                 raise ValueError(f"{name} must be a matrix to be in a group with a rank, got shape {tuple(param.shape)}")
@@ -133,10 +138,11 @@ class Subspace:
             state["overlaps"] = new_overlaps(group["queue_size"], param.device)
         return shape
 
-    def project(self, grad, state):
+    def project(self, group, grad, state):
         """R of a full gradient."""
         store, tensors = parts(state)
-        return store.project(grad, *tensors, left=state["left"])
+        options = {"int8_gemm": True} if group["int8_gemm"] else {}
+        return store.project(grad, *tensors, left=state["left"], **options)
 
     def refresh(self, group, grads, states, lr, left):
         """Advance the schedule of these matrices by one step; bases that are due are chosen anew."""
@@ -172,9 +178,9 @@ class Subspace:
         """The Adam state, in lists that are empty where nothing is transported."""
         return [_field(states, key) if moments != "keep" else [] for key in ("exp_avg", "exp_avg_sq", "step")]
 
-    def measured(self, grad, state):
+    def measured(self, group, grad, state):
         """What the norm of a gradient is taken of: R."""
-        return self.project(grad, state)
+        return self.project(group, grad, state)
 
     def describe(self, state):
         """The schedule of a matrix in plain numbers: its gap, steps until the next refresh, and the overlaps. Reads the device."""

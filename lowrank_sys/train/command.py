@@ -31,7 +31,10 @@ BOUND = (
     "model", "method", "data", "text_field", "tokenizer", "batch_size", "seq_len", "gradient_accumulation_steps", "rank",
     "update_proj_gap", "scale", "proj_type", "subspace", "lr", "plain_lr", "weight_decay", "grad_clip", "warmup_ratio",
     "warmup_steps", "min_lr_ratio", "seed", "dtype", "weights", "per_layer", "accumulate_dtype",
+    "int8_gemm",
 )
+# Bound flags that older checkpoints do not have, and what they were.
+NEWER = {"int8_gemm": False}
 FREE = (
     "out", "resume", "steps", "save_steps", "eval_steps", "eval_tokens", "keep", "gradient_checkpointing", "device",
 )
@@ -81,6 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scale", type=float, help=f"factor on the low-rank update (default: {_defaults('scale')})")
     add("--proj-type", metavar="NAME", default="std", help="which side is projected (default: %(default)s)")
     add("--subspace", metavar="NAME", help=f"how a basis is found, or rows are selected (default: {_defaults('subspace')})")
+    add("--int8-gemm", action="store_true",
+        help="products with the basis in INT8, quantised on the fly: faster, and about 1%% off (--method galore)")
     rates = ", ".join(f"{name} {m.lr:g} and {m.plain_lr:g}" for name, m in METHODS.items())
     add("--lr", type=float, help=f"learning rate of the linear weights (default: the method's; with --plain-lr: {rates})")
     add("--plain-lr", metavar="LR", type=float, help="learning rate of embeddings, norms and head")
@@ -161,6 +166,8 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.per_layer and not METHODS[args.method].low_rank:
         raise CommandError(f"--per-layer needs a method with low-rank gradients, got --method {args.method}")
+    if args.int8_gemm and not METHODS[args.method].low_rank:
+        raise CommandError(f"--int8-gemm needs a method with low-rank gradients, got --method {args.method}")
     method = METHODS[args.method]
     args.lr = method.lr if args.lr is None else args.lr
     args.plain_lr = method.plain_lr if args.plain_lr is None else args.plain_lr
@@ -316,9 +323,9 @@ def _start(args: argparse.Namespace, out: Path, identity: dict[str, Any]) -> tup
     folder, manifest = found
     there = manifest["identity"]
     changed = [
-        f"{_flag(name)} {there.get(name)} there, {value} here"
+        f"{_flag(name)} {there.get(name, NEWER.get(name))} there, {value} here"
         for name, value in identity.items()
-        if name != "data_sha256" and there.get(name) != value
+        if name != "data_sha256" and there.get(name, NEWER.get(name)) != value
     ]
     if changed:
         raise CommandError(f"--resume: {folder} is of another run: {'; '.join(changed)}")

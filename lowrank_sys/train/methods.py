@@ -51,6 +51,8 @@ def _plain(optimizer):
 def _low_rank_groups(model, args, scale="scale", **keys):
     from lowrank_sys.optim import param_groups
 
+    if args.int8_gemm:  # the optimizer refuses it where it cannot
+        keys["int8_gemm"] = True
     return param_groups(
         model,
         rank=args.rank,

@@ -2,23 +2,32 @@
 #include "../projection.h"
 
 #include "../../cpu/norms.h"
-#include "products.h"
+#include "int8_gemm.h"
 
 namespace lowrank {
 namespace {
 
-Tensor project(const Tensor& grad, const Tensor& basis, bool left) {
+Tensor project(const Tensor& grad, const Tensor& basis, bool left, bool int8_gemm) {
   check_project("project", grad, basis, left);
   const Tensor r = empty(low_rank_shape(grad, basis, left));
   Workspace work;
-  project_into(r, grad, as_fp32(basis, work.basis), left, work.tile);
+  if (int8_gemm) {
+    project_int8_gemm(r, grad, basis, left, work);
+  } else {
+    project_into(r, grad, as_fp32(basis, work.basis), left, work.tile);
+  }
   return r;
 }
 
-void back_project(const Tensor& param, const Tensor& low_rank, const Tensor& basis, double alpha, double beta, bool left) {
+void back_project(const Tensor& param, const Tensor& low_rank, const Tensor& basis, double alpha, double beta, bool left,
+                  bool int8_gemm) {
   check_back_project("back_project_", param, low_rank, basis, left);
   Workspace work;
-  back_project_into(param, low_rank, as_fp32(basis, work.basis), left, beta, alpha, nullptr, work.tile);
+  if (int8_gemm) {
+    back_project_int8_gemm(param, low_rank, basis, left, beta, alpha, nullptr, work);
+  } else {
+    back_project_into(param, low_rank, as_fp32(basis, work.basis), left, beta, alpha, nullptr, work.tile);
+  }
 }
 
 Tensor channel_norms(const Tensor& grad, bool left) {

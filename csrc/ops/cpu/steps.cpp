@@ -3,14 +3,21 @@
 
 #include "../../cpu/steps.h"
 #include "hyper.h"
-#include "products.h"
+#include "int8_gemm.h"
 
 namespace lowrank {
 namespace {
 
+// How a step multiplies.
+struct Products {
+  bool left, int8_gemm;
+};
+
 // One step from the projected gradient r; x, which may be r, gets the Adam update. Returns the number of weights left out.
 int64_t step_from(const Tensor& param, const Tensor& r, const Tensor& x, const Tensor& basis, const Tensor& exp_avg,
-                  const Tensor& exp_avg_sq, const AdamStep& step, float grad_scale, bool left, Scratch& scratch) {
+                  const Tensor& exp_avg_sq, const AdamStep& step, float grad_scale, const Products& products,
+                  Workspace& work) {
+  const bool left = products.left;
   const int64_t rows = r.size(0), columns = r.size(1), channels = left ? columns : rows;
   std::vector<uint8_t> ok(channels);
   const LowRankAdam adam{data<float>(r), data<float>(exp_avg), data<float>(exp_avg_sq), data<float>(x), ok.data(),
@@ -19,8 +26,12 @@ int64_t step_from(const Tensor& param, const Tensor& r, const Tensor& x, const T
   parallel(channels, left ? rows : columns, [&](int64_t begin, int64_t end) {
     skipped += (left ? step_kernels().adam_columns : step_kernels().adam_rows)(adam, begin, end);
   });
-  if (skipped < channels)
-    back_project_into(param, x, basis, left, step.decay, step.alpha, skipped > 0 ? ok.data() : nullptr, scratch);
+  const uint8_t* flags = skipped > 0 ? ok.data() : nullptr;
+  if (skipped < channels && products.int8_gemm) {
+    back_project_int8_gemm(param, x, basis, left, step.decay, step.alpha, flags, work);
+  } else if (skipped < channels) {
+    back_project_into(param, x, as_fp32(basis, work.basis), left, step.decay, step.alpha, flags, work.tile);
+  }
   return skipped * param.size(left ? 0 : 1);
 }
 
@@ -33,10 +44,16 @@ struct Galore {
   }
 
   static int64_t run(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg,
-                     const Tensor& exp_avg_sq, const AdamStep& step, float grad_scale, bool left, Workspace& work) {
-    const Tensor b = as_fp32(basis, work.basis), r = work.low_rank.matrix(exp_avg.size(0), exp_avg.size(1));
-    project_into(r, grad, b, left, work.tile);
-    return step_from(param, r, r, b, exp_avg, exp_avg_sq, step, grad_scale, left, work.tile);
+                     const Tensor& exp_avg_sq, const AdamStep& step, float grad_scale, const Products& products,
+                     Workspace& work) {
+    const Tensor r = work.low_rank.matrix(exp_avg.size(0), exp_avg.size(1));
+    if (products.int8_gemm) {
+      project_int8_gemm(r, grad, basis, products.left, work);
+      return step_from(param, r, r, basis, exp_avg, exp_avg_sq, step, grad_scale, products, work);
+    }
+    const Tensor b = as_fp32(basis, work.basis);
+    project_into(r, grad, b, products.left, work.tile);
+    return step_from(param, r, r, b, exp_avg, exp_avg_sq, step, grad_scale, products, work);
   }
 };
 
@@ -49,41 +66,42 @@ struct Subspace {
   }
 
   static int64_t run(const Tensor& param, const Tensor& r, const Tensor& basis, const Tensor& exp_avg,
-                     const Tensor& exp_avg_sq, const AdamStep& step, float grad_scale, bool left, Workspace& work) {
-    const Tensor b = as_fp32(basis, work.basis), x = work.low_rank.matrix(r.size(0), r.size(1));
-    return step_from(param, r, x, b, exp_avg, exp_avg_sq, step, grad_scale, left, work.tile);
+                     const Tensor& exp_avg_sq, const AdamStep& step, float grad_scale, const Products& products,
+                     Workspace& work) {
+    const Tensor x = work.low_rank.matrix(r.size(0), r.size(1));
+    return step_from(param, r, x, basis, exp_avg, exp_avg_sq, step, grad_scale, products, work);
   }
 };
 
 template <class Op>
 void step_plain(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                 int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay, double scale,
-                bool left) {
+                bool left, bool int8_gemm) {
   Op::check(param, grad, basis, exp_avg, exp_avg_sq, left);
   if (step < 1) fail(Op::name, "step counts from 1, got ", step);
   const Hyper hyper{beta1, beta2, eps, weight_decay, scale};
   Workspace work;
-  Op::run(param, grad, basis, exp_avg, exp_avg_sq, hyper.at(double(step), lr), 1.0f, left, work);
+  Op::run(param, grad, basis, exp_avg, exp_avg_sq, hyper.at(double(step), lr), 1.0f, {left, int8_gemm}, work);
 }
 
 template <class Op>
 void step_tensor(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg,
                  const Tensor& exp_avg_sq, const Tensor& step, const Tensor& lr, double beta1, double beta2, double eps,
-                 double weight_decay, double scale, bool left) {
+                 double weight_decay, double scale, bool left, bool int8_gemm) {
   Op::check(param, grad, basis, exp_avg, exp_avg_sq, left);
   expect_scalar(Op::name, "step", step, place_of(param));
   expect_scalar(Op::name, "lr", lr, place_of(param));
   const Hyper hyper{beta1, beta2, eps, weight_decay, scale};
   Workspace work;
   const AdamStep at = hyper.at(read_number(Op::name, "step", step), read_number(Op::name, "lr", lr));
-  Op::run(param, grad, basis, exp_avg, exp_avg_sq, at, 1.0f, left, work);
+  Op::run(param, grad, basis, exp_avg, exp_avg_sq, at, 1.0f, {left, int8_gemm}, work);
 }
 
 template <class Op>
 void step_list(const Tensors& params, const Tensors& grads, const Tensors& bases, const Tensors& exp_avgs,
                const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& lr, double beta1, double beta2, double eps,
                double weight_decay, double scale, bool left, const std::optional<Tensor>& grad_scale,
-               const std::optional<Tensor>& found_inf, const std::optional<Tensor>& skipped) {
+               const std::optional<Tensor>& found_inf, const std::optional<Tensor>& skipped, bool int8_gemm) {
   const Guards guards{grad_scale, found_inf, skipped};
   check_length(Op::name, "grads", grads, "params", params);
   check_length(Op::name, "bases", bases, "params", params);
@@ -99,7 +117,7 @@ void step_list(const Tensors& params, const Tensors& grads, const Tensors& bases
   for (size_t i = 0; i < params.size(); ++i) {
     const float step = *data<float>(steps[i]) += 1.0f;
     count_skipped(guards, Op::run(params[i], grads[i], bases[i], exp_avgs[i], exp_avg_sqs[i], hyper.at(step, rate),
-                                  grad_scale_of(guards), left, work));
+                                  grad_scale_of(guards), {left, int8_gemm}, work));
   }
 }
 
