@@ -42,6 +42,7 @@ struct Lanes {
     const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(u.at, 8), _mm512_srai_epi16(s.at, 8));
     at = _mm512_add_epi32(at, _mm512_add_epi32(even, odd));
 #endif
+    asm("" : "+v"(at));  // GCC 12 moves a tile's sums from register to register otherwise
   }
   // gemm_add for each lane, to a sum of 0 if FIRST.
   template <bool FIRST>
@@ -70,6 +71,7 @@ struct Lanes {
     const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u.at, low), _mm256_srai_epi16(_mm256_slli_epi16(s.at, 8), 8));
     const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u.at, 8), _mm256_srai_epi16(s.at, 8));
     at = _mm256_add_epi32(at, _mm256_add_epi32(even, odd));
+    asm("" : "+x"(at));
   }
   template <bool FIRST>
   void add_scaled(float* sums, float scale_a, const float* scale_b) const {

@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys._ops.rules import define, expect_basis, expect_dtype, expect_like, expect_matrix, fake, low_rank_shape
-from lowrank_sys._ops.workspace import copy_unless_fp32, tile_unless_fp32, workspace
+from lowrank_sys._ops.workspace import copy_unless_fp32, int8_operand, int8_panels, tile_unless_fp32, workspace
 
 SCHEMAS = {
     "project": "(Tensor grad, Tensor basis, *, bool left, bool int8_gemm=False) -> Tensor",
@@ -50,9 +50,14 @@ def _(grad, *, left):
 
 
 @workspace("project", "back_project_")
-def _(matrix, *operands, cuda=False, **_):
+def _(matrix, *operands, int8_gemm=False, cuda=False, **_):
     if cuda:
         return matrix.numel() * matrix.element_size() // 4  # the parts of a split product, under 25% of what is read
+    if int8_gemm:
+        d, r = operands[-1].shape
+        if len(operands) == 1:
+            return int8_operand(r, d) + int8_panels(r)
+        return int8_operand(d, r) + int8_operand(operands[0].numel() // r, r) + int8_panels(r)
     return copy_unless_fp32(operands[-1]) + tile_unless_fp32(matrix)
 
 

@@ -5,7 +5,8 @@ import torch
 from lowrank_sys._ops.projection import check_project
 from lowrank_sys._ops.rules import (ADAM, GUARDS, check_guards, check_lists, check_step_and_rate, define, expect,
                                     expect_basis, expect_dtype, expect_float, expect_like, expect_matrix, fake, low_rank_shape)
-from lowrank_sys._ops.workspace import (copy_unless_fp32, fp32, launched_together, reused, tile_unless_fp32, workspace)
+from lowrank_sys._ops.workspace import (copy_unless_fp32, fp32, int8_operand, int8_panels, launched_together, reused,
+                                         tile_unless_fp32, workspace)
 
 SCHEMAS = {
     # W <- (1 - lr*weight_decay) W - lr*scale*back(Adam(project(G)))
@@ -134,12 +135,18 @@ def _(param, grad, basis, exp_avg, row, col, exp_avg_sq, step, *, lr, left, skip
 
 
 @workspace(*(f"{op}{form}" for op in ("galore_step", "subspace_step") for form in ("", ".tensor", ".list")))
-def _(params, gradients, bases, exp_avgs, *_, cuda=False, **__):
+def _(params, gradients, bases, exp_avgs, *_, int8_gemm=False, cuda=False, **__):
     if isinstance(params, torch.Tensor):
         params, gradients, bases, exp_avgs = [params], [gradients], [bases], [exp_avgs]
     if cuda:  # the update in the basis' type, and the parts of a split product: under 25% of the gradient
         return max((launched_together(*p.shape) * (x.numel() * b.element_size() + g.numel() * g.element_size() // 4)
                     for p, g, b, x in zip(params, gradients, bases, exp_avgs)), default=0)
+    if int8_gemm:  # R or the update; the basis quantised one way, then the other; the update quantised
+        shapes = [(*b.shape, x.numel() // b.shape[1]) for b, x in zip(bases, exp_avgs)]
+        return (reused(fp32(*x.shape) for x in exp_avgs)
+                + reused(size for d, r, _ in shapes for size in (int8_operand(r, d), int8_operand(d, r)))
+                + reused(int8_operand(channels, r) for _, r, channels in shapes)
+                + max((int8_panels(r) for _, r, _ in shapes), default=0))
     # R or the update; the basis in fp32; a tile of the gradient, then of the weight
     return (reused(fp32(*x.shape) for x in exp_avgs) + reused(copy_unless_fp32(b) for b in bases)
             + reused(max(tile_unless_fp32(t) for t in pair) for pair in zip(params, gradients)))

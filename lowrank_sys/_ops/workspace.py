@@ -63,6 +63,18 @@ def int4_panel_of(matrix, r, left):
     return int4_panel(sides[0 if left else 1], r) if matrix.numel() else 0
 
 
+def int8_operand(channels, depth):
+    """Bytes of an operand (channels, depth) in INT8, scales and sums of codes with it (csrc/ops/cpu/int8_gemm.cpp)."""
+    return -(-channels // 64) * 64 * -(-depth // 256) * (min(256, (depth + 3) // 4 * 4) + 8)
+
+
+def int8_panels(r):
+    """Most bytes that the threads of a product of rank r in INT8 hold: a part of G and of R each (csrc/cpu/int8_gemm.cpp)."""
+    high = -(-r // 4) * 4
+    wide = max(1, min(8, (1 << 16) // high // 64)) * 64
+    return torch.get_num_threads() * wide * (4 * high + 5 * 256)
+
+
 def tile_unless_fp32(matrix):
     return 0 if matrix.dtype == torch.float32 else tile(*matrix.shape)
 

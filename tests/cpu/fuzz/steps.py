@@ -7,7 +7,7 @@ from lowrank_sys.reference.adafactor import adafactor_step
 
 from fuzz.bounds import UNITS, Near, adam, assert_within, decayed, exact, scaled
 from fuzz.harness import FLOATS, Fuzz, replace, same_bits
-from fuzz.projection import back_of, drawn_basis, low_rank, product_of
+from fuzz.projection import back_of, drawn_basis, int8_back_of, low_rank, product_of
 
 LIMIT = reference.adam.MAX_GRADIENT
 
@@ -56,7 +56,7 @@ def one_arguments(projected, tensor):
         step = torch.tensor(step, dtype=kind) if tensor else step
         lr = rate(draw) if tensor else draw.of(0.1, 1e-3, 0.0)
         return dict(zip(names(projected), matrix(draw, left, projected))) | dict(
-            step=step, lr=lr, **hyper(draw), scale=draw.of(0.25, 1.0, 0.0), left=left)
+            step=step, lr=lr, **hyper(draw), scale=draw.of(0.25, 1.0, 0.0), left=left, int8_gemm=draw.of(False, True))
 
     return arguments
 
@@ -68,7 +68,7 @@ def list_arguments(projected):
         columns = [list(column) for column in zip(*rows)] or [[] for _ in range(5)]
         return dict(zip(map(plural, names(projected)), columns)) | dict(
             steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw),
-            scale=draw.of(0.25, 1.0, 0.0), left=left, **guards(draw))
+            scale=draw.of(0.25, 1.0, 0.0), left=left, **guards(draw), int8_gemm=draw.of(False, True))
 
     return arguments
 
@@ -93,10 +93,15 @@ def assert_step(before, after, r, ok, update, new_m, new_v, settings):
             assert now[good].isfinite().all(), f"{name} is no longer finite"
 
 
-def check_matrix(before, after, projected, left, grad_scale, settings):
+def check_matrix(before, after, projected, left, grad_scale, settings, int8_gemm=False):
     """One matrix of a low-rank step; returns (fewest, most) weights that may have been left out."""
     param, gradient, basis, m, v = before
-    r = exact(gradient) if projected else product_of(gradient, basis, left)
+    if projected:
+        r = exact(gradient)
+    elif int8_gemm:
+        r = exact(reference.project(gradient, basis, left=left, int8_gemm=True))
+    else:
+        r = product_of(gradient, basis, left)
     r = scaled(grad_scale, r, operations=1)
     axis = 0 if left else 1
     sure, never = usable(r)
@@ -104,7 +109,7 @@ def check_matrix(before, after, projected, left, grad_scale, settings):
     g = r.select(sure, torch.zeros(()))
     new_m, new_v, update = adam(g, m, v, **settings)
     update = update.select(sure, torch.zeros(()))
-    back = back_of(update, basis, left)
+    back = (int8_back_of if int8_gemm else back_of)(update, basis, left)
     assert_step((param, m, v), (after[0], after[3], after[4]), r, (sure, never), back, new_m, new_v, settings)
     return int(never.sum()) * param.shape[axis], int((~sure).sum()) * param.shape[axis]
 
@@ -117,7 +122,8 @@ def settings_of(before, step, lr):
 def compare_one(projected):
     def compare(before, after, result):
         rows = [[arguments[name] for name in names(projected)] for arguments in (before, after)]
-        check_matrix(*rows, projected, before["left"], 1.0, settings_of(before, before["step"], before["lr"]))
+        check_matrix(*rows, projected, before["left"], 1.0, settings_of(before, before["step"], before["lr"]),
+                     before["int8_gemm"])
 
     return compare
 
@@ -145,7 +151,7 @@ def compare_list(columns, check_row):
 
 def compare_matrices(projected):
     def check_row(then, now, before, grad_scale, settings):
-        return check_matrix(then, now, projected, before["left"], grad_scale, settings)
+        return check_matrix(then, now, projected, before["left"], grad_scale, settings, before["int8_gemm"])
 
     return compare_list([plural(name) for name in names(projected)], check_row)
 
