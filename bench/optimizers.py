@@ -102,6 +102,7 @@ class BareGemms:
 
 CONTENDERS = {
     "lowrank": Contender(_ours("GaLoreAdamW"), True),
+    "lowrank-int8": Contender(_ours("GaLoreAdamW", int8_gemm=True), True),
     "galore8bit": Contender(_ours("GaLoreAdamW8bit"), True),
     "q-galore": Contender(_ours("QGaLoreAdamW8bit", cos_threshold=None), True, int8=True),  # a gap that does not grow
     "galore-torch": Contender(_galore_torch, True, "galore_torch", "galore-torch"),

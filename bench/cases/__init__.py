@@ -9,11 +9,11 @@ One module a group of ops.
 import torch
 
 from lowrank_sys import backends
-from lowrank_sys.bench.cases import (blockwise, gaussian, int4, int8, projection, qgalore, residual, sparse, steps, subspace,
+from lowrank_sys.bench.cases import (blockwise, gaussian, int4, int8, int8_gemm, projection, qgalore, residual, sparse, steps, subspace,
                                      transforms)
 from lowrank_sys.bench.cases.case import Case
 
-GROUPS = (steps, projection, int4, subspace, int8, sparse, transforms, blockwise, gaussian, residual, qgalore)
+GROUPS = (steps, projection, int8_gemm, int4, subspace, int8, sparse, transforms, blockwise, gaussian, residual, qgalore)
 OPS = {name: op for group in GROUPS for name, op in group.OPS.items()}
 
 # Timed once: at 4096 x 4096 it takes most of a minute.
@@ -36,7 +36,7 @@ def serving(case):
     """(who serves the op, the function)."""
     wanted = (OPS[case.op].overload, torch.device(case.device).type)
     name = next(row.implementation for row in backends.table() if (row.op, row.device) == wanted)
-    return name, getattr(torch.ops.lowrank, case.op)
+    return name, getattr(torch.ops.lowrank, OPS[case.op].overload.partition(".")[0])
 
 
 def double(tensors):

@@ -79,6 +79,8 @@ FLOORS = [
     Floor(f"frugal_step over its three bare GEMMs, {HERE}", "<= 1.15x", 1.15, over_gemms("frugal_step"), False),
     Floor(f"GaLoreAdamW step against galore-torch, {HERE}", ">= 1.8x faster", 1.8, steady_step("lowrank", "galore-torch"),
           True),
+    Floor(f"GaLoreAdamW step with int8 products against galore-torch, {HERE}", ">= 3.5x faster", 3.5,
+          steady_step("lowrank-int8", "galore-torch"), True),
     Floor(f"APOLLOAdamW step against apollo-torch, {HERE}", ">= 2.3x faster", 2.3, steady_step("apollo", "apollo-torch"),
           True),
     Floor(f"GaLoreAdamW on llama-60m's 56 matrices over their bare GEMMs, r = {RANK}, fp32", "<= 1.15x", 1.15,

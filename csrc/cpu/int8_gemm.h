@@ -41,9 +41,9 @@ struct Int8Back {
 struct Int8GemmKernels {
   // Parts [begin, end) of an operand: part i is block i % blocks of group i / blocks.
   void (*quantize)(const Int8Source&, const Int8Operand&, int64_t begin, int64_t end);
-  // Blocks of columns [begin, end) of out (rows.channels, source.channels): the source gives the columns of the product.
+  // Blocks of columns [begin, end) of out (rows.channels, source.channels): the product's columns are those of the source.
   void (*project_columns)(const Int8Operand& rows, const Int8Source&, float* out, int64_t begin, int64_t end);
-  // Blocks of kInt8Rows rows [begin, end) of out (source.channels, columns.channels): the source gives the rows.
+  // Blocks of kInt8Rows rows [begin, end) of out (source.channels, columns.channels): its rows are those of the source.
   void (*project_rows)(const Int8Source&, const Int8Operand& columns, float* out, int64_t begin, int64_t end);
   // Blocks of kInt8Rows rows [begin, end): w <- decay * w + alpha * product, where ok.
   void (*back)(const Int8Back&, int64_t begin, int64_t end);

@@ -86,11 +86,13 @@ void products(const char* name, DType a_type, DType b_type, int64_t p, int64_t q
 
   std::vector<float> out(p * q, 9.0f);
   const int64_t blocks = columns.operand.blocks(), panels = (p + kInt8Rows - 1) / kInt8Rows;
-  for (int64_t i = 0; i < blocks; i += 2) int8_gemm_table.project_columns(rows.operand, b, out.data(), i, smaller(i + 2, blocks));
-  expect_same(name, "project_columns", out, want);
+  for (int64_t i = 0; b_columns && i < blocks; i += 2)
+    int8_gemm_table.project_columns(rows.operand, b, out.data(), i, smaller(i + 2, blocks));
+  if (b_columns) expect_same(name, "project_columns", out, want);
   std::fill(out.begin(), out.end(), 9.0f);
-  for (int64_t i = 0; i < panels; i += 3) int8_gemm_table.project_rows(a, columns.operand, out.data(), i, smaller(i + 3, panels));
-  expect_same(name, "project_rows", out, want);
+  for (int64_t i = 0; !a_columns && i < panels; i += 3)
+    int8_gemm_table.project_rows(a, columns.operand, out.data(), i, smaller(i + 3, panels));
+  if (!a_columns) expect_same(name, "project_rows", out, want);
   std::fill(out.begin(), out.end(), 9.0f);
   int8_gemm_table.back({rows.operand, columns.operand, {DType::f32, out.data(), q}, nullptr, nullptr, 0.0f, 1.0f}, 0, panels);
   expect_same(name, "back", out, want);
