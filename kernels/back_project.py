@@ -7,7 +7,9 @@ import triton.language as tl
 from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.basis import Int4Basis, arguments, load_int4, rank
-from lowrank_sys.kernels.common import ALPHA, DECAY, SLOTS, dot, is_off, on_device_of, pick, precision, store
+from lowrank_sys.kernels.common import DECAY, SLOTS, dot, is_off, on_device_of, pick, precision
+from lowrank_sys.kernels.epilogue import write_weight
+from lowrank_sys.kernels.int8_gemm import launch_back_project_int8
 
 
 @triton.jit
@@ -70,24 +72,7 @@ def back_project_kernel(param, low_rank, basis, scale, offset, scalars, skipped,
     i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     b_back = back_tile(low_rank, basis, scale, offset, i_m, i_n, m, n, r, width, LEFT, PRECISION, GROUP, BLOCK_M, BLOCK_N, BLOCK_R)
 
-    o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    m_m, m_n = o_m < m, o_n < n
-    p_w = param + o_m[:, None] * n + o_n[None, :]
-    m_w = m_m[:, None] & m_n[None, :]
-    b_w = tl.load(p_w, mask=m_w, other=0.0).to(tl.float32)
-    decay = tl.load(scalars + DECAY)
-    if not STEP:
-        b_w = tl.where(decay == 0, 0.0, b_w)  # as in BLAS, 0 * NaN is 0
-    b_new = decay * b_w + tl.load(scalars + ALPHA) * b_back
-    if STEP:
-        b_ok = tl.abs(b_back) < float("inf")
-        b_new = tl.where(b_ok, b_new, b_w)
-        if skipped is not None:
-            count = tl.sum((m_w & ~b_ok).to(tl.int32))
-            if count > 0:
-                tl.atomic_add(skipped, count.to(tl.int64), sem="relaxed")
-    store(p_w, b_new, m_w)
+    write_weight(b_back, param, scalars, skipped, i_m, i_n, m, n, STEP, BLOCK_M, BLOCK_N)
 
 
 def launch_back_project(params, low_ranks, bases, scalars, *, left, step, skipped=None):
@@ -119,13 +104,13 @@ def launch_back_project(params, low_ranks, bases, scalars, *, left, step, skippe
     )
 
 
-def back_project_(param, low_rank, basis, *, alpha=1.0, beta=1.0, left):
+def back_project_(param, low_rank, basis, *, alpha=1.0, beta=1.0, left, int8_gemm=False):
     """W <- beta W + alpha back(X), in place. param (m, n) fp32 | bf16 | fp16; low_rank X of R's shape, fp32.
 
-    beta = 0 does not depend on W, as in BLAS.
+    beta = 0 does not depend on W, as in BLAS. int8_gemm quantises X and the basis on the fly, see lowrank_sys.kernels.int8_gemm.
     """
     _ops.projection.check_back_project(param, low_rank, basis, left=left)
-    _back_project(param, low_rank, basis, alpha=alpha, beta=beta, left=left)
+    _back_project(param, low_rank, basis, alpha=alpha, beta=beta, left=left, int8_gemm=int8_gemm)
 
 
 def back_project_int4_(param, low_rank, packed, scale, offset, *, alpha=1.0, beta=1.0, left, group_size=256):
@@ -134,8 +119,11 @@ def back_project_int4_(param, low_rank, packed, scale, offset, *, alpha=1.0, bet
     _back_project(param, low_rank, Int4Basis(packed, scale, offset, group_size), alpha=alpha, beta=beta, left=left)
 
 
-def _back_project(param, low_rank, basis, *, alpha, beta, left):
+def _back_project(param, low_rank, basis, *, alpha, beta, left, int8_gemm=False):
     with on_device_of(param):
         scalars = torch.full((SLOTS.value,), alpha, dtype=torch.float32, device=param.device)
         scalars[DECAY.value].fill_(beta)
-        launch_back_project([param], [low_rank], [basis], scalars, left=left, step=False)
+        if int8_gemm:
+            launch_back_project_int8(param, low_rank, basis, scalars, left=left, step=False)
+        else:
+            launch_back_project([param], [low_rank], [basis], scalars, left=left, step=False)

@@ -97,6 +97,15 @@ BACK_PROJECT_INT8 = {
     "odd": _tile(8, 1, ELEMENTS=4096, BLOCK_R=16),
 }
 
+# Products in INT8: a group of 256 is quantised at once. By the largest rank; channels or rows, and the depth of a product.
+QUANTIZE_INT8 = _tile(4, 1, BLOCK_C=32)
+PROJECT_INT8 = {
+    16: _tile(4, 1, BLOCK_R=16, BLOCK_C=64),
+    64: _tile(8, 1, BLOCK_R=64, BLOCK_C=64),
+    128: _tile(8, 1, BLOCK_R=128, BLOCK_C=64),
+}
+BACK_PROJECT_INT8_GEMM = _tile(8, 2, BLOCK_M=128, BLOCK_N=64, BLOCK_D=64)
+
 # APOLLO's update of INT8 weights: elementwise but for the largest of a group.
 SCALED_INT8 = _tile(8, 1, ELEMENTS=4096)
 
@@ -200,6 +209,18 @@ def plan_project(m, n, r, *, left, dtypes, card):
     config = config_for(card.arch, "project", n=n, r=r, dtypes=dtypes)
     channels, depth = (n, m) if left else (m, n)
     return _split(config, channels, depth, r, config["BLOCK_D"], depth, dtypes[0], card)
+
+
+def quantize_int8(depth):
+    """Launch arguments of the quantisation of an operand: a program sees a whole group, or all of a shorter depth."""
+    return QUANTIZE_INT8 | {"BLOCK_D": min(256, max(16, triton.next_power_of_2(depth)))}
+
+
+def plan_project_int8(m, n, r, *, left, dtype, card):
+    """Plan of R = project(G) in INT8: split as `plan_project`, in whole groups."""
+    config = PROJECT_INT8[min((limit for limit in PROJECT_INT8 if limit >= r), default=max(PROJECT_INT8))]
+    channels, depth = (n, m) if left else (m, n)
+    return _split(config, channels, depth, r, 256, depth, dtype, card)
 
 
 def _split(config, channels, depth, r, block, span, dtype, card):

@@ -9,7 +9,8 @@ import triton.language as tl
 from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.common import dot, is_off, on_device_of, precision, store
-from lowrank_sys.kernels.project import finish_sum, new_counters
+from lowrank_sys.kernels.epilogue import finish_sum
+from lowrank_sys.kernels.project import new_counters
 from lowrank_sys.reference import gaussian as reference
 
 # A counter of Philox serves four rows that lie ROWS apart; a basis' counters have the tag in their second word.

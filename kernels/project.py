@@ -7,40 +7,9 @@ import triton.language as tl
 from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.basis import Int4Basis, arguments, load_int4, rank
-from lowrank_sys.kernels.common import (GRAD_SCALE, SLOTS, adam, dot, is_off, on_device_of, pick, precision, store,
-                                        usable_channels)
-
-
-@triton.jit
-def finish(b_r, out, exp_avg, exp_avg_sq, scalars, o_tile, m_tile, beta1, beta2, gain1, gain2, eps, LEFT: tl.constexpr):
-    """Store a tile of R, or advance Adam with it and store the update."""
-    if exp_avg is not None:
-        b_r = b_r * tl.load(scalars + GRAD_SCALE)
-        b_ok = usable_channels(b_r, LEFT)
-        b_r = adam(b_r, b_ok, exp_avg + o_tile, exp_avg_sq + o_tile, m_tile, scalars, beta1, beta2, gain1, gain2, eps)
-    store(out + o_tile, b_r, m_tile)
-
-
-@triton.jit
-def finish_sum(b_r, partials, counters, i_tile, i_split, splits, size, o_tile, m_tile):
-    """(the whole sum of a tile whose parts `splits` programs hold, whether this program is the one that has it).
-
-    Partials and counters are this matrix' own; the parts are added in order, so results do not depend on timing.
-    """
-    last = True
-    if partials is not None:
-        p_part = partials + o_tile
-        tl.store(p_part + i_split * size, b_r, mask=m_tile, cache_modifier=".cg")
-        # All threads' stores come before the count that publishes them.
-        tl.debug_barrier()
-        last = tl.atomic_add(counters + i_tile, 1, sem="acq_rel") == splits - 1
-        if last:
-            tl.store(counters + i_tile, 0)
-            b_r = tl.zeros_like(b_r)
-            for _ in range(splits):
-                b_r += tl.load(p_part, mask=m_tile, other=0.0, cache_modifier=".cg")
-                p_part += size
-    return b_r, last
+from lowrank_sys.kernels.common import SLOTS, dot, is_off, on_device_of, pick, precision
+from lowrank_sys.kernels.epilogue import finish, finish_sum
+from lowrank_sys.kernels.int8_gemm import launch_project_int8
 
 
 @triton.jit
@@ -180,10 +149,18 @@ def launch_project(grads, bases, outs, *, left, counters, exp_avgs=None, exp_avg
     return sums
 
 
-def project(grad, basis, *, left):
-    """R = Bᵀ G (r, n) if left, else G B (m, r); fp32. grad (m, n), basis (m or n, r): fp32 | bf16 | fp16."""
+def project(grad, basis, *, left, int8_gemm=False):
+    """R = Bᵀ G (r, n) if left, else G B (m, r); fp32. grad (m, n), basis (m or n, r): fp32 | bf16 | fp16.
+
+    int8_gemm quantises both on the fly, see lowrank_sys.kernels.int8_gemm.
+    """
     _ops.projection.check_project(grad, basis, left=left)
-    return _project(grad, basis, _ops.low_rank_shape(grad, basis, left), left)
+    if not int8_gemm:
+        return _project(grad, basis, _ops.low_rank_shape(grad, basis, left), left)
+    out = torch.empty(_ops.low_rank_shape(grad, basis, left), dtype=torch.float32, device=grad.device)
+    with on_device_of(grad):
+        launch_project_int8(grad, basis, out, left=left, counters=new_counters(grad.device))
+    return out
 
 
 def project_int4(grad, packed, scale, offset, *, left, group_size=256):

@@ -68,6 +68,41 @@ def back_project(m, n, r, *, left, param, low_rank, basis, card):
     }
 
 
+def quantize_int8(channels, depth, *, dtype):
+    """An operand of a product in INT8."""
+    scales = channels * triton.cdiv(depth, 256) * FP32
+    return {"x": Bytes(channels * depth * dtype.itemsize, 0), "codes": Bytes(0, channels * depth), "scale": Bytes(0, scales)}
+
+
+def project_int8(m, n, r, *, left, grad, card, moments=False):
+    """R = project(G) in INT8, the basis already quantised. grad is a type."""
+    plan = configs.plan_project_int8(m, n, r, left=left, dtype=grad, card=card)
+    channels, depth = (n, m) if left else (m, n)
+    times, size = triton.cdiv(channels, plan.config["BLOCK_C"]), r * channels * FP32
+    parts = plan.splits * size if plan.splits > 1 else 0
+    rows = {
+        "grad": Bytes(triton.cdiv(r, plan.config["BLOCK_R"]) * m * n * grad.itemsize, 0),
+        "codes": Bytes(times * r * depth, 0),
+        "scale": Bytes(times * r * triton.cdiv(depth, 256) * FP32, 0),
+        "partials": Bytes(parts, parts),
+        "out": Bytes(0, size),
+    }
+    return rows | ({name: Bytes(size, size) for name in ("exp_avg", "exp_avg_sq")} if moments else {})
+
+
+def back_project_int8_gemm(m, n, r, *, param):
+    """W <- decay W + alpha back(X) in INT8, both operands already quantised. param is a type."""
+    config, groups = configs.BACK_PROJECT_INT8_GEMM, triton.cdiv(r, 256) * FP32
+    across, down = triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(m, config["BLOCK_M"])
+    return {
+        "param": Bytes(m * n * param.itemsize, m * n * param.itemsize),
+        "rows": Bytes(across * m * r, 0),
+        "row_scale": Bytes(across * m * groups, 0),
+        "columns": Bytes(down * n * r, 0),
+        "column_scale": Bytes(down * n * groups, 0),
+    }
+
+
 def adam(m, n, r, *, left, out):
     """X = Adam(R) on an already projected gradient: R is tested, then used."""
     size = r * (n if left else m)

@@ -2,11 +2,11 @@
 
 import itertools
 
-from lowrank_sys.bench.static import gaussian, int8, qgalore, residual, steps
+from lowrank_sys.bench.static import gaussian, int8, int8_gemm, qgalore, residual, steps
 from lowrank_sys.bench.static.kernel import Row, always, variants
 from lowrank_sys.kernels import configs
 
-KERNELS = {name: kernel for group in (steps, int8, gaussian, residual, qgalore) for name, kernel in group.KERNELS.items()}
+KERNELS = {name: kernel for group in (steps, int8, int8_gemm, gaussian, residual, qgalore) for name, kernel in group.KERNELS.items()}
 ARCHS = tuple(configs.TABLES)
 
 

@@ -8,7 +8,7 @@ from lowrank_sys.kernels import configs
 FLOATS = ("fp32", "bf16", "fp16")
 EVERY_SIZE = ("aligned", "odd", "ones")
 # Scalar arguments by name, in any kernel.
-SIZES = dict.fromkeys(("m", "n", "r", "width", "splits", "chunk", "channels"), "i32")
+SIZES = dict.fromkeys(("m", "n", "r", "width", "splits", "chunk", "channels", "depth", "groups"), "i32")
 HYPER = dict.fromkeys(("beta1", "beta2", "gain1", "gain2", "eps"), "fp32")
 
 

@@ -84,17 +84,14 @@ struct Lanes {
 #else
 
 struct Lanes {
-  static constexpr int count = 16, tile_vectors = 1;
-  int32_t at[count];
+  static constexpr int count = 4, tile_vectors = 4;
+  typedef int32_t Words __attribute__((vector_size(16)));
+  Words at;
 
-  static Lanes all(int32_t x) {
-    Lanes lanes;
-    for (int32_t& lane : lanes.at) lane = x;
-    return lanes;
-  }
+  static Lanes all(int32_t x) { return {Words{x, x, x, x}}; }
   static Lanes load(const void* p) {
     Lanes lanes;
-    memcpy(lanes.at, p, sizeof lanes.at);
+    memcpy(&lanes.at, p, sizeof lanes.at);
     return lanes;
   }
   static Lanes all_words(const uint8_t* p) {
@@ -102,10 +99,11 @@ struct Lanes {
     memcpy(&word, p, 4);
     return all(word);
   }
-  void add_products(const Lanes& u, const Lanes& s) {
-    for (int e = 0; e < 4; ++e)
-      for (int i = 0; i < count; ++i)
-        at[i] += int32_t(uint32_t(u.at[i]) >> (8 * e) & 0xffu) * int32_t(int8_t(uint32_t(s.at[i]) >> (8 * e)));
+  void add_products(Lanes u, Lanes s) {
+    at += (u.at & 0xff) * (s.at << 24 >> 24);
+    at += (u.at >> 8 & 0xff) * (s.at << 16 >> 24);
+    at += (u.at >> 16 & 0xff) * (s.at << 8 >> 24);
+    at += (u.at >> 24 & 0xff) * (s.at >> 24);
   }
   template <bool FIRST>
   void add_scaled(float* sums, float scale_a, const float* scale_b) const {
