@@ -97,14 +97,13 @@ BACK_PROJECT_INT8 = {
     "odd": _tile(8, 1, ELEMENTS=4096, BLOCK_R=16),
 }
 
-# Products in INT8: a group of 256 is quantised at once. By the largest rank; channels or rows, and the depth of a product.
+# Products in INT8: a tile holds whole groups of 256. "odd" if m, n or r is no multiple of 16.
 QUANTIZE_INT8 = _tile(4, 1, BLOCK_C=32)
 PROJECT_INT8 = {
-    16: _tile(4, 1, BLOCK_R=16, BLOCK_C=64),
-    64: _tile(8, 1, BLOCK_R=64, BLOCK_C=64),
-    128: _tile(8, 1, BLOCK_R=128, BLOCK_C=64),
+    "aligned": _tile(8, 1, BLOCK_R=128, BLOCK_C=32),
+    "odd": _tile(8, 1, BLOCK_R=32, BLOCK_C=16),
 }
-BACK_PROJECT_INT8_GEMM = _tile(8, 2, BLOCK_M=128, BLOCK_N=64, BLOCK_D=64)
+BACK_PROJECT_INT8_GEMM = _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_D=64)
 
 # APOLLO's update of INT8 weights: elementwise but for the largest of a group.
 SCALED_INT8 = _tile(8, 1, ELEMENTS=4096)
@@ -218,7 +217,7 @@ def quantize_int8(depth):
 
 def plan_project_int8(m, n, r, *, left, dtype, card):
     """Plan of R = project(G) in INT8: split as `plan_project`, in whole groups."""
-    config = PROJECT_INT8[min((limit for limit in PROJECT_INT8 if limit >= r), default=max(PROJECT_INT8))]
+    config = PROJECT_INT8["odd" if m % 16 or n % 16 or r % 16 else "aligned"]
     channels, depth = (n, m) if left else (m, n)
     return _split(config, channels, depth, r, 256, depth, dtype, card)
 

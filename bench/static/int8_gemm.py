@@ -5,10 +5,6 @@ from lowrank_sys.bench.static.steps import MOMENTS
 from lowrank_sys.kernels import configs, int8_gemm
 
 
-def project_rows(arch):
-    return {("any", rank): config for rank, config in configs.PROJECT_INT8.items()}
-
-
 def project_calls(kind):
     return [((grad,), variant) for grad in FLOATS for variant in ("plain", "plain+split", "step", "step+split")]
 
@@ -25,15 +21,15 @@ def back_project_tensors(types, variant):
 
 KERNELS = {
     "quantize_int8_operand": Kernel(
-        int8_gemm.quantize_kernel, lambda arch: {("any", depth): configs.quantize_int8(depth) for depth in (16, 256)},
+        int8_gemm.quantize_kernel, lambda arch: {("any", depth): configs.quantize_int8(depth) for depth in (256,)},
         lambda kind: [((x,), way) for x in FLOATS for way in ("columns", "rows")],
         lambda types, variant: {"x": f"*{types[0]}", "codes": "*i8", "scale": "*fp32"},
         constants=lambda variant, config: {"COLUMNS": variant == "columns"}, product=False),
     "project_int8": Kernel(
-        int8_gemm.project_int8_kernel, project_rows, project_calls, project_tensors,
-        always=lambda kind, rank: [(("fp32",), "step+split")] if rank == 128 else [], own=False),
+        int8_gemm.project_int8_kernel, lambda arch: {(kind, 0): config for kind, config in configs.PROJECT_INT8.items()},
+        project_calls, project_tensors, sizes={"aligned": ("aligned",)}, own=False),
     "back_project_int8_gemm": Kernel(
         int8_gemm.back_project_int8_gemm_kernel, lambda arch: {("any", 0): configs.BACK_PROJECT_INT8_GEMM},
         lambda kind: [((param,), variant) for param in FLOATS for variant in ("plain", "step", "step+counted")],
-        back_project_tensors, always=lambda kind, rank: [(("fp32",), "step+counted")], own=False),
+        back_project_tensors, own=False),
 }
