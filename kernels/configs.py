@@ -101,7 +101,7 @@ BACK_PROJECT_INT8 = {
 QUANTIZE_INT8 = _tile(4, 1, BLOCK_C=32)
 PROJECT_INT8 = {
     "aligned": _tile(8, 1, BLOCK_R=128, BLOCK_C=32),
-    "odd": _tile(8, 1, BLOCK_R=32, BLOCK_C=16),
+    "odd": _tile(8, 1, BLOCK_R=16, BLOCK_C=16),
 }
 BACK_PROJECT_INT8_GEMM = _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_D=64)
 

@@ -301,6 +301,17 @@ def test_gradient_checkpointing_and_adafactor(text, tmp_path):
     assert {w.dtype for w in weights(tmp_path / "run").values()} == {torch.bfloat16}
 
 
+def test_products_in_int8(text, tmp_path, capsys):
+    assert train(flags(text, tmp_path / "run", "--int8-gemm", method="galore", steps=6)) == 0
+    found = rows(tmp_path / "run")
+    assert found[-1]["val_loss"] < found[0]["val_loss"]
+    assert train(flags(text, tmp_path / "fp32", method="galore", steps=6)) == 0
+    ours, other = weights(tmp_path / "run"), weights(tmp_path / "fp32")
+    assert any(not torch.equal(ours[name], other[name]) for name in ours)
+    fails(capsys, flags(text, tmp_path, "--int8-gemm", method="adamw"), 2, "--int8-gemm needs a method with low-rank gradients")
+    fails(capsys, flags(text, tmp_path / "no", "--int8-gemm", method="galore8bit"), 2, "int8_gemm must be False for GaLoreAdamW8bit")
+
+
 def test_every_flag_is_bound_or_free_for_a_resume():
     parser = cli.Parser()
     command.add_arguments(parser)

@@ -11,7 +11,7 @@ from lowrank_sys.kernels.project import project
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
-SHAPES = pytest.mark.parametrize("shape", [(520, 200, 8), (100, 530, 33), (63, 40, 1), (300, 310, 260), (144, 160, 130)], ids=str)
+SHAPES = pytest.mark.parametrize("shape", [(520, 200, 8), (100, 530, 33), (63, 40, 1), (270, 140, 260), (80, 96, 130)], ids=str)
 
 
 @pytest.fixture(params=[1, 6], ids=["one-processor", "split"])
@@ -42,7 +42,7 @@ def test_codes_are_the_oracles(lane, meter, columns, dtype, left):
 
 @SIDES
 @SHAPES
-@pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, BF16), (FP16, FP32)], ids=str)
+@pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, FP16)], ids=str)
 def test_project(lane, meter, card, shape, dtypes, left):
     m, n, r = shape
     case = lane.case(m, n, r, left, dtypes[0], *dtypes)
@@ -75,7 +75,7 @@ def test_back_project(lane, meter, shape, dtype, left):
 
 
 @SIDES
-@pytest.mark.parametrize("shape", [(520, 200, 8), (144, 160, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(520, 200, 8), (80, 96, 130)], ids=str)
 @pytest.mark.parametrize("projected", [False, True], ids=["galore_step", "subspace_step"])
 def test_step(lane, card, shape, projected, left):
     """The oracle's but where X falls beside another code: then by one code of its channel."""
