@@ -6,7 +6,8 @@ from lowrank_sys.bench.static import gaussian, int8, int8_gemm, qgalore, residua
 from lowrank_sys.bench.static.kernel import Row, always, variants
 from lowrank_sys.kernels import configs
 
-KERNELS = {name: kernel for group in (steps, int8, int8_gemm, gaussian, residual, qgalore) for name, kernel in group.KERNELS.items()}
+GROUPS = (steps, int8, int8_gemm, gaussian, residual, qgalore)
+KERNELS = {name: kernel for group in GROUPS for name, kernel in group.KERNELS.items()}
 ARCHS = tuple(configs.TABLES)
 
 

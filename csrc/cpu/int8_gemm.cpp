@@ -54,8 +54,8 @@ uint8_t* word_of(const Part& to, int64_t channel, int64_t word) {
   return to.codes + channel / kTileColumns * kTileColumns * to.width + (word * kTileColumns + channel % kTileColumns) * 4;
 }
 
-// Channels are columns: `wide` of them from x on, whose rows are `stride` apart; whole blocks are written. `stage` holds 256 rows
-// of whole blocks.
+// Channels are columns: `wide` of them from x on, whose rows are `stride` apart; whole blocks are written. `stage` holds 256
+// rows of whole blocks.
 template <class T>
 void quantize_columns(const T* x, int64_t stride, int64_t wide, int64_t deep, const Part& to, float* stage) {
   const int64_t padded = (wide + kInt8Block - 1) / kInt8Block * kInt8Block, words = (deep + 3) / 4;
@@ -140,8 +140,8 @@ void sum_codes(const Part& to, int64_t channels, int64_t deep) {
   }
 }
 
-// Channels [channel, channel + count) of one group, filled up to whole blocks if they are columns of the product, else to whole
-// tiles.
+// Channels [channel, channel + count) of one group, filled up to whole blocks if they are columns of the product, else to
+// whole tiles.
 void quantize_part(const Int8Source& from, int64_t channel, int64_t count, int64_t group, const Part& to, float* stage) {
   const int64_t k = group * kGemmGroup, deep = smaller(kGemmGroup, from.depth - k);
   const int64_t unit = to.sum == nullptr || from.columns ? kInt8Block : kTileRows;

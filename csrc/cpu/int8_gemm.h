@@ -17,7 +17,7 @@ struct Int8Source {
   bool columns;
 };
 
-// A quantised operand. By group of the depth, then channel or block of channels; channels are filled up to whole blocks with zeros.
+// A quantised operand: by group of the depth, then by channel or block of channels, of which the last is filled with zeros.
 struct Int8Operand {
   uint8_t* codes;
   float* scale;
