@@ -40,6 +40,11 @@ def is_tight(model, available):
     return 2 * to_come > available
 
 
+def should_save(args, model, available):
+    """Whether `lowrank train` lets freed blocks go back: the run asks for little memory, or has little."""
+    return args.per_layer is not None or args.weights == "int8" or is_tight(model, available)
+
+
 def is_saving():
     """Whether freed blocks go back because the environment says so."""
     chosen = os.environ.get(VARIABLE, "")

@@ -39,7 +39,7 @@ class Planner:
     def plan(self, **changes: Any) -> dict[str, Any]:
         """Bytes by part for the run with `changes` to its arguments, as plain JSON values."""
         run = self._rehearse(changes)
-        held, tight = self._allocator(run)
+        held, tight = self._allocator(run, self._changed(changes))
         training = self.baseline.training + run.peak + held
         finishing = self.baseline.finishing + run.rest + held  # plots and files
         peak = max(training, finishing)
@@ -60,19 +60,23 @@ class Planner:
     def _rehearse(self, changes: dict[str, Any]) -> Rehearsal:
         key = tuple(sorted(changes.items()))
         if key not in self._rehearsals:
-            changed = argparse.Namespace(**{**vars(self._args), **changes})
-            check(changed)
+            changed = self._changed(changes)
             self._tell(f"rehearsing {_described(changes) or 'the run'}")
             self._rehearsals[key] = rehearse(changed)
         return self._rehearsals[key]
 
-    def _allocator(self, run: Rehearsal) -> tuple[int, bool]:
-        """Bytes held beyond the tensors, and whether `lowrank train` would find memory tight."""
+    def _changed(self, changes: dict[str, Any]) -> argparse.Namespace:
+        changed = argparse.Namespace(**{**vars(self._args), **changes})
+        check(changed)
+        return changed
+
+    def _allocator(self, run: Rehearsal, args: argparse.Namespace) -> tuple[int, bool]:
+        """Bytes held beyond the tensors, and whether `lowrank train` would have freed blocks go back."""
         if self._args.device == "cuda":
             return round(allocator.CUDA_SHARE * run.peak), False
         memory = self._memory or allocator.available_bytes()
         available = memory - self.baseline.training - run.at_rest["weights"]  # `lowrank train` asks when the weights are there
-        tight = allocator.is_saving() or allocator.is_tight(run.model, available)
+        tight = allocator.is_saving() or allocator.should_save(args, run.model, available)
         return round(allocator.TIGHT_SHARE * run.peak if tight else allocator.HEAP_SHARE * run.in_heap), tight
 
     def other_checkpointing(self) -> dict[str, Any]:

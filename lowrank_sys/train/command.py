@@ -215,7 +215,7 @@ def _train(args: argparse.Namespace) -> None:
         config = models.config(args.model, vocab=corpus.vocab if args.tokenizer else None, seq_len=args.seq_len)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
         model = models.build(config, dtype=dtype, device=device, int8=args.weights == "int8")
-        if device.type == "cpu" and allocator.is_tight(model, allocator.available_bytes()):
+        if device.type == "cpu" and allocator.should_save(args, model, allocator.available_bytes()):
             allocator.save_memory()
         optimizer = methods.build(model, args)
         held_out = data.sample(corpus.valid, args.seq_len, args.eval_tokens)

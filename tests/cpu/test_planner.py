@@ -331,6 +331,15 @@ def test_the_allocator_is_suggested_where_it_is_enough(plan, monkeypatch):
     assert again["fits"] and again["allocator_tight"] and again["peak_bytes"] == facts["would_fit"][0]["peak_bytes"]
 
 
+@pytest.mark.parametrize("flags", [["--per-layer", "in_backward"], ["--weights", "int8"]], ids=["per-layer", "int8"])
+def test_a_run_that_asks_for_little_memory_holds_no_freed_blocks(plan, monkeypatch, flags):
+    monkeypatch.setattr(allocator, "is_tight", lambda model, available: False)
+    assert not json.loads(plan("--json")[1])["allocator_tight"]
+    facts = json.loads(plan("--json", *flags)[1])
+    assert facts["allocator_tight"]
+    assert facts["allocator_bytes"] == round(allocator.TIGHT_SHARE * facts["tensor_peak_bytes"])
+
+
 def test_a_combination_is_tried_and_the_least_is_told(plan):
     wide = {"batch_size": 4, "seq_len": 128}
     code, out, _ = plan("--json", device_memory="1GiB", **wide)
