@@ -6,7 +6,7 @@ import time
 import torch
 
 from lowrank_sys.bench import compare, machine, plot, report, shapes, timing
-from lowrank_sys.bench.cases import ONCE, OPS, PACKAGES, double, make, serving
+from lowrank_sys.bench.cases import ONCE, OPS, PACKAGES, copies, double, make, serving
 from lowrank_sys.bench.cases.case import Case
 from lowrank_sys.cli import CommandError
 
@@ -14,11 +14,12 @@ from lowrank_sys.cli import CommandError
 TOLERANCE, ROUNDING = 2.0, 1e-6
 # Share of the best rank-r energy that a basis may miss beyond what the oracle misses.
 ENERGY_TOLERANCE = 1e-3
-# Every case is timed this many times, from the first case to the last and again, in memory of its own each time.
-PASSES = 5
+# Every case is timed this many times, from the first case to the last and again, in memory of its own each time, and at least
+# in so many rounds each time.
+PASSES, ROUNDS = 5, 2
 # Seconds of timing: of all cases together, and the most of one. What is beside it counts too: past the limit there is no pass
 # after the second.
-BUDGET, MOST, LIMIT = 60.0, 2.0, 140.0
+BUDGET, MOST, LIMIT = 75.0, 2.0, 140.0
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # What identifies a row.
 KEYS = ("op", "shape", "rank", "dtype", "side", "variant")
@@ -100,17 +101,17 @@ class Check:
     """Errors of an implementation of a case against fp64, and whether they are acceptable beside the oracle's."""
 
     def __init__(self, case):
-        self.case, self.op = case, OPS[case.op]
+        self.case, self.op, self._inputs = case, OPS[case.op], make(case)
         if self.op.chooses:
-            self.best = energies(make(case)["grad"])[:case.rank].sum().item()
+            self.best = energies(self._inputs["grad"])[:case.rank].sum().item()
         else:
             truth = self.op.truth or self.op.oracle
-            self.truth = self.op.call(truth, make(case) if self.op.exact else double(make(case)), case)
+            self.truth = self.op.call(truth, copies(self._inputs) if self.op.exact else double(self._inputs), case)
         self.oracle = {"error": 0.0, "energy": None} if self.op.exact else self.figures(self.op.oracle)
 
     def figures(self, function):
         """{'error': relative to fp64, of the worst result; 'energy': of a basis, beside the best one of that rank}."""
-        tensors = make(self.case)
+        tensors = copies(self._inputs)
         outputs = self.op.call(function, tensors, self.case)
         if not self.op.chooses:
             return {"error": max(_relative_error(o, t) for o, t in zip(outputs, self.truth)), "energy": None}
@@ -153,6 +154,7 @@ class Trial:
             self.functions = {name: f for name, f in self.functions.items()
                               if backend(name, case) in backends or name == self.base}
         self.passes = {}  # variant -> [[seconds, ...], ...]
+        self.quiet = []  # of each pass, whether nothing disturbed it
 
     def check(self):
         check = Check(self.case)
@@ -162,31 +164,48 @@ class Trial:
     def time(self, timer, seconds):
         """One more pass over all variants, on fresh tensors."""
         bases, case = self.op.bases, self.case
+        inputs = make(case)
         if self.base in ONCE and not self.passes:
             key = (self.base, case.m, case.n, case.dtype)
             if key not in self.once:
-                self.once[key] = timer(bases[self.base](make(case), case))
+                self.once[key] = timer(bases[self.base](copies(inputs), case))
             self.passes[self.base] = [[self.once[key]]]
-        timed = {name: _bind(self.op, f, case) for name, f in self.functions.items() if self.verdicts[name] == "ok"}
-        if sum(map(sum, self.passes.get("reference", []))) > PASSES * seconds:
-            timed.pop("reference", None)  # it may take a thousand times as long
+        timed = {name: self._bind(f, copies(inputs)) for name, f in self.functions.items() if self.verdicts[name] == "ok"}
+        oracle = timed.pop("reference", None)
         if self.base in bases and self.base not in ONCE:
-            timed[self.base] = bases[self.base](make(case), case)
-        for name, function in timed.items():
-            if name != "reference":
-                function()  # the first one in fresh memory
-        for name, samples in timer.interleave(timed, seconds=seconds, at_least=1, at_most=40, warmup=0).items():
+            timed[self.base] = bases[self.base](copies(inputs), case)
+        for function in timed.values():
+            function()  # the first one in fresh memory
+        for name, samples in timer.interleave(timed, seconds=seconds, at_least=ROUNDS, at_most=40, warmup=0).items():
             self.passes.setdefault(name, []).append(samples)
+        self.quiet.append(timer.quiet)
+        if oracle and sum(map(sum, self.passes.get("reference", []))) <= PASSES * seconds:  # it may take a thousand times as long
+            self.passes.setdefault("reference", []).append([timer(oracle)])
+
+    def _bind(self, function, tensors):
+        return lambda: self.op.call(function, tensors, self.case)
+
+    @property
+    def disturbed(self):
+        """Whether too few passes were quiet to do without the others: the spread of such a case is not known."""
+        return sum(self.quiet) < min(2, len(self.quiet))
+
+    def samples(self):
+        """{variant: passes} of the quiet passes, if there are enough; of what was not timed in them, all."""
+        if self.disturbed:
+            return self.passes
+        kept = {name: [p for p, quiet in zip(passes, self.quiet) if quiet] for name, passes in self.passes.items()}
+        return {name: kept[name] or passes for name, passes in self.passes.items()}
 
     def rows(self, ceilings):
-        case = self.case
+        case, passes = self.case, self.samples()
         limits = bounds(case, ceilings)
         for variant in dict.fromkeys([*self.functions, *([self.base] if self.base in self.op.bases else [])]):
             yield {"op": case.op, "shape": f"{case.m}x{case.n}", "rank": case.rank, "dtype": shapes.SPELLING[case.dtype],
                    "side": {True: "left", False: "right", None: None}[case.left], "variant": variant,
                    "backend": backend(variant, case) if variant in self.functions else None,
                    "check": self.verdicts.get(variant), **self.figures.get(variant, {"error": None, "energy": None}),
-                   **_speed(case, variant, self.passes, self.base, max(limits.values())),
+                   **_speed(case, variant, passes, self.base, max(limits.values()), self.disturbed),
                    "bound": self.op.other or max(limits, key=limits.get), "base": self.base,
                    "command": command(case, self.base)}
 
@@ -207,12 +226,7 @@ def measure(case, timer, ceilings, *, seconds, base=None, backends=None):
     return list(trial.rows(ceilings))
 
 
-def _bind(op, function, case):
-    tensors = make(case)
-    return lambda: op.call(function, tensors, case)
-
-
-def _speed(case, variant, passes, base, floor):
+def _speed(case, variant, passes, base, floor, disturbed):
     """The figures that follow from the samples of a variant; None where it was not timed, or does another computation."""
     names = ("median_s", "p20_s", "p80_s", "spread", "samples", "gb_per_s", "gflop_per_s", "roofline", "ratio", "noise")
     row = dict.fromkeys(names)
@@ -226,7 +240,9 @@ def _speed(case, variant, passes, base, floor):
                     "roofline": floor / found.median}
         if variant != base and base in passes:
             row["ratio"], row["noise"] = timing.ratio(passes[variant], passes[base])
-    return row
+    if disturbed:
+        row |= {"spread": None, "noise": None}
+    return row | {"disturbed": disturbed}
 
 
 COLUMNS = [
@@ -242,7 +258,7 @@ COLUMNS = [
     ("error", lambda row: report.number(row["error"], "{:.1e}")),
     ("energy", lambda row: report.number(row["energy"], "{:.2%}")),
     ("time / base", lambda row: "base" if row["variant"] == row["base"] else report.number(row["ratio"], "{:.3g}")),
-    ("noise", lambda row: "noise" if row["noise"] else ""),
+    ("noise", lambda row: "disturbed" if row["disturbed"] else "noise" if row["noise"] else ""),
     ("check", lambda row: row["check"] or ""),
 ]
 
@@ -259,10 +275,8 @@ def run(args):
     old = compare.read(args.compare, KEYS, facts)
     out.say(machine.line(facts))
     timer = timing.Timer(args.device)
-    ceilings = machine.ceilings(timer, list(dict.fromkeys(case.dtype for case in chosen)))
-    facts |= ceilings
-    rates = ", ".join(f"GEMM {dtype} {rate:.0f} GFLOP/s" for dtype, rate in ceilings["gemm_gflop_per_s"].items())
-    out.say(f"ceilings measured now: copy {ceilings['copy_gb_per_s']:.1f} GB/s, {rates}\n")
+    dtypes = list(dict.fromkeys(case.dtype for case in chosen))
+    ceilings = machine.ceilings(timer, dtypes)
     trials, once, start = [], {}, time.monotonic()
     for case in chosen:
         base = args.base or next(iter(OPS[case.op].bases))
@@ -283,6 +297,13 @@ def run(args):
             if args.seconds is None and 0 < turn < PASSES - 1 and now + (now - turn_start) > start + LIMIT:
                 out.say(f"{turn + 1} of {PASSES} passes: one more would end after {LIMIT:g} s (--seconds sets no limit)\n")
                 break
+    ceilings = machine.higher(ceilings, machine.ceilings(timer, dtypes))
+    facts |= ceilings
+    rates = ", ".join(f"GEMM {dtype} {rate:.0f} GFLOP/s" for dtype, rate in ceilings["gemm_gflop_per_s"].items())
+    out.say(f"ceilings, measured before and after: copy {ceilings['copy_gb_per_s']:.1f} GB/s, {rates}\n")
+    disturbed = sum(trial.disturbed for trial in trials)
+    if disturbed:
+        out.say(f"{disturbed} of {len(trials)} cases were disturbed: other guests of this host took the cores in most passes\n")
     for trial in trials:
         rows = list(trial.rows(ceilings))
         columns = [column for column in COLUMNS if column[0] != "energy" or rows[0]["energy"] is not None]

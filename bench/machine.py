@@ -73,3 +73,12 @@ def ceilings(timer, dtypes, copy_bytes=256 << 20, gemm_size=2048):
         "copy_gb_per_s": 2 * copy_bytes / best.pop("copy") / 1e9,
         "gemm_gflop_per_s": {str(dtype).removeprefix("torch."): 2 * gemm_size**3 / s / 1e9 for dtype, s in best.items()},
     }
+
+
+def higher(ceilings, others):
+    """The higher of two measurements of each ceiling."""
+    rates = ceilings["gemm_gflop_per_s"]
+    return {
+        "copy_gb_per_s": max(ceilings["copy_gb_per_s"], others["copy_gb_per_s"]),
+        "gemm_gflop_per_s": {dtype: max(rate, others["gemm_gflop_per_s"][dtype]) for dtype, rate in rates.items()},
+    }

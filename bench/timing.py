@@ -1,5 +1,6 @@
 """Interleaved timing: one call of every variant a round, caches flushed before each, so that drift hits all alike."""
 
+import os
 import random
 import time
 from pathlib import Path
@@ -9,6 +10,10 @@ import torch
 
 # Bytes written between two calls on a CPU that does not tell the size of its caches.
 LEAST_FILL = 32 << 20
+# A round is disturbed if other guests of the host took more than this share of the cores while it ran.
+STOLEN = 0.01
+# How many times as long as asked for a measurement may take, to replace disturbed rounds.
+PATIENCE = 2.0
 
 
 def quantile(values, q):
@@ -65,7 +70,12 @@ def ratio(passes, base):
 
 
 class Timer:
-    """Seconds of one call on a device; from cold caches, unless flush is off."""
+    """Seconds of one call on a device; from cold caches, unless flush is off.
+
+    quiet: whether nothing disturbed the rounds that the last `interleave` returned.
+    """
+
+    quiet = True
 
     def __init__(self, device, flush=True):
         self.device = torch.device(device)
@@ -95,22 +105,50 @@ class Timer:
         """Seconds of each call of each of `functions` {name: function}, {name: [seconds, ...]}; item i is round i.
 
         Stops after `at_least` rounds once `seconds` have passed, or after `at_most`, if that is more. The order of a round
-        is random, since what ran before warms or cools the machine.
+        is random, since what ran before warms or cools the machine. Disturbed rounds do not count, unless too few others
+        were found in PATIENCE times as long.
         """
         for function in functions.values():
             for _ in range(warmup):
                 function()
         self.synchronize()
         order, shuffle = list(functions), random.Random(0).shuffle
-        times = {name: [] for name in functions}
-        end = time.monotonic() + seconds
-        for done in range(max(at_least, at_most)):
-            if done >= at_least and time.monotonic() > end:
+        rounds = []  # (share of the cores that was stolen, {name: seconds})
+        start, wanted = time.monotonic(), max(at_least, at_most)
+        quiet = 0
+        while quiet < wanted:
+            elapsed = time.monotonic() - start
+            if elapsed > seconds and quiet >= at_least or elapsed > PATIENCE * seconds and len(rounds) >= at_least:
                 break
             shuffle(order)
-            for name in order:
-                times[name].append(self(functions[name]))
-        return times
+            with _Stolen() as stolen:
+                times = {name: self(functions[name]) for name in order}
+            rounds.append((stolen.share, times))
+            quiet += stolen.share <= STOLEN
+        limit = max(STOLEN, sorted(share for share, _ in rounds)[at_least - 1])
+        self.quiet = limit == STOLEN
+        kept = [times for share, times in rounds if share <= limit]
+        return {name: [times[name] for times in kept] for name in functions}
+
+
+class _Stolen:
+    """Share of this machine's CPU time that its host gave to other guests while the context was open; 0 where unknown."""
+
+    def __enter__(self):
+        self._stolen, self._start = self._seconds(), time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        available = (time.perf_counter() - self._start) * os.cpu_count()
+        self.share = (self._seconds() - self._stolen) / available
+
+    @staticmethod
+    def _seconds():
+        try:
+            with open("/proc/stat", encoding="ascii") as file:
+                return int(file.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
+        except (OSError, IndexError):  # another system, or a kernel that does not count it
+            return 0.0
 
 
 def extra_bytes(function, device):

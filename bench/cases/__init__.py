@@ -39,5 +39,9 @@ def serving(case):
     return name, getattr(torch.ops.lowrank, OPS[case.op].overload.partition(".")[0])
 
 
+def copies(tensors):
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
 def double(tensors):
-    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    return {name: tensor.double() if tensor.is_floating_point() else tensor.clone() for name, tensor in tensors.items()}

@@ -1,6 +1,7 @@
 """`lowrank bench`: flags, files, the check that stands before every speed, and the arithmetic of the figures."""
 
 import csv
+import itertools
 import json
 import sys
 
@@ -21,6 +22,7 @@ CEILINGS = {"copy_gb_per_s": 10.0, "gemm_gflop_per_s": {"float32": 100.0, "bfloa
 def quick(monkeypatch):
     monkeypatch.setattr(timing, "_largest_cache", lambda: 0)
     monkeypatch.setattr(timing, "LEAST_FILL", 1 << 10)
+    monkeypatch.setattr(timing._Stolen, "_seconds", lambda self: 0.0)
     monkeypatch.setattr(optimizers, "OVERHEAD_SECONDS", 0.0)
     monkeypatch.setattr(kernels, "PASSES", 2)
     monkeypatch.setattr(machine, "ceilings", lambda timer, dtypes: dict(CEILINGS))
@@ -152,7 +154,8 @@ def test_a_pass_that_would_end_late_is_left_out(capsys, monkeypatch, tmp_path, l
     argv = ["--device", "cpu", "--op", "project", "--shape", "8x6", "--rank", "2", "--side", "left", "--json", str(path)]
     code, out, err = run(capsys, "kernels", *argv)
     assert code == 0 and ("2 of 3 passes" in out) == (passes == 2)
-    assert {row["samples"] for row in json.loads(path.read_text()) if row["variant"] != "reference"} == {passes}
+    assert {row["samples"] for row in json.loads(path.read_text()) if row["variant"] != "reference"} == {
+        kernels.ROUNDS * passes}
 
 
 def test_kernels_without_bitsandbytes(capsys, monkeypatch, tmp_path):
@@ -325,6 +328,37 @@ def test_interleave_runs_every_variant_once_a_round():
     times = timer.interleave({name: lambda name=name: calls.append(name) for name in "ab"}, seconds=0, at_least=5, warmup=1)
     assert [len(t) for t in times.values()] == [5, 5]
     assert all(set(calls[i:i + 2]) == {"a", "b"} for i in range(2, len(calls), 2))
+
+
+def steal(monkeypatch, disturbed):
+    """Let the host take the cores during the rounds that `disturbed`, an iterator of booleans, says."""
+    clock = itertools.accumulate(itertools.chain.from_iterable((0.0, 9.0 * took) for took in disturbed))
+    monkeypatch.setattr(timing._Stolen, "_seconds", lambda self: next(clock))
+
+
+def test_disturbed_rounds_are_replaced(monkeypatch):
+    steal(monkeypatch, itertools.cycle([False, True]))
+    calls, timer = itertools.count(), timing.Timer("cpu")
+    monkeypatch.setattr(timing.Timer, "__call__", lambda self, function: function())
+    times = timer.interleave({"a": lambda: next(calls)}, seconds=1e-9, at_least=2, at_most=2, warmup=0)
+    assert times == {"a": [0, 1]} and not timer.quiet  # no patience is left: what there is
+    steal(monkeypatch, itertools.cycle([False, True]))
+    times = timer.interleave({"a": lambda: next(calls)}, seconds=60, at_least=3, at_most=3, warmup=0)
+    assert times == {"a": [2, 4, 6]} and timer.quiet
+
+
+@pytest.mark.parametrize("quiet, passes, disturbed", [
+    ([True, True, True], 3, False), ([False, True, True], 2, False), ([False, True, False], 3, True), ([False], 1, True)])
+def test_disturbed_passes_are_left_out_if_two_others_are_there(monkeypatch, quiet, passes, disturbed):
+    trial = kernels.Trial(Case("project", 8, 6, 2, torch.float32, True, "cpu"))
+    trial.check()
+    for undisturbed in quiet:
+        steal(monkeypatch, itertools.cycle([not undisturbed]))
+        trial.time(timing.Timer("cpu"), seconds=0)
+    served, oracle, base = trial.rows(CEILINGS)
+    assert served["samples"] == base["samples"] == kernels.ROUNDS * passes
+    assert [row["disturbed"] for row in (served, oracle, base)] == [disturbed] * 3
+    assert (served["spread"] is None) == (served["noise"] is None) == disturbed
 
 
 def test_extra_bytes_sees_a_temporary():
