@@ -56,7 +56,7 @@ def judge(out, old, keys, path):
     pairs = [(row, old[_identity(row, keys)]) for row in rows if _identity(row, keys) in old]
     pairs = [(new, before) for new, before in pairs if before["spread"] is not None]
     if not pairs:
-        raise CommandError(f"--compare {path}: it has no row in common with this run")
+        raise CommandError(f"--compare {path}: it has no row in common with this run that has a spread in both")
     for new, before in pairs:
         new |= {"old_s": before["median_s"], "new_over_old": new["median_s"] / before["median_s"],
                 "verdict": verdict(new, before)}
