@@ -26,6 +26,7 @@ class Floor(NamedTuple):
     at_least: bool  # whether the figure must be at least the limit, or at most
     form: str = "{:.2f}x"
     names: bool = False  # whether `measure` returns (figure, of what) instead
+    long: bool = False  # whether it is measured only with --all
 
     def holds(self, figure):
         return figure >= self.limit if self.at_least else figure <= self.limit

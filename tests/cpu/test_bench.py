@@ -12,7 +12,7 @@ from lowrank_sys import backends, cli
 from lowrank_sys.bench import floors, kernels, machine, optimizers, plot, quality, shapes, timing, train
 from lowrank_sys.bench.cases import OPS, make, serving
 from lowrank_sys.bench.cases.case import Case
-from lowrank_sys.bench.floors import roofline
+from lowrank_sys.bench.floors import memory, roofline
 from lowrank_sys.bench.floors.floor import Floor
 
 CEILINGS = {"copy_gb_per_s": 10.0, "gemm_gflop_per_s": {"float32": 100.0, "bfloat16": 100.0, "float16": 100.0}}
@@ -502,6 +502,23 @@ def test_floors_exit_1_on_a_miss(capsys, monkeypatch, tmp_path):
     assert [row["holds"] for row in json.loads(path.read_text())] == [True, False]
 
 
+def test_floors_of_large_runs_wait_for_all(capsys, monkeypatch):
+    pytest.importorskip("galore_torch")
+    monkeypatch.setattr(floors, "FLOORS", [
+        Floor("a large run", "<= 12 GiB", 12.0, lambda timer: 13.0, at_least=False, form="{:.2f} GiB", long=True)])
+    code, out, _ = run(capsys, "floors")
+    assert code == 0 and "not measured: --all" in out
+    code, out, _ = run(capsys, "floors", "--all")
+    assert code == 1 and "13.00 GiB  MISSED" in out
+
+
+def test_peak_memory_is_that_of_a_real_run():
+    flags = "--model llama-1m --batch-size 1 --seq-len 32 --steps 1 --eval-tokens 32 --device cpu".split()
+    assert 0.1 < memory.peak(*flags)(None) < 8
+    with pytest.raises(cli.CommandError, match="ended with code 2"):
+        memory.peak(*flags, "--method", "none")(None)
+
+
 def test_floors_are_chosen_by_their_line(capsys, monkeypatch, tmp_path):
     pytest.importorskip("galore_torch")
     code, out, _ = run(capsys, "floors", "--list")
@@ -526,7 +543,7 @@ def test_the_worst_kernel_of_each_shape(monkeypatch):
     timer = timing.Timer("cpu")
     (least_bytes, bytes_of), (least_products, products_of) = (roofline.worst(timer, bound) for bound in ("bytes", "products"))
     rows = roofline._rows(timer)
-    assert {row["op"] for row in rows} == {name for name, op in OPS.items() if not op.other}
+    assert {row["op"] for row in rows} == {name for name, op in OPS.items() if not op.other} - {*roofline.OWN}
     assert {row["variant"] for row in rows} <= {"C++", "composition"} and not any(row["base"] for row in rows)
     assert least_bytes == min(row["roofline"] for row in rows if row["bound"] == "bytes")
     assert f"{least_products}" == f"{min(row['roofline'] for row in rows if row['bound'] == 'products')}"
