@@ -267,7 +267,8 @@ def run(args):
     if args.list:
         return print_list(args.device)
     chosen = cases(args)
-    absent = {name: machine.absent(*package) for name, package in PACKAGES.items()}
+    used = {args.base or next(iter(OPS[case.op].bases)) for case in chosen}
+    absent = {name: machine.absent(*package) for name, package in PACKAGES.items() if name in used}
     if args.base and absent.get(args.base):
         raise CommandError(f"--base {args.base}: {absent[args.base]}")
     facts = machine.describe(args.device)
