@@ -1,8 +1,12 @@
 """Plots of the benchmark's rows."""
 
 import io
+import math
 
 from lowrank_sys.cli import CommandError
+
+# How many times as high as the next one below it a name of the roofline plot stands at least.
+LINE = 1.22
 
 
 def figure(width, height):
@@ -32,8 +36,12 @@ def encoded(drawn, path):
     return file.getvalue()
 
 
+def _machine(facts):
+    return f"{facts['device']}, {facts['cores']} cores, torch {facts['torch']}, lowrank-sys {facts['lowrank_sys']}"
+
+
 def roofline(rows, facts):
-    """GFLOP/s against FLOP a byte, a point a timed row; the ceilings are those measured at the start."""
+    """GFLOP/s against FLOP a byte, a point a timed row, the fastest of each op by name; the ceilings are the measured ones."""
     drawn = figure(11, 7)
     axes = drawn.subplots()
     rows = [row for row in rows if row["gflop_per_s"]]
@@ -42,18 +50,23 @@ def roofline(rows, facts):
     groups = {"served": served, "reference": [row for row in rows if row["variant"] == "reference"],
               "base": [row for row in rows if not row["check"]]}
     for (name, group), marker in zip(groups.items(), "o.x"):
-        axes.plot([at[id(row)] for row in group], [row["gflop_per_s"] for row in group], marker, label=name, alpha=0.7)
+        axes.plot([at[id(row)] for row in group], [row["gflop_per_s"] for row in group], marker, label=name, alpha=0.4)
     best = {}  # op -> its fastest row, where the name goes
     for row in served:
         best[row["op"]] = max(row, best.get(row["op"], row), key=lambda r: r["gflop_per_s"])
-    for name, row in best.items():
-        axes.annotate(name, (at[id(row)], row["gflop_per_s"]), textcoords="offset points", xytext=(4, 4), fontsize=6)
+    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte, counted", ylabel="GFLOP/s", title=_machine(facts))
+    below = math.inf
+    for row in sorted(best.values(), key=lambda row: -row["gflop_per_s"]):
+        below = min(row["gflop_per_s"], below / LINE)  # names one under the other where points lie together
+        axes.plot(at[id(row)], row["gflop_per_s"], "o", color="tab:blue")
+        axes.annotate(f"{row['op']} {row['roofline']:.0%}", (at[id(row)], row["gflop_per_s"]), (1.02, below),
+                      textcoords=("axes fraction", "data"), fontsize=7, va="center", annotation_clip=False,
+                      arrowprops={"arrowstyle": "-", "color": "gray", "alpha": 0.3, "linewidth": 0.5})
     copy = facts["copy_gb_per_s"]
     for i, (dtype, rate) in enumerate(facts["gemm_gflop_per_s"].items()):
         left, right = min([*at.values(), 0.1]), max([*at.values(), 2 * rate / copy])
         axes.plot([left, rate / copy, right], [copy * left, rate, rate], "k", linestyle=("-", "--", ":")[i % 3],
                   label=f"copy {copy:.1f} GB/s, GEMM {dtype} {rate:.0f} GFLOP/s")
-    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte, counted", ylabel="GFLOP/s", title=facts["device"])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return drawn
@@ -73,5 +86,5 @@ def bars(rows, facts):
     states.set(xlabel="state (MiB)")
     for axes in (steps, states):
         axes.grid(alpha=0.3, axis="x")
-    drawn.suptitle(facts["device"])
+    drawn.suptitle(_machine(facts))
     return drawn
