@@ -156,8 +156,9 @@ class Trial:
         self.passes = {}  # variant -> [[seconds, ...], ...]
         self.quiet = []  # of each pass, whether nothing disturbed it
 
-    def check(self):
-        check = Check(self.case)
+    def check(self, case=None):
+        """Errors and verdicts of all variants: of this case, or of a smaller one in its place."""
+        check = Check(case or self.case)
         self.figures = {name: check.oracle if name == "reference" else check.figures(f) for name, f in self.functions.items()}
         self.verdicts = {name: check.verdict(figures) for name, figures in self.figures.items()}
 
@@ -217,10 +218,10 @@ def bounds(case, ceilings):
             "products": op.flop(case) / (1e9 * ceilings["gemm_gflop_per_s"][str(case.dtype).removeprefix("torch.")])}
 
 
-def measure(case, timer, ceilings, *, seconds, base=None, backends=None):
-    """Rows of one case, one a variant."""
+def measure(case, timer, ceilings, *, seconds, base=None, backends=None, checked=None):
+    """Rows of one case, one a variant. checked: a smaller case that is checked in its place."""
     trial = Trial(case, base=base, backends=backends)
-    trial.check()
+    trial.check(checked)
     for _ in range(PASSES):
         trial.time(timer, seconds / PASSES)
     return list(trial.rows(ceilings))

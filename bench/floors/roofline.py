@@ -10,6 +10,8 @@ from lowrank_sys.bench.cases.case import Case
 from lowrank_sys.bench.floors.floor import HERE, RANK, SIZE, Floor, served
 
 
+# Side of the matrices on which kernels are checked: in fp64, SIZE takes minutes.
+CHECKED = 512
 # Ops with a floor of their own.
 OWN = ("newton_schulz",)
 
@@ -19,9 +21,10 @@ def _rows(timer):
     """A row an op and side, bound by its counted bytes or by its counted products; what does other work has no such bound."""
     ceilings = machine.ceilings(timer, [torch.float32])
     ops = {name: op for name, op in OPS.items() if not (op.other or name in OWN)}
-    return [served(Case(name, SIZE, SIZE, RANK if op.ranked else None, torch.float32, left, "cpu"), timer, ceilings, seconds=1,
-                   base="", backends=["cpu"])
-            for name, op in ops.items() for left in ((True, False) if op.sided else (None,))]
+    cases = [Case(name, SIZE, SIZE, RANK if op.ranked else None, torch.float32, left, "cpu")
+             for name, op in ops.items() for left in ((True, False) if op.sided else (None,))]
+    return [served(case, timer, ceilings, seconds=1, base="", backends=["cpu"], checked=case._replace(m=CHECKED, n=CHECKED))
+            for case in cases]
 
 
 def worst(timer, bound):

@@ -541,6 +541,7 @@ def test_floors_are_chosen_by_their_line(capsys, monkeypatch, tmp_path):
 
 def test_the_worst_kernel_of_each_shape(monkeypatch):
     monkeypatch.setattr(roofline, "SIZE", 48)
+    monkeypatch.setattr(roofline, "CHECKED", 24)
     monkeypatch.setattr(roofline, "RANK", 8)
     monkeypatch.setattr(kernels, "PASSES", 1)
     timer = timing.Timer("cpu")
