@@ -105,13 +105,16 @@ class Check:
             self.best = energies(make(case)["grad"])[:case.rank].sum().item()
         else:
             truth = self.op.truth or self.op.oracle
-            self.truth = self.op.call(truth, make(case) if self.op.exact else double(make(case)), case)
+            self.truth = self.outputs(truth, make(case) if self.op.exact else double(make(case)))
         self.oracle = {"error": 0.0, "energy": None} if self.op.exact else self.figures(self.op.oracle)
+
+    def outputs(self, function, tensors):
+        return self.op.read(self.op.call(function, tensors, self.case))
 
     def figures(self, function):
         """{'error': relative to fp64, of the worst result; 'energy': of a basis, beside the best one of that rank}."""
         tensors = make(self.case)
-        outputs = self.op.call(function, tensors, self.case)
+        outputs = self.outputs(function, tensors)
         if not self.op.chooses:
             return {"error": max(_relative_error(o, t) for o, t in zip(outputs, self.truth)), "energy": None}
         # The vectors are unique only up to rotations of equal singular values: what counts is that they are orthonormal
