@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 class Op(NamedTuple):
     inputs: Callable  # (case, randn) -> {name: tensor}
-    call: Callable  # (function, tensors, case) -> tensors that hold the result
+    call: Callable  # (function, tensors, case) -> tensors that hold the result; all of it is timed
     traffic: Callable  # case -> bytes
     flop: Callable  # case -> FLOP
     bases: dict  # name -> (tensors, case) -> a function to time; the first is the default
@@ -49,6 +49,7 @@ class Op(NamedTuple):
     ranked: bool = True
     sided: bool = True
     truth: Callable | None = None  # called on fp64 tensors in place of the oracle
+    read: Callable = lambda outputs: outputs  # what `call` returns -> what is compared
     exact: bool = False  # the results are codes or indices: equal to the oracle's at the same precision
     chooses: bool = False  # the result is a basis of G: what counts is that it is orthonormal and what it captures
     other: str = ""  # what takes the time where it is neither the counted bytes nor the counted products

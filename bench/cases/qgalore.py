@@ -37,10 +37,13 @@ def _apollo_inputs(case, randn):
 
 
 def _result(t, truth):
-    """The weight, which neighbouring codes change by little; the truth gives it in fp64, before rounding."""
-    if truth is not None:
-        return [truth]
-    return [reference.dequantize_int8(t["codes"], t["weight_scale"], group_size=GROUP)]
+    """Codes and scales; or the weight itself, which the truth gives in fp64, before rounding."""
+    return [t["codes"], t["weight_scale"]] if truth is None else [truth]
+
+
+def _values(outputs):
+    """The weight, which neighbouring codes change by little."""
+    return outputs if len(outputs) == 1 else [reference.dequantize_int8(*outputs, group_size=GROUP)]
 
 
 def _dense(codes, scale):
@@ -102,20 +105,20 @@ OPS = {
     "back_project_int8_": Op(
         _back_inputs, _back, traffic=lambda c: weight_bytes(c) + int4_bytes(c) + 4 * c.low_rank,
         flop=lambda c: 2 * c.matrix * c.rank, bases={"gemm": product_back}, overload="back_project_int8_",
-        oracle=reference.back_project_int8_, truth=_back_truth),
+        oracle=reference.back_project_int8_, truth=_back_truth, read=_values),
     "qgalore_step": Op(
         _step_inputs, _step_from("grad"),
         traffic=lambda c: weight_bytes(c) + c.element * c.matrix + 2 * int4_bytes(c) + _bytes_of_codes(c.low_rank),
         flop=lambda c: 4 * c.matrix * c.rank, bases={"gemms": two_products}, overload="qgalore_step.tensor",
-        oracle=reference.qgalore_step, truth=_step_truth),
+        oracle=reference.qgalore_step, truth=_step_truth, read=_values),
     "qgalore_subspace_step": Op(
         _subspace_inputs, _step_from("low_rank"),
         traffic=lambda c: weight_bytes(c) + int4_bytes(c) + 4 * c.low_rank + _bytes_of_codes(c.low_rank),
         flop=lambda c: 2 * c.matrix * c.rank, bases={"gemm": product_back}, overload="qgalore_subspace_step.tensor",
-        oracle=reference.qgalore_subspace_step, truth=_subspace_truth),
+        oracle=reference.qgalore_subspace_step, truth=_subspace_truth, read=_values),
     "apollo_int8_step": Op(
         _apollo_inputs, _apollo,
         traffic=lambda c: weight_bytes(c) + c.element * (2 * c.matrix + c.basis) + adam_bytes(c.low_rank),
         flop=lambda c: 2 * c.matrix * c.rank, bases={"gemm": product}, overload="apollo_int8_step.tensor",
-        oracle=reference.apollo_int8_step, truth=_apollo_truth),
+        oracle=reference.apollo_int8_step, truth=_apollo_truth, read=_values),
 }

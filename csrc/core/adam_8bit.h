@@ -85,13 +85,26 @@ LR_HD float adam_8bit_element(float g, float& m, float& v, const AdamStep& s) {
   return update;
 }
 
+// Decodes both moments of a block, advances them by the owned gradients g and encodes them again.
+template <int V, class Block>
+LR_HD void advance_moments(const Block& block, const Codebooks& books, const Moments8bit& moments, const float* g,
+                           float* update, int owned, const AdamStep& s) {
+  float m[kOwned<Block>] = {}, v[kOwned<Block>] = {};
+  decode_block<V>(block, books.m, moments.m, *moments.m_absmax, m, owned);
+  decode_block<V>(block, books.v, moments.v, *moments.v_absmax, v, owned);
+  for_owned<1, Block>(owned, [&](int k) { update[k] = adam_8bit_element(g[k], m[k], v[k], s); });
+  // Every thread has read the old absmax before one writes the new: encode_block waits for all in between.
+  encode_block<V>(block, books.m, m, moments.m, moments.m_absmax, owned);
+  encode_block<V>(block, books.v, v, moments.v, moments.v_absmax, owned);
+}
+
 // AdamW on one block of n <= 256 elements. An element whose gradient is not usable, or whose channel is not, keeps its weight,
 // and its decoded moments as its block is encoded again; a block of only such elements keeps its bytes. Returns how many
 // elements this thread left out.
 template <int V, class Block, class G, class Target, class Channels>
 LR_HD int adam_8bit_block(const Block& block, const Codebooks& books, const G* grad, const Target& target,
                           const Moments8bit& moments, int n, float grad_scale, const AdamStep& s, const Channels& channels) {
-  float g[kOwned<Block>], m[kOwned<Block>], v[kOwned<Block>], update[kOwned<Block>] = {};
+  float g[kOwned<Block>], update[kOwned<Block>];
   const int owned = owned_lanes<V>(block, n);
   for_owned<V, Block>(owned, [&](int k) {
     const int lane = lane_of<V>(block, k);
@@ -101,17 +114,12 @@ LR_HD int adam_8bit_block(const Block& block, const Codebooks& books, const G* g
   });
   int used = 0;
   for_owned<1, Block>(owned, [&](int k) { used += usable(g[k]); });
-  const bool keep = sum_threads(block, float(used)) == 0.0f;
-  if (!keep) {
-    decode_block<V>(block, books.m, moments.m, *moments.m_absmax, m, owned);
-    decode_block<V>(block, books.v, moments.v, *moments.v_absmax, v, owned);
-    for_owned<1, Block>(owned, [&](int k) { update[k] = adam_8bit_element(g[k], m[k], v[k], s); });
+  if (sum_threads(block, float(used)) == 0.0f) {
+    for_owned<1, Block>(owned, [&](int k) { update[k] = 0.0f; });
+  } else {
+    advance_moments<V>(block, books, moments, g, update, owned, s);
   }
   for_owned<V, Block>(owned, [&](int k) { target.template put<V>(lane_of<V>(block, k), g + k, update + k, s); });
-  if (keep) return owned;
-  // Every thread has read the old absmax before one writes the new: encode_block waits for all in between.
-  encode_block<V>(block, books.m, m, moments.m, moments.m_absmax, owned);
-  encode_block<V>(block, books.v, v, moments.v, moments.v_absmax, owned);
   return owned - used;
 }
 

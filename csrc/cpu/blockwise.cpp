@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "prefetch.h"
 #include "wide_thread.h"
 
 namespace lowrank {
@@ -24,8 +25,10 @@ void run_quantize(const Blockwise& a, int64_t begin, int64_t end) {
   with_codebook(a.is_signed, [&](const auto& book) {
     dispatch(a.dtype, [&](auto type) {
       const auto* x = static_cast<const typename decltype(type)::type*>(a.values);
-      for (int64_t i = begin; i < end; ++i)
+      for (int64_t i = begin; i < end; ++i) {
+        prefetch(x + i * kBlock, kBlock);
         quantize_block<1>(block, book, x + i * kBlock, a.codes + i * kBlock, a.absmax + i, length(i, a.numel));
+      }
     });
   });
 }
@@ -45,10 +48,17 @@ int64_t run_adam(const Adam8bit& a, int64_t begin, int64_t end) {
     return dispatch(a.g_dtype, [&](auto g_type) {
       using W = typename decltype(w_type)::type;
       const auto* g = static_cast<const typename decltype(g_type)::type*>(a.g);
+      auto* w = static_cast<W*>(a.w);
       int64_t skipped = 0;
-      for (int64_t i = begin; i < end; ++i)
-        skipped += adam_8bit_block<1>(block, kBooks, g + i * kBlock, IntoWeights<W>{static_cast<W*>(a.w) + i * kBlock},
-                                      at_block(a.moments, i), length(i, a.numel), a.grad_scale, a.step, EveryChannel{});
+      for (int64_t i = begin; i < end; ++i) {
+        const Moments8bit moments = at_block(a.moments, i);
+        prefetch(g + i * kBlock, kBlock);
+        prefetch(w + i * kBlock, kBlock);
+        prefetch(moments.m, kBlock);
+        prefetch(moments.v, kBlock);
+        skipped += adam_8bit_block<1>(block, kBooks, g + i * kBlock, IntoWeights<W>{w + i * kBlock}, moments,
+                                      length(i, a.numel), a.grad_scale, a.step, EveryChannel{});
+      }
       return skipped;
     });
   });

@@ -1,6 +1,7 @@
 #include "int8.h"
 
 #include "philox.h"
+#include "prefetch.h"
 
 namespace lowrank {
 inline namespace LR_ISA {
@@ -10,12 +11,16 @@ namespace {
 template <class T, class F>
 void each_group(const Int8Matrix& w, const Matrix& dense, const Int8Tile& tile, int64_t begin, int64_t end, const F& f) {
   auto* data = static_cast<T*>(dense.data);
-  const int64_t across = (tile.columns + w.group_size - 1) / w.group_size;
+  const int64_t across = (tile.columns + w.group_size - 1) / w.group_size, first = tile.column / w.group_size;
+  int64_t row = begin / across, group = begin % across;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t row = i / across, j = i % across * w.group_size, column = tile.column + j;
-    const int64_t element = (tile.row + row) * w.columns + column;
-    float* scale = w.scale + (tile.row + row) * w.groups() + column / w.group_size;
-    f(w.codes + element, scale, data + row * dense.stride + j, w.length(column), element);
+    const int64_t j = group * w.group_size, column = tile.column + j, element = (tile.row + row) * w.columns + column;
+    float* scale = w.scale + (tile.row + row) * w.groups() + first + group;
+    T* x = data + row * dense.stride + j;
+    prefetch(x, w.group_size);
+    prefetch(w.codes + element, w.group_size);
+    f(w.codes + element, scale, x, w.length(column), element);
+    if (++group == across) group = 0, ++row;
   }
 }
 
@@ -83,7 +88,7 @@ bool update_one(int8_t* codes, float* scale, const G* dense, int n, const Int8Up
     const __m256i draw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits + first % 8 + i));
     const __m512i fixed = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(numbers + i), unit));
     const __m512i raised = _mm512_add_epi32(fixed, _mm512_sub_epi32(ones, _mm512_cvtepu16_epi32(draw)));
-    _mm512_mask_cvtepi32_storeu_epi8(codes + i, some, _mm512_srai_epi32(raised, 16));
+    _mm_mask_storeu_epi8(codes + i, some, _mm512_cvtepi32_epi8(_mm512_srai_epi32(raised, 16)));
   }
   return false;
 }

@@ -12,21 +12,27 @@
 #include "../core/int8.h"
 #include "one_thread.h"
 
+// The next loop has a few iterations and indexes registers.
+#define LR_UNROLL_CHAINS LR_PRAGMA(GCC unroll 4)
+
 LR_BEGIN
+
+constexpr int kRounds = 10;
 
 #ifdef __AVX2__
 // A word in the low half of each 64-bit lane: products need no shuffles, and what the high halves hold is never read.
 #ifdef __AVX512F__
 struct Lanes {
-  static constexpr int count = 8;
+  static constexpr int count = 8, chains = 4;
   __m512i x;
-  static Lanes of(uint32_t v) { return {_mm512_set1_epi64(v)}; }
+  static Lanes of(uint64_t v) { return {_mm512_set1_epi64(int64_t(v))}; }
   // 0, 4, 1, 5, ...: unpacking pairs of lanes then puts the groups in order.
   static Lanes index() { return {_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0)}; }
   Lanes operator+(Lanes o) const { return {_mm512_add_epi64(x, o.x)}; }
   Lanes operator*(Lanes o) const { return {_mm512_mul_epu32(x, o.x)}; }
-  Lanes operator^(Lanes o) const { return {_mm512_xor_si512(x, o.x)}; }
-  Lanes high() const { return {_mm512_srli_epi64(x, 32)}; }
+  // A shuffle, because shifts share a port with products.
+  Lanes high() const { return {_mm512_shuffle_epi32(x, _MM_PERM_DDBB)}; }
+  static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return {_mm512_ternarylogic_epi64(a.x, b.x, c.x, 0x96)}; }
   // The low halves of this and of `o` as one 64-bit word.
   Lanes join(Lanes o) const { return {_mm512_mask_blend_epi32(0xaaaa, x, _mm512_slli_epi64(o.x, 32))}; }
   void store_pairs(Lanes o, uint16_t* out) const {
@@ -36,14 +42,14 @@ struct Lanes {
 };
 #else
 struct Lanes {
-  static constexpr int count = 4;
+  static constexpr int count = 4, chains = 2;
   __m256i x;
-  static Lanes of(uint32_t v) { return {_mm256_set1_epi64x(v)}; }
+  static Lanes of(uint64_t v) { return {_mm256_set1_epi64x(int64_t(v))}; }
   static Lanes index() { return {_mm256_set_epi64x(3, 1, 2, 0)}; }
   Lanes operator+(Lanes o) const { return {_mm256_add_epi64(x, o.x)}; }
   Lanes operator*(Lanes o) const { return {_mm256_mul_epu32(x, o.x)}; }
-  Lanes operator^(Lanes o) const { return {_mm256_xor_si256(x, o.x)}; }
   Lanes high() const { return {_mm256_srli_epi64(x, 32)}; }
+  static Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return {_mm256_xor_si256(_mm256_xor_si256(a.x, b.x), c.x)}; }
   Lanes join(Lanes o) const { return {_mm256_blend_epi32(x, _mm256_slli_epi64(o.x, 32), 0xaa)}; }
   void store_pairs(Lanes o, uint16_t* out) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi64(x, o.x));
@@ -52,22 +58,44 @@ struct Lanes {
 };
 #endif
 
-// The bits of Lanes::count groups from `group` on; the group number does not pass a multiple of 2^32 on the way.
-inline void random_lanes(const RandomStream& stream, uint64_t group, uint16_t* out) {
-  const Lanes m0 = Lanes::of(0xD2511F53u), m1 = Lanes::of(0xCD9E8D57u);
-  Lanes c0 = Lanes::of(uint32_t(group)) + Lanes::index(), c1 = Lanes::of(uint32_t(group >> 32));
-  Lanes c2 = Lanes::of(stream.step), c3 = Lanes::of(stream.parameter);
-  uint32_t k0 = uint32_t(stream.seed), k1 = uint32_t(stream.seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const Lanes a = m0 * c0, b = m1 * c2;
-    c0 = b.high() ^ c1 ^ Lanes::of(k0);
-    c1 = b;
-    c2 = a.high() ^ c3 ^ Lanes::of(k1);
-    c3 = a;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+// The keys of all rounds; both are used on the low half of each lane alone.
+struct Keys {
+  uint64_t at[kRounds][2];
+  explicit Keys(uint64_t seed) {
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (auto& key : at) {
+      key[0] = k0, key[1] = k1;
+      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
   }
-  c0.join(c1).store_pairs(c2.join(c3), out);
+};
+
+// The bits of CHAINS * Lanes::count groups from `group` on; the group number does not pass a multiple of 2^32 on the way.
+// Rounds are chains of products: several side by side hide how long one takes.
+template <int CHAINS>
+inline void random_lanes(const RandomStream& stream, const Keys& keys, uint64_t group, uint16_t* out) {
+  const Lanes m0 = Lanes::of(0xD2511F53u), m1 = Lanes::of(0xCD9E8D57u);
+  Lanes c0[CHAINS], c1[CHAINS], c2[CHAINS], c3[CHAINS];
+  LR_UNROLL_CHAINS
+  for (int i = 0; i < CHAINS; ++i) {
+    c0[i] = Lanes::of(uint32_t(group) + uint32_t(i * Lanes::count)) + Lanes::index();
+    c1[i] = Lanes::of(uint32_t(group >> 32));
+    c2[i] = Lanes::of(stream.step);
+    c3[i] = Lanes::of(stream.parameter);
+  }
+  for (const auto& key : keys.at) {
+    const Lanes k0 = Lanes::of(key[0]), k1 = Lanes::of(key[1]);
+    LR_UNROLL_CHAINS
+    for (int i = 0; i < CHAINS; ++i) {
+      const Lanes a = m0 * c0[i], b = m1 * c2[i];
+      c0[i] = Lanes::exclusive_or(b.high(), c1[i], k0);
+      c1[i] = b;
+      c2[i] = Lanes::exclusive_or(a.high(), c3[i], k1);
+      c3[i] = a;
+    }
+  }
+  LR_UNROLL_CHAINS
+  for (int i = 0; i < CHAINS; ++i) c0[i].join(c1[i]).store_pairs(c2[i].join(c3[i]), out + 8 * i * Lanes::count);
 }
 #endif
 
@@ -80,7 +108,11 @@ inline void random_row(const RandomStream& stream, uint64_t first, int n, uint16
   const uint64_t group = first / 8;
   const int groups = (int(first % 8) + n + 7) / 8;
   if (uint32_t(group) < 0xffffffffu - uint32_t(groups + Lanes::count)) {
-    for (int i = 0; i < groups; i += Lanes::count) random_lanes(stream, group + uint64_t(i), bits + 8 * i);
+    const Keys keys(stream.seed);
+    int i = 0;
+    for (; i + Lanes::chains * Lanes::count <= groups; i += Lanes::chains * Lanes::count)
+      random_lanes<Lanes::chains>(stream, keys, group + uint64_t(i), bits + 8 * i);
+    for (; i < groups; i += Lanes::count) random_lanes<1>(stream, keys, group + uint64_t(i), bits + 8 * i);
     return;
   }
 #endif

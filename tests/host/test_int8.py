@@ -85,7 +85,8 @@ def test_the_oracle_is_no_third_opinion():
 def test_vectors_by_hand_are_core(tmp_path):
     """The bodies for AVX2 and AVX-512, each where the processor has it."""
     capability = torch.backends.cpu.get_cpu_capability()
-    targets = ["check_x86_64_v3"] * (capability in ("AVX2", "AVX512")) + ["check_x86_64_v4"] * (capability == "AVX512")
+    names = ["x86_64_v3"] * (capability in ("AVX2", "AVX512")) + ["x86_64_v4"] * (capability == "AVX512")
+    targets = [f"check_{kernels}{name}" for kernels in ("", "blockwise_") for name in names]
     assert targets, f"nothing to run on {capability}"
     configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path, "-DLOWRANK_CHECKS=ON"]
     subprocess.run(configure, check=True, capture_output=True)
