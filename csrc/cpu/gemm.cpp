@@ -215,7 +215,8 @@ void project_columns(const T* g, const Projection& p, int64_t begin, int64_t end
                                           smaller(kGemmColumnDepth, p.rows - k - depth), smaller(kTileColumns, last - side));
         const auto make = [&]<bool COPY>(int64_t i, const float* direct) {
           any_tile<COPY>(Interleaved{rows.as<float>() + i * depth}, {packed, direct, stride}, depth,
-                         {sums.as<float>() + (j - side) * high + i * kTileColumns, kTileColumns, kTileRows, columns, k == 0}, ahead);
+                         {sums.as<float>() + (j - side) * high + i * kTileColumns, kTileColumns, kTileRows, columns, k == 0},
+                         ahead);
         };
         // The first tile of fp32 packs the panel for the others.
         constexpr bool direct = std::is_same_v<T, float>;

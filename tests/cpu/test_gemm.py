@@ -1,4 +1,4 @@
-"""Thin fp32 products of matrices that are larger than the caches: the project's own kernels, where the processor has AVX-512."""
+"""Thin fp32 products of large matrices: the project's own kernels, where the processor has AVX-512."""
 
 import pytest
 import torch

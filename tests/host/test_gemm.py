@@ -1,4 +1,4 @@
-"""Thin fp32 products on every instruction set: the tiles of csrc/cpu give a plain loop's numbers, bit for bit, for 1 thread and 3."""
+"""Thin fp32 products on every instruction set: csrc/cpu gives a plain loop's numbers, bit for bit, by 1 thread and by 3."""
 
 import platform
 import shutil

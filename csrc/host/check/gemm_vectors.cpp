@@ -21,7 +21,8 @@ float sum(int64_t depth, int64_t block, const F& f) {
   return total;
 }
 
-void expect_same(const char* name, const char* what, int threads, const std::vector<float>& got, const std::vector<float>& want) {
+void expect_same(const char* name, const char* what, int threads, const std::vector<float>& got,
+                 const std::vector<float>& want) {
   for (size_t i = 0; i < got.size(); ++i) {
     if (float_bits(got[i]) == float_bits(want[i]) || (std::isnan(got[i]) && std::isnan(want[i]))) continue;
     std::printf("%s, %s, %d threads: element %zu is %g, not %g\n", name, what, threads, i, double(got[i]), double(want[i]));

@@ -5,8 +5,8 @@
 namespace lowrank {
 namespace {
 
-// Where ours beat torch's GEMM, which is made for square matrices, by measurement (docs/kernels/fp32-products.md): few columns,
-// or a short depth, of a matrix that is larger than the caches.
+// Where ours beat torch's GEMM, which is made for square matrices, by measurement (docs/kernels/fp32-products.md): few
+// columns, or a short depth, of a matrix that is larger than the caches.
 bool is_thin(const Tensor& matrix, int64_t rank, int64_t least_rank, int64_t least_elements) {
   constexpr int64_t kThin = 192;
   return gemm_kernels().fast && rank >= least_rank && rank <= kThin && matrix.numel() >= least_elements;
@@ -54,7 +54,8 @@ void back_project_into(const Tensor& param, const Tensor& x, const Tensor& basis
     const float *b = data<float>(basis), *low_rank = data<float>(x);
     const BackProjection back{matrix_of(param),     m, n, left ? b : low_rank, left ? low_rank : b, !left, basis.size(1),
                               left ? nullptr : ok, left ? ok : nullptr, float(beta), float(alpha)};
-    parallel(back.parts(), back.high * back.wide(), [&](int64_t begin, int64_t end) { gemm_kernels().back(back, begin, end); });
+    const int64_t work = back.high * back.wide();
+    parallel(back.parts(), work, [&](int64_t begin, int64_t end) { gemm_kernels().back(back, begin, end); });
     return;
   }
   if (storage(param) == DType::f32 && ok == nullptr) {
