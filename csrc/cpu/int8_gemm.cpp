@@ -4,10 +4,10 @@
 #include "int8_gemm.h"
 
 #include <algorithm>
-#include <memory>
 
 #include "../core/int8_gemm.h"
 #include "../core/store.h"
+#include "buffer.h"
 #include "lanes.h"
 #include "one_thread.h"
 
@@ -17,23 +17,6 @@ namespace {
 
 constexpr int kTileRows = 4, kTileVectors = Lanes::tile_vectors, kTileColumns = Lanes::count * kTileVectors;
 constexpr uint32_t kOffset = 0x80808080u;
-
-struct alignas(64) Line {
-  float at[16];
-};
-
-// Scratch memory of one thread.
-class Buffer {
- public:
-  explicit Buffer(int64_t bytes) : lines_(std::make_unique_for_overwrite<Line[]>(size_t(bytes + 63) / 64)) {}
-  template <class T>
-  T* as() const {
-    return reinterpret_cast<T*>(lines_.get());
-  }
-
- private:
-  std::unique_ptr<Line[]> lines_;
-};
 
 // Where the codes, scales and sums of some channels and one group go.
 struct Part {

@@ -1,6 +1,7 @@
 // Which of the compiled instruction sets serves on this processor.
 #include "blockwise.h"
 #include "gaussian.h"
+#include "gemm.h"
 #include "int4.h"
 #include "int8.h"
 #include "int8_gemm.h"
@@ -69,6 +70,7 @@ bool has_vnni() {
 
 LR_SELECT(BlockwiseKernels, blockwise)
 LR_SELECT(GaussianKernels, gaussian)
+LR_SELECT(GemmKernels, gemm)
 LR_SELECT(Int4Kernels, int4)
 LR_SELECT(Int8Kernels, int8)
 LR_SELECT_VNNI(Int8GemmKernels, int8_gemm)
