@@ -183,7 +183,8 @@ class Trial:
         for name, samples in timer.interleave(timed, seconds=seconds, at_least=ROUNDS, at_most=40, warmup=0).items():
             self.passes.setdefault(name, []).append(samples)
         self.quiet.append(timer.quiet)
-        if oracle and sum(map(sum, self.passes.get("reference", []))) <= PASSES * seconds:  # it may take a thousand times as long
+        # the oracle may take a thousand times as long
+        if oracle and sum(map(sum, self.passes.get("reference", []))) <= PASSES * seconds:
             self.passes.setdefault("reference", []).append([timer(oracle)])
 
     def _bind(self, function, tensors):
@@ -308,7 +309,7 @@ def run(args):
     out.say(f"ceilings, measured before and after: copy {ceilings['copy_gb_per_s']:.1f} GB/s, {rates}\n")
     disturbed = sum(trial.disturbed for trial in trials)
     if disturbed:
-        out.say(f"{disturbed} of {len(trials)} cases were disturbed: other guests of this host took the cores in most passes\n")
+        out.say(f"{disturbed} of {len(trials)} cases were disturbed: other guests of the host took the cores in most passes\n")
     for trial in trials:
         rows = list(trial.rows(ceilings))
         columns = [column for column in COLUMNS if column[0] != "energy" or rows[0]["energy"] is not None]

@@ -14,7 +14,8 @@ PEERS = {"galore_torch": "galore-torch", "apollo_torch": "apollo-torch", "bitsan
 
 def add_arguments(parser):
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="the floors whose line contains one of these (default: all)")
-    parser.add_argument("--all", action="store_true", help="also the runs of LLaMA-7B, about an hour and 7 GB of temporary files each")
+    parser.add_argument("--all", action="store_true",
+                        help="also the runs of LLaMA-7B, about an hour and 7 GB of temporary files each")
     parser.add_argument("--list", action="store_true", help="print the floors and measure nothing")
     report.add_output_arguments(parser)
 

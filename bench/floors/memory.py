@@ -11,11 +11,12 @@ from lowrank_sys.bench.plan import LOWRANK
 from lowrank_sys.cli import CommandError
 
 MODEL = ("--model", "llama-7b", "--batch-size", "1", "--seq-len", "256", "--dtype", "bf16", "--gradient-checkpointing",
-         "--eval-tokens", "256", "--eval-steps", "2", "--warmup-steps", "0", "--lr", "0.001", "--plain-lr", "0.001", "--device",
-         "cpu")
+         "--eval-tokens", "256", "--eval-steps", "2", "--warmup-steps", "0", "--lr", "0.001", "--plain-lr", "0.001",
+         "--device", "cpu")
 METHOD = ("--method", "q-galore", "--rank", "1024", "--proj-type", "short-moments")
 IN_BACKWARD = ("--per-layer", "in_backward", "--steps", "2")
-FOUR_BATCHES = ("--per-layer", "accumulate", "--accumulate-dtype", "bf16", "--gradient-accumulation-steps", "4", "--steps", "1")
+FOUR_BATCHES = ("--per-layer", "accumulate", "--accumulate-dtype", "bf16", "--gradient-accumulation-steps", "4",
+                "--steps", "1")
 
 
 def peak(*flags):

@@ -27,15 +27,17 @@ def _rows(timer):
             for case in cases]
 
 
-def worst(timer, bound):
-    """(least share of the ceiling that bounds them, which op and side has it)."""
-    row = min((row for row in _rows(timer) if row["bound"] == bound), key=lambda row: row["roofline"])
-    return row["roofline"], " ".join(filter(None, (row["op"], row["side"])))
+def worst(timer, bound, limit):
+    """(least share of the ceiling that bounds them, which op and side has it, and how many reach the limit)."""
+    rows = [row for row in _rows(timer) if row["bound"] == bound]
+    row, reach = min(rows, key=lambda row: row["roofline"]), sum(row["roofline"] >= limit for row in rows)
+    return row["roofline"], f"{' '.join(filter(None, (row['op'], row['side'])))}; {reach} of {len(rows)} reach it"
 
 
-FLOORS = [
-    Floor(f"byte-shaped kernels, of the copy bandwidth, {HERE}", ">= 70%", 0.7, functools.partial(worst, bound="bytes"), True,
-          "{:.0%}", names=True),
-    Floor(f"GEMM-shaped kernels, of the GEMM rate, {HERE}", ">= 85%", 0.85, functools.partial(worst, bound="products"), True,
-          "{:.0%}", names=True),
-]
+def _floor(what, bound, limit):
+    return Floor(f"{what}, {HERE}", f">= {limit:.0%}", limit, functools.partial(worst, bound=bound, limit=limit), True, "{:.0%}",
+                 names=True)
+
+
+FLOORS = [_floor("byte-shaped kernels, of the copy bandwidth", "bytes", 0.7),
+          _floor("GEMM-shaped kernels, of the GEMM rate", "products", 0.85)]

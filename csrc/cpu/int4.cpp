@@ -8,8 +8,10 @@ namespace lowrank {
 inline namespace LR_ISA {
 namespace {
 
+// Pieces of the same rows follow each other: their lines of the basis are on the same pages.
 Int4Piece piece_of(const Int4& basis, int64_t i) {
-  return int4_piece(basis, i / basis.groups() * kVectors, i % basis.groups());
+  const int64_t across = (basis.r + kVectors - 1) / kVectors;
+  return int4_piece(basis, i % across * kVectors, i / across);
 }
 
 void run_quantize(const Matrix& basis, const Int4& to, int64_t begin, int64_t end) {

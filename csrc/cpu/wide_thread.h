@@ -1,5 +1,5 @@
-// One thread with 512-bit vectors: the gathers of 8-bit codes, and Adam between them, by hand, bit for bit those of csrc/core. A
-// compiler that vectorises gathers itself splits them in halves and packs the codes in many steps.
+// One thread with 512-bit vectors: the gathers of 8-bit codes, and Adam between them, by hand, bit for bit those of csrc/core.
+// A compiler that vectorises gathers itself splits them in halves and packs the codes in many steps.
 #pragma once
 
 #include "../core/adam_8bit.h"

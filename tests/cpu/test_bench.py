@@ -545,13 +545,17 @@ def test_the_worst_kernel_of_each_shape(monkeypatch):
     monkeypatch.setattr(roofline, "RANK", 8)
     monkeypatch.setattr(kernels, "PASSES", 1)
     timer = timing.Timer("cpu")
-    (least_bytes, bytes_of), (least_products, products_of) = (roofline.worst(timer, bound) for bound in ("bytes", "products"))
+    (least_bytes, bytes_of), (least_products, products_of) = (
+        roofline.worst(timer, bound, limit) for bound, limit in (("bytes", 0.0), ("products", 1e9)))
     rows = roofline._rows(timer)
     assert {row["op"] for row in rows} == {name for name, op in OPS.items() if not op.other} - {*roofline.OWN}
     assert {row["variant"] for row in rows} <= {"C++", "composition"} and not any(row["base"] for row in rows)
     assert least_bytes == min(row["roofline"] for row in rows if row["bound"] == "bytes")
     assert f"{least_products}" == f"{min(row['roofline'] for row in rows if row['bound'] == 'products')}"
-    assert bytes_of.split()[0] in OPS and products_of.split()[0] in OPS
+    assert bytes_of.replace(";", "").split()[0] in OPS and products_of.replace(";", "").split()[0] in OPS
+    count = sum(row["bound"] == "bytes" for row in rows)
+    assert bytes_of.endswith(f"; {count} of {count} reach it")
+    assert products_of.endswith(f"; 0 of {len(rows) - count} reach it")
 
 
 def test_what_bounds_an_op():

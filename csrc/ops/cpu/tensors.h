@@ -1,6 +1,7 @@
 // What the CPU ops share: raw data, views, scratch memory, threads. Products are torch's own GEMMs, through its C shims.
 #pragma once
 
+#include <sys/mman.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
@@ -21,8 +22,21 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
+// Asks for pages of 2 MiB under memory that is its own mapping, as glibc's is from 32 MiB on: every first touch of a small page
+// is a fault, which takes several times as long as writing it.
+inline void prefer_large_pages(void* memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = uintptr_t(1) << 21;
+  if (bytes < int64_t(16 * page)) return;
+  const uintptr_t begin = (uintptr_t(memory) + page - 1) / page * page, end = (uintptr_t(memory) + uintptr_t(bytes)) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 inline Tensor empty(const Shape& shape, int32_t dtype = aoti_torch_dtype_float32()) {
-  return lowrank::empty(shape, Place{aoti_torch_device_type_cpu(), 0}, dtype);
+  const Tensor t = lowrank::empty(shape, Place{aoti_torch_device_type_cpu(), 0}, dtype);
+  prefer_large_pages(t.data_ptr(), t.numel() * int64_t(t.element_size()));
+  return t;
 }
 
 // A view of rows x columns of t's memory; `offset` counts elements from t's first.
