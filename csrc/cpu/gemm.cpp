@@ -5,10 +5,8 @@
 
 #include <algorithm>
 
-#include "../core/store.h"
 #include "buffer.h"
 #include "float_lanes.h"
-#include "one_thread.h"
 
 namespace lowrank {
 inline namespace LR_ISA {
@@ -23,10 +21,8 @@ int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 class Ahead {
  public:
   Ahead() = default;
-  template <class T>
-  Ahead(const T* first, int64_t stride, int64_t rows, int64_t columns)
-      : row_(reinterpret_cast<const char*>(first)), stride_(stride * int64_t(sizeof(T))), bytes_(columns * int64_t(sizeof(T))),
-        rows_(columns > 0 ? rows : 0) {}
+  Ahead(const float* first, int64_t stride, int64_t rows, int64_t columns)
+      : row_(reinterpret_cast<const char*>(first)), stride_(stride * 4), bytes_(columns * 4), rows_(columns > 0 ? rows : 0) {}
   void next() {
     if (rows_ == 0) return;
     __builtin_prefetch(row_ + at_, 0, 2);
@@ -136,21 +132,6 @@ void pack(const float* b, int64_t stride, int64_t depth, int64_t columns, float*
   }
 }
 
-// The same of bᵀ, b (columns, depth).
-void pack_transposed(const float* b, int64_t stride, int64_t depth, int64_t columns, float* to) {
-  for (int64_t j = 0; j < columns; j += kTileColumns, to += depth * kTileColumns) {
-    for (int64_t c = 0; c < kTileColumns; c += FloatLanes::count) {
-      const int64_t wide = std::clamp(columns - j - c, int64_t(0), int64_t(FloatLanes::count));
-      const float* from = b + (j + c) * stride;
-      for (int64_t k = 0; k < depth; ++k) {
-        float* line = to + k * kTileColumns + c;
-        for (int64_t e = 0; e < wide; ++e) line[e] = from[e * stride + k];
-        std::fill_n(line + wide, FloatLanes::count - wide, 0.0f);
-      }
-    }
-  }
-}
-
 // aᵀ of a (depth, rows), interleaved for tiles.
 void interleave(const float* a, int64_t stride, int64_t depth, int64_t rows, float* to) {
   for (int64_t i = 0; i < rows; i += kTileRows) {
@@ -163,16 +144,15 @@ void interleave(const float* a, int64_t stride, int64_t depth, int64_t rows, flo
 }
 
 // Rows of a for a tile: as they lie in their matrix they would fall on the same few lines of the first cache.
-template <class T>
-Staged staged(const T* a, int64_t stride, int64_t rows, int64_t depth, float* stage) {
-  for (int64_t i = 0; i < rows; ++i) widen_row(OneThread{nullptr}, a + i * stride, stage + i * kGemmDepth, depth);
+Staged staged(const float* a, int64_t stride, int64_t rows, int64_t depth, float* stage) {
+  for (int64_t i = 0; i < rows; ++i) std::copy_n(a + i * stride, depth, stage + i * kGemmDepth);
   return {stage};
 }
 
-template <class T>
-void project_rows(const T* g, const Projection& p, int64_t begin, int64_t end) {
+void project_rows(const Projection& p, int64_t begin, int64_t end) {
   // As many rows as their sums stay in the second cache.
-  const int64_t r = p.rank, stride = p.grad.stride, most = std::max(kGemmRows, (int64_t(1) << 17) / r / kGemmRows * kGemmRows);
+  const float* g = p.grad;
+  const int64_t r = p.rank, stride = p.columns, most = std::max(kGemmRows, (int64_t(1) << 17) / r / kGemmRows * kGemmRows);
   const Buffer panels(kGemmDepth * padded(r, kTileColumns) * 4), stage(kTileRows * kGemmDepth * 4);
   std::fill_n(stage.as<float>(), kTileRows * kGemmDepth, 0.0f);
   for (int64_t top = begin; top < end; top += most) {
@@ -194,10 +174,10 @@ void project_rows(const T* g, const Projection& p, int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
-void project_columns(const T* g, const Projection& p, int64_t begin, int64_t end) {
+void project_columns(const Projection& p, int64_t begin, int64_t end) {
   // Sums lie tile by tile: in `out` the rows of a tile would fall on the same few lines of the first cache.
-  const int64_t r = p.rank, stride = p.grad.stride, high = padded(r, kTileRows);
+  const float* g = p.grad;
+  const int64_t r = p.rank, stride = p.columns, high = padded(r, kTileRows);
   const int64_t most = std::max<int64_t>(1, (int64_t(1) << 18) / (high * kTileColumns)) * kTileColumns;
   const int64_t wide = smaller(most, padded(end - begin, kTileColumns));
   const Buffer rows(kGemmColumnDepth * high * 4), panel(kGemmColumnDepth * kTileColumns * 4), sums(high * wide * 4);
@@ -209,7 +189,7 @@ void project_columns(const T* g, const Projection& p, int64_t begin, int64_t end
       interleave(p.basis + k * r, r, depth, r, rows.as<float>());
       for (int64_t j = side; j < last; j += kTileColumns) {
         const int64_t columns = smaller(kTileColumns, last - j), next = j + kTileColumns;
-        const T* from = g + k * stride + j;
+        const float* from = g + k * stride + j;
         Ahead ahead = next < last ? Ahead(from + kTileColumns, stride, depth, smaller(kTileColumns, last - next))
                                   : Ahead(g + (k + depth) * stride + side, stride,
                                           smaller(kGemmColumnDepth, p.rows - k - depth), smaller(kTileColumns, last - side));
@@ -218,17 +198,9 @@ void project_columns(const T* g, const Projection& p, int64_t begin, int64_t end
                          {sums.as<float>() + (j - side) * high + i * kTileColumns, kTileColumns, kTileRows, columns, k == 0},
                          ahead);
         };
-        // The first tile of fp32 packs the panel for the others.
-        constexpr bool direct = std::is_same_v<T, float>;
-        if constexpr (direct) {
-          make.template operator()<true>(0, from);
-        } else {
-          for (int64_t e = 0; e < depth; ++e) {
-            widen_row(OneThread{nullptr}, from + e * stride, packed + e * kTileColumns, columns);
-            std::fill_n(packed + e * kTileColumns + columns, kTileColumns - columns, 0.0f);
-          }
-        }
-        for (int64_t i = direct ? kTileRows : 0; i < r; i += kTileRows) make.template operator()<false>(i, nullptr);
+        // The first tile packs the panel for the others.
+        make.template operator()<true>(0, from);
+        for (int64_t i = kTileRows; i < r; i += kTileRows) make.template operator()<false>(i, nullptr);
       }
     }
     for (int64_t i = 0; i < r; ++i) {
@@ -239,58 +211,10 @@ void project_columns(const T* g, const Projection& p, int64_t begin, int64_t end
   }
 }
 
-template <class T>
-void back(T* w, const BackProjection& b, int64_t begin, int64_t end) {
-  const int64_t r = b.rank, wide = b.wide(), width = padded(wide, kTileColumns), blocks = b.row_blocks();
-  const Buffer panels(r * width * 4), stage(kTileRows * kGemmDepth * 4), sums(kTileRows * width * 4);
-  std::fill_n(stage.as<float>(), kTileRows * kGemmDepth, 0.0f);
-  for (int64_t part = begin; part < end; ++part) {
-    const int64_t column = part / blocks * wide, columns = smaller(wide, b.columns - column);
-    const int64_t top = part % blocks * b.high, bottom = smaller(b.rows, top + b.high);
-    if (part == begin || top == 0) {
-      b.transposed ? pack_transposed(b.b + column * r, r, r, columns, panels.as<float>())
-                   : pack(b.b + column, b.columns, r, columns, panels.as<float>());
-    }
-    for (int64_t i = top; i < bottom; i += kTileRows) {
-      const int64_t rows = smaller(kTileRows, bottom - i);
-      T* to = w + i * b.w.stride + column;
-      Ahead ahead(to, b.w.stride, rows, columns);
-      for (int64_t k = 0; k < r; k += kGemmDepth) {
-        const int64_t depth = smaller(kGemmDepth, r - k);
-        const Staged a = staged(b.a + i * r + k, r, rows, depth, stage.as<float>());
-        for (int64_t j = 0; j < columns; j += kTileColumns)
-          any_tile<false>(a, {panels.as<float>() + j * r + k * kTileColumns, nullptr, 0}, depth,
-                          {sums.as<float>() + j, width, kTileRows, smaller(kTileColumns, columns - j), k == 0}, ahead);
-      }
-      for (int64_t e = 0; e < rows; ++e) {
-        if (b.ok_rows != nullptr && !b.ok_rows[i + e]) continue;
-        apply_row(OneThread{nullptr}, to + e * b.w.stride, sums.as<float>() + e * width,
-                  b.ok_columns == nullptr ? nullptr : b.ok_columns + column, columns, b.decay, b.alpha);
-      }
-    }
-  }
-}
-
-void run_project_rows(const Projection& p, int64_t begin, int64_t end) {
-  dispatch(p.grad.dtype, [&](auto type) {
-    project_rows(static_cast<const typename decltype(type)::type*>(p.grad.data), p, begin, end);
-  });
-}
-
-void run_project_columns(const Projection& p, int64_t begin, int64_t end) {
-  dispatch(p.grad.dtype, [&](auto type) {
-    project_columns(static_cast<const typename decltype(type)::type*>(p.grad.data), p, begin, end);
-  });
-}
-
-void run_back(const BackProjection& b, int64_t begin, int64_t end) {
-  dispatch(b.w.dtype, [&](auto type) { back(static_cast<typename decltype(type)::type*>(b.w.data), b, begin, end); });
-}
-
 }  // namespace
 
 extern const GemmKernels gemm_table;
-const GemmKernels gemm_table = {FloatLanes::fast, run_project_rows, run_project_columns, run_back};
+const GemmKernels gemm_table = {FloatLanes::fast, project_rows, project_columns};
 
 }  // namespace LR_ISA
 }  // namespace lowrank

@@ -82,16 +82,13 @@ def test_a_step_leaves_channels_out(dtype, left):
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="torch's GEMM serves without AVX-512")
 @pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_results_do_not_depend_on_threads(dtype, left):
+def test_results_do_not_depend_on_threads(left):
     results, threads = [], torch.get_num_threads()
+    grad, basis, _ = operands(2900, 2901, 100, left, torch.float32)
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            param, basis, x = operands(2900, 2901, 100, left, dtype)
-            r = ops.project(param, basis, left=left)
-            ops.back_project_(param, x, basis, alpha=0.5, beta=0.9, left=left)
-            results.append((r, param))
+            results.append(ops.project(grad, basis, left=left))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+    assert all(torch.equal(other, results[0]) for other in results[1:])

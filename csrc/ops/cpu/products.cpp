@@ -5,22 +5,12 @@
 namespace lowrank {
 namespace {
 
-// Where ours beat torch's GEMM, which is made for square matrices, by measurement (docs/kernels/fp32-products.md): few
-// columns, or a short depth, of a matrix that is larger than the caches.
-bool is_thin(const Tensor& matrix, int64_t rank, int64_t least_rank, int64_t least_elements) {
-  constexpr int64_t kThin = 192;
-  return gemm_kernels().fast && rank >= least_rank && rank <= kThin && matrix.numel() >= least_elements;
+// Where ours beats torch's GEMM, which is made for square matrices, by measurement (docs/kernels/fp32-products.md): few columns
+// of a matrix that is larger than the caches.
+bool projects_thin(const Tensor& grad, int64_t rank) {
+  constexpr int64_t most_columns = 192, least_elements = 1 << 20;
+  return gemm_kernels().fast && storage(grad) == DType::f32 && rank <= most_columns && grad.numel() >= least_elements;
 }
-
-bool projects_thin(const Tensor& grad, int64_t rank) { return is_thin(grad, rank, 1, 1 << 20); }
-
-// Other storage than fp32, and channels left out, would need another pass behind torch's.
-bool returns_thin(const Tensor& param, int64_t rank, const uint8_t* ok) {
-  const bool direct = storage(param) == DType::f32 && ok == nullptr;
-  return direct ? is_thin(param, rank, 96, 1 << 23) : is_thin(param, rank, 1, 1 << 20);
-}
-
-Matrix matrix_of(const Tensor& t) { return {storage(t), data<void>(t), t.size(1)}; }
 
 }  // namespace
 
@@ -29,7 +19,7 @@ void project_into(const Tensor& r, const Tensor& grad, const Tensor& basis, bool
     std::fill_n(data<float>(r), r.numel(), 0.0f);
   } else if (projects_thin(grad, basis.size(1))) {
     const int64_t m = grad.size(0), n = grad.size(1), unit = left ? kGemmColumns : kGemmRows, channels = left ? n : m;
-    const Projection p{matrix_of(grad), m, n, data<float>(basis), basis.size(1), data<float>(r)};
+    const Projection p{data<float>(grad), m, n, data<float>(basis), basis.size(1), data<float>(r)};
     parallel((channels + unit - 1) / unit, unit * (left ? m : n), [&](int64_t begin, int64_t end) {
       (left ? gemm_kernels().project_columns : gemm_kernels().project_rows)(p, begin * unit, std::min(end * unit, channels));
     });
@@ -50,14 +40,6 @@ void project_into(const Tensor& r, const Tensor& grad, const Tensor& basis, bool
 void back_project_into(const Tensor& param, const Tensor& x, const Tensor& basis, bool left, double beta, double alpha,
                        const uint8_t* ok, Scratch& scratch) {
   const int64_t m = param.size(0), n = param.size(1);
-  if (returns_thin(param, basis.size(1), ok)) {
-    const float *b = data<float>(basis), *low_rank = data<float>(x);
-    const BackProjection back{matrix_of(param),     m, n, left ? b : low_rank, left ? low_rank : b, !left, basis.size(1),
-                              left ? nullptr : ok, left ? ok : nullptr, float(beta), float(alpha)};
-    const int64_t work = back.high * back.wide();
-    parallel(back.parts(), work, [&](int64_t begin, int64_t end) { gemm_kernels().back(back, begin, end); });
-    return;
-  }
   if (storage(param) == DType::f32 && ok == nullptr) {
     if (m == 0 || n == 0) return;
     const Tensor basis_t = transposed(basis, 0, basis.size(0));
