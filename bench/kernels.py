@@ -250,6 +250,14 @@ def _speed(case, variant, passes, base, floor, disturbed):
     return row | {"disturbed": disturbed}
 
 
+def _widen(rows):
+    """Give every row at least the median spread: few samples can lie close together by chance."""
+    known = [row for row in rows if row["spread"] is not None]
+    least = timing.quantile([row["spread"] for row in known], 0.5) if known else 0.0
+    for row in known:
+        row["spread"] = max(row["spread"], least)
+
+
 COLUMNS = [
     ("variant", lambda row: row["variant"]),
     ("median", lambda row: report.seconds(row["median_s"])),
@@ -310,11 +318,12 @@ def run(args):
     disturbed = sum(trial.disturbed for trial in trials)
     if disturbed:
         out.say(f"{disturbed} of {len(trials)} cases were disturbed: other guests of the host took the cores in most passes\n")
-    for trial in trials:
-        rows = list(trial.rows(ceilings))
+    tables = [list(trial.rows(ceilings)) for trial in trials]
+    _widen(itertools.chain(*tables))
+    for rows in tables:
         columns = [column for column in COLUMNS if column[0] != "energy" or rows[0]["energy"] is not None]
         out.table(f"{rows[0]['command']}\n{facts['device']}, bound by {rows[0]['bound']}", columns, rows)
-    slower = compare.judge(out, old, KEYS, args.compare) if old else 0
+    slower = compare.judge(out, old, KEYS, args.compare, lambda row: row["variant"] != row["base"]) if old else 0
     out.write(draw=plot.roofline)
     wrong = [row for row in out.rows if row["check"] not in (None, "ok")]
     if wrong:

@@ -41,15 +41,16 @@ class Contender(NamedTuple):
     module: str = "torch"
     install: str = "torch"  # the package, as pip knows it
     int8: bool = False  # over INT8 weights
+    ours: bool = False
 
 
-def _ours(name, **keys):
+def _ours(name, *, int8=False, **keys):
     def build(params, settings):
         from lowrank_sys import optim
 
         return getattr(optim, name)(settings.groups(params, **keys), lr=LR)
 
-    return build
+    return Contender(build, periodic=True, int8=int8, ours=True)
 
 
 def _galore_torch(params, settings):
@@ -101,16 +102,16 @@ class BareGemms:
 
 
 CONTENDERS = {
-    "lowrank": Contender(_ours("GaLoreAdamW"), True),
-    "lowrank-int8": Contender(_ours("GaLoreAdamW", int8_gemm=True), True),
-    "galore8bit": Contender(_ours("GaLoreAdamW8bit"), True),
-    "q-galore": Contender(_ours("QGaLoreAdamW8bit", cos_threshold=None), True, int8=True),  # a gap that does not grow
+    "lowrank": _ours("GaLoreAdamW"),
+    "lowrank-int8": _ours("GaLoreAdamW", int8_gemm=True),
+    "galore8bit": _ours("GaLoreAdamW8bit"),
+    "q-galore": _ours("QGaLoreAdamW8bit", cos_threshold=None, int8=True),  # a gap that does not grow
     "galore-torch": Contender(_galore_torch, True, "galore_torch", "galore-torch"),
-    "apollo": Contender(_ours("APOLLOAdamW", **APOLLO), True),
+    "apollo": _ours("APOLLOAdamW", **APOLLO),
     "apollo-torch": Contender(_apollo_torch, True, "apollo_torch", "apollo-torch"),
-    "fira": Contender(_ours("FiraAdamW", alpha=SCALE), True),
-    "grass": Contender(_ours("GrassAdamW"), True),
-    "frugal": Contender(_ours("FrugalAdamW"), True),
+    "fira": _ours("FiraAdamW", alpha=SCALE),
+    "grass": _ours("GrassAdamW"),
+    "frugal": _ours("FrugalAdamW"),
     "adamw-fused": Contender(lambda params, _: torch.optim.AdamW(params, lr=LR, fused=True)),
     "adamw-foreach": Contender(lambda params, _: torch.optim.AdamW(params, lr=LR, foreach=True)),
     "bitsandbytes": Contender(_bitsandbytes, module="bitsandbytes", install="bitsandbytes"),
@@ -355,7 +356,7 @@ def run(args):
             f"memory a step holds beyond the state; overhead: a step's time a matrix on {TINY}x{TINY} matrices")
     if "galore-torch" in names and not args.svd:
         out.say("galore-torch: steady steps only, from random bases in place of its SVD (--svd times that too)")
-    slower = compare.judge(out, old, KEYS, args.compare) if old else 0
+    slower = compare.judge(out, old, KEYS, args.compare, lambda row: CONTENDERS[row["optimizer"]].ours) if old else 0
     out.write(draw=plot.bars)
     compare.refuse(slower, args.compare)
     return 0

@@ -1,5 +1,6 @@
 """`lowrank bench`: flags, files, the check that stands before every speed, and the arithmetic of the figures."""
 
+import argparse
 import csv
 import itertools
 import json
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from lowrank_sys import backends, cli
-from lowrank_sys.bench import floors, kernels, machine, optimizers, plot, quality, shapes, timing, train
+from lowrank_sys.bench import compare, floors, kernels, machine, optimizers, plot, quality, report, shapes, timing, train
 from lowrank_sys.bench.cases import OPS, make, serving
 from lowrank_sys.bench.cases.case import Case
 from lowrank_sys.bench.floors import memory, roofline
@@ -189,11 +190,31 @@ def test_compare(capsys, measured, tmp_path, old, spread, verdict, code):
     path, argv = measured
     _rewritten(path, median_s=old, spread=spread)
     found, out, err = run_kernels(capsys, *argv, "--compare", str(path), "--json", str(tmp_path / "new.json"))
-    assert found == code and ("2 rows are slower" in err) == bool(code)
+    assert found == code and ("beyond the spreads: 1" in err) == bool(code)  # the base is not ours
     new = json.loads((tmp_path / "new.json").read_text())
     assert [row.get("verdict") for row in new] == [verdict, None, verdict]  # the oracle is not judged
     assert new[0]["new_over_old"] == pytest.approx(new[0]["median_s"] / old) and new[0]["old_s"] == old
     assert "new / old" in out
+
+
+@pytest.mark.parametrize("others, drift, verdicts", [(8, 1.5, ["noise", "faster"]), (7, 1.0, ["regression", "noise"])])
+def test_compare_allows_for_a_machine_that_slows_down(capsys, tmp_path, others, drift, verdicts):
+    rows = [{"variant": "C++", "median_s": 1.6, "spread": 0.1}, {"variant": "C++ too", "median_s": 1.05, "spread": 0.1}]
+    rows += [{"variant": f"base {i}", "median_s": 1.5, "spread": 0.1} for i in range(others)]
+    old = {(row["variant"],): row | {"median_s": 1.0} for row in rows}
+    args = argparse.Namespace(json=None, csv=None)
+    out = report.Report(args, {})
+    out.rows = rows
+    slower = compare.judge(out, old, ("variant",), "old.json", lambda row: row["variant"].startswith("C++"))
+    assert [row["verdict"] for row in rows[:2]] == verdicts and slower == verdicts.count("regression")
+    assert ("took 1.5 times as long" in capsys.readouterr().out) == (drift != 1)
+    assert [row["new_over_old"] for row in rows[:2]] == [1.6, 1.05]
+
+
+def test_a_row_has_at_least_the_median_spread():
+    rows = [{"spread": spread} for spread in (0.01, 0.1, None, 0.3)]
+    kernels._widen(rows)
+    assert [row["spread"] for row in rows] == [0.1, 0.1, None, 0.3]
 
 
 def test_compare_with_another_run_of_the_same(capsys, measured):
@@ -204,11 +225,11 @@ def test_compare_with_another_run_of_the_same(capsys, measured):
 
 def test_compare_optimizers(capsys, tmp_path):
     path = tmp_path / "old.json"
-    argv = ["--shape", "24x16", "--rank", "4", "--steps", "3", "--device", "cpu", "--optimizers", "adamw-fused,gemms"]
+    argv = ["--shape", "24x16", "--rank", "4", "--steps", "3", "--device", "cpu", "--optimizers", "lowrank,grass,gemms"]
     assert run(capsys, "optimizers", *argv, "--json", str(path))[0] == 0
     _rewritten(path, median_s=1e-9, spread=0.0)
     code, out, err = run(capsys, "optimizers", *argv, "--compare", str(path))
-    assert code == 1 and err.count("\n") == 1 and "2 rows are slower" in err
+    assert code == 1 and err.count("\n") == 1 and "beyond the spreads: 2" in err
     code, out, err = run(capsys, "optimizers", *argv, "--gap", "7", "--compare", str(path))
     assert code == 2 and "no row in common" in err
 
