@@ -188,7 +188,7 @@ def _check_adaptive(op, countdowns, schedule):
 def check_on_host(op, name, counters):
     # Every step of every matrix comes by here: one comparison each, and a message only for a bad one.
     for i, c in enumerate(counters):
-        fits = c.dtype == torch.int64 and c.dim() == 0 and c.device.type == "cpu"
+        fits = c.dtype is torch.int64 and c.dim() == 0 and c.is_cpu
         if not fits:
             expect(fits, op, lambda: f"{name}[{i}] must be a 0-dim int64 tensor on the CPU, got shape {tuple(c.shape)}, "
                     f"{c.dtype} on {c.device}")

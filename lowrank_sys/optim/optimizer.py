@@ -142,9 +142,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"gradients must be dense, got a sparse one for a parameter of shape {tuple(param.shape)}")
             state = self.state[param]
             kind = param.device, state.get("left", False), weight_store(param).group_size
-            batch = batches.setdefault(kind, ([], [], []))
-            for items, item in zip(batch, (param, grad.contiguous(), state)):
-                items.append(item)
+            params, grads, states = batches.setdefault(kind, ([], [], []))
+            params.append(param)
+            grads.append(grad.contiguous())
+            states.append(state)
         for (_, left, _), batch in batches.items():
             yield left, *batch
 

@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys import _ops
-from lowrank_sys.subspace.refresh import COLD, trains
+from lowrank_sys.subspace.refresh import COLD, count_down_, trains
 
 
 def refresh_keys_(keys, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, gap, moments):
@@ -26,7 +26,7 @@ def refresh_keys_(keys, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, gap, mo
             countdowns[i].fill_(gap)
             if moments == "reset":
                 _reset(i, exp_avgs, exp_avg_sqs, steps)
-    torch._foreach_sub_(countdowns, 1)
+    count_down_(countdowns)
 
 
 def refresh_rows_(indices, row_scales, grads, countdowns, refreshes, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap,
@@ -67,7 +67,7 @@ def refresh_rows_(indices, row_scales, grads, countdowns, refreshes, exp_avgs, e
         for i in due:
             countdowns[i].fill_(first_gaps[i] if waits[i] == COLD else gap)
             refreshes[i] += 1
-        torch._foreach_sub_(countdowns, 1)
+        count_down_(countdowns)
 
 
 def _reset(i, exp_avgs, exp_avg_sqs, steps):
