@@ -69,7 +69,7 @@ def adafactor_step(param, grad, basis, exp_avg, row, col, exp_avg_sq, step, *, l
         exp_avg.copy_(torch.where(ok, beta1 * exp_avg + (1 - beta1) * update, exp_avg))
         update = torch.where(ok, exp_avg, 0)
     if weight_decay != 0:
-        param.copy_(torch.where(ok, (1 - rate * weight_decay) * param.to(dtype), param.to(dtype)))
+        param.mul_(torch.where(ok, 1 - rate * weight_decay, 1.0))
     if basis is None:
         param.copy_(param.to(dtype) - update)
     else:
