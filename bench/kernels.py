@@ -77,7 +77,7 @@ def backend(implementation, case):
 
 def command(case, base):
     """The command that repeats a case."""
-    side = {True: " --side left", False: " --side right", None: ""}[case.left]
+    side = f" --side {case.side}" if case.side else ""
     rank = f" --rank {case.rank}" if case.rank else ""
     dtype = shapes.SPELLING[case.dtype]
     return (f"lowrank bench kernels --op {case.op} --shape {case.m}x{case.n}{rank} --dtype {dtype}{side} --base {base} "
@@ -207,7 +207,7 @@ class Trial:
         limits = bounds(case, ceilings)
         for variant in dict.fromkeys([*self.functions, *([self.base] if self.base in self.op.bases else [])]):
             yield {"op": case.op, "shape": f"{case.m}x{case.n}", "rank": case.rank, "dtype": shapes.SPELLING[case.dtype],
-                   "side": {True: "left", False: "right", None: None}[case.left], "variant": variant,
+                   "side": case.side, "variant": variant,
                    "backend": backend(variant, case) if variant in self.functions else None,
                    "check": self.verdicts.get(variant), **self.figures.get(variant, {"error": None, "energy": None}),
                    **_speed(case, variant, passes, self.base, max(limits.values()), self.disturbed),
@@ -222,10 +222,10 @@ def bounds(case, ceilings):
             "products": op.flop(case) / (1e9 * ceilings["gemm_gflop_per_s"][str(case.dtype).removeprefix("torch.")])}
 
 
-def measure(case, timer, ceilings, *, seconds, base=None, backends=None, checked=None):
-    """Rows of one case, one a variant. checked: a smaller case that is checked in its place."""
+def measure(case, timer, ceilings, *, seconds, base=None, backends=None):
+    """Rows of one case, one a variant."""
     trial = Trial(case, base=base, backends=backends)
-    trial.check(checked)
+    trial.check()
     for _ in range(PASSES):
         trial.time(timer, seconds / PASSES)
     return list(trial.rows(ceilings))

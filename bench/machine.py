@@ -60,18 +60,29 @@ def commit():
         return None
 
 
-def ceilings(timer, dtypes, copy_bytes=256 << 20, gemm_size=2048):
-    """Best measured copy bandwidth (read + write, GB/s) and GEMM rate per dtype (GFLOP/s) of the timer's device."""
-    source = torch.ones(copy_bytes, dtype=torch.uint8, device=timer.device)
+# What the ceilings are measured with: a copy of so many bytes, and a square product of this size.
+COPIED, SQUARE = 256 << 20, 2048
+
+
+def yardsticks(device, dtypes):
+    """{"copy" or a dtype: (function to time, GB that it moves (read + write) or GFLOP of its product)}."""
+    source = torch.ones(COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    functions = {"copy": lambda: target.copy_(source)}
+    found = {"copy": (lambda: target.copy_(source), 2 * COPIED / 1e9)}
     for dtype in dtypes:
-        a, b, c = (torch.ones(gemm_size, gemm_size, dtype=dtype, device=timer.device) for _ in range(3))
-        functions[dtype] = lambda a=a, b=b, c=c: torch.mm(a, b, out=c)
-    best = {name: min(times) for name, times in timer.interleave(functions, seconds=1, at_least=5, at_most=20).items()}
+        a, b, c = (torch.ones(SQUARE, SQUARE, dtype=dtype, device=device) for _ in range(3))
+        found[dtype] = (lambda a=a, b=b, c=c: torch.mm(a, b, out=c)), 2 * SQUARE**3 / 1e9
+    return found
+
+
+def ceilings(timer, dtypes):
+    """Best measured copy bandwidth (read + write, GB/s) and GEMM rate per dtype (GFLOP/s) of the timer's device."""
+    sticks = yardsticks(timer.device, dtypes)
+    times = timer.interleave({name: function for name, (function, _) in sticks.items()}, seconds=1, at_least=5, at_most=20)
+    best = {name: work / min(times[name]) for name, (_, work) in sticks.items()}
     return {
-        "copy_gb_per_s": 2 * copy_bytes / best.pop("copy") / 1e9,
-        "gemm_gflop_per_s": {str(dtype).removeprefix("torch."): 2 * gemm_size**3 / s / 1e9 for dtype, s in best.items()},
+        "copy_gb_per_s": best.pop("copy"),
+        "gemm_gflop_per_s": {str(dtype).removeprefix("torch."): rate for dtype, rate in best.items()},
     }
 
 

@@ -19,6 +19,11 @@ class Case(NamedTuple):
     device: str
 
     @property
+    def side(self):
+        """'left' | 'right' of the basis; None where the op has none."""
+        return {True: "left", False: "right", None: None}[self.left]
+
+    @property
     def element(self):
         return self.dtype.itemsize
 

@@ -10,12 +10,16 @@ HERE = f"{SIZE}x{SIZE}, r = {RANK}, fp32"
 CEILINGS = {"copy_gb_per_s": 1.0, "gemm_gflop_per_s": {"float32": 1.0}}  # rooflines are not part of a floor
 
 
-def served(case, timer, ceilings=CEILINGS, *, seconds=5, **options):
+def served(case, timer, *, seconds=5, **options):
     """The row of who serves an op; a kernel that is wrong is no figure."""
-    row = kernels.measure(case, timer, ceilings, seconds=seconds, **options)[0]
-    if row["check"] != "ok":
-        raise CommandError(f"{case.op}, served by {row['variant']}: {row['check']}", code=1)
+    row = kernels.measure(case, timer, CEILINGS, seconds=seconds, **options)[0]
+    expect_correct(case, row["variant"], row["check"])
     return row
+
+
+def expect_correct(case, variant, verdict):
+    if verdict != "ok":
+        raise CommandError(f"{case.op}, served by {variant}: {verdict}", code=1)
 
 
 class Floor(NamedTuple):
