@@ -188,7 +188,7 @@ def _rewritten(path, **changes):
     (1e-9, 0.1, "regression", 1), (1e3, 0.1, "faster", 0), (1e-9, 1e12, "noise", 0)])
 def test_compare(capsys, measured, tmp_path, old, spread, verdict, code):
     path, argv = measured
-    _rewritten(path, median_s=old, spread=spread)
+    _rewritten(path, median_s=old, spread=spread, ratio=None)
     found, out, err = run_kernels(capsys, *argv, "--compare", str(path), "--json", str(tmp_path / "new.json"))
     assert found == code and ("beyond the spreads: 1" in err) == bool(code)  # the base is not ours
     new = json.loads((tmp_path / "new.json").read_text())
@@ -211,6 +211,13 @@ def test_compare_allows_for_a_machine_that_slows_down(capsys, tmp_path, others, 
     assert [row["new_over_old"] for row in rows[:2]] == [1.6, 1.05]
 
 
+@pytest.mark.parametrize("change, before, after, verdict", [
+    (1.5, 1.0, 1.02, "noise"), (1.5, 1.0, 1.4, "regression"), (1.5, 1.0, None, "regression"), (0.6, 1.0, 0.98, "noise"),
+    (0.6, 1.0, 0.7, "faster"), (1.0, 1.0, 1.5, "noise")])
+def test_a_change_that_the_base_made_too_is_noise(change, before, after, verdict):
+    assert compare.verdict(change, {"spread": 0.1, "ratio": after}, {"spread": 0.1, "ratio": before}) == verdict
+
+
 def test_a_row_has_at_least_the_median_spread():
     rows = [{"spread": spread} for spread in (0.01, 0.1, None, 0.3)]
     kernels._widen(rows)
@@ -227,7 +234,7 @@ def test_compare_optimizers(capsys, tmp_path):
     path = tmp_path / "old.json"
     argv = ["--shape", "24x16", "--rank", "4", "--steps", "3", "--device", "cpu", "--optimizers", "lowrank,grass,gemms"]
     assert run(capsys, "optimizers", *argv, "--json", str(path))[0] == 0
-    _rewritten(path, median_s=1e-9, spread=0.0)
+    _rewritten(path, median_s=1e-9, spread=0.0, ratio=None)
     code, out, err = run(capsys, "optimizers", *argv, "--compare", str(path))
     assert code == 1 and err.count("\n") == 1 and "beyond the spreads: 2" in err
     code, out, err = run(capsys, "optimizers", *argv, "--gap", "7", "--compare", str(path))
