@@ -10,7 +10,7 @@ import torch
 
 from lowrank_sys._ops.rules import (FLOATS, define, expect, expect_dtype, expect_float, expect_group_size, expect_like,
                                     expect_matrix, expect_number, fake, library)
-from lowrank_sys._ops.workspace import TILE_SIDE, copy_unless_fp32, fp32, workspace
+from lowrank_sys._ops.workspace import TILE_ELEMENTS, TILE_SIDE, copy_unless_fp32, fp32, workspace
 
 INT8 = "Tensor codes, Tensor scale"
 STREAM = "SymInt offset=0, int group_size=256"
@@ -161,10 +161,6 @@ def _linear_backward(ctx, grad_out):
 torch.library.register_autograd("lowrank::int8_linear", _linear_backward, setup_context=_save, lib=library)
 
 
-# csrc/ops/cpu/int8_products.h: elements of a weight that are in fp32 at once during a product.
-PANEL_ELEMENTS = 1 << 19
-
-
 @workspace("quantize_int8", "dequantize_int8", "int8_update_", "int8_update_.tensor")
 def _(*args, cuda=False, **options):
     return 0
@@ -175,7 +171,7 @@ def _(x, codes, scale, bias=None, *, group_size=256, cuda=False):
     m, n = codes.shape
     if cuda or x.numel() == 0:
         return 0
-    high = min(m, max(1, PANEL_ELEMENTS // max(1, n)))
+    high = min(m, max(1, TILE_ELEMENTS // max(1, n)))
     return fp32(high, n) + _rows_in_fp32(x, high) + (0 if bias is None else copy_unless_fp32(bias))
 
 
@@ -184,7 +180,7 @@ def _(grad_out, codes, scale, *, group_size=256, cuda=False):
     m, n = codes.shape
     if cuda or grad_out.numel() == 0:
         return 0
-    wide = min(n, max(1, PANEL_ELEMENTS // max(1, m * group_size)) * group_size)
+    wide = min(n, max(1, TILE_ELEMENTS // max(1, m * group_size)) * group_size)
     return fp32(m, wide) + _rows_in_fp32(grad_out, wide)
 
 
