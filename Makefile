@@ -1,23 +1,26 @@
-# `make train` and `make test` do everything on a fresh machine: environment, build, run.
+# `make train` and `make test` do everything on a fresh machine: environment, build, run. With VENV= (empty) a target runs on
+# $(PYTHON) as it is, and installs nothing.
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch>=2.10
+TORCH ?= torch>=2.11
 OUT ?= runs/$(shell date +%Y%m%d-%H%M%S)
 # Packages that the parity lane and the benchmarks compare with; their own pins are old, so without dependencies.
 PEERS = galore-torch apollo-torch bitsandbytes
 
-BIN = $(VENV)/bin
-PYTEST = $(BIN)/python -m pytest
+RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+READY = $(VENV:%=%/.ready)
+LOWRANK = $(RUN) -m lowrank_sys
+PYTEST = $(RUN) -m pytest
 # One thread a worker: two thread pools on the same cores would wait for each other.
 WORKERS ?= 2
 SPREAD = OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS)
 NATIVE = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: train test test-all test-cpu test-interpret test-compile test-host test-parity test-gpu floors clean
+.PHONY: train test test-all test-cpu test-interpret test-compile test-host test-parity test-gpu test-torch211 floors clean
 
-train: $(VENV)/.ready
-	$(BIN)/lowrank train --out $(OUT)
+train: $(READY)
+	$(LOWRANK) train --out $(OUT)
 
 test: test-gpu test-parity test-host test-interpret test-compile test-cpu
 
@@ -25,36 +28,42 @@ test: test-gpu test-parity test-host test-interpret test-compile test-cpu
 test-all: export LOWRANK_COMPILE = all
 test-all: test
 
-test-cpu: $(VENV)/.ready
+test-cpu: $(READY)
 	$(SPREAD) tests/cpu
 
 # Kernels are either interpreted or compiled in a process, so these lanes do not share one.
-test-interpret: $(VENV)/.ready
+test-interpret: $(READY)
 	TRITON_INTERPRET=1 $(SPREAD) tests/interpret
 
-test-compile: $(VENV)/.ready
+test-compile: $(READY)
 	$(PYTEST) tests/compile
 
-test-host: $(VENV)/.ready
+test-host: $(READY)
 	$(PYTEST) tests/host
 
-test-parity: $(VENV)/.ready
+test-parity: $(READY)
 	$(SPREAD) tests/parity
 
 # Skipped by name where there is no GPU. The interpreter's numerics tests run on the device here.
-test-gpu: $(VENV)/.ready
-	$(PYTEST) tests/gpu tests/interpret
+test-gpu: $(READY)
+	$(SPREAD) tests/gpu tests/interpret
 
-floors: $(VENV)/.ready
-	$(BIN)/lowrank bench floors
+# The oldest torch of the package, and its triton, on a copy of the sources in an environment of its own.
+test-torch211:
+	rm -rf .torch211 && mkdir .torch211
+	git ls-files -z | tar -c --null -T - | tar -x -C .torch211
+	$(MAKE) -C .torch211 VENV=.venv TORCH=torch==2.11.0 test-interpret test-compile
+
+floors: $(READY)
+	$(LOWRANK) bench floors
 
 $(VENV)/.ready: $(NATIVE)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q "setuptools>=77" "$(TORCH)" ninja "cmake>=3.25" "pybind11>=2.13"
-	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
-	$(BIN)/pip install -q --no-deps $(PEERS)
-	$(BIN)/lowrank info
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q "setuptools>=77" "$(TORCH)" ninja "cmake>=3.25" "pybind11>=2.13"
+	$(RUN) -m pip install -q --no-build-isolation -e ".[test]"
+	$(RUN) -m pip install -q --no-deps $(PEERS)
+	$(LOWRANK) info
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info lowrank_sys/*.so lowrank_sys/_build.json
+	rm -rf $(VENV) .torch211 build *.egg-info lowrank_sys/*.so lowrank_sys/_build.json

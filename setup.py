@@ -1,9 +1,9 @@
 """Builds the native modules with CMake and ninja; everything else is in pyproject.toml.
 
-LOWRANK_NATIVE=0 installs pure Python, LOWRANK_CUDA=0 or 1 leaves CUDA out or demands it, MAX_JOBS bounds the build.
+LOWRANK_NATIVE=0 installs pure Python, LOWRANK_CUDA=0 or 1 leaves CUDA out or demands it, LOWRANK_CUDA_ARCHS="80;90" builds for
+these compute capabilities instead of CUDA_ARCHS, MAX_JOBS bounds the build.
 """
 
-import functools
 import importlib.util
 import json
 import os
@@ -26,7 +26,7 @@ def torch_package():
     """Folder, version and CUDA version (None for a CPU build) of torch, without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None:
-        sys.exit("lowrank: torch is not installed: pip install 'torch>=2.10' first")
+        sys.exit("lowrank: torch is not installed: pip install 'torch>=2.11' first")
     version = runpy.run_path(os.path.join(os.path.dirname(spec.origin), "version.py"))
     return Path(spec.origin).parent, str(version["__version__"]), version["cuda"]
 
@@ -40,11 +40,29 @@ def find_compiler():
     return None
 
 
+def run_tool(command):
+    """What a command prints, on either stream."""
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+
+
 def find_nvcc(torch_folder, major):
     """nvcc on PATH, in CUDA_HOME, or of the PyPI package nvidia-cuda-nvcc."""
     homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), torch_folder.parent / "nvidia" / f"cu{major}"]
     candidates = [shutil.which("nvcc")] + [str(Path(home) / "bin" / "nvcc") for home in homes]
     return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
+
+
+def cuda_archs(nvcc):
+    """Compute capabilities to build for, oldest first: those of LOWRANK_CUDA_ARCHS, else those of CUDA_ARCHS that nvcc knows."""
+    listed = re.findall(r"compute_(\d+)$", run_tool([nvcc, "--list-gpu-arch"]), re.MULTILINE)
+    known = {arch for arch in listed if int(arch) >= int(CUDA_ARCHS[0])}
+    wish = os.environ.get("LOWRANK_CUDA_ARCHS", "")
+    if not wish:
+        return [arch for arch in CUDA_ARCHS if arch in known]
+    if not known.issuperset(archs := wish.split(";")):
+        valid = ", ".join(sorted(known, key=int))
+        sys.exit(f"lowrank: LOWRANK_CUDA_ARCHS must be compute capabilities such as '90' or '80;90', got {wish!r}; valid: {valid}")
+    return sorted(set(archs), key=int)
 
 
 def cuda_options(torch_folder, torch_cuda):
@@ -58,12 +76,9 @@ def cuda_options(torch_folder, torch_cuda):
         major = torch_cuda.partition(".")[0]
         nvcc = find_nvcc(torch_folder, major)
         if nvcc:
-            ask = functools.partial(subprocess.run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
-            supported = ask([nvcc, "--list-gpu-arch"]).stdout.split()
-            libraries = re.findall(r'-L([^"\s]+)', ask([nvcc, "--dryrun", "-x", "cu", os.devnull]).stdout)
-            release = re.search(r"V([\d.]+)", ask([nvcc, "--version"]).stdout).group(1)
-            archs = ";".join(arch for arch in CUDA_ARCHS if f"compute_{arch}" in supported)
-            return {"LOWRANK_NVCC": nvcc, "LOWRANK_CUDA_NOTE": f"nvcc {release}", "LOWRANK_CUDA_ARCHS": archs,
+            libraries = re.findall(r'-L([^"\s]+)', run_tool([nvcc, "--dryrun", "-x", "cu", os.devnull]))
+            release = re.search(r"V([\d.]+)", run_tool([nvcc, "--version"])).group(1)
+            return {"LOWRANK_NVCC": nvcc, "LOWRANK_CUDA_NOTE": f"nvcc {release}", "LOWRANK_CUDA_ARCHS": ";".join(cuda_archs(nvcc)),
                     "LOWRANK_CUDA_LIBS": ";".join(libraries)}
         # PyPI has the compiler itself from CUDA 13 on.
         get = f"pip install 'nvidia-cuda-nvcc=={major}.*'" if int(major) >= 13 else f"install the CUDA {major} toolkit"

@@ -24,6 +24,13 @@ def test_help_lists_the_subcommands(capsys):
         assert name in out
 
 
+def test_python_m_lowrank_sys_is_the_command():
+    for argv, code in (["--help"], 0), (["nonsense"], 2):
+        done = subprocess.run([sys.executable, "-m", "lowrank_sys", *argv], capture_output=True, text=True)
+        assert done.returncode == code
+        assert all(name in (done.stdout or done.stderr) for name in cli.COMMANDS)
+
+
 @pytest.mark.parametrize("argv, listed", [
     (["nonsense"], cli.COMMANDS),
     ([], cli.COMMANDS),
