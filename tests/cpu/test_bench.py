@@ -114,13 +114,14 @@ def test_a_wrong_kernel_gets_no_speed(capsys, monkeypatch, tmp_path, op, wrong):
     (["--op", "projekt"], "invalid choice: 'projekt'"),
     (["--seconds", "-1"], "not a number of seconds"),
     (["--op", "project", "--backend", "triton"], "--backend triton: serves none of these ops on cpu"),
-    (["--json", "/nonexistent/rows.json"], "/nonexistent/rows.json"),
-    (["--csv", "/"], "cannot write"),
-    (["--plot", "/nonexistent/plot.png"], "/nonexistent/plot.png"),
+    (["--json", "missing/rows.json"], "missing/rows.json"),
+    (["--csv", "."], "cannot write"),
+    (["--plot", "missing/plot.png"], "missing/plot.png"),
     (["--plot", "plot.xyz"], "--plot plot.xyz: unknown format; valid: ."),
-    (["--compare", "/nonexistent/old.json"], "/nonexistent/old.json: cannot read it"),
+    (["--compare", "missing/old.json"], "missing/old.json: cannot read it"),
 ], ids=" ".join)
-def test_bad_input(capsys, argv, message):
+def test_bad_input(capsys, monkeypatch, tmp_path, argv, message):
+    monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, "kernels", *argv)
     assert code == 2
     assert err.count("\n") == 1 and message in err
@@ -512,9 +513,10 @@ def test_a_base_that_is_not_installed_says_how_to_install_it(capsys, monkeypatch
     (["--optimizers", "lowrank,adma"], "unknown 'adma'; valid: lowrank, "),
     (["--shape", "8x8", "--rank", "9", "--optimizers", "lowrank"], "--rank 9 is too large for shape 8x8"),
     (["--model", "llama-70b"], "'llama-7b'"),
-    (["--optimizers", "lowrank", "--csv", "/nonexistent/rows.csv"], "cannot write"),
+    (["--optimizers", "lowrank", "--csv", "missing/rows.csv"], "cannot write"),
 ], ids=" ".join)
-def test_bad_input_of_optimizers(capsys, argv, message):
+def test_bad_input_of_optimizers(capsys, monkeypatch, tmp_path, argv, message):
+    monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, "optimizers", *argv)
     assert code == 2
     assert err.count("\n") == 1 and message in err

@@ -397,11 +397,12 @@ def test_a_wrong_size_is_one_error(plan, text):
 
 @pytest.mark.parametrize("flag, value, part", [
     ("model", "llama-2m", "--model: unknown 'llama-2m'; valid: llama-1m,"),
-    ("model", "/no/config.json", "--model: unknown '/no/config.json'"),
+    ("model", "missing/config.json", "--model: unknown 'missing/config.json'"),
     ("method", "sgd", "--method: unknown 'sgd'; valid: adamw"),
     ("rank", 193, "at most 192"),
 ])  # fmt: skip
-def test_bad_flags_are_those_of_train(plan, flag, value, part):
+def test_bad_flags_are_those_of_train(plan, monkeypatch, tmp_path, flag, value, part):
+    monkeypatch.chdir(tmp_path)
     code, out, err = plan(**{flag: value})
     lines = [line for line in err.splitlines() if "error" in line]
     assert (code, out, len(lines)) == (2, "", 1) and part in lines[0]

@@ -215,10 +215,11 @@ def test_full_disk(text, tmp_path, capsys):
     ("seq_len", 1, ["--seq-len: got 1; it must be at least 2"]),
     ("lr", "nan", ["--lr: got nan"]),
     ("rank", 193, ["model.layers.0.self_attn.q_proj.weight", "193", "192"]),
-    ("data", "/no/such/file", ["--data /no/such/file: no such file or folder; valid: python-stdlib"]),
+    ("data", "missing/file", ["--data missing/file: no such file or folder; valid: python-stdlib"]),
     ("seq_len", 10**7, ["--seq-len 10000000 needs at least"]),
 ])  # fmt: skip
-def test_bad_flags(text, tmp_path, capsys, flag, value, parts):
+def test_bad_flags(text, tmp_path, capsys, monkeypatch, flag, value, parts):
+    monkeypatch.chdir(tmp_path)
     fails(capsys, flags(text, tmp_path / "run", **{flag: value}), 2, *parts)
     assert not list(tmp_path.glob("run/*")) or [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
 
