@@ -28,6 +28,7 @@ class Build(NamedTuple):
     stack: int
     local: int
     sass: str
+    tensor_memory: int = 0  # columns, of sm_100
 
     @property
     def tensor_cores(self):
@@ -79,7 +80,8 @@ def compile_triton(module, name, types, constants, options, *, arch, sizes):
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
         sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
     used = resources(usage)
-    return Build(compiled.metadata.shared, 32 * options["num_warps"], used["REG"], used["STACK"], used["LOCAL"], sass)
+    return Build(compiled.metadata.shared, 32 * options["num_warps"], used["REG"], used["STACK"], used["LOCAL"], sass,
+                 compiled.metadata.tmem_size)
 
 
 @contextlib.contextmanager

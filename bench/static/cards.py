@@ -25,6 +25,7 @@ LIMITS = {
     120: Limits(1536, 24, 100, 99),
 }
 REGISTERS = 65536  # of a multiprocessor
+TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100
 RESERVED = 1024  # bytes of shared memory that the system takes a block
 
 

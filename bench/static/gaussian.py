@@ -47,7 +47,7 @@ KERNELS = {
         product=False),
     "gaussian_project": Kernel(
         gaussian.gaussian_project_kernel,
-        lambda arch: {(32, rank): config for rank, config in configs.GAUSSIAN_PROJECT.items()},
+        lambda arch: {(32, rank): config for rank, config in configs.gaussian_project(arch).items()},
         project_calls, project_tensors, sizes=PRODUCT),
     "gaussian_back_project": Kernel(
         gaussian.gaussian_back_project_kernel, lambda arch: {(32, 0): configs.GAUSSIAN_BACK_PROJECT}, without_key,

@@ -40,6 +40,7 @@ def test_fits(case, builds, proven):
     assert built.shared <= cards.LIMITS[case.arch].block * 1024
     assert built.registers * built.threads <= cards.REGISTERS
     assert built.stack == built.local == 0, "spills"
+    assert built.tensor_memory <= cards.TENSOR_MEMORY, "Triton makes such a kernel a trap"
     if cases.KERNELS[case.row.kernel].product:
         assert built.tensor_cores, "no tensor-core instruction"
         if case in cases.required(case.arch, case.row):
