@@ -80,6 +80,9 @@ COEFFICIENT = _tile(8, 1, BLOCK=1024)
 # Matrices of one shape that one launch serves at most; a group is cut into launches of 8, 4, 2 and 1.
 MOST = 8
 
+# The scalars of a step, a lane a matrix.
+SCALARS = _tile(4, 1, BLOCK=128)
+
 # Adam on an already projected gradient: elementwise but for the test of a channel.
 ADAM = _tile(4, 1, BLOCK_R=32, BLOCK_C=32)
 

@@ -10,7 +10,7 @@ from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.common import dot, is_off, on_device_of, precision, store
 from lowrank_sys.kernels.epilogue import finish_sum
-from lowrank_sys.kernels.project import new_counters
+from lowrank_sys.kernels.project import counters_of
 from lowrank_sys.reference import gaussian as reference
 
 # A counter of Philox serves four rows that lie ROWS apart; a basis' counters have the tag in their second word.
@@ -257,7 +257,7 @@ def gaussian_project(grad, *, rank, left, seed, step, parameter, first=0):
     out = torch.empty((rank, n) if left else (m, rank), dtype=torch.float32, device=grad.device)
     if out.numel():
         with on_device_of(grad):
-            launch_gaussian_project(grad, out, left=left, counters=new_counters(grad.device), seed=seed, step=step,
+            launch_gaussian_project(grad, out, left=left, counters=counters_of(grad.device), seed=seed, step=step,
                                     parameter=parameter, first=first)
     return out
 
