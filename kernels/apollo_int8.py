@@ -49,7 +49,7 @@ def _update(codes, weight_scale, grad, *tensors, parameter, offset, scalars, cou
     m, n = codes.shape
     coefficients = apollo_coefficients(grad, *tensors, scalars, left=left, **hyper)
     config = configs.scaled_int8(group_size)
-    scaled_int8_kernel[triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),](
+    scaled_int8_kernel[configs.cdiv(m, config["BLOCK_M"]) * configs.cdiv(n, config["BLOCK_N"]),](
         codes=codes,
         weight_scale=weight_scale,
         grad=grad,

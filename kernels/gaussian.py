@@ -235,7 +235,7 @@ def gaussian_basis_(out, *, seed, step, parameter, first=0):
         return
     config = configs.GAUSSIAN_BASIS
     with on_device_of(out):
-        gaussian_basis_kernel[groups(first, d), triton.cdiv(rank, config["BLOCK_R"])](
+        gaussian_basis_kernel[groups(first, d), configs.cdiv(rank, config["BLOCK_R"])](
             out=out,
             seed=seed,
             refresh=step,
@@ -275,7 +275,7 @@ def gaussian_back_project_(param, low_rank, *, alpha=1.0, beta=1.0, left, seed, 
     d, channels = (m, n) if left else (n, m)
     config = configs.GAUSSIAN_BACK_PROJECT
     with on_device_of(param):
-        gaussian_back_project_kernel[groups(first, d), triton.cdiv(channels, config["BLOCK_C"])](
+        gaussian_back_project_kernel[groups(first, d), configs.cdiv(channels, config["BLOCK_C"])](
             param=param,
             low_rank=low_rank,
             seed=seed,

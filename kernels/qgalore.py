@@ -61,7 +61,7 @@ def launch_back_project_int8(codes, weight_scale, low_rank, basis, scalars, step
     m, n = codes.shape
     r = rank(basis)
     config = configs.back_project_int8(n=n, r=r, dtypes=(low_rank.dtype, basis.dtype), group_size=group_size, offset=offset)
-    back_project_int8_kernel[triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),](
+    back_project_int8_kernel[configs.cdiv(m, config["BLOCK_M"]) * configs.cdiv(n, config["BLOCK_N"]),](
         codes=codes,
         weight_scale=weight_scale,
         low_rank=low_rank,

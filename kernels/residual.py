@@ -245,7 +245,7 @@ def launch_ratio(low_rank_grad, out, exp_avg, exp_avg_sq, scalars, *, left, squa
     rows, cols = exp_avg.shape
     channels, r = (cols, rows) if left else (rows, cols)
     sums = torch.empty((3, channels), dtype=torch.float32, device=exp_avg.device)
-    ratio_kernel[triton.cdiv(channels, configs.ADAM["BLOCK_C"]),](
+    ratio_kernel[configs.cdiv(channels, configs.ADAM["BLOCK_C"]),](
         low_rank_grad=low_rank_grad,
         gram_grad=gram_grad,
         out=out,
@@ -296,7 +296,7 @@ def launch_residual(param, grad, scalars, *, rule, left, low_rank=None, low_rank
     m, n = param.shape
     r = 0 if basis is None else basis.shape[1]
     config = configs.residual_config(rule.value, r)
-    residual_kernel[triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),](
+    residual_kernel[configs.cdiv(m, config["BLOCK_M"]) * configs.cdiv(n, config["BLOCK_N"]),](
         param=param,
         grad=grad,
         low_rank=low_rank,

@@ -55,7 +55,7 @@ def _launch(steps, lr, beta1, beta2, weight_decay, scale, *, grad_scale=None, fo
     count, device = steps.numel(), steps.device
     rows = torch.empty((count, SLOTS.value), dtype=torch.float32, device=device)
     numbers = torch.empty(count, dtype=torch.int64, device=device) if draws else None
-    scalars_kernel[triton.cdiv(count, configs.SCALARS["BLOCK"]),](
+    scalars_kernel[configs.cdiv(count, configs.SCALARS["BLOCK"]),](
         steps=steps,
         lr=as_scalar(lr, device),
         grad_scale=grad_scale,
