@@ -57,7 +57,7 @@ def launch_adam(low_rank_grads, outs, *, left, exp_avgs, exp_avg_sqs, scalars, b
         return
     rows, cols = outs[0].shape
     channels, r = (cols, rows) if left else (rows, cols)
-    adam_kernel[triton.cdiv(channels, configs.ADAM["BLOCK_C"]), len(outs)](
+    adam_kernel[configs.cdiv(channels, configs.ADAM["BLOCK_C"]), len(outs)](
         low_rank_grad=tuple(low_rank_grads),
         out=tuple(outs),
         exp_avg=tuple(exp_avgs),

@@ -6,14 +6,14 @@ import triton.language as tl
 
 from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
-from lowrank_sys.kernels.common import (ALPHA, CORRECTION1, CORRECTION2, DECAY, as_scalar, is_off, on_device_of, step_scalars)
+from lowrank_sys.kernels.common import ALPHA, CORRECTION1, CORRECTION2, DECAY, is_off, on_device_of
 from lowrank_sys.kernels.int8 import aligned, count_left_out, update_int8
-from lowrank_sys.kernels.project import new_counters
-from lowrank_sys.kernels.qgalore import counter_steps
+from lowrank_sys.kernels.project import counters_of
 from lowrank_sys.kernels.residual import apollo_coefficients
+from lowrank_sys.kernels.scalars import advance, one_row
 
 
-@triton.jit(do_not_specialize=["seed", "parameter", "first"])
+@triton.jit(do_not_specialize=["seed", "parameter", "first"], do_not_specialize_on_alignment=["step"])
 def scaled_int8_kernel(codes, weight_scale, grad, coefficients, scalars, step, skipped, seed, parameter, first, m, n,
                        LEFT: tl.constexpr, INT8_GROUP: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr,
                        BLOCK_N: tl.constexpr):
@@ -49,7 +49,7 @@ def _update(codes, weight_scale, grad, *tensors, parameter, offset, scalars, cou
     m, n = codes.shape
     coefficients = apollo_coefficients(grad, *tensors, scalars, left=left, **hyper)
     config = configs.scaled_int8(group_size)
-    scaled_int8_kernel[triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),](
+    scaled_int8_kernel[configs.cdiv(m, config["BLOCK_M"]) * configs.cdiv(n, config["BLOCK_N"]),](
         codes=codes,
         weight_scale=weight_scale,
         grad=grad,
@@ -78,11 +78,10 @@ def apollo_int8_step(codes, weight_scale, grad, basis, exp_avg, exp_avg_sq, limi
     _ops.apollo_int8.check_apollo_int8(*tensors, left=left, parameter=parameter, offset=offset, group_size=group_size)
     _ops.rules.check_step_and_rate("apollo_int8_step", codes.device, step, lr)
     with on_device_of(codes):
-        steps = as_scalar(step, codes.device).reshape(1)
-        scalars = step_scalars(steps, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, scale=1.0)
-        _update(*tensors, parameter=parameter, offset=offset, scalars=scalars, count=counter_steps(steps), left=left, seed=seed,
+        scalars, counts = one_row(step, codes.device, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, draws=True)
+        _update(*tensors, parameter=parameter, offset=offset, scalars=scalars, count=counts, left=left, seed=seed,
                 group_size=group_size, skipped=None, beta1=beta1, beta2=beta2, eps=eps, scale=scale, per_tensor=per_tensor,
-                scale_front=scale_front, growth=growth, counters=new_counters(codes.device))
+                scale_front=scale_front, growth=growth, counters=counters_of(codes.device))
 
 
 def apollo_int8_step_list(codes, weight_scales, grads, bases, exp_avgs, exp_avg_sqs, limiters, steps, *, lr, beta1, beta2, eps,
@@ -95,13 +94,10 @@ def apollo_int8_step_list(codes, weight_scales, grads, bases, exp_avgs, exp_avg_
     if not rows:
         return
     with on_device_of(codes[0]):
-        active = None if found_inf is None else (found_inf.reshape(()) == 0).to(torch.float32)
-        torch._foreach_add_(steps, 1 if active is None else active)
-        counts = torch.stack(steps).to(torch.float64)
-        scalars = step_scalars(counts, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, scale=1.0, grad_scale=grad_scale,
-                               active=active)
-        counters = new_counters(codes[0].device)
-        for (*tensors, parameter, offset), row, count in zip(rows, scalars.split(1), counter_steps(counts)):
+        scalars, counts = advance(steps, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, grad_scale=grad_scale,
+                                  found_inf=found_inf, draws=True)
+        counters = counters_of(codes[0].device)
+        for (*tensors, parameter, offset), row, count in zip(rows, scalars.split(1), counts.split(1)):
             _update(*tensors, parameter=parameter, offset=offset, scalars=row, count=count, left=left, seed=seed,
                     group_size=group_size, skipped=skipped, beta1=beta1, beta2=beta2, eps=eps, scale=scale, per_tensor=per_tensor,
                     scale_front=scale_front, growth=growth, counters=counters)

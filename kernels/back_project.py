@@ -87,7 +87,7 @@ def launch_back_project(params, low_ranks, bases, scalars, *, left, step, skippe
     r = rank(basis)
     config = configs.config_for(configs.target(param.device).arch, "back_project", n=n, r=r,
                                 dtypes=(low_rank.dtype, basis.dtype, param.dtype))
-    back_project_kernel[triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]), len(params)](
+    back_project_kernel[configs.cdiv(m, config["BLOCK_M"]) * configs.cdiv(n, config["BLOCK_N"]), len(params)](
         param=tuple(params),
         low_rank=tuple(low_ranks),
         **arguments(bases),

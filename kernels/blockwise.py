@@ -9,9 +9,10 @@ import torch
 from lowrank_sys import _ops
 from lowrank_sys.kernels.back_project import launch_back_project
 from lowrank_sys.kernels.basis import Int4Basis
-from lowrank_sys.kernels.common import as_scalar, on_device_of, step_scalars
+from lowrank_sys.kernels.common import on_device_of
 from lowrank_sys.kernels.galore import launches
-from lowrank_sys.kernels.project import launch_project, new_counters
+from lowrank_sys.kernels.project import counters_of, launch_project
+from lowrank_sys.kernels.scalars import advance, as_scalar, one_row
 
 
 def _update(params, gradients, bases, *moments_and_steps, scalars, projected, left, beta1, beta2, eps, counters=None,
@@ -42,10 +43,10 @@ def galore_step_8bit(param, grad, basis, exp_avg, exp_avg_sq, exp_avg_absmax, ex
     _ops.rules.check_step_and_rate("galore_step_8bit", param.device, step, lr)
     with on_device_of(param):
         step = as_scalar(step, param.device)
-        scalars = step_scalars(step.reshape(1), lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, scale=scale)
+        scalars, _ = one_row(step, param.device, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, scale=scale)
         tensors = (param, grad, basis, *moments, step.to(torch.float32))
         _update(*([tensor] for tensor in tensors), scalars=scalars, projected=False, left=left, beta1=beta1,
-                beta2=beta2, eps=eps, counters=new_counters(param.device))
+                beta2=beta2, eps=eps, counters=counters_of(param.device))
 
 
 def _step_list(op, lists, *, projected, lr, beta1, beta2, eps, weight_decay, scale, left, group_size=None, grad_scale=None,
@@ -57,12 +58,10 @@ def _step_list(op, lists, *, projected, lr, beta1, beta2, eps, weight_decay, sca
         return
     bases = bases[0] if group_size is None else [Int4Basis(*parts, group_size) for parts in zip(*bases)]
     with on_device_of(params[0]):
-        active = None if found_inf is None else (found_inf.reshape(()) == 0).to(torch.float32)
-        torch._foreach_add_(steps, 1 if active is None else active)
         order = list(launches(params, gradients, bases))
-        rows = step_scalars(torch.stack([steps[i] for launch in order for i in launch]).to(torch.float64), lr=lr, beta1=beta1,
-                            beta2=beta2, weight_decay=weight_decay, scale=scale, grad_scale=grad_scale, active=active)
-        counters = None if projected else new_counters(params[0].device)
+        rows, _ = advance([steps[i] for launch in order for i in launch], lr=lr, beta1=beta1, beta2=beta2,
+                          weight_decay=weight_decay, scale=scale, grad_scale=grad_scale, found_inf=found_inf)
+        counters = None if projected else counters_of(params[0].device)
         for launch, scalars in zip(order, rows.split([len(launch) for launch in order])):
             tensors = ([items[i] for i in launch] for items in (params, gradients, bases, *moments, steps))
             _update(*tensors, scalars=scalars, projected=projected, left=left, beta1=beta1, beta2=beta2, eps=eps,

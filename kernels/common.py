@@ -1,7 +1,6 @@
-"""What the kernels share: products, Adam on a tile, rounding at the store, and the scalars of a step."""
+"""What the kernels share: products, Adam on a tile, rounding at the store, and where a step's scalars lie."""
 
 import contextlib
-import math
 
 import torch
 import triton
@@ -85,25 +84,3 @@ def precision():
 def on_device_of(tensor):
     """Make the tensor's device current: Triton launches on the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def as_scalar(value, device):
-    """A number or a 0-dim tensor as a 0-dim float64 tensor on `device`, without synchronisation."""
-    if isinstance(value, torch.Tensor) and value.device == device:
-        return value.detach().reshape(()).to(torch.float64)
-    return torch.full((), float(value), dtype=torch.float64, device=device)
-
-
-def step_scalars(steps, *, lr, beta1, beta2, weight_decay, scale, grad_scale=None, active=None):
-    """One row of scalars per entry of `steps` (k,) float64; everything stays on its device."""
-    lr = as_scalar(lr, steps.device)
-    one = torch.ones_like(lr)
-    columns = [None] * SLOTS.value
-    for slot, beta in ((CORRECTION1, beta1), (CORRECTION2, beta2)):
-        columns[slot.value] = -torch.expm1(steps * (math.log(beta) if beta > 0 else -math.inf))
-    columns[DECAY.value] = 1 - lr * weight_decay
-    columns[ALPHA.value] = -lr * scale
-    columns[GRAD_SCALE.value] = one if grad_scale is None else as_scalar(grad_scale, steps.device)
-    columns[ACTIVE.value] = one if active is None else active.to(torch.float64)
-    columns = [(one if column is None else column).expand_as(steps) for column in columns]
-    return torch.stack(columns, dim=1).to(torch.float32)

@@ -17,6 +17,11 @@ import triton
 OPTIONS = {"enable_fp_fusion": False, "maxnreg": 255}
 
 
+def cdiv(a, b):
+    """a / b, rounded up; on plain numbers, where Triton's own unwraps its arguments one by one."""
+    return -(-a // b)
+
+
 def _tile(num_warps, num_stages, **blocks):
     return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
 
@@ -80,6 +85,9 @@ COEFFICIENT = _tile(8, 1, BLOCK=1024)
 # Matrices of one shape that one launch serves at most; a group is cut into launches of 8, 4, 2 and 1.
 MOST = 8
 
+# The scalars of a step, a lane a matrix.
+SCALARS = _tile(4, 1, BLOCK=128)
+
 # Adam on an already projected gradient: elementwise but for the test of a channel.
 ADAM = _tile(4, 1, BLOCK_R=32, BLOCK_C=32)
 
@@ -123,7 +131,7 @@ class Target(NamedTuple):
 
 def together(m, n, card):
     """How many matrices (m, n) share a launch: many where one is too small to fill the card."""
-    tiles = triton.cdiv(m, 128) * triton.cdiv(n, 128)
+    tiles = cdiv(m, 128) * cdiv(n, 128)
     return MOST if tiles < card.counters else 1
 
 
@@ -145,6 +153,7 @@ def target(device):
     return Target(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
+@functools.cache
 def config_for(arch, kernel, *, n, r, dtypes):
     """Launch arguments of `kernel` on `arch` for W (m, n) and rank r; an unlisted architecture uses the next older table.
 
@@ -164,6 +173,7 @@ def int8_linear(*, m, n, back, dtype, group_size):
     return config
 
 
+@functools.cache
 def back_project_int8(*, n, r, dtypes, group_size, offset=0):
     """Launch arguments of the back-projection into an INT8 weight that begins at element `offset` of the unsharded tensor: rows
     that share no draws of random bits count as odd. One table serves every architecture."""
@@ -180,12 +190,14 @@ def back_project_int8_config(kind, r, group_size):
     return _tile(config["num_warps"], stages, BLOCK_M=max(16, config["ELEMENTS"] // wide), BLOCK_N=wide, BLOCK_R=deep)
 
 
+@functools.cache
 def scaled_int8(group_size):
     """Launch arguments of APOLLO's update of an INT8 weight: a tile of whole groups."""
     wide = max(128, group_size)
     return _tile(SCALED_INT8["num_warps"], SCALED_INT8["num_stages"], BLOCK_M=SCALED_INT8["ELEMENTS"] // wide, BLOCK_N=wide)
 
 
+@functools.cache
 def residual_config(rule, r):
     """Launch arguments of the residual kernel; no tile is much deeper than the rank."""
     config = RESIDUAL[rule]
@@ -198,6 +210,7 @@ def gaussian_project(arch):
     return {rank: config for rank, config in GAUSSIAN_PROJECT.items() if rank < 128 or not 100 <= arch < 120}
 
 
+@functools.cache
 def plan_gaussian_project(m, n, r, *, left, dtype, card):
     """Plan of R = project(G) for G (m, n) of `dtype` and a basis from its seed: split as `plan_project`, in whole groups."""
     by_rank = gaussian_project(card.arch)
@@ -206,6 +219,7 @@ def plan_gaussian_project(m, n, r, *, left, dtype, card):
     return _split(config, channels, depth, r, 64, depth + 63, dtype, card)
 
 
+@functools.cache
 def plan_project(m, n, r, *, left, dtypes, card):
     """Plan of R = project(G) for G (m, n) and B of `dtypes`.
 
@@ -222,6 +236,7 @@ def quantize_int8(depth):
     return QUANTIZE_INT8 | {"BLOCK_D": min(256, max(16, triton.next_power_of_2(depth)))}
 
 
+@functools.cache
 def plan_project_int8(m, n, r, *, left, dtype, card):
     """Plan of R = project(G) in INT8: split as `plan_project`, in whole groups."""
     config = PROJECT_INT8["odd" if m % 16 or n % 16 or r % 16 else "aligned"]
@@ -231,9 +246,9 @@ def plan_project_int8(m, n, r, *, left, dtype, card):
 
 def _split(config, channels, depth, r, block, span, dtype, card):
     """Plan that sums over `span` entries in blocks; `depth` of them, at least, are the gradient's."""
-    tiles = triton.cdiv(channels, config["BLOCK_C"]) * triton.cdiv(r, config["BLOCK_R"])
-    blocks = max(1, triton.cdiv(span, block))
-    fill = triton.cdiv(card.counters, max(1, tiles))
+    tiles = cdiv(channels, config["BLOCK_C"]) * cdiv(r, config["BLOCK_R"])
+    blocks = max(1, cdiv(span, block))
+    fill = cdiv(card.counters, max(1, tiles))
     splits = max(1, min(fill, blocks, depth * dtype.itemsize // (32 * r)))
-    chunk = triton.cdiv(blocks, splits)
-    return Plan(config, tiles, triton.cdiv(blocks, chunk), chunk * block)
+    chunk = cdiv(blocks, splits)
+    return Plan(config, tiles, cdiv(blocks, chunk), chunk * block)

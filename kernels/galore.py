@@ -7,9 +7,10 @@ from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.adam import launch_adam
 from lowrank_sys.kernels.back_project import launch_back_project
 from lowrank_sys.kernels.basis import rank
-from lowrank_sys.kernels.common import as_scalar, on_device_of, step_scalars
+from lowrank_sys.kernels.common import on_device_of
 from lowrank_sys.kernels.int8_gemm import launch_back_project_int8, launch_project_int8
-from lowrank_sys.kernels.project import launch_project, new_counters
+from lowrank_sys.kernels.project import counters_of, launch_project
+from lowrank_sys.kernels.scalars import advance, one_row
 
 
 def _update(params, gradients, bases, exp_avgs, exp_avg_sqs, scalars, *, projected, left, beta1, beta2, eps, counters,
@@ -46,10 +47,9 @@ def _update_in_int8(param, gradient, basis, exp_avg, exp_avg_sq, scalars, *, pro
 
 def _step(param, gradient, basis, exp_avg, exp_avg_sq, *, projected, step, lr, weight_decay, scale, beta1, beta2, **rest):
     with on_device_of(param):
-        scalars = step_scalars(as_scalar(step, param.device).reshape(1), lr=lr, beta1=beta1, beta2=beta2,
-                               weight_decay=weight_decay, scale=scale)
+        scalars, _ = one_row(step, param.device, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, scale=scale)
         _update([param], [gradient], [basis], [exp_avg], [exp_avg_sq], scalars, projected=projected, beta1=beta1, beta2=beta2,
-                counters=None if projected else new_counters(param.device), **rest)
+                counters=None if projected else counters_of(param.device), **rest)
 
 
 def launches(params, gradients, bases):
@@ -72,12 +72,10 @@ def _step_list(params, gradients, bases, exp_avgs, exp_avg_sqs, steps, *, projec
     if not params:
         return
     with on_device_of(params[0]):
-        active = None if found_inf is None else (found_inf.reshape(()) == 0).to(torch.float32)
-        torch._foreach_add_(steps, 1 if active is None else active)
         order = list(launches(params, gradients, bases))
-        rows = step_scalars(torch.stack([steps[i] for launch in order for i in launch]).to(torch.float64), lr=lr, beta1=beta1,
-                            beta2=beta2, weight_decay=weight_decay, scale=scale, grad_scale=grad_scale, active=active)
-        counters = None if projected else new_counters(params[0].device)
+        rows, _ = advance([steps[i] for launch in order for i in launch], lr=lr, beta1=beta1, beta2=beta2,
+                          weight_decay=weight_decay, scale=scale, grad_scale=grad_scale, found_inf=found_inf)
+        counters = None if projected else counters_of(params[0].device)
         for launch, scalars in zip(order, rows.split([len(launch) for launch in order])):
             tensors = ([items[i] for i in launch] for items in (params, gradients, bases, exp_avgs, exp_avg_sqs))
             _update(*tensors, scalars, projected=projected, beta1=beta1, beta2=beta2, counters=counters, **rest)

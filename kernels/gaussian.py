@@ -10,7 +10,7 @@ from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.common import dot, is_off, on_device_of, precision, store
 from lowrank_sys.kernels.epilogue import finish_sum
-from lowrank_sys.kernels.project import new_counters
+from lowrank_sys.kernels.project import counters_of
 from lowrank_sys.reference import gaussian as reference
 
 # A counter of Philox serves four rows that lie ROWS apart; a basis' counters have the tag in their second word.
@@ -235,7 +235,7 @@ def gaussian_basis_(out, *, seed, step, parameter, first=0):
         return
     config = configs.GAUSSIAN_BASIS
     with on_device_of(out):
-        gaussian_basis_kernel[groups(first, d), triton.cdiv(rank, config["BLOCK_R"])](
+        gaussian_basis_kernel[groups(first, d), configs.cdiv(rank, config["BLOCK_R"])](
             out=out,
             seed=seed,
             refresh=step,
@@ -257,7 +257,7 @@ def gaussian_project(grad, *, rank, left, seed, step, parameter, first=0):
     out = torch.empty((rank, n) if left else (m, rank), dtype=torch.float32, device=grad.device)
     if out.numel():
         with on_device_of(grad):
-            launch_gaussian_project(grad, out, left=left, counters=new_counters(grad.device), seed=seed, step=step,
+            launch_gaussian_project(grad, out, left=left, counters=counters_of(grad.device), seed=seed, step=step,
                                     parameter=parameter, first=first)
     return out
 
@@ -275,7 +275,7 @@ def gaussian_back_project_(param, low_rank, *, alpha=1.0, beta=1.0, left, seed, 
     d, channels = (m, n) if left else (n, m)
     config = configs.GAUSSIAN_BACK_PROJECT
     with on_device_of(param):
-        gaussian_back_project_kernel[groups(first, d), triton.cdiv(channels, config["BLOCK_C"])](
+        gaussian_back_project_kernel[groups(first, d), configs.cdiv(channels, config["BLOCK_C"])](
             param=param,
             low_rank=low_rank,
             seed=seed,

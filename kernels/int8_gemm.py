@@ -135,12 +135,12 @@ def back_project_int8_gemm_kernel(param, rows, row_scale, columns, column_scale,
 def quantized(x, *, columns):
     """codes (channels, depth) int8 and scales (channels, groups) of x, whose columns or rows are the channels."""
     depth, channels = x.shape if columns else x.shape[::-1]
-    groups = triton.cdiv(depth, GROUP.value)
+    groups = configs.cdiv(depth, GROUP.value)
     codes = torch.empty((channels, depth), dtype=torch.int8, device=x.device)
     scale = torch.empty((channels, groups), dtype=torch.float32, device=x.device)
     if codes.numel():
         config = configs.quantize_int8(depth)
-        quantize_kernel[triton.cdiv(channels, config["BLOCK_C"]), groups](
+        quantize_kernel[configs.cdiv(channels, config["BLOCK_C"]), groups](
             x=x,
             codes=codes,
             scale=scale,
@@ -199,7 +199,7 @@ def launch_back_project_int8(param, low_rank, basis, scalars, *, left, step, ski
     own, update = quantized(basis, columns=False), quantized(low_rank, columns=left)
     (rows, row_scale), (columns, column_scale) = (own, update) if left else (update, own)
     config = configs.BACK_PROJECT_INT8_GEMM
-    back_project_int8_gemm_kernel[triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),](
+    back_project_int8_gemm_kernel[configs.cdiv(m, config["BLOCK_M"]) * configs.cdiv(n, config["BLOCK_N"]),](
         param=param,
         rows=rows,
         row_scale=row_scale,

@@ -1,5 +1,7 @@
 """R = project(G): a GEMM with split-K, and Adam as its epilogue where the caller steps."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -99,8 +101,20 @@ def project_kernel(grad, basis, scale, offset, out, exp_avg, exp_avg_sq, squares
         finish(b_r, out, exp_avg, exp_avg_sq, scalars, o_tile, m_tile, beta1, beta2, gain1, gain2, eps, LEFT)
 
 
-def new_counters(device):
-    """Zeroed counters for any number of launches on one stream: they reset themselves."""
+def counters_of(device):
+    """Zeros that count finished splits: they reset themselves, so that one buffer serves all launches of a stream.
+
+    A graph under capture gets its own, which lives as long as the graph: two graphs may be replayed side by side.
+    """
+    if device.type != "cuda":
+        return _zeroed(device)
+    if torch.cuda.is_current_stream_capturing():
+        return _zeroed.__wrapped__(device)
+    return _zeroed(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.cache
+def _zeroed(device, stream=None):
     return torch.zeros(configs.MOST * configs.target(device).counters, dtype=torch.int32, device=device)
 
 
@@ -159,7 +173,7 @@ def project(grad, basis, *, left, int8_gemm=False):
         return _project(grad, basis, _ops.low_rank_shape(grad, basis, left), left)
     out = torch.empty(_ops.low_rank_shape(grad, basis, left), dtype=torch.float32, device=grad.device)
     with on_device_of(grad):
-        launch_project_int8(grad, basis, out, left=left, counters=new_counters(grad.device))
+        launch_project_int8(grad, basis, out, left=left, counters=counters_of(grad.device))
     return out
 
 
@@ -173,5 +187,5 @@ def project_int4(grad, packed, scale, offset, *, left, group_size=256):
 def _project(grad, basis, shape, left):
     out = torch.empty(shape, dtype=torch.float32, device=grad.device)
     with on_device_of(grad):
-        launch_project([grad], [basis], [out], left=left, counters=new_counters(grad.device))
+        launch_project([grad], [basis], [out], left=left, counters=counters_of(grad.device))
     return out

@@ -11,13 +11,14 @@ from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.back_project import back_tile
 from lowrank_sys.kernels.basis import Int4Basis, arguments, rank
-from lowrank_sys.kernels.common import (ALPHA, DECAY, SLOTS, as_scalar, is_off, on_device_of, pick, precision, step_scalars)
+from lowrank_sys.kernels.common import ALPHA, DECAY, SLOTS, is_off, on_device_of, pick, precision
 from lowrank_sys.kernels.galore import launches
 from lowrank_sys.kernels.int8 import aligned, count_left_out, update_int8
-from lowrank_sys.kernels.project import launch_project, new_counters
+from lowrank_sys.kernels.project import counters_of, launch_project
+from lowrank_sys.kernels.scalars import advance, as_scalar, one_row
 
 
-@triton.jit(do_not_specialize=["seed", "parameter", "first"])
+@triton.jit(do_not_specialize=["seed", "parameter", "first"], do_not_specialize_on_alignment=["step"])
 def back_project_int8_kernel(codes, weight_scale, low_rank, basis, scale, offset, scalars, step, skipped, seed, parameter, first,
                              m, n, r, width, LEFT: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
                              GROUP: tl.constexpr, INT8_GROUP: tl.constexpr, ALIGNED: tl.constexpr,
@@ -60,7 +61,7 @@ def launch_back_project_int8(codes, weight_scale, low_rank, basis, scalars, step
     m, n = codes.shape
     r = rank(basis)
     config = configs.back_project_int8(n=n, r=r, dtypes=(low_rank.dtype, basis.dtype), group_size=group_size, offset=offset)
-    back_project_int8_kernel[triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),](
+    back_project_int8_kernel[configs.cdiv(m, config["BLOCK_M"]) * configs.cdiv(n, config["BLOCK_N"]),](
         codes=codes,
         weight_scale=weight_scale,
         low_rank=low_rank,
@@ -100,7 +101,7 @@ def back_project_int8_(codes, scale, low_rank, basis, basis_scale=None, basis_of
         for slot, value in ((ALPHA, alpha), (DECAY, decay)):
             scalars[slot.value] = as_scalar(value, device)
         launch_back_project_int8(codes, scale, low_rank, _basis(basis, basis_scale, basis_offset, basis_group_size), scalars,
-                                 counter_steps(as_scalar(step, device)), left=left, is_step=False, seed=seed,
+                                 counter_steps(as_scalar(step, device).double()), left=left, is_step=False, seed=seed,
                                  parameter=parameter, offset=offset, group_size=group_size)
 
 
@@ -134,13 +135,14 @@ def _one(op, projected):
                                    basis_group_size=basis_group_size)
         _ops.rules.check_step_and_rate(op, codes.device, step, lr)
         with on_device_of(codes):
-            steps = as_scalar(step, codes.device).reshape(1)
-            scalars = step_scalars(steps, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, scale=scale)
+            step = as_scalar(step, codes.device)
+            scalars, counts = one_row(step, codes.device, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, scale=scale,
+                                      draws=True)
             tensors = (codes, weight_scale, gradient, _basis(basis, basis_scale, basis_offset, basis_group_size), *moments,
-                       steps[0].to(torch.float32))
+                       step.to(torch.float32))
             _update(*([tensor] for tensor in tensors), parameters=[parameter], offsets=[offset], scalars=scalars,
-                    counts=counter_steps(steps), projected=projected, left=left, beta1=beta1, beta2=beta2, eps=eps, seed=seed,
-                    group_size=group_size, counters=None if projected else new_counters(codes.device))
+                    counts=counts, projected=projected, left=left, beta1=beta1, beta2=beta2, eps=eps, seed=seed,
+                    group_size=group_size, counters=None if projected else counters_of(codes.device))
 
     return one
 
@@ -158,15 +160,13 @@ def _many(op, projected):
         steps = lists[-1]
         columns = (codes, weight_scales, gradients, bases, m, v, m_absmax, v_absmax, steps)
         with on_device_of(codes[0]):
-            active = None if found_inf is None else (found_inf.reshape(()) == 0).to(torch.float32)
-            torch._foreach_add_(steps, 1 if active is None else active)
             order = list(launches(codes, gradients, bases))
-            counts = torch.stack([steps[i] for launch in order for i in launch]).to(torch.float64)
-            scalars = step_scalars(counts, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, scale=scale,
-                                   grad_scale=grad_scale, active=active)
+            scalars, counts = advance([steps[i] for launch in order for i in launch], lr=lr, beta1=beta1, beta2=beta2,
+                                      weight_decay=weight_decay, scale=scale, grad_scale=grad_scale, found_inf=found_inf,
+                                      draws=True)
             sizes = [len(launch) for launch in order]
-            counters = None if projected else new_counters(codes[0].device)
-            for launch, its_scalars, its_counts in zip(order, scalars.split(sizes), counter_steps(counts).split(sizes)):
+            counters = None if projected else counters_of(codes[0].device)
+            for launch, its_scalars, its_counts in zip(order, scalars.split(sizes), counts.split(sizes)):
                 _update(*([items[i] for i in launch] for items in columns), parameters=[parameters[i] for i in launch],
                         offsets=[offsets[i] for i in launch], scalars=its_scalars, counts=its_counts, projected=projected,
                         left=left, beta1=beta1, beta2=beta2, eps=eps, seed=seed, group_size=group_size, counters=counters,

@@ -11,10 +11,11 @@ import triton.language as tl
 from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.adam import launch_adam
-from lowrank_sys.kernels.common import (ALPHA, CORRECTION1, CORRECTION2, DECAY, GRAD_SCALE, as_scalar, dot, is_off,
-                                        on_device_of, precision, step_scalars, store)
+from lowrank_sys.kernels.common import (ALPHA, CORRECTION1, CORRECTION2, DECAY, GRAD_SCALE, dot, is_off, on_device_of,
+                                        precision, store)
 from lowrank_sys.kernels.gaussian import launch_gaussian_project
-from lowrank_sys.kernels.project import launch_project, new_counters
+from lowrank_sys.kernels.project import counters_of, launch_project
+from lowrank_sys.kernels.scalars import advance, one_row
 from lowrank_sys.reference.residual import TINY as tiny
 
 TINY = tl.constexpr(tiny)
@@ -244,7 +245,7 @@ def launch_ratio(low_rank_grad, out, exp_avg, exp_avg_sq, scalars, *, left, squa
     rows, cols = exp_avg.shape
     channels, r = (cols, rows) if left else (rows, cols)
     sums = torch.empty((3, channels), dtype=torch.float32, device=exp_avg.device)
-    ratio_kernel[triton.cdiv(channels, configs.ADAM["BLOCK_C"]),](
+    ratio_kernel[configs.cdiv(channels, configs.ADAM["BLOCK_C"]),](
         low_rank_grad=low_rank_grad,
         gram_grad=gram_grad,
         out=out,
@@ -295,7 +296,7 @@ def launch_residual(param, grad, scalars, *, rule, left, low_rank=None, low_rank
     m, n = param.shape
     r = 0 if basis is None else basis.shape[1]
     config = configs.residual_config(rule.value, r)
-    residual_kernel[triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),](
+    residual_kernel[configs.cdiv(m, config["BLOCK_M"]) * configs.cdiv(n, config["BLOCK_N"]),](
         param=param,
         grad=grad,
         low_rank=low_rank,
@@ -376,9 +377,8 @@ def _one(run, param, *tensors, step, lr, beta1, beta2, weight_decay, **rest):
     if param.numel() == 0:
         return
     with on_device_of(param):
-        scalars = step_scalars(as_scalar(step, param.device).reshape(1), lr=lr, beta1=beta1, beta2=beta2,
-                               weight_decay=weight_decay, scale=1.0)
-        run(param, *tensors, scalars, beta1=beta1, beta2=beta2, counters=new_counters(param.device), skipped=None, **rest)
+        scalars, _ = one_row(step, param.device, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay)
+        run(param, *tensors, scalars, beta1=beta1, beta2=beta2, counters=counters_of(param.device), skipped=None, **rest)
 
 
 def _many(run, columns, steps, *, lr, beta1, beta2, weight_decay, grad_scale, found_inf, skipped, **rest):
@@ -386,11 +386,9 @@ def _many(run, columns, steps, *, lr, beta1, beta2, weight_decay, grad_scale, fo
     if not params:
         return
     with on_device_of(params[0]):
-        active = None if found_inf is None else (found_inf.reshape(()) == 0).to(torch.float32)
-        torch._foreach_add_(steps, 1 if active is None else active)
-        rows = step_scalars(torch.stack(steps).to(torch.float64), lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
-                            scale=1.0, grad_scale=grad_scale, active=active)
-        counters = new_counters(params[0].device)
+        rows, _ = advance(steps, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, grad_scale=grad_scale,
+                          found_inf=found_inf)
+        counters = counters_of(params[0].device)
         for *tensors, scalars in zip(*columns, rows.split(1)):
             if tensors[0].numel():
                 run(*tensors, scalars, beta1=beta1, beta2=beta2, counters=counters, skipped=skipped, **rest)

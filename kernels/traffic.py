@@ -126,6 +126,17 @@ def _and_apply(first, m, n, r, *, left, param, basis, card):
     return _sum(first, second)
 
 
+def scalars(matrices, *, step, rate, draws=False):
+    """The scalars of a step; step and rate are types. The rate is read once a block of matrices."""
+    blocks = triton.cdiv(matrices, configs.SCALARS["BLOCK"])
+    return {
+        "steps": Bytes(matrices * step.itemsize, 0),
+        "lr": Bytes(blocks * rate.itemsize, 0),
+        "rows": Bytes(0, matrices * 6 * FP32),
+        "draws": Bytes(0, matrices * torch.int64.itemsize if draws else 0),
+    }
+
+
 def galore_step(m, n, r, *, left, param, grad, basis, card):
     """Both kernels of a step. W and G are the only full-sized tensors: W once each way, G once per tile of r."""
     first = project(m, n, r, left=left, grad=grad, basis=basis, card=card, out=basis, moments=True)

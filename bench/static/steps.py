@@ -3,7 +3,7 @@
 import itertools
 
 from lowrank_sys.bench.static.kernel import FLOATS, Kernel
-from lowrank_sys.kernels import adam, back_project, configs, project
+from lowrank_sys.kernels import adam, back_project, configs, project, scalars
 
 MOMENTS = dict.fromkeys(("exp_avg", "exp_avg_sq", "scalars"), "*fp32")
 SAME = [("bf16", "bf16"), ("fp16", "fp16")]
@@ -72,7 +72,20 @@ def back_project_tensors(types, variant):
     return tensors | {"scalars": "*fp32"} | ({"skipped": "*i64"} if "counted" in variant else {})
 
 
+def scalars_tensors(types, variant):
+    """Steps are fp32 counters or what a caller counts in; only random bits ask for numbers."""
+    numbers = dict.fromkeys(("log_beta1", "log_beta2", "weight_decay", "scale"), "fp32")
+    return ({"steps": f"*{types[0]}", "lr": f"*{types[1]}", "rows": "*fp32", "count": "i32"} | numbers
+            | ({"draws": "*i64"} if "draws" in variant else {})
+            | ({"grad_scale": "*fp32", "found_inf": "*fp32"} if "guarded" in variant else {}))
+
+
 KERNELS = {
+    "scalars": Kernel(
+        scalars.scalars_kernel, lambda arch: {("any", 0): configs.SCALARS},
+        lambda kind: list(itertools.product([("fp32", "fp32"), ("i64", "fp64")], ("plain", "draws", "advance+guarded+draws"))),
+        scalars_tensors, product=False, sizes={"any": ("aligned",)},
+        constants=lambda variant, config: {"ADVANCE": "advance" in variant}),
     "project": Kernel(
         project.project_kernel, rows_of("project"), project_calls, project_tensors,
         always=in_one_type(2, "step+split"), constants=group,

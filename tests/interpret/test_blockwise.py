@@ -153,7 +153,8 @@ def test_traffic(lane, meter, left, monkeypatch):
     monkeypatch.setattr(configs, "target", lambda _: card)
     case = with_codes(lane, 208, 144, 16, left, BF16, BF16, BF16)
     galore_step_8bit(*tensors(case), step=1, lr=1e-2, left=left, **lane.hyper)
-    first, second = meter.launches
+    scalars, first, second = meter.launches
+    assert scalars.kernel == "scalars_kernel"
     kind = {"left": left, "basis": BF16, "card": card}
     wanted = (traffic.project(208, 144, 16, grad=BF16, **kind),
               traffic.back_project(208, 144, 16, param=BF16, low_rank=BF16, **kind))

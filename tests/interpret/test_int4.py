@@ -7,8 +7,8 @@ from lowrank_sys import reference
 from lowrank_sys.kernels import configs, traffic
 from lowrank_sys.kernels.back_project import back_project_int4_, launch_back_project
 from lowrank_sys.kernels.basis import Int4Basis
-from lowrank_sys.kernels.common import step_scalars
-from lowrank_sys.kernels.project import launch_project, new_counters, project_int4
+from lowrank_sys.kernels.project import counters_of, launch_project, project_int4
+from lowrank_sys.kernels.scalars import advance
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
@@ -77,9 +77,9 @@ def test_a_step_of_two_matrices_with_adam_as_the_epilogue(lane, dtype, left):
     cases, bases = zip(*pairs)
     before = [case.param.clone() for case in cases]
     hyper = {key: value for key, value in lane.hyper.items() if key != "eps"}
-    scalars = step_scalars(torch.full((2,), 3.0, dtype=torch.float64, device=lane.device), lr=1e-2, **hyper)
+    scalars, _ = advance([torch.full((), 2.0, device=lane.device) for _ in range(2)], lr=1e-2, **hyper)
     updates = [torch.empty_like(case.exp_avg) for case in cases]
-    launch_project([case.grad for case in cases], bases, updates, left=left, counters=new_counters(lane.device),
+    launch_project([case.grad for case in cases], bases, updates, left=left, counters=counters_of(lane.device),
                    exp_avgs=[case.exp_avg for case in cases], exp_avg_sqs=[case.exp_avg_sq for case in cases], scalars=scalars,
                    beta1=0.9, beta2=0.999, eps=1e-8)
     launch_back_project([case.param for case in cases], updates, bases, scalars, left=left, step=True)

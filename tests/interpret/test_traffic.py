@@ -36,7 +36,7 @@ def test_galore_step(lane, meter, card, shape, dtype, left):
     m, n, r = shape
     case = lane.case(m, n, r, left, dtype, dtype, dtype)
     galore_step(*case.tensors(), step=1, lr=1e-2, left=left, **lane.hyper)
-    first, second = meter.launches
+    _, first, second = meter.launches
     kind = {"left": left, "basis": dtype, "card": card}
     assert_bytes(meter, first, traffic.project(m, n, r, grad=dtype, out=dtype, moments=True, **kind))
     assert_bytes(meter, second, traffic.back_project(m, n, r, param=dtype, low_rank=dtype, **kind))
@@ -58,7 +58,7 @@ def test_a_shared_launch_moves_the_bytes_of_its_matrices(lane, meter, card, left
     steps = [torch.zeros((), device=lane.device) for _ in cases]
     galore_step_list(*map(list, zip(*(case.tensors() for case in cases))), steps, lr=torch.tensor(1e-2), left=left,
                      **lane.hyper)
-    first, second = meter.launches
+    _, first, second = meter.launches
     kind = {"left": left, "basis": FP32, "card": card}
     four = [{name: (4 * loaded, 4 * stored) for name, (loaded, stored) in rows.items()}
             for rows in (traffic.project(208, 528, 16, grad=FP32, out=FP32, moments=True, **kind),
@@ -84,7 +84,7 @@ def test_partials_are_used_and_bounded(lane, meter, card, left):
 def test_subspace_step(lane, meter, card, left):
     case = lane.case(140, 150, 70, left)
     subspace_step(*case.tensors("low_rank"), step=1, lr=1e-2, left=left, **lane.hyper)
-    first, second = meter.launches
+    _, first, second = meter.launches
     assert_bytes(meter, first, traffic.adam(140, 150, 70, left=left, out=FP32))
     rows = traffic.back_project(140, 150, 70, left=left, param=FP32, low_rank=FP32, basis=FP32, card=card)
     assert_bytes(meter, second, rows)

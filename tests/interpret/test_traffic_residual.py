@@ -21,8 +21,10 @@ def card(device, monkeypatch):
 
 
 def assert_launches(meter, launches):
-    assert len(meter.launches) == len(launches)
-    for launch, rows in zip(meter.launches, launches):
+    """Beside the scalars of a step."""
+    counted = [launch for launch in meter.launches if launch.kernel != "scalars_kernel"]
+    assert len(counted) == len(launches)
+    for launch, rows in zip(counted, launches):
         names = {name for name in launch.counts if name not in SMALL}
         for name in names | rows.keys():
             assert meter.bytes(launch, name) == rows.get(name, (0, 0)), (launch.kernel, name)
