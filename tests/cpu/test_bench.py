@@ -370,7 +370,7 @@ def steal(monkeypatch, disturbed):
 def test_disturbed_rounds_are_replaced(monkeypatch):
     steal(monkeypatch, itertools.cycle([False, True]))
     calls, timer = itertools.count(), timing.Timer("cpu")
-    monkeypatch.setattr(timing.Timer, "__call__", lambda self, function: function())
+    monkeypatch.setattr(timing.Timer, "_time", lambda self, prepared: prepared.run())
     times = timer.interleave({"a": lambda: next(calls)}, seconds=1e-9, at_least=2, at_most=2, warmup=0)
     assert times == {"a": [0, 1]} and not timer.quiet  # no patience is left: what there is
     steal(monkeypatch, itertools.cycle([False, True]))
