@@ -20,8 +20,8 @@ from lowrank_sys.bench.device.setting import Failed, Setting, Skipped, failures,
 from lowrank_sys.cli import CommandError
 
 # Phase -> (share of the seconds, GiB that the card must have).
-PHASES = {"facts": (0.08, 4), "smoke": (0.12, 4), "lane": (0.25, 16), "kernels": (0.25, 8), "training": (0.2, 23),
-          "sanitizer": (0.05, 4), "counters": (0.05, 4)}
+PHASES = {"facts": (0.05, 4), "smoke": (0.1, 4), "lane": (0.2, 16), "kernels": (0.25, 8), "training": (0.2, 23),
+          "sanitizer": (0.1, 4), "counters": (0.1, 4)}
 # What the tools of a phase run, by themselves no phases.
 CALLS = {"small-calls": "small", "large-calls": "large"}
 OLDEST = (8, 0)
@@ -101,8 +101,8 @@ def _watch(name, args, seconds):
                 break
         if verdict == "died" and (parts := failures(read(rows))):
             said = f"{', '.join(parts)}: {said}"
-    if verdict in ("ok", "failed") and (behind := [row for row in read(rows) if "left_out" in row]):
-        said = f"{said}; {len(behind[-1]['left_out'])} parts left out: {behind[-1]['why']}".lstrip("; ")
+    if behind := [row for row in read(rows) if "left_out" in row]:
+        said += f"; {len(behind[-1]['left_out'])} left out: {behind[-1]['why']}"
     return {"phase": name, "verdict": verdict, "seconds": time.monotonic() - start, "said": said,
             **({} if verdict in ("ok", "skipped") else {"log": text[-LOG:] if seconds > 0 else ""})}
 

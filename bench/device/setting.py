@@ -58,8 +58,7 @@ class Setting(NamedTuple):
             if name in begun:
                 continue
             if self.left < reserve:
-                self.write(left_out=[other for other in parts if other not in begun and other != name] + [name],
-                           why=f"{self.seconds:.0f} s are over")
+                self.write(left_out=[other for other in parts if other not in begun], why="the time was over")
                 break
             begun.add(name)
             self.write(begin=name)
@@ -72,9 +71,9 @@ class Setting(NamedTuple):
                 self.write(part=name, failed=f"{type(error).__name__}: {error}", traceback=traceback.format_exc()[-4000:])
                 if not self.dry:
                     torch.cuda.synchronize()
-        wrong = failures(read(self.rows))
-        if wrong:
-            raise Failed(f"{len(wrong)} failed: {', '.join(wrong)}")
+        if wrong := failures(read(self.rows)):
+            raise Failed(f"{len(wrong)} of {len(begun)} failed: {', '.join(wrong)}")
+        print(f"{len(begun)} of {len(parts)} done")
 
 
 def read(path):
