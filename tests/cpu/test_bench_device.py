@@ -16,55 +16,66 @@ from lowrank_sys.bench.device import command
 from lowrank_sys.bench.device import kernels as phase_kernels
 from lowrank_sys.bench.device.setting import Failed, Setting, Skipped, failures, read
 
-ABSENT = ("datasets", "bitsandbytes", "torchao")
+# What the phases' processes do before anything else.
+HIDE = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+absent = ("datasets", "bitsandbytes", "torchao")
+PathFinder.find_spec = classmethod(lambda cls, name, *rest: None if name.partition(".")[0] in absent else find(name, *rest))
+"""
+DIE = """
+import sys
+if "smoke" in sys.orig_argv and "--phase" in sys.orig_argv:
+    import os, signal
+    from lowrank_sys.bench.device import smoke
+    checked = smoke._checked
+    smoke._checked = lambda case: os.kill(os.getpid(), signal.SIGSEGV) if (case.op, case.left) == ("project", True) else checked(case)
+"""
 
 
-def say(folder, **modules):
-    """Modules that the phases' processes find before any other of that name."""
-    for name, text in modules.items():
-        (folder / f"{name}.py").write_text(text)
-    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+def before(patch, folder, code):
+    """Let every process of Python run `code` first."""
+    (folder / "sitecustomize.py").write_text(code)
+    patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
 
 
-@pytest.fixture(scope="module")
-def dry(tmp_path_factory):
-    """The folder of a dry run of everything where datasets and the peers cannot be imported, and its exit code."""
-    folder = tmp_path_factory.mktemp("device")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", say(folder, **dict.fromkeys(ABSENT, "raise ImportError('not here')")))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        code = cli.main(["bench", "device", "--dry-run", "--seconds", "900", "--out", str(folder / "out")])
-    return folder / "out", code
-
-
-def test_a_dry_run_goes_through_all_phases(dry):
-    out, code = dry
+def test_a_dry_run_goes_through_all_phases(monkeypatch, tmp_path):
+    """Where datasets and the peers cannot be imported. One test: it takes a minute."""
+    out = tmp_path / "out"
+    before(monkeypatch, tmp_path, HIDE)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    code = cli.main(["bench", "device", "--dry-run", "--seconds", "900", "--out", str(out)])
     summary = json.loads((out / "summary.json").read_text())
     assert [(row["phase"], row["verdict"]) for row in summary["phases"]] == [(name, "ok") for name in command.PHASES], summary
     assert code == 0 and summary["dry_run"]
     assert {path.name for path in out.iterdir()} == {
         "summary.json", "facts.jsonl", "smoke.jsonl", "lane.txt", "kernels.jsonl", "training.jsonl", "sanitizer.txt",
         "counters.txt"}
+    facts_name_who_serves_and_who_is_missing(read(out / "facts.jsonl"))
+    smoke_has_every_op_on_every_side(read(out / "smoke.jsonl"))
+    kernels_has_every_op_and_its_peers(read(out / "kernels.jsonl"))
+    training_has_its_runs_and_a_profile(read(out / "training.jsonl"))
+    assert "12 calls" in (out / "sanitizer.txt").read_text() and "4 calls" in (out / "counters.txt").read_text()
+    assert "needs a CUDA device" in (out / "lane.txt").read_text()
 
 
-def test_facts_name_who_serves_and_who_is_missing(dry):
-    rows = read(dry[0] / "facts.jsonl")
+def facts_name_who_serves_and_who_is_missing(rows):
     assert rows[0]["torch"] == torch.__version__ and rows[0]["native build"]
     assert next(row["missing"] for row in rows if "missing" in row).keys() == {"bitsandbytes", "torchao"}
     assert {row["op"] for row in rows if "op" in row} == {row.op for row in backends.table()}
     assert rows[-1]["ceilings"]["copy_gb_per_s"] > 0
 
 
-def test_smoke_has_every_op_on_every_side(dry):
-    rows = [row for row in read(dry[0] / "smoke.jsonl") if "check" in row]
+def smoke_has_every_op_on_every_side(rows):
+    rows = [row for row in rows if "check" in row]
     assert {row["op"] for row in rows} == set(OPS) and {row["check"] for row in rows} == {"ok"}
     for name, op in OPS.items():
         found = sorted((row["dtype"], row["side"] or "") for row in rows if row["op"] == name)
         assert found == sorted((dtype, side) for dtype in ("fp32", "bf16") for side in (["left", "right"] if op.sided else [""]))
 
 
-def test_kernels_has_every_op_and_its_peers(dry):
-    rows = [row for row in read(dry[0] / "kernels.jsonl") if "variant" in row]
+def kernels_has_every_op_and_its_peers(rows):
+    rows = [row for row in rows if "variant" in row]
     assert {row["op"] for row in rows} == set(OPS)
     for name, op in OPS.items():
         mine = [row for row in rows if row["op"] == name]
@@ -78,28 +89,14 @@ def test_kernels_has_every_op_and_its_peers(dry):
         assert all(row["over"].keys() == op.bases.keys() - {"bitsandbytes", "torchao"} for row in served)
 
 
-def test_training_has_its_runs_and_a_profile(dry):
-    rows = read(dry[0] / "training.jsonl")
+def training_has_its_runs_and_a_profile(rows):
     assert [row["method"] for row in rows if "tokens_per_s" in row] == ["q-galore", "galore", "adamw"]
     shares = [row["share"] for row in rows if "kernel" in row]
     assert shares == sorted(shares, reverse=True) and 0.3 < sum(shares) <= 1 + 1e-9
 
 
-def test_tools_run_their_calls(dry):
-    assert "12 calls" in (dry[0] / "sanitizer.txt").read_text() and "4 calls" in (dry[0] / "counters.txt").read_text()
-    assert "needs a CUDA device" in (dry[0] / "lane.txt").read_text()
-
-
 def test_a_phase_that_dies_is_named_and_leaves_the_others(capsys, monkeypatch, tmp_path):
-    dies = """
-import sys
-if "smoke" in sys.orig_argv and "--phase" in sys.orig_argv:
-    import os, signal
-    from lowrank_sys.bench.device import smoke
-    checked = smoke._checked
-    smoke._checked = lambda case: os.kill(os.getpid(), signal.SIGSEGV) if (case.op, case.left) == ("project", True) else checked(case)
-"""
-    monkeypatch.setenv("PYTHONPATH", say(tmp_path, sitecustomize=dies))
+    before(monkeypatch, tmp_path, DIE)
     out = tmp_path / "out"
     code = cli.main(["bench", "device", "--dry-run", "--out", str(out), "--only", "facts", "smoke", "--ops", "project"])
     said, err = capsys.readouterr()
