@@ -129,8 +129,8 @@ OPS = {
         _adam_inputs, _adam_8bit,
         traffic=lambda c: c.element * 3 * c.matrix + _bytes_of_codes(c.matrix),
         flop=lambda c: 16 * c.matrix,
-        bases={"bitsandbytes": bitsandbytes_adamw, "torchao": torchao_adamw}, overload="adam_8bit_", oracle=reference.adam_8bit_, ranked=False,
-        sided=False, truth=_adam_truth),
+        bases={"bitsandbytes": bitsandbytes_adamw, "torchao": torchao_adamw}, overload="adam_8bit_",
+        oracle=reference.adam_8bit_, ranked=False, sided=False, truth=_adam_truth),
     "adam_8bit_low_rank_": Op(
         _low_rank_inputs, _adam_8bit_low_rank, traffic=_low_rank_bytes, flop=lambda c: 16 * c.low_rank,
         bases={"copy": copy_of(_low_rank_bytes)}, overload="adam_8bit_low_rank_", oracle=reference.adam_8bit_low_rank_,

@@ -110,12 +110,14 @@ OPS = {
         overload="int8_update_", oracle=reference.int8_update_, ranked=False, sided=False, exact=True),
     "int8_linear": Op(
         _linear_inputs, lambda f, t, c: [f(t["x"], t["codes"], t["scale"])], traffic=_product_bytes,
-        flop=lambda c: 2 * TOKENS * c.matrix, bases={"gemm": gemm("x", False), "dequantise-gemm": dequantised("x", False)},
+        flop=lambda c: 2 * TOKENS * c.matrix,
+        bases={"gemm": gemm("x", False), "dequantise-gemm": dequantised("x", False)},
         overload="int8_linear",
         oracle=reference.int8_linear, truth=lambda x, codes, scale: x @ _dense(codes, scale).T, ranked=False, sided=False),
     "int8_linear_backward": Op(
         _backward_inputs, lambda f, t, c: [f(t["grad_out"], t["codes"], t["scale"])], traffic=_product_bytes,
-        flop=lambda c: 2 * TOKENS * c.matrix, bases={"gemm": gemm("grad_out", True), "dequantise-gemm": dequantised("grad_out", True)},
+        flop=lambda c: 2 * TOKENS * c.matrix,
+        bases={"gemm": gemm("grad_out", True), "dequantise-gemm": dequantised("grad_out", True)},
         overload="int8_linear_backward",
         oracle=reference.int8_linear_backward, truth=lambda dy, codes, scale: dy @ _dense(codes, scale), ranked=False,
         sided=False),

@@ -85,6 +85,6 @@ OPS = {
     "newton_schulz": Op(
         lambda case, randn: {"x": randn(case.m, case.n)}, lambda f, t, c: [f(t["x"], steps=STEPS)],
         traffic=lambda c: c.element * c.matrix + 4 * (2 * STEPS + 1) * c.matrix, flop=_newton_schulz_flop,
-        bases={"gemms": newton_schulz_products, "bf16": _in_bf16}, overload="newton_schulz", oracle=orthogonalize.newton_schulz, ranked=False,
-        sided=False, truth=orthogonalize.iterate),
+        bases={"gemms": newton_schulz_products, "bf16": _in_bf16}, overload="newton_schulz",
+        oracle=orthogonalize.newton_schulz, ranked=False, sided=False, truth=orthogonalize.iterate),
 }

@@ -3,7 +3,7 @@
 from lowrank_sys.bench.device import tool
 
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "LaunchStats", "Occupancy")
-MOST = 40  # kernels
+MOST = 80  # launches
 
 
 def run(setting):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -24,19 +25,25 @@ def ourselves(setting, phase):
             f"{setting.seconds:g}", *(["--dry-run"] if setting.dry else [])]
 
 
-def run(setting, command, **environment):
-    """Append the output of a command; returns (exit code, its last line)."""
-    path = setting.out / f"{setting.phase}.txt"
-    with path.open("a", encoding="utf-8", errors="replace") as file:
+def expect(setting, command, **environment):
+    """Append the output of a command, print its last line; Failed with that line if it fails.
+
+    One that takes all the time is interrupted as by hand, so that it can say what it has.
+    """
+    path, late = setting.out / f"{setting.phase}.txt", False
+    with path.open("a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(command)}\n")
         file.flush()
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}).returncode
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return code, lines[-1]
-
-
-def expect(setting, command, **environment):
-    code, last = run(setting, command, **environment)
-    if code:
-        raise Failed(f"exit code {code}: {last}")
+        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment})
+        try:
+            child.wait(max(setting.left, 0))
+        except subprocess.TimeoutExpired:
+            late = True
+            child.send_signal(signal.SIGINT)
+            child.wait()  # whoever watches this phase ends it at its limit
+    last = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
+    if late:
+        raise Failed(f"interrupted after {setting.seconds:.0f} s: {last}")
+    if child.returncode:
+        raise Failed(f"exit code {child.returncode}: {last}")
     print(last)

@@ -15,6 +15,7 @@ from lowrank_sys.bench.device.setting import Skipped
 # What a card of 24 GB can give: the context and the desktop take the rest.
 CAP = int(22.5 * 2**30)
 PROFILED = 25  # kernels
+RESERVE = 20.0  # seconds without which no run begins
 
 
 class Run(NamedTuple):
@@ -47,7 +48,8 @@ def run(setting):
         raise Skipped(why)
     runs, built = TOYS if setting.dry else RUNS, Models(setting.device)
     setting.write(**machine.describe(setting.device))
-    setting.each({each.name: functools.partial(_rows, each, built) for each in runs})
+    setting.each({each.name: functools.partial(_rows, each, built) for each in runs},
+                 reserve=0.0 if setting.dry else RESERVE)
 
 
 class Models:

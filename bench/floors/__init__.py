@@ -23,7 +23,8 @@ def add_arguments(parser):
 
 def run(args):
     processor = processor_class()
-    chosen = [floor.on(processor) for floor in FLOORS if not args.only or any(text.lower() in floor.what.lower() for text in args.only)]
+    chosen = [floor.on(processor) for floor in FLOORS
+              if not args.only or any(text.lower() in floor.what.lower() for text in args.only)]
     if not chosen:
         raise CommandError(f"--only {' '.join(args.only)}: in no floor's line; see --list")
     width = max(len(floor.what) for floor in chosen)
