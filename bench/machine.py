@@ -1,5 +1,6 @@
 """What a measurement was taken on: names, versions, commit, and the machine's own ceilings, measured."""
 
+import functools
 import importlib
 import os
 import platform
@@ -60,23 +61,43 @@ def commit():
         return None
 
 
-# What the ceilings are measured with: a copy of so many bytes, and a square product of this size.
+# What the ceilings are measured with: a copy of so many bytes, and a square product of this size; and so on a GPU.
 COPIED, SQUARE = 256 << 20, 2048
+GPU_COPIED, GPU_SQUARE = 1 << 30, 8192
 
 
 def yardsticks(device, dtypes):
-    """{"copy" or a dtype: (function to time, GB that it moves (read + write) or GFLOP of its product)}."""
-    source = torch.ones(COPIED, dtype=torch.uint8, device=device)
+    """{"copy" or a dtype: (function to time, GB that it moves (read + write) or GFLOP of its product)}.
+
+    The data is random: bits that never change take less power, and a GPU then runs faster. On a GPU also "tf32".
+    """
+    gpu = torch.device(device).type == "cuda"
+    copied, square = (GPU_COPIED, GPU_SQUARE) if gpu else (COPIED, SQUARE)
+    source = torch.randint(256, (copied,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    found = {"copy": (lambda: target.copy_(source), 2 * COPIED / 1e9)}
-    for dtype in dtypes:
-        a, b, c = (torch.ones(SQUARE, SQUARE, dtype=dtype, device=device) for _ in range(3))
-        found[dtype] = (lambda a=a, b=b, c=c: torch.mm(a, b, out=c)), 2 * SQUARE**3 / 1e9
+    found = {"copy": (lambda: target.copy_(source), 2 * copied / 1e9)}
+    for name in [*dtypes, *(["tf32"] if gpu else [])]:
+        dtype = torch.float32 if name == "tf32" else name
+        a, b = (torch.randn(square, square, device=device).to(dtype) for _ in range(2))
+        multiply = functools.partial(_in_tf32 if name == "tf32" else torch.mm, a, b, out=torch.empty_like(a))
+        found[name] = multiply, 2 * square**3 / 1e9
     return found
 
 
+def _in_tf32(a, b, out):
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        torch.mm(a, b, out=out)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 def ceilings(timer, dtypes):
-    """Best measured copy bandwidth (read + write, GB/s) and GEMM rate per dtype (GFLOP/s) of the timer's device."""
+    """Best measured copy bandwidth (read + write, GB/s) and GEMM rate per dtype (GFLOP/s) of the timer's device.
+
+    On a GPU "tf32" is among the dtypes: fp32 operands, and products of their leading 11 bits.
+    """
     sticks = yardsticks(timer.device, dtypes)
     times = timer.interleave({name: function for name, (function, _) in sticks.items()}, seconds=1, at_least=5, at_most=20)
     best = {name: work / min(times[name]) for name, (_, work) in sticks.items()}

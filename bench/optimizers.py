@@ -195,7 +195,7 @@ def state_bytes(optimizer):
 def overhead(name, count, device):
     """Seconds a matrix that a steady step takes on `count` matrices too small to compute with."""
     optimizer = build(name, Settings([(TINY, TINY)] * count, TINY_RANK, torch.float32, NEVER, device))
-    timer = timing.Timer(device, flush=False)
+    timer = timing.Timer(device, flush=False, graphs=False)
     times = timer.interleave({name: optimizer.step}, seconds=OVERHEAD_SECONDS, at_least=20)[name]
     return timing.quantile(times, 0.5) / count
 
@@ -342,7 +342,7 @@ def run(args):
     out.say(machine.line(facts))
     for why in missing.values():
         out.say(why)
-    rows = measure(settings, names, timing.Timer(args.device), base=base, steps=args.steps, svd=args.svd)
+    rows = measure(settings, names, timing.Timer(args.device, graphs=False), base=base, steps=args.steps, svd=args.svd)
     sizes = " ".join(f"{m}x{n}" for m, n in dict.fromkeys(matrices))
     named = {"model": args.model, "shapes": sizes, "matrices": len(matrices),
              "elements": sum(m * n for m, n in matrices), "rank": args.rank, "dtype": args.dtype, "gap": args.gap,

@@ -1,4 +1,7 @@
-"""Interleaved timing: one call of every variant a round, caches flushed before each, so that drift hits all alike."""
+"""Interleaved timing: one call of every variant a round, caches flushed before each, so that drift hits all alike.
+
+On a GPU a call is the replay of a CUDA graph between two events: see bench/capture.py.
+"""
 
 import os
 import random
@@ -7,6 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from lowrank_sys.bench import capture
 
 # Bytes written between two calls on a CPU that does not tell the size of its caches.
 LEAST_FILL = 32 << 20
@@ -72,46 +77,59 @@ def ratio(passes, base):
 class Timer:
     """Seconds of one call on a device; from cold caches, unless flush is off.
 
+    graphs: whether `interleave` replays CUDA graphs on a GPU; not of functions that do something else at every call.
     quiet: whether nothing disturbed the rounds that the last `interleave` returned.
+    prepared: {name: capture.Prepared} of the functions of the last `interleave`.
     """
 
     quiet = True
 
-    def __init__(self, device, flush=True):
+    def __init__(self, device, flush=True, graphs=True):
         self.device = torch.device(device)
-        # On a GPU the fill also runs long enough to hide the launch of what is timed.
-        size = 256 << 20 if self.device.type == "cuda" else max(_largest_cache(), LEAST_FILL)
-        size = size if flush else 0
-        self._filler = torch.empty(size, dtype=torch.uint8, device=self.device)
+        self._gpu = self.device.type == "cuda"
+        size = 256 << 20 if self._gpu else max(_largest_cache(), LEAST_FILL)
+        self._filler = torch.empty(size if flush else 0, dtype=torch.uint8, device=self.device)
+        self._graphs = graphs and self._gpu
+        self._fill_seconds = min(self(self._fill) for _ in range(5)) if self._graphs and flush else 0.0
+        self.prepared = {}
 
     def synchronize(self):
-        if self.device.type == "cuda":
+        if self._gpu:
             torch.cuda.synchronize(self.device)
 
-    def __call__(self, function):
+    def _fill(self):
         self._filler.fill_(1)
-        if self.device.type == "cuda":
+
+    def __call__(self, function):
+        return self._time(capture.Prepared(function))
+
+    def _time(self, prepared):
+        for _ in range(prepared.fills):
+            self._fill()
+        if self._gpu:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            function()
+            prepared.run()
             end.record()
             end.synchronize()
             return start.elapsed_time(end) / 1e3
         start = time.perf_counter()
-        function()
+        prepared.run()
         return time.perf_counter() - start
 
     def interleave(self, functions, *, seconds, at_least=7, at_most=200, warmup=2):
         """Seconds of each call of each of `functions` {name: function}, {name: [seconds, ...]}; item i is round i.
 
         Stops after `at_least` rounds once `seconds` have passed, or after `at_most`, if that is more. The order of a round
-        is random, since what ran before warms or cools the machine. Disturbed rounds do not count, unless too few others
-        were found in PATIENCE times as long.
+        is random, since what ran before warms or cools the machine. On a CPU disturbed rounds do not count, unless too few
+        others were found in PATIENCE times as long.
         """
         for function in functions.values():
             for _ in range(warmup):
                 function()
         self.synchronize()
+        make = (lambda function: capture.prepare(function, self._fill_seconds)) if self._graphs else capture.Prepared
+        self.prepared = {name: make(function) for name, function in functions.items()}
         order, shuffle = list(functions), random.Random(0).shuffle
         rounds = []  # (share of the cores that was stolen, {name: seconds})
         start, wanted = time.monotonic(), max(at_least, at_most)
@@ -122,9 +140,10 @@ class Timer:
                 break
             shuffle(order)
             with _Stolen() as stolen:
-                times = {name: self(functions[name]) for name in order}
-            rounds.append((stolen.share, times))
-            quiet += stolen.share <= STOLEN
+                times = {name: self._time(self.prepared[name]) for name in order}
+            share = 0.0 if self._gpu else stolen.share  # who waits for the host's cores does not keep a GPU waiting
+            rounds.append((share, times))
+            quiet += share <= STOLEN
         limit = max(STOLEN, sorted(share for share, _ in rounds)[at_least - 1])
         self.quiet = limit == STOLEN
         kept = [times for share, times in rounds if share <= limit]

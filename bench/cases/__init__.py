@@ -19,7 +19,7 @@ OPS = {name: op for group in GROUPS for name, op in group.OPS.items()}
 # Timed once: at 4096 x 4096 it takes most of a minute.
 ONCE = ("svd",)
 # Bases that are packages: (module, what to install).
-PACKAGES = {"bitsandbytes": ("bitsandbytes", "bitsandbytes")}
+PACKAGES = {"bitsandbytes": ("bitsandbytes", "bitsandbytes"), "torchao": ("torchao", "torchao")}
 
 
 def make(case):

@@ -98,6 +98,16 @@ def bitsandbytes_adamw(t, case):
     return optimizer.step
 
 
+def torchao_adamw(t, case):
+    """The step of torchao's AdamW8bit on the same tensors."""
+    from torchao.optim import AdamW8bit
+
+    param = torch.nn.Parameter(t["param"].clone())
+    param.grad = t["grad"]
+    return AdamW8bit([param], lr=0.1, betas=(ADAM["beta1"], ADAM["beta2"]), eps=ADAM["eps"],
+                     weight_decay=ADAM["weight_decay"]).step
+
+
 def _bytes_of_codes(elements):
     """Two moments of a byte, read and written, and their absmax."""
     return 4 * elements + 16 * -(-elements // 256)
@@ -119,8 +129,8 @@ OPS = {
         _adam_inputs, _adam_8bit,
         traffic=lambda c: c.element * 3 * c.matrix + _bytes_of_codes(c.matrix),
         flop=lambda c: 16 * c.matrix,
-        bases={"bitsandbytes": bitsandbytes_adamw}, overload="adam_8bit_", oracle=reference.adam_8bit_, ranked=False,
-        sided=False, truth=_adam_truth),
+        bases={"bitsandbytes": bitsandbytes_adamw, "torchao": torchao_adamw}, overload="adam_8bit_",
+        oracle=reference.adam_8bit_, ranked=False, sided=False, truth=_adam_truth),
     "adam_8bit_low_rank_": Op(
         _low_rank_inputs, _adam_8bit_low_rank, traffic=_low_rank_bytes, flop=lambda c: 16 * c.low_rank,
         bases={"copy": copy_of(_low_rank_bytes)}, overload="adam_8bit_low_rank_", oracle=reference.adam_8bit_low_rank_,

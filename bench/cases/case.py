@@ -1,8 +1,10 @@
 """One op at one size, what the microbenchmark knows of an op, and the inputs and bases that several ops share."""
 
+import functools
 from typing import Callable, NamedTuple
 
 import torch
+from torch.optim.adamw import adamw as torch_adamw
 
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 
@@ -116,3 +118,45 @@ def two_products(t, case):
         back()
 
     return run
+
+
+def _adam(r, exp_avg, exp_avg_sq, step):
+    """Adam's update from R, its moments in place."""
+    exp_avg.lerp_(r, 1 - ADAM["beta1"])
+    exp_avg_sq.lerp_(r.square(), 1 - ADAM["beta2"])
+    root = (exp_avg_sq / (1 - ADAM["beta2"]**step)).sqrt_().add_(ADAM["eps"])
+    return exp_avg / (1 - ADAM["beta1"]**step) / root
+
+
+def _foreach_adam(r, exp_avg, exp_avg_sq, step):
+    """The same as a step of torch.optim.AdamW on all of R, from weights of zero; step: a tensor on the device."""
+    update = torch.zeros_like(r)
+    torch_adamw([update], [r], [exp_avg], [exp_avg_sq], [], [step], foreach=True, capturable=r.is_cuda, amsgrad=False,
+                maximize=False, lr=1.0, **ADAM)
+    return update
+
+
+@functools.cache
+def _compiled_adam():
+    return torch.compile(_adam, dynamic=True)
+
+
+def products_and(adam):
+    """What one would write without fused kernels: project, Adam on R in fp32, and back to the weights. adam: -> function."""
+
+    def base(t, case):
+        grad, basis, param = t["grad"], t["basis"], t["param"]
+        stored, step = moments(low_rank(case), lambda *shape, dtype: torch.randn(shape, dtype=dtype, device=case.device)), t["step"]
+        rule = adam()
+
+        def run():
+            r = (basis.T @ grad if case.left else grad @ basis).float()
+            x = rule(r, stored["exp_avg"], stored["exp_avg_sq"], step).to(basis.dtype)
+            param.addmm_(basis, x, alpha=-0.025) if case.left else param.addmm_(x, basis.T, alpha=-0.025)
+
+        return run
+
+    return base
+
+
+COMPOSED = {"gemms-compiled-adam": products_and(_compiled_adam), "gemms-foreach-adam": products_and(lambda: _foreach_adam)}

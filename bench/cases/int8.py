@@ -1,5 +1,7 @@
 """INT8 weights: to codes and back, the update in place, and the linear layer on them."""
 
+import contextlib
+
 import torch
 
 from lowrank_sys import reference
@@ -60,6 +62,32 @@ def gemm(name, back):
     return base
 
 
+def dequantised(name, back):
+    """The weight to the type of x, and then the product with it."""
+
+    def base(t, case):
+        rows, out = t[name], t[name].new_empty(TOKENS, case.n if back else case.m)
+
+        def run():
+            w = torch.ops.lowrank.dequantize_int8(t["codes"], t["scale"], dtype=case.dtype)
+            torch.mm(rows, w if back else w.T, out=out)
+
+        return run
+
+    return base
+
+
+@contextlib.contextmanager
+def tokens(count):
+    """Layers on `count` tokens inside."""
+    global TOKENS
+    usual, TOKENS = TOKENS, count
+    try:
+        yield
+    finally:
+        TOKENS = usual
+
+
 def _convert_bytes(case):
     return case.element * case.matrix + stored(case)
 
@@ -82,11 +110,15 @@ OPS = {
         overload="int8_update_", oracle=reference.int8_update_, ranked=False, sided=False, exact=True),
     "int8_linear": Op(
         _linear_inputs, lambda f, t, c: [f(t["x"], t["codes"], t["scale"])], traffic=_product_bytes,
-        flop=lambda c: 2 * TOKENS * c.matrix, bases={"gemm": gemm("x", False)}, overload="int8_linear",
+        flop=lambda c: 2 * TOKENS * c.matrix,
+        bases={"gemm": gemm("x", False), "dequantise-gemm": dequantised("x", False)},
+        overload="int8_linear",
         oracle=reference.int8_linear, truth=lambda x, codes, scale: x @ _dense(codes, scale).T, ranked=False, sided=False),
     "int8_linear_backward": Op(
         _backward_inputs, lambda f, t, c: [f(t["grad_out"], t["codes"], t["scale"])], traffic=_product_bytes,
-        flop=lambda c: 2 * TOKENS * c.matrix, bases={"gemm": gemm("grad_out", True)}, overload="int8_linear_backward",
+        flop=lambda c: 2 * TOKENS * c.matrix,
+        bases={"gemm": gemm("grad_out", True), "dequantise-gemm": dequantised("grad_out", True)},
+        overload="int8_linear_backward",
         oracle=reference.int8_linear_backward, truth=lambda dy, codes, scale: dy @ _dense(codes, scale), ranked=False,
         sided=False),
 }

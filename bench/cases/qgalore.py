@@ -96,6 +96,25 @@ def _apollo(f, t, case):
                         lr=t["lr"], scale=1.0, left=case.left, **STREAM, **ADAM))
 
 
+def taken_apart(t, case):
+    """qgalore_step from its parts: weight and basis dequantised, the products, Adam in 8 bits, the weight quantised again."""
+    ops, x = torch.ops.lowrank, torch.empty(low_rank(case), dtype=case.dtype, device=case.device)
+    adam = {name: value for name, value in ADAM.items() if name != "weight_decay"}
+
+    def run():
+        weight = ops.dequantize_int8(t["codes"], t["weight_scale"], dtype=case.dtype)
+        basis = ops.dequantize_int4(*(t[name] for name in NAMES), d=case.m if case.left else case.n, group_size=GROUP)
+        basis = basis.to(case.dtype)
+        r = (basis.T @ t["grad"] if case.left else t["grad"] @ basis).float()
+        ops.adam_8bit_low_rank_([r], [x], *([t[name]] for name in STORED), [t["step"]], left=case.left, **adam)
+        weight.addmm_(basis, x, alpha=-0.025) if case.left else weight.addmm_(x, basis.T, alpha=-0.025)
+        codes, scale = ops.quantize_int8(weight)
+        t["codes"].copy_(codes)
+        t["weight_scale"].copy_(scale)
+
+    return run
+
+
 def weight_bytes(case):
     """Codes and scales, read and written."""
     return 2 * stored(case)
@@ -109,7 +128,7 @@ OPS = {
     "qgalore_step": Op(
         _step_inputs, _step_from("grad"),
         traffic=lambda c: weight_bytes(c) + c.element * c.matrix + 2 * int4_bytes(c) + _bytes_of_codes(c.low_rank),
-        flop=lambda c: 4 * c.matrix * c.rank, bases={"gemms": two_products}, overload="qgalore_step.tensor",
+        flop=lambda c: 4 * c.matrix * c.rank, bases={"gemms": two_products, "parts": taken_apart}, overload="qgalore_step.tensor",
         oracle=reference.qgalore_step, truth=_step_truth, read=_values),
     "qgalore_subspace_step": Op(
         _subspace_inputs, _step_from("low_rank"),

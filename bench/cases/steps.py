@@ -4,7 +4,7 @@ import torch
 from torch.optim.adamw import adamw as torch_adamw
 
 from lowrank_sys import reference
-from lowrank_sys.bench.cases.case import (ADAM, Op, adam_bytes, low_rank, moments, orthonormal, product_back, scalars,
+from lowrank_sys.bench.cases.case import (ADAM, COMPOSED, Op, adam_bytes, low_rank, moments, orthonormal, product_back, scalars,
                                           two_products)
 from lowrank_sys.reference.adafactor import adafactor_step
 
@@ -84,7 +84,7 @@ OPS = {
         _galore_inputs, _galore_step,
         traffic=lambda c: c.element * (3 * c.matrix + 2 * c.basis) + adam_bytes(c.low_rank),
         flop=lambda c: 4 * c.matrix * c.rank,
-        bases={"gemms": two_products}, overload="galore_step.tensor", oracle=reference.galore_step),
+        bases={"gemms": two_products, **COMPOSED}, overload="galore_step.tensor", oracle=reference.galore_step),
     "subspace_step": Op(
         _subspace_inputs, _subspace_step,
         traffic=lambda c: c.element * (2 * c.matrix + c.basis) + 4 * c.low_rank + adam_bytes(c.low_rank),

@@ -43,6 +43,21 @@ def newton_schulz_products(t, case):
     return run
 
 
+def _in_bf16(t, case):
+    """The same iteration as Muon runs it: in bf16 throughout."""
+    x = t["x"].bfloat16()
+    x = (x.T if x.shape[0] > x.shape[1] else x).contiguous()
+
+    def run():
+        y = x / x.norm()
+        for _ in range(STEPS):
+            gram = y @ y.T
+            y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
+        return y
+
+    return run
+
+
 def _newton_schulz_flop(case):
     short, wide = sorted((case.m, case.n))
     return STEPS * (4 * short * short * wide + 2 * short**3)
@@ -70,6 +85,6 @@ OPS = {
     "newton_schulz": Op(
         lambda case, randn: {"x": randn(case.m, case.n)}, lambda f, t, c: [f(t["x"], steps=STEPS)],
         traffic=lambda c: c.element * c.matrix + 4 * (2 * STEPS + 1) * c.matrix, flop=_newton_schulz_flop,
-        bases={"gemms": newton_schulz_products}, overload="newton_schulz", oracle=orthogonalize.newton_schulz, ranked=False,
-        sided=False, truth=orthogonalize.iterate),
+        bases={"gemms": newton_schulz_products, "bf16": _in_bf16}, overload="newton_schulz",
+        oracle=orthogonalize.newton_schulz, ranked=False, sided=False, truth=orthogonalize.iterate),
 }

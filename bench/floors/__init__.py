@@ -4,6 +4,7 @@ import shlex
 
 from lowrank_sys.bench import machine, report, timing
 from lowrank_sys.bench.floors import blockwise, int4, int8, memory, orthogonalize, refresh, roofline, steps
+from lowrank_sys.bench.floors.floor import processor_class
 from lowrank_sys.cli import CommandError
 
 FLOORS = [*steps.FLOORS, *int4.FLOORS, *refresh.FLOORS, *int8.FLOORS, *orthogonalize.FLOORS, *blockwise.FLOORS,
@@ -21,7 +22,9 @@ def add_arguments(parser):
 
 
 def run(args):
-    chosen = [floor for floor in FLOORS if not args.only or any(text.lower() in floor.what.lower() for text in args.only)]
+    processor = processor_class()
+    chosen = [floor.on(processor) for floor in FLOORS
+              if not args.only or any(text.lower() in floor.what.lower() for text in args.only)]
     if not chosen:
         raise CommandError(f"--only {' '.join(args.only)}: in no floor's line; see --list")
     width = max(len(floor.what) for floor in chosen)
@@ -32,9 +35,9 @@ def run(args):
     for module, package in PEERS.items():
         if why := machine.absent(module, package):
             raise CommandError(why)
-    facts = machine.describe("cpu")
+    facts = machine.describe("cpu") | {"processor_class": processor}
     out = report.Report(args, facts)
-    out.say(machine.line(facts))
+    out.say(f"{machine.line(facts)} | {processor}")
     timer = timing.Timer("cpu")
     for floor in chosen:
         if floor.long and not args.all:

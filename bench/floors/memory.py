@@ -36,7 +36,7 @@ def peak(*flags):
 
 FLOORS = [
     Floor("LLaMA-7B, Q-GaLore r = 1024, a step in every backward: peak memory of the process", "<= 12 GiB", 12.0,
-          peak(*MODEL, *METHOD, *IN_BACKWARD), False, "{:.2f} GiB", long=True),
+          peak(*MODEL, *METHOD, *IN_BACKWARD), False, "{:.2f} GiB", long=True, speed=False),
     Floor("LLaMA-7B, Q-GaLore r = 1024, four micro-batches: peak memory of the process", "<= 16 GiB", 16.0,
-          peak(*MODEL, *METHOD, *FOUR_BATCHES), False, "{:.2f} GiB", long=True),
+          peak(*MODEL, *METHOD, *FOUR_BATCHES), False, "{:.2f} GiB", long=True, speed=False),
 ]

@@ -70,5 +70,5 @@ FLOORS = [
     Floor(f"refresh against SVD, {SIZE}x{SIZE}, r = 1024", ">= 30x faster", 30.0,
           functools.partial(refresh, rank=1024), True, "{:.0f}x"),
     Floor("energy of a refreshed basis of the best, r = 8, 32, 128, gradients of a llama-9m", ">= 99%", 0.99, energy, True,
-          "{:.2%}"),
+          "{:.2%}", speed=False),
 ]

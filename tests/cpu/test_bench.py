@@ -13,7 +13,7 @@ from lowrank_sys import backends, cli
 from lowrank_sys.bench import compare, floors, kernels, machine, optimizers, plot, quality, report, shapes, timing, train
 from lowrank_sys.bench.cases import OPS, make, serving
 from lowrank_sys.bench.cases.case import Case
-from lowrank_sys.bench.floors import memory, roofline
+from lowrank_sys.bench.floors import floor, memory, roofline
 from lowrank_sys.bench.floors.floor import Floor
 
 CEILINGS = {"copy_gb_per_s": 10.0, "gemm_gflop_per_s": {"float32": 100.0, "bfloat16": 100.0, "float16": 100.0}}
@@ -371,7 +371,7 @@ def steal(monkeypatch, disturbed):
 def test_disturbed_rounds_are_replaced(monkeypatch):
     steal(monkeypatch, itertools.cycle([False, True]))
     calls, timer = itertools.count(), timing.Timer("cpu")
-    monkeypatch.setattr(timing.Timer, "__call__", lambda self, function: function())
+    monkeypatch.setattr(timing.Timer, "_time", lambda self, prepared: prepared.run())
     times = timer.interleave({"a": lambda: next(calls)}, seconds=1e-9, at_least=2, at_most=2, warmup=0)
     assert times == {"a": [0, 1]} and not timer.quiet  # no patience is left: what there is
     steal(monkeypatch, itertools.cycle([False, True]))
@@ -538,11 +538,36 @@ def test_floors_exit_1_on_a_miss(capsys, monkeypatch, tmp_path):
 def test_floors_of_large_runs_wait_for_all(capsys, monkeypatch):
     pytest.importorskip("galore_torch")
     monkeypatch.setattr(floors, "FLOORS", [
-        Floor("a large run", "<= 12 GiB", 12.0, lambda timer: 13.0, at_least=False, form="{:.2f} GiB", long=True)])
+        Floor("a large run", "<= 12 GiB", 12.0, lambda timer: 13.0, at_least=False, form="{:.2f} GiB", long=True,
+              speed=False)])
     code, out, _ = run(capsys, "floors")
     assert code == 0 and "not measured: --all" in out
     code, out, _ = run(capsys, "floors", "--all")
     assert code == 1 and "13.00 GiB  MISSED" in out
+
+
+def test_a_processor_is_held_to_the_floors_of_its_class(capsys, monkeypatch):
+    lines = {}
+    for processor in (floor.WIDE, "AVX2"):
+        monkeypatch.setattr(floors, "processor_class", lambda: processor)
+        code, out, _ = run(capsys, "floors", "--list")
+        assert code == 0
+        lines[processor] = [tuple(map(str.strip, line.split("  ", 1))) for line in out.splitlines()]
+    changed = {wide[0]: (wide[1], narrow[1]) for wide, narrow in zip(*lines.values()) if wide != narrow}
+    assert [promise for _, promise in lines[floor.WIDE]] == [found.promise for found in floors.FLOORS]
+    assert (">= 3.5x faster", ">= 1.8x faster") in changed.values() and ("<= 3x", "<= 4x") in changed.values()
+    assert (">= 2.3x faster", ">= 2.07x faster") in changed.values() and (">= 70%", ">= 63%") in changed.values()
+    assert changed.keys() == {found.what for found in floors.FLOORS if found.speed}
+    assert not any("memory" in what or "energy" in what or "bytes of" in what for what in changed)
+
+
+@pytest.mark.parametrize("capability, flags, name", [
+    ("AVX512", "avx2 avx512f avx512_vnni", floor.WIDE), ("AVX512", "avx2 avx512f", "AVX-512 without VNNI"),
+    ("AVX2", "avx2 avx_vnni", "AVX2"), ("AVX2", "avx2 avx512_vnni", "AVX2"), ("DEFAULT", "neon", "DEFAULT")])
+def test_the_class_of_a_processor(monkeypatch, capability, flags, name):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(floor.Path, "read_text", lambda self: f"flags : {flags}\n")
+    assert floor.processor_class() == name
 
 
 def test_peak_memory_is_that_of_a_real_run():
