@@ -83,8 +83,8 @@ class CapturedStep:
     The first step runs eagerly, the second is captured, all later ones are replayed. Gradients must keep their addresses: clear
     them with `zero_grad()` of this object, or with set_to_none=False, and write static ones in place. The rate of a group may be
     a number or a tensor, and change at every step; other hyper-parameters are part of the graph. With a GradScaler hand this
-    object to `unscale_` and `step` in the optimizer's place. Schedulers, checkpoints and clipping take the optimizer itself;
-    after its load_state_dict the next two steps are eager and captured again.
+    object to `unscale_` and `step` in the optimizer's place. Schedulers, checkpoints and clipping take the optimizer itself.
+    After its load_state_dict the next step is eager again, and the one after it captured.
 
     Temporaries of the step stay reserved as the graph's own memory. A rule that reads the device at a refresh (cos_threshold)
     makes the host wait in a step that refreshes, as without a graph.

@@ -21,7 +21,8 @@ LEAN = {"gradient_checkpointing": True, "per_layer": "in_backward"}
 def arguments(**changes):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    small = {"model": "llama-1m", "method": "q-galore", "rank": 32, "batch_size": 8, "seq_len": 64, "device": "cpu", "dtype": "bf16"}
+    small = {"model": "llama-1m", "method": "q-galore", "rank": 32, "batch_size": 8, "seq_len": 64, "device": "cpu",
+             "dtype": "bf16"}  # fmt: skip
     args = parser.parse_args([])
     vars(args).update({**small, **changes})
     command.check(args)
@@ -70,7 +71,8 @@ def test_the_mildest_change_that_fits(batch_size, counted):
         assert fit.choose(args, memory, lines.append) == expected
         assert len(lines) == bool(expected) and len(counted) <= 1 + changes.index(expected)
         for line in lines:
-            assert "\n" not in line and "planned as given" in line and all(f"--{name.replace('_', '-')}" in line for name in expected)
+            assert "\n" not in line and "planned as given" in line
+            assert all(f"--{name.replace('_', '-')}" in line for name in expected)
 
 
 def test_what_was_given_wins(counted):
@@ -109,9 +111,9 @@ def text(tmp_path_factory):
 
 def train(text, out, *more):
     return cli.main([
-        "train", "--model", "llama-1m", "--method", "q-galore", "--rank", "8", "--steps", "4", "--batch-size", "2", "--seq-len", "32",
-        "--update-proj-gap", "2", "--eval-steps", "4", "--save-steps", "2", "--eval-tokens", "128", "--device", "cpu",
-        "--data", str(text), "--out", str(out), *more])  # fmt: skip
+        "train", "--model", "llama-1m", "--method", "q-galore", "--rank", "8", "--steps", "4", "--batch-size", "2",
+        "--seq-len", "32", "--update-proj-gap", "2", "--eval-steps", "4", "--save-steps", "2", "--eval-tokens", "128",
+        "--device", "cpu", "--data", str(text), "--out", str(out), *more])  # fmt: skip
 
 
 def test_the_command_takes_says_and_remembers(text, tmp_path, monkeypatch, capsys):

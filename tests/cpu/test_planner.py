@@ -59,6 +59,7 @@ def test_a_rehearsal_has_the_peak_of_the_real_run(changes):
     for category in ("basis", "moments", "scales", "counters"):
         assert fake.at_rest.get(category) == real.at_rest.get(category)
     assert (fake.at_peak.get("basis", 0) > 0) == (args.method != "adamw")
+    assert fake.at_peak["activations"] > fake.at_peak.get("workspace", 0)
 
 
 def test_checkpointing_shrinks_activations():
