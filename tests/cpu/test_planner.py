@@ -59,7 +59,6 @@ def test_a_rehearsal_has_the_peak_of_the_real_run(changes):
     for category in ("basis", "moments", "scales", "counters"):
         assert fake.at_rest.get(category) == real.at_rest.get(category)
     assert (fake.at_peak.get("basis", 0) > 0) == (args.method != "adamw")
-    assert fake.at_peak["activations"] > fake.at_peak.get("workspace", 0)
 
 
 def test_checkpointing_shrinks_activations():
@@ -68,6 +67,11 @@ def test_checkpointing_shrinks_activations():
         for on in (False, True)
     )
     assert checkpointed.at_peak["activations"] < 0.8 * plain.at_peak["activations"]
+
+
+def test_activations_are_named_where_the_loss_makes_no_logits():
+    run = rehearsal.rehearse(arguments(model="llama-1m", method="q-galore", batch_size=8, seq_len=128, rank=32))
+    assert run.at_peak["activations"] > 10 * run.at_peak["workspace"]
 
 
 def allocated(function, *args, **kwargs):
