@@ -43,7 +43,7 @@ class StepInParts:
             if value is None:
                 mine.fill_(0.0 if mine is self._found_inf else 1.0)
             elif value.device == mine.device:
-                mine.copy_(value)
+                mine.copy_(value.reshape(()))
             else:
                 mine.fill_(value.item())  # a number of the host's: a copy from there would wait
 
