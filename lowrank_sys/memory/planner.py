@@ -61,7 +61,7 @@ class Planner:
         key = tuple(sorted(changes.items()))
         if key not in self._rehearsals:
             changed = self._changed(changes)
-            self._tell(f"rehearsing {_described(changes) or 'the run'}")
+            self._tell(f"rehearsing {described(changes) or 'the run'}")
             self._rehearsals[key] = rehearse(changed)
         return self._rehearsals[key]
 
@@ -148,7 +148,7 @@ def _changes(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     yield [{"rank": rank >> halvings} for halvings in (1, 2, 3) if rank >> halvings >= 4]
 
 
-def _described(changes: dict[str, Any]) -> str:
+def described(changes: dict[str, Any]) -> str:
     if allocator.VARIABLE in changes:
         return f"{allocator.VARIABLE}={changes[allocator.VARIABLE]} in the environment"
     return " ".join(
@@ -158,4 +158,4 @@ def _described(changes: dict[str, Any]) -> str:
 
 
 def _change(peak: int, changes: dict[str, Any]) -> dict[str, Any]:
-    return {"flags": _described(changes), "peak_bytes": peak}
+    return {"flags": described(changes), "peak_bytes": peak}

@@ -57,7 +57,8 @@ def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
         for param in model.parameters():
             if param.requires_grad:  # before the optimizer's own hooks, which may drop the gradient
                 param.register_post_accumulate_grad_hook(lambda p: live.track(p.grad, "gradients"))
-        model.register_forward_pre_hook(lambda *_: setattr(live, "phase", "activations"))
+        for module in {model, model.base_model}:  # a loss without logits calls the latter
+            module.register_forward_pre_hook(lambda *_: setattr(live, "phase", "activations"))
         optimizer = methods.build(model, args)
 
         def mark():

@@ -37,6 +37,7 @@ BOUND = (
 NEWER = {"int8_gemm": False}
 FREE = (
     "out", "resume", "steps", "save_steps", "eval_steps", "eval_tokens", "keep", "gradient_checkpointing", "device",
+    "as_given",
 )
 
 
@@ -79,6 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--accumulate-dtype", metavar="NAME", default="fp32",
         help="of what --per-layer accumulate adds up: fp32, or bf16, rounded once a micro-batch (default: %(default)s)")
+    add("--as-given", action="store_true",
+        help="keep --per-layer and --gradient-checkpointing as given: without this, INT8 weights that would not fit otherwise "
+        "take what was not given by themselves")
     add("--rank", metavar="R", type=int, help=f"rank of the low-rank gradients (default: {_defaults('rank')})")
     add("--update-proj-gap", metavar="N", type=int, default=200, help="steps between refreshes of a basis (default: 200)")
     add("--scale", type=float, help=f"factor on the low-rank update (default: {_defaults('scale')})")
@@ -192,7 +196,7 @@ def _train(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from lowrank_sys.memory import allocator
+    from lowrank_sys.memory import allocator, fit
     from lowrank_sys.train import checkpoint, data, methods, models, report, trainer
     from lowrank_sys.train.record import Recorder
 
@@ -209,7 +213,11 @@ def _train(args: argparse.Namespace) -> None:
     )
     identity = {name: getattr(args, name) for name in BOUND} | {"data_sha256": corpus.digest()}
     with _claim(out):
-        start, rows = _start(args, out, identity)
+        start, rows, chosen = _start(args, out, identity)
+        if chosen is None:
+            chosen = fit.choose(argparse.Namespace(**{**vars(args), "device": device.type}), fit.device_memory(device), _say)
+        args = argparse.Namespace(**{**vars(args), **chosen})
+        identity |= {"chosen": chosen, "per_layer": args.per_layer}
 
         transformers.set_seed(args.seed)
         config = models.config(args.model, vocab=corpus.vocab if args.tokenizer else None, seq_len=args.seq_len)
@@ -306,26 +314,30 @@ def _claim(out: Path):
         yield
 
 
-def _start(args: argparse.Namespace, out: Path, identity: dict[str, Any]) -> tuple[Path | None, list[dict[str, Any]]]:
-    """The checkpoint to go on from, None to start anew, and the rows of metrics.jsonl up to it."""
+def _start(
+    args: argparse.Namespace, out: Path, identity: dict[str, Any]
+) -> tuple[Path | None, list[dict[str, Any]], dict[str, Any] | None]:
+    """The checkpoint to go on from, None to start anew; the rows of metrics.jsonl up to it; and the flags that the run took by
+    itself, None if that is still to be decided."""
     from lowrank_sys.train import checkpoint
     from lowrank_sys.train.record import read_rows
 
     if not args.resume:
         if any((out / name).exists() for name in ("metrics.jsonl", "summary.json", "final")) or any(out.glob("step-*")):
             raise CommandError(f"--out {out}: it holds a run already; choose another --out, or --resume to go on with it")
-        return None, []
+        return None, [], None
     checkpoint.sweep(out)
     found = checkpoint.newest(out, tell=_say)
     if found is None:
         _say(f"no checkpoint in {out} yet: starting at step 0")
-        return None, []
+        return None, [], None
     folder, manifest = found
     there = manifest["identity"]
+    chosen = {} if args.as_given else {name: value for name, value in there.get("chosen", {}).items() if not getattr(args, name)}
     changed = [
         f"{_flag(name)} {there.get(name, NEWER.get(name))} there, {value} here"
         for name, value in identity.items()
-        if name != "data_sha256" and there.get(name, NEWER.get(name)) != value
+        if name != "data_sha256" and there.get(name, NEWER.get(name)) != chosen.get(name, value)
     ]
     if changed:
         raise CommandError(f"--resume: {folder} is of another run: {'; '.join(changed)}")
@@ -338,7 +350,7 @@ def _start(args: argparse.Namespace, out: Path, identity: dict[str, Any]) -> tup
     except (OSError, ValueError) as error:
         raise CommandError(f"--resume: {out / 'metrics.jsonl'}: {error}", code=1) from error
     _say(f"resuming at step {manifest['step']} from {folder}")
-    return folder, rows
+    return folder, rows, chosen
 
 
 def _say(line: str) -> None:

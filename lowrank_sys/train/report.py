@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,9 @@ import torch
 from lowrank_sys.nn.quant_weight import is_quantized
 from lowrank_sys.optim.coefficient import weights
 from lowrank_sys.train.checkpoint import write_file
+
+# 8-byte words that are summed at once, and what sets the pieces apart.
+PIECE, ODD = 1 << 17, 0x9E3779B97F4A7C15 - 2**64
 
 TABLE = [
     ("validation loss", "val_loss", "{:.4f} nats/token"),
@@ -35,10 +37,25 @@ def write_summary(out: Path, summary: dict[str, Any]) -> None:
 
 
 def fingerprints(optimizer: torch.optim.Optimizer) -> list[int]:
-    """CRC-32 of the bytes of every matrix that trains in a subspace: equal ones say that it never changed."""
+    """64 bits of the bytes of every matrix that trains in a subspace: equal ones say that it never changed.
+
+    Summed where the weights are: one number a matrix comes to the host.
+    """
     params = (p for group in optimizer.param_groups if "rank" in group for p in weights(group))
-    stored = (p.codes if is_quantized(p) else p.detach() for p in params)
-    return [zlib.crc32(tensor.contiguous().view(torch.uint8).cpu().numpy()) for tensor in stored]
+    sums = [_sum_of_bytes(p.codes if is_quantized(p) else p.detach()) for p in params]
+    return torch.stack([s.to(sums[0].device) for s in sums]).tolist() if sums else []
+
+
+def _sum_of_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """0-dim int64: the 8-byte words of `tensor` times odd numbers of their place in a piece, and of the piece, modulo 2^64."""
+    stored = tensor.contiguous().view(-1).view(torch.uint8)
+    whole = stored.numel() // 8 * 8
+    words = [*stored[:whole].view(torch.int64).split(PIECE), stored[whole:].to(torch.int64)]
+    places = 2 * torch.arange(min(PIECE, max(map(len, words))), device=tensor.device) + 1
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for piece in words:
+        total = ODD * total + (piece * places[: len(piece)]).sum()
+    return total
 
 
 def table(summary: dict[str, Any]) -> str:

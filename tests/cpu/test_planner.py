@@ -69,6 +69,11 @@ def test_checkpointing_shrinks_activations():
     assert checkpointed.at_peak["activations"] < 0.8 * plain.at_peak["activations"]
 
 
+def test_activations_are_named_where_the_loss_makes_no_logits():
+    run = rehearsal.rehearse(arguments(model="llama-1m", method="q-galore", batch_size=8, seq_len=128, rank=32))
+    assert run.at_peak["activations"] > 10 * run.at_peak["workspace"]
+
+
 def allocated(function, *args, **kwargs):
     """Most bytes that torch's allocator handed out inside a call beyond what the call left behind."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -1,14 +1,21 @@
 """Models, clipping, the schedule, metrics rows and the AdamW baseline of `lowrank train`."""
 
+import argparse
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from lowrank_sys.train import models, trainer
+from lowrank_sys import cli
+from lowrank_sys.nn import quantize_model
+from lowrank_sys.optim import QGaLoreAdamW8bit, param_groups
+from lowrank_sys.train import models, report, trainer
 from lowrank_sys.train.record import read_rows
 
 MILLIONS = {
@@ -105,3 +112,64 @@ def test_the_flags_import_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def matrices(*shapes, dtype, int8=False):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(n, m, bias=False, dtype=dtype) for m, n in shapes))
+    model = quantize_model(model, group_size=32) if int8 else model
+    return model, QGaLoreAdamW8bit([{"params": list(model.parameters()), "rank": 2}])
+
+
+@pytest.mark.parametrize("dtype, int8", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)], ids=str)
+def test_a_fingerprint_tells_every_byte(dtype, int8, monkeypatch):
+    monkeypatch.setattr(report, "PIECE", 16)  # words
+    model, optimizer = matrices((40, 33), (5, 3), (16, 8), dtype=dtype, int8=int8)
+    before = report.fingerprints(optimizer)
+    assert before == report.fingerprints(optimizer) and len(set(before)) == 3
+    for i, layer in enumerate(model):
+        stored = (layer.codes if int8 else layer.weight.detach()).view(-1).view(torch.uint8)
+        for at in {0, 7, 128, len(stored) // 2, len(stored) - 1} & set(range(len(stored))):
+            stored[at] ^= 1
+            assert [a != b for a, b in zip(before, report.fingerprints(optimizer))] == [j == i for j in range(3)]
+            stored[at] ^= 1
+    first = model[0].codes if int8 else model[0].weight.detach()
+    first[[0, 1]] = first[[1, 0]].clone()  # in another order
+    assert report.fingerprints(optimizer)[0] != before[0]
+
+
+class Copies(TorchDispatchMode):
+    """Counts the INT8 weights that are made, and copies of their codes; remembers the largest tensor that was made."""
+
+    made = copied = largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        new = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and id(t.untyped_storage()) not in given]
+        self.largest = max([self.largest, *(t.untyped_storage().nbytes() for t in new)])
+        if func.name().startswith("lowrank::quantize_int8"):
+            self.made += 1
+        elif any(t.dtype == torch.int8 and t.dim() == 2 and not t.is_meta for t in new):
+            self.copied += 1
+        return out
+
+
+def test_int8_weights_are_made_once_and_never_copied(tmp_path):
+    text = tmp_path / "text.py"
+    text.write_bytes(Path(argparse.__file__).read_bytes())
+    with Copies() as copies:
+        code = cli.main(["train", "--model", "llama-1m", "--method", "q-galore", "--rank", "8", "--steps", "2", "--batch-size", "1",
+                         "--seq-len", "16", "--eval-tokens", "16", "--device", "cpu", "--as-given", "--data", str(text),
+                         "--out", str(tmp_path / "run")])
+    assert code == 0
+    assert copies.made == 14  # linear layers
+    assert copies.copied == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["matrices_changed"] == [14, 14]
+
+
+def test_a_fingerprint_copies_pieces_only():
+    _, optimizer = matrices((2048, 4096), dtype=torch.float32)
+    with Copies() as copies:
+        report.fingerprints(optimizer)
+    assert 0 < copies.largest <= 8 * report.PIECE < 2048 * 4096
