@@ -160,7 +160,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         lr = group["lr"]
         if isinstance(lr, torch.Tensor):
             return lr
-        return torch.tensor(1.0 if lr is None else lr, dtype=torch.float32)  # None: a rate relative to the step
+        return torch.tensor(1.0 if lr is None else lr, dtype=torch.float32, device="cpu")  # None: a rate relative to the step
 
     def _guards(self, device, grad_scale=None, found_inf=None):
         return {"grad_scale": grad_scale, "found_inf": found_inf, "skipped": self._counter(device)}

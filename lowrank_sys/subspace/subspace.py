@@ -127,14 +127,14 @@ class Subspace:
         tensors = store.make(d, rank, param)
         state.update(zip(store.keys, tensors))
         state.update(store.options)
-        state["countdown"] = torch.tensor(COLD)
+        state["countdown"] = torch.tensor(COLD, device="cpu")
         if group["refresh"] == "next":
             store.write(*tensors, new=seeded_basis(d, rank, group["seed"] + index, param))
             state["countdown"] -= index * min(gap, FIRST_SKETCHES) // count
         state["first_gap"] = gap if group["subspace"] == "svd" else index * gap // count + 1
         state["seed"] = group["seed"] + index
         if group["cos_threshold"] is not None:
-            state["gap"] = torch.tensor(gap)
+            state["gap"] = torch.tensor(gap, device="cpu")
             state["overlaps"] = new_overlaps(group["queue_size"], param.device)
         return shape
 
