@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from lowrank_sys.memory import ledger
+from lowrank_sys.optim import hyper
 from lowrank_sys.optim.coefficient import weights, with_coefficients, without_coefficients
 from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.residual import Dropped
@@ -35,6 +36,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     """
 
     low_rank_defaults = {}  # group keys in which a method differs from its parts
+    rules = hyper.RULES  # what group keys may hold
 
     # GradScaler hands over grad_scale and found_inf instead of synchronising.
     _step_supports_amp_scaling = True
@@ -42,11 +44,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def __init__(self, params, inner, defaults, nonfinite="skip", per_layer=None, *, subspace=None, residual=None):
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite must be 'skip' or 'raise', got {nonfinite!r}")
-        lr = defaults["lr"]
-        if lr is not None and not isinstance(lr, torch.Tensor) and not lr >= 0:
-            raise ValueError(f"lr must be at least 0, got {lr}")
-        if not defaults["weight_decay"] >= 0:
-            raise ValueError(f"weight_decay must be at least 0, got {defaults['weight_decay']}")
         self.inner = inner
         self.subspace = Subspace() if subspace is None else subspace
         self.residual = Dropped() if residual is None else residual
@@ -68,11 +65,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self.gradients.bind(self)
 
     def add_param_group(self, param_group):
-        super().add_param_group(param_group)
+        super().add_param_group(with_names(param_group, self.param_groups))
         group = self.param_groups[-1]
         first = sum(len(weights(g)) for g in self.param_groups[:-1])
         names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
         try:
+            hyper.check(group, self.rules)
             self._check_stores(group, names)
             if "rank" in group:
                 self._check_low_rank(group, names)
@@ -91,6 +89,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _check_low_rank(self, group, names):
         self.gradients.check(self)
         self._set_defaults(group)
+        hyper.check(group, self.rules)
         for key, part in (("quant", "int4_basis"), ("int8_gemm", "int8_gemm")):
             if group.get(key) and not self._serves(key, part):
                 raise ValueError(f"{key} must be False for {type(self).__name__}, got {group[key]!r}")
