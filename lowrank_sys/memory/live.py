@@ -60,8 +60,9 @@ class LiveStorages(TorchDispatchMode):
         else:
             scratch = None
         out = func(*args, **kwargs)
+        given = {id(storage): storage for tensor in _tensors((args, kwargs)) for storage in storages(tensor)}
         for tensor in _tensors(out):
-            if func is FRESH or not _is_view(tensor, args, kwargs):  # of something from before the mode was on
+            if func is FRESH or not any(id(own) in given for own in storages(tensor)):  # a view of something from before the mode
                 self.track(tensor)
         if scratch is None:
             scratch = scratch_bytes(func, args, kwargs, self._cuda)
@@ -149,11 +150,6 @@ class LiveStorages(TorchDispatchMode):
 
 def _tensors(tree):
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _is_view(tensor, *inputs):
-    own = storages(tensor)
-    return any(storage is mine for given in _tensors(inputs) for storage in storages(given) for mine in own)
 
 
 class _Result:

@@ -2,6 +2,7 @@
 
 from lowrank_sys.optim.accumulate import Accumulate
 from lowrank_sys.optim.apollo import APOLLOAdamW
+from lowrank_sys.optim.captured import CapturedStep
 from lowrank_sys.optim.fira import FiraAdamW
 from lowrank_sys.optim.frugal import FrugalAdamW
 from lowrank_sys.optim.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
@@ -11,5 +12,5 @@ from lowrank_sys.optim.in_backward import InBackward
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 from lowrank_sys.optim.qgalore import QGaLoreAdamW8bit
 
-__all__ = ["APOLLOAdamW", "Accumulate", "FiraAdamW", "FrugalAdamW", "GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit",
-           "GrassAdamW", "InBackward", "LowRankOptimizer", "QGaLoreAdamW8bit", "param_groups"]
+__all__ = ["APOLLOAdamW", "Accumulate", "CapturedStep", "FiraAdamW", "FrugalAdamW", "GaLoreAdafactor", "GaLoreAdamW",
+           "GaLoreAdamW8bit", "GrassAdamW", "InBackward", "LowRankOptimizer", "QGaLoreAdamW8bit", "param_groups"]

@@ -36,18 +36,27 @@ class AtStep:
         optimizer.inner.plain_step(group, params, grads, states, lr, guards)
 
     def low_rank_step(self, optimizer, group, params, grads, states, lr, left, guards):
+        sketches = self.before(optimizer, group, params, grads, states, lr, left)
+        self.update(optimizer, group, params, grads, states, lr, left, guards)
+        self.after(optimizer, group, sketches, states, lr, left)
+
+    def before(self, optimizer, group, params, grads, states, lr, left):
+        """Choose the bases that the step uses, with refresh='now'; with 'next' take and return the sketches that `after` needs."""
         subspace = optimizer.subspace
         if group["refresh"] == "now":
             subspace.refresh(group, grads, states, lr, left)
-            self._update(optimizer, group, params, grads, states, lr, left, guards)
-            return
+            return None
         omegas = [subspace.sketch_directions(p, s) for p, s in zip(params, states)]
-        sketches = [None if omega is None else subspace.sketch(g, omega, left) for g, omega in zip(grads, omegas)]
-        self._update(optimizer, group, params, grads, states, lr, left, guards)
-        subspace.refresh_from_sketches(group, sketches, states, lr, left)
+        return [None if omega is None else subspace.sketch(g, omega, left) for g, omega in zip(grads, omegas)]
 
-    def _update(self, optimizer, group, params, grads, states, lr, left, guards):
+    def update(self, optimizer, group, params, grads, states, lr, left, guards):
+        """The step itself: it reads no value on the host and makes nothing that stays, so a CUDA graph can hold it."""
         optimizer._low_rank_step(group, params, grads, states, lr, left, guards)
+
+    def after(self, optimizer, group, sketches, states, lr, left):
+        """With refresh='next' choose the bases of the next step."""
+        if sketches is not None:
+            optimizer.subspace.refresh_from_sketches(group, sketches, states, lr, left)
 
     def clip(self, optimizer, max_norm):
         """Scale all gradients by the norm of the low-rank and the plain ones; returns it."""

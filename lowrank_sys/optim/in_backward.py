@@ -56,9 +56,9 @@ class InBackward(Hooked):
         self.low_rank_step(optimizer, group, [weight], [grad], [state], optimizer._rate(group), state["left"], guards)
         self._done.add(weight)
 
-    def _update(self, optimizer, group, params, grads, states, lr, left, guards):
+    def update(self, optimizer, group, params, grads, states, lr, left, guards):
         if self.max_norm is None:
-            return super()._update(optimizer, group, params, grads, states, lr, left, guards)
+            return super().update(optimizer, group, params, grads, states, lr, left, guards)
         factor = self._factor(optimizer, params[0].device)
         low_rank = [optimizer.subspace.measured(group, g, s) for g, s in zip(grads, states)]
         self._remember(low_rank, states)
@@ -67,7 +67,7 @@ class InBackward(Hooked):
             optimizer._subspace_step(group, params, low_rank, states, lr, left, guards)
         else:
             torch._foreach_mul_(grads, factor)
-            super()._update(optimizer, group, params, grads, states, lr, left, guards)
+            super().update(optimizer, group, params, grads, states, lr, left, guards)
 
     def plain_step(self, optimizer, group, params, grads, states, lr, guards):
         if self.max_norm is not None:

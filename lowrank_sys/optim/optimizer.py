@@ -153,13 +153,28 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for g, group in enumerate(self.param_groups):
                 for i, other in enumerate(group["params"]):
                     if other is param:
-                        raise FloatingPointError(f"the gradient of {_name(group, g, i)} is not finite")
+                        raise FloatingPointError(f"the gradient of {name_of(group, g, i)} is not finite")
 
     def _rate(self, group):
         lr = group["lr"]
         if isinstance(lr, torch.Tensor):
             return lr
         return torch.tensor(1.0 if lr is None else lr, dtype=torch.float32, device="cpu")  # None: a rate relative to the step
+
+    def _step_batches(self, found_inf=None, grad_scale=None):
+        """Yield the arguments of `_step_batch` for all that has a gradient. found_inf, grad_scale: a GradScaler's."""
+        if grad_scale is not None:
+            grad_scale = grad_scale.reciprocal()  # GradScaler's factor divides, the ops' one multiplies
+        for group in self.param_groups:
+            lr = self._rate(group)
+            for left, params, grads, states in self._batches(group):
+                yield group, params, grads, states, lr, left, self._guards(params[0].device, grad_scale, found_inf)
+
+    def _step_batch(self, group, params, grads, states, lr, left, guards):
+        if "rank" in group:
+            self.gradients.low_rank_step(self, group, params, grads, states, lr, left, guards)
+        else:
+            self.gradients.plain_step(self, group, params, grads, states, lr, guards)
 
     def _guards(self, device, grad_scale=None, found_inf=None):
         return {"grad_scale": grad_scale, "found_inf": found_inf, "skipped": self._counter(device)}
@@ -194,17 +209,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 for param, grad in self.gradients.of(group):
                     self._expect_finite(param, grad)
         self._init_state()
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if grad_scale is not None:
-            grad_scale = grad_scale.reciprocal()  # GradScaler's factor divides, the ops' one multiplies
-        for group in self.param_groups:
-            lr = self._rate(group)
-            for left, params, grads, states in self._batches(group):
-                guards = self._guards(params[0].device, grad_scale, found_inf)
-                if "rank" in group:
-                    self.gradients.low_rank_step(self, group, params, grads, states, lr, left, guards)
-                else:
-                    self.gradients.plain_step(self, group, params, grads, states, lr, guards)
+        for batch in self._step_batches(getattr(self, "found_inf", None), getattr(self, "grad_scale", None)):
+            self._step_batch(*batch)
         self.gradients.finish(self)
         return loss
 
@@ -241,7 +247,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for g, group in enumerate(self.param_groups):
             for i, param in enumerate(weights(group)):
                 if "countdown" in self.state.get(param, ()):
-                    schedule[_name(group, g, i)] = self.subspace.describe(self.state[param])
+                    schedule[name_of(group, g, i)] = self.subspace.describe(self.state[param])
         return schedule
 
     def state_bytes(self):
@@ -284,6 +290,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.gradients.loaded(self)
 
 
-def _name(group, g, i):
+def name_of(group, g, i):
     """Of parameter i of group g, for people."""
     return group["param_names"][i] if "param_names" in group else f"parameter {i} of group {g}"
