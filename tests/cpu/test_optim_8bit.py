@@ -87,7 +87,7 @@ def test_the_loop_of_the_oracle(proj_type, quant):
         param.grad = grad.clone()
         optimizer.step()
         if step % 3 == 0:
-            basis = svd_basis(grad, basis, rank=r, left=left)
+            basis, _ = svd_basis(grad, basis, rank=r, left=left)
             if quant:
                 basis = reference.dequantize_int4(*reference.quantize_int4(basis, group_size=32), d=basis.shape[0], group_size=32)
         g = basis.T @ grad if left else grad @ basis
