@@ -71,11 +71,12 @@ class GaLoreAdafactor(LowRankOptimizer):
 
     def __init__(self, params, lr=None, eps=(1e-30, 1e-3), clip_threshold=1.0, decay_rate=-0.8, beta1=None, weight_decay=0.0,
                  scale_parameter=True, relative_step=True, warmup_init=False, *, nonfinite="skip", per_layer=None):
+        defaults = {"lr": lr, "eps": eps, "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1,
+                    "weight_decay": weight_decay, "scale_parameter": scale_parameter, "relative_step": relative_step,
+                    "warmup_init": warmup_init}
+        hyper.check(defaults, self.rules)
         if relative_step == (lr is not None):
             raise ValueError(f"lr must be {'None with' if relative_step else 'given without'} relative_step, got {lr}")
         if warmup_init and not relative_step:
             raise ValueError("warmup_init needs relative_step, got relative_step=False")
-        defaults = {"lr": lr, "eps": eps, "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1,
-                    "weight_decay": weight_decay, "scale_parameter": scale_parameter, "relative_step": relative_step,
-                    "warmup_init": warmup_init}
         super().__init__(params, Adafactor(), defaults, nonfinite, per_layer)

@@ -33,7 +33,7 @@ def number(wanted, holds):
         value = plain(value)
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value) or not holds(value):
             raise ValueError(wanted)
-        return value if isinstance(value, (int, float)) else float(value)
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
 
     return rule
 

@@ -8,10 +8,12 @@ from lowrank_sys.optim.names import name_of
 
 def check_groups(optimizer, saved_groups):
     """Every group keeps its kind: with a rank or plain, and with the hyper-parameters of this rule."""
-    for g, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups)):
+    pairs = list(enumerate(zip(optimizer.param_groups, saved_groups)))
+    for g, (group, saved) in pairs:
         if ("rank" in group) != ("rank" in saved):
             raise ValueError(f"the loaded group {g} must {'have' if 'rank' in group else 'not have'} the key 'rank', as group {g} of "
                              f"this {type(optimizer).__name__}: it is a state of another optimizer")
+    for g, (group, saved) in pairs:
         if lacking := sorted(optimizer.defaults.keys() - saved.keys()):
             raise ValueError(f"the loaded group {g} must have the keys of {type(optimizer).__name__}, it lacks {', '.join(lacking)}")
 
