@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from lowrank_sys import _ops, reference
+from lowrank_sys._ops.rules import implement
 from lowrank_sys.subspace import operators
 
 # Launchers of the GEMM-shaped ops on a GPU: op -> (module of lowrank_sys.kernels, function).
@@ -102,7 +103,7 @@ def _load_triton():
         return "triton is not installed"
     for op, (module, function) in TRITON.items():
         launcher = getattr(importlib.import_module(f"lowrank_sys.kernels.{module}"), function)
-        _ops.library.impl(op, launcher, "CUDA")
+        implement(op, launcher, "CUDA")
     return ""
 
 
@@ -128,7 +129,7 @@ def table():
     return rows
 
 
-reference.register(_ops.library)
-operators.register(_ops.library)
+reference.register()
+operators.register()
 NATIVE_MISSING = _load_native()
 TRITON_MISSING = _load_triton()

@@ -62,7 +62,7 @@ def _refreshed(bases, grads, *_, left, seeds, **__):
 
 
 def _refreshed_from_sketch(bases, sketches, *_, left, seeds, **__):
-    bases[0].copy_(basis_from_sketch(sketches[0], bases[0], left=left, seed=seeds[0]))
+    bases[0].copy_(basis_from_sketch(sketches[0], bases[0], left=left, seed=seeds[0])[0])
 
 
 def _directions_inputs(case, randn):

@@ -56,7 +56,7 @@ def energy(timer, ranks=(8, 32, RANK), batch=8, seq_len=128, gap=10, refreshes=2
             grad, left, energies = weight.grad, weight.shape[0] < weight.shape[1], kernels.energies(weight.grad)
             for rank in ranks:
                 old = bases.get((name, rank))
-                basis = randomized_basis(grad, old, rank=rank, left=left)
+                basis, _ = randomized_basis(grad, old, rank=rank, left=left)
                 bases[name, rank] = basis
                 if step:
                     shares.append(kernels.captured(grad, basis, left) / energies[:rank].sum().item())

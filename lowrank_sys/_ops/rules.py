@@ -1,5 +1,8 @@
 """The rules that every op's arguments obey, and how an op is declared. A broken rule is one error that names the argument."""
 
+import contextlib
+import functools
+
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -16,6 +19,24 @@ def define(schemas):
     """Declare ops: name, with its overload after a dot -> schema."""
     for name, schema in schemas.items():
         torch.library.define(f"lowrank::{name}", schema, lib=library, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def unswitched(function):
+    """`function`, computing alike inside and outside of torch.autocast: a step's precision is its own."""
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with contextlib.ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return run
+
+
+def implement(name, function, key):
+    """Serve op `name` with a Python function on the dispatch key `key`."""
+    library.impl(name, unswitched(function), key)
 
 
 def fake(name):

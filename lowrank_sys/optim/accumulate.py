@@ -171,7 +171,7 @@ class Accumulate(Hooked):
     def clip(self, optimizer, max_norm):
         self.begin(optimizer)
         grads = [grad for group in optimizer.param_groups for _, grad in self.of(group)]
-        return scale_to_norm_(grads, gradient_norms(grads), max_norm) if grads else torch.zeros(())
+        return scale_to_norm_(grads, gradient_norms(grads), max_norm) if grads else torch.zeros((), dtype=torch.float32, device="cpu")
 
     def finish(self, optimizer):
         self._window.clear()

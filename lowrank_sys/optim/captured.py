@@ -2,7 +2,8 @@
 
 import torch
 
-from lowrank_sys.optim.optimizer import LowRankOptimizer, name_of
+from lowrank_sys.optim.names import name_of
+from lowrank_sys.optim.optimizer import LowRankOptimizer
 from lowrank_sys.optim.store import weight_store
 
 # Group keys that a graph does not hold: what it reads anew at every step, and what others note there.

@@ -1,5 +1,6 @@
 """GaLore (Zhao et al., ICML 2024, arXiv:2403.03507): Adam or Adafactor on the gradient's leading singular directions."""
 
+from lowrank_sys.optim import hyper
 from lowrank_sys.optim.adam import adam_defaults
 from lowrank_sys.optim.inner import Adafactor, Adam
 from lowrank_sys.optim.inner_8bit import MIN_8BIT_SIZE, Adam8bit
@@ -49,8 +50,6 @@ class GaLoreAdamW8bit(LowRankOptimizer):
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *, min_8bit_size=MIN_8BIT_SIZE,
                  nonfinite="skip", per_layer=None):
-        if not isinstance(min_8bit_size, int) or min_8bit_size < 0:
-            raise ValueError(f"min_8bit_size must be an integer of at least 0, got {min_8bit_size!r}")
         defaults = {**adam_defaults(lr, betas, eps, weight_decay), "min_8bit_size": min_8bit_size}
         super().__init__(params, Adam8bit(), defaults, nonfinite, per_layer)
 
@@ -65,13 +64,19 @@ class GaLoreAdafactor(LowRankOptimizer):
     State of a matrix: `row` (rows of R, 1), `col` (1, columns of R), `basis`, `step`, the schedule; `exp_avg` with beta1.
     """
 
+    rules = {**hyper.RULES, "lr": hyper.optional(hyper.rate), "eps": hyper.pair("eps", hyper.at_least(0)),
+             "clip_threshold": hyper.number("a number above 0", lambda value: value > 0),
+             "decay_rate": hyper.number("a number", lambda value: True), "beta1": hyper.optional(hyper.momentum),
+             "scale_parameter": hyper.flag, "relative_step": hyper.flag, "warmup_init": hyper.flag}
+
     def __init__(self, params, lr=None, eps=(1e-30, 1e-3), clip_threshold=1.0, decay_rate=-0.8, beta1=None, weight_decay=0.0,
                  scale_parameter=True, relative_step=True, warmup_init=False, *, nonfinite="skip", per_layer=None):
+        defaults = {"lr": lr, "eps": eps, "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1,
+                    "weight_decay": weight_decay, "scale_parameter": scale_parameter, "relative_step": relative_step,
+                    "warmup_init": warmup_init}
+        hyper.check(defaults, self.rules)
         if relative_step == (lr is not None):
             raise ValueError(f"lr must be {'None with' if relative_step else 'given without'} relative_step, got {lr}")
         if warmup_init and not relative_step:
             raise ValueError("warmup_init needs relative_step, got relative_step=False")
-        defaults = {"lr": lr, "eps": tuple(eps), "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1,
-                    "weight_decay": weight_decay, "scale_parameter": scale_parameter, "relative_step": relative_step,
-                    "warmup_init": warmup_init}
         super().__init__(params, Adafactor(), defaults, nonfinite, per_layer)

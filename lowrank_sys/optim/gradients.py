@@ -72,7 +72,7 @@ class AtStep:
             optimizer._init_state()
             for param, grad in pairs:
                 measured.append(optimizer.subspace.measured(group, grad.contiguous(), optimizer.state[param]))
-        return scale_to_norm_(grads, gradient_norms(measured), max_norm) if grads else torch.zeros(())
+        return scale_to_norm_(grads, gradient_norms(measured), max_norm) if grads else torch.zeros((), dtype=torch.float32, device="cpu")
 
     def finish(self, optimizer):
         """A step ends."""

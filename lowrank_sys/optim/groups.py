@@ -1,6 +1,10 @@
 """param_groups: which weights of a model train in a subspace."""
 
+import warnings
+
 from lowrank_sys.nn.linear_layers import linear_layers
+from lowrank_sys.nn.quant_weight import is_quantized
+from lowrank_sys.optim import hyper
 from lowrank_sys.optim.coefficient import is_coefficient
 from lowrank_sys.optim.residual import Dropped, ScaledGradient, ScaledResidual, StateFree
 from lowrank_sys.subspace.keyed import Keyed
@@ -18,7 +22,7 @@ class ParamGroups(list):
         self.model = model
 
 
-def param_groups(model, rank=128, *, target_modules=None, plain=None, **low_rank):
+def param_groups(model, rank=128, *, target_modules=None, plain=None, narrow="plain", **low_rank):
     """Two optimizer groups: weights of linear layers in a subspace, everything else plain.
 
     Embeddings, norms, biases, output heads and weights tied to an embedding are plain. The INT8 weight of a QuantLinear is one
@@ -26,22 +30,48 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, **low_rank
 
     Args:
         model: nn.Module. Frozen parameters are left out.
-        rank: of the low-rank group; at most min(m, n) of every weight in it.
+        rank: of the low-rank group.
         target_modules: substrings of module names; a linear layer is low-rank if its name contains one. All by default.
         plain: keys of the plain group, e.g. {"lr": 1e-3}.
+        narrow: what becomes of a matrix with a side below the rank, of which a warning tells: 'plain', it joins the plain group; or
+            'own', it trains at the rank that it has, in a group of all such, as an INT8 weight does in any case.
         **low_rank: keys of the low-rank group, e.g. update_proj_gap, scale, proj_type, subspace, moments, seed, lr.
 
     Returns:
-        [plain group, low-rank group] with named parameters: a list, with the model as its `model`.
+        [plain group, low-rank group, and one for each smaller rank] with named parameters: a list, with the model as its `model`.
     """
     known = {*(key for part in PARTS for key in part.defaults), "lr", "weight_decay", "betas", "eps", "min_8bit_size"}
     if unknown := sorted(low_rank.keys() - known):
         raise ValueError(f"keys of the low-rank group must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    keys = {"rank": rank, **low_rank}
+    hyper.check(keys, hyper.RULES)
+    if narrow not in ("plain", "own"):
+        raise ValueError(f"narrow must be 'plain' or 'own', got {narrow!r}")
     chosen = {id(module.weight) for _, module in linear_layers(model, target_modules)}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not is_coefficient(p)]
     matrices = [(name, p) for name, p in named if id(p) in chosen]
     if not matrices:
         wanted = "" if target_modules is None else f" whose name contains one of {', '.join(target_modules)}"
         raise ValueError(f"model has no trainable linear layer{wanted}")
-    others = [(name, p) for name, p in named if id(p) not in chosen]
-    return ParamGroups([{"params": others, **(plain or {})}, {"params": matrices, "rank": rank, **low_rank}], model)
+    by_rank = {keys["rank"]: []}
+    for name, p in matrices:
+        full = min(p.shape)
+        if full >= keys["rank"]:
+            by_rank[keys["rank"]].append((name, p))
+        elif full > 0 and (narrow == "own" or is_quantized(p)):
+            by_rank.setdefault(full, []).append((name, p))
+    low = [{"params": params, **keys, "rank": r} for r, params in by_rank.items()]
+    if not any(group["params"] for group in low):
+        name, p = matrices[0]
+        raise ValueError(f"rank must be at most {min(p.shape)} for {name} of shape {tuple(p.shape)}, got {rank}: no matrix is as wide")
+    inside = {id(p) for group in low for _, p in group["params"]}
+    _tell_of_narrow([name for name, p in matrices if min(p.shape) < keys["rank"]], keys["rank"], own=len(low) > 1)
+    others = [(name, p) for name, p in named if id(p) not in inside]
+    return ParamGroups([{"params": others, **(plain or {})}, *low], model)
+
+
+def _tell_of_narrow(names, rank, own):
+    if names:
+        how = "at the rank they have" if own else "in the plain group"
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.warn(f"{len(names)} linear layers are narrower than rank {rank} and train {how}: {some}", stacklevel=3)

@@ -5,7 +5,10 @@ from functools import partial
 import torch
 
 from lowrank_sys.memory import ledger
+from lowrank_sys.optim import hyper
 from lowrank_sys.optim.coefficient import weights, with_coefficients, without_coefficients
+from lowrank_sys.optim.loading import check_groups, check_state
+from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.residual import Dropped
 from lowrank_sys.optim.store import weight_store
@@ -35,6 +38,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     """
 
     low_rank_defaults = {}  # group keys in which a method differs from its parts
+    rules = hyper.RULES  # what group keys may hold
 
     # GradScaler hands over grad_scale and found_inf instead of synchronising.
     _step_supports_amp_scaling = True
@@ -42,11 +46,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def __init__(self, params, inner, defaults, nonfinite="skip", per_layer=None, *, subspace=None, residual=None):
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite must be 'skip' or 'raise', got {nonfinite!r}")
-        lr = defaults["lr"]
-        if lr is not None and not isinstance(lr, torch.Tensor) and not lr >= 0:
-            raise ValueError(f"lr must be at least 0, got {lr}")
-        if not defaults["weight_decay"] >= 0:
-            raise ValueError(f"weight_decay must be at least 0, got {defaults['weight_decay']}")
         self.inner = inner
         self.subspace = Subspace() if subspace is None else subspace
         self.residual = Dropped() if residual is None else residual
@@ -68,11 +67,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self.gradients.bind(self)
 
     def add_param_group(self, param_group):
-        super().add_param_group(param_group)
+        super().add_param_group(with_names(param_group, self.param_groups))
         group = self.param_groups[-1]
-        first = sum(len(weights(g)) for g in self.param_groups[:-1])
-        names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
+        names = group.get("param_names") or default_names(self.param_groups[:-1], len(group["params"]))
         try:
+            hyper.check(group, self.rules)
             self._check_stores(group, names)
             if "rank" in group:
                 self._check_low_rank(group, names)
@@ -91,6 +90,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _check_low_rank(self, group, names):
         self.gradients.check(self)
         self._set_defaults(group)
+        hyper.check(group, self.rules)
         for key, part in (("quant", "int4_basis"), ("int8_gemm", "int8_gemm")):
             if group.get(key) and not self._serves(key, part):
                 raise ValueError(f"{key} must be False for {type(self).__name__}, got {group[key]!r}")
@@ -109,25 +109,39 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for key, value in {key: value for part in parts for key, value in part.items()}.items():
             group.setdefault(key, value)
 
+    def _loaded_group(self, saved):
+        """The keys of a loaded group, with those that an older checkpoint lacks."""
+        group = dict(saved)
+        if "rank" in group:
+            self._set_defaults(group)
+        return group
+
     def _init_state(self, only=None):
         """Make the missing state of what has a gradient, or of the one parameter `only`."""
         missing = []
         for group in self.param_groups:
             params = [p for p, _ in self.gradients.of(group)] if only is None else [p for p in group["params"] if p is only]
             missing += [(p, group) for p in params if not self.state[p]]
-        if not missing:
-            return
+        if missing:
+            new_state = self._new_states()
+            for param, group in missing:
+                self.state[param] = new_state(param, group)
+
+    def _new_states(self):
+        """A function of (parameter, its group) that makes a state as it is before the first step."""
         matrices = [p for g in self.param_groups if "rank" in g for p in weights(g)]
         index = {p: i for i, p in enumerate(matrices)}
-        for param, group in missing:
-            state = self.state[param]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            shape = param.shape
+
+        def new_state(param, group):
+            state, shape = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}, param.shape
             if "rank" in group:
                 shape = self.subspace.init(state, param, group, index[param], len(matrices))
                 self.residual.init(state, param)
                 weight_store(param).init(state, index[param])
             self.inner.init(state, tuple(shape), param, group)
+            return state
+
+        return new_state
 
     def _counter(self, device):
         if device not in self._counters:
@@ -160,7 +174,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         lr = group["lr"]
         if isinstance(lr, torch.Tensor):
             return lr
-        return torch.tensor(1.0 if lr is None else lr, dtype=torch.float32)  # None: a rate relative to the step
+        return torch.tensor(1.0 if lr is None else lr, dtype=torch.float32, device="cpu")  # None: a rate relative to the step
 
     def _step_batches(self, found_inf=None, grad_scale=None):
         """Yield the arguments of `_step_batch` for all that has a gradient. found_inf, grad_scale: a GradScaler's."""
@@ -273,10 +287,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         self.gradients.check_loaded(state_dict["param_groups"])
         state_dict = with_coefficients(self, state_dict)
+        check_groups(self, state_dict["param_groups"])
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for i, param in zip(ids, params):
-            state = state_dict["state"].get(i, {})
+        groups = [group for group in map(self._loaded_group, state_dict["param_groups"]) for _ in group["params"]]
+        saved = {param: state_dict["state"].get(i, {}) for i, param in zip(ids, params)}
+        check_state(self, saved, zip(groups, params), self._new_states())
+        for param, state in saved.items():
             if not self.subspace.fits(param, state):
                 raise ValueError(f"the state's basis of shape {tuple(state['basis'].shape)} does not fit a parameter of shape "
                                  f"{tuple(param.shape)}")
@@ -289,8 +306,3 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if "rank" in group:
                 self._set_defaults(group)  # keys that an older checkpoint lacks
         self.gradients.loaded(self)
-
-
-def name_of(group, g, i):
-    """Of parameter i of group g, for people."""
-    return group["param_names"][i] if "param_names" in group else f"parameter {i} of group {g}"

@@ -4,8 +4,6 @@ A residual declares its group keys (`defaults`), keeps what it needs in the stat
 with the moments and hyper-parameters of the inner rule, Adam.
 """
 
-import math
-
 import torch
 
 from lowrank_sys.optim.store import weight_store
@@ -59,11 +57,6 @@ class _FromGradient(Dropped):
         if self.limited:
             state["limiter"] = torch.zeros((), dtype=torch.float32, device=param.device)
 
-    def _check_number(self, group, key):
-        value = group[key]
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"{key} must be a number of at least 0, got {value!r}")
-
     def _limiters(self, states):
         return [_field(states, "limiter")] if self.limited else [[]]
 
@@ -90,7 +83,6 @@ class ScaledGradient(_FromGradient):
     def check(self, group):
         if group["scale_type"] not in ("channel", "tensor"):
             raise ValueError(f"scale_type must be one of channel, tensor, got {group['scale_type']!r}")
-        self._check_number(group, "scale")
 
     def low_rank_step(self, inner, group, params, grads, states, lr, left, guards):
         bases = [state["key"] if "key" in state else state["basis"] for state in states]
@@ -116,9 +108,6 @@ class ScaledResidual(_FromGradient):
     categories = {"limiter": "counters"}
     limited = True
 
-    def check(self, group):
-        self._check_number(group, "alpha")
-
     def low_rank_step(self, inner, group, params, grads, states, lr, left, guards):
         torch.ops.lowrank.fira_step.list(
             *self._tensors(states, params, grads), *self._limiters(states), [],
@@ -136,10 +125,6 @@ class StateFree(_FromGradient):
 
     def __init__(self, sign=True):
         self.sign = sign
-
-    def check(self, group):
-        for key in self.defaults:
-            self._check_number(group, key)
 
     def low_rank_step(self, inner, group, params, grads, states, lr, left, guards):
         torch.ops.lowrank.frugal_step.list(

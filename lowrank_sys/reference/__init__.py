@@ -5,6 +5,7 @@ Computes in fp32, or in fp64 where the tensors are fp64 (tests use that as the t
 
 import torch
 
+from lowrank_sys._ops.rules import implement
 from lowrank_sys.reference.adam import adamw_step
 from lowrank_sys.reference.apollo_int8 import apollo_int8_step, apollo_int8_step_list
 from lowrank_sys.reference.blockwise import (adam_8bit_, adam_8bit_low_rank_, dequantize_blockwise, galore_step_8bit,
@@ -84,7 +85,7 @@ IMPLEMENTATIONS = {
     "select_rows": select_rows,
 }
 
-def register(library):
+def register():
     """Serve every op of IMPLEMENTATIONS on every device that has no kernel of its own."""
     for name, function in IMPLEMENTATIONS.items():
-        library.impl(name, function, "CompositeExplicitAutograd")
+        implement(name, function, "CompositeExplicitAutograd")

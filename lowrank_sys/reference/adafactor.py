@@ -20,6 +20,11 @@ def _mean_over(x, ok, dim):
     return (torch.where(ok, x, 0) / ok.sum(dim, keepdim=True).clamp(min=1)).sum(dim, keepdim=True)
 
 
+def _inverse_root(statistic):
+    """0 where there is no statistic yet: what was left out from the first step on has none."""
+    return torch.where(statistic > 0, statistic.rsqrt(), 0)
+
+
 def _preconditioned(r, square, ok, row, col, beta2):
     """Advance the factored statistics (m, 1), (1, n) where ok; return r over the root of the estimate row col / mean(row).
 
@@ -29,7 +34,7 @@ def _preconditioned(r, square, ok, row, col, beta2):
         seen = ok.expand_as(square).any(dim, keepdim=True)
         statistic.copy_(torch.where(seen, beta2 * statistic + (1 - beta2) * _mean_over(square, ok, dim), statistic))
     mean = (row / max(row.shape[-2], 1)).sum(dim=-2, keepdim=True)
-    return (r * row.rsqrt()) * (mean.sqrt() * col.rsqrt())
+    return (r * _inverse_root(row)) * (mean.sqrt() * _inverse_root(col))
 
 
 def adafactor_step(param, grad, basis, exp_avg, row, col, exp_avg_sq, step, *, lr, beta1, decay_rate, eps1, eps2,
@@ -58,7 +63,7 @@ def adafactor_step(param, grad, basis, exp_avg, row, col, exp_avg_sq, step, *, l
         update = _preconditioned(torch.where(ok, r, 0), square, ok, row, col, beta2)
     else:
         exp_avg_sq.copy_(torch.where(ok, beta2 * exp_avg_sq + (1 - beta2) * square, exp_avg_sq))
-        update = torch.where(ok, r, 0) * exp_avg_sq.rsqrt()
+        update = torch.where(ok, r, 0) * _inverse_root(exp_avg_sq)
     rate = lr
     if relative_step:
         rate = torch.minimum(1e-6 * step if warmup_init else torch.full_like(step, 1e-2), step.rsqrt())

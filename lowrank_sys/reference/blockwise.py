@@ -12,17 +12,21 @@ from lowrank_sys.reference.galore import back, project
 from lowrank_sys.reference.int4 import dequantize_int4
 
 
+def _fp32(value):
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
 @functools.cache
 def _map(signed):
     magnitudes = []
     for decade in range(7):
         parts = (1 if signed else 2) << decade
         # Each boundary is rounded to fp32 once: the products below are exact in fp64.
-        i, step = torch.arange(parts + 1, dtype=torch.float64), ((torch.tensor(1.0) - 0.1) / parts).double()
-        boundaries = torch.where(i < (parts + 1) // 2, torch.tensor(0.1).double() + step * i, 1 - step * (parts - i)).float()
+        i, step = torch.arange(parts + 1, dtype=torch.float64, device="cpu"), ((_fp32(1.0) - 0.1) / parts).double()
+        boundaries = torch.where(i < (parts + 1) // 2, _fp32(0.1).double() + step * i, 1 - step * (parts - i)).float()
         magnitudes.append((boundaries[1:] + boundaries[:-1]) / 2 * 10.0**(decade - 6))
     magnitudes = torch.cat(magnitudes)
-    return torch.cat([*((-magnitudes.flip(0),) if signed else ()), torch.zeros(1), magnitudes, torch.ones(1)])
+    return torch.cat([*((-magnitudes.flip(0),) if signed else ()), _fp32(0.0)[None], magnitudes, _fp32(1.0)[None]])
 
 
 def dynamic_map(signed, device="cpu"):

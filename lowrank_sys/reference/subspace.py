@@ -81,14 +81,18 @@ def canonical_signs(basis, old=None):
 
 
 def svd_basis(grad, basis, *, rank, left):
-    """The leading `rank` left (or right) singular vectors of G (m, n), as GaLore; the old basis if G is not finite or zero."""
+    """(the leading `rank` left (or right) singular vectors of G (m, n), as GaLore; the squares of their singular values).
+
+    The old basis and zeros, if G is zero or not finite.
+    """
     _ops.subspace.check_subspace_iteration(grad, basis, rank=rank, left=left, n_iter=1, oversample=None, op="svd_basis")
     g = grad.to(accumulator(grad))
     valid = g.isfinite().all() & (g != 0).any()
     if not valid:
-        return basis if basis is not None else orthonormalize(gaussian(g.shape[0 if left else 1], rank, 0, g), passes=3)
-    u, _, vh = torch.linalg.svd(g, full_matrices=False)
-    return canonical_signs((u[:, :rank] if left else vh[:rank].T).contiguous(), basis)
+        old = basis if basis is not None else orthonormalize(gaussian(g.shape[0 if left else 1], rank, 0, g), passes=3)
+        return old, g.new_zeros(rank)
+    u, s, vh = torch.linalg.svd(g, full_matrices=False)
+    return canonical_signs((u[:, :rank] if left else vh[:rank].T).contiguous(), basis), s[:rank].square()
 
 
 def sketched_columns(rank, rows, columns, oversample=None):
@@ -147,12 +151,12 @@ def sketch_directions(basis, exp_avg, *, other, left, seed=0):
 
 
 def basis_from_sketch(sketch, old, *, left, seed=0):
-    """The next basis from Y = G Omega (d, l), or Yᵀ (l, d) as project(Gᵀ...) gives it for a right basis; fp32.
+    """(the next basis, its energies) from Y = G Omega (d, l), or Yᵀ (l, d) as project(Gᵀ...) gives it for a right basis; fp32.
 
-    The old basis (d, r), if the sketch is zero or not finite.
+    The old basis (d, r) and energies 0, if the sketch is zero or not finite.
     """
     y = sketch.to(accumulator(sketch))
-    return leading_directions(y if left else y.T.contiguous(), old.to(y.dtype), rank=old.shape[1], seed=seed)[0]
+    return leading_directions(y if left else y.T.contiguous(), old.to(y.dtype), rank=old.shape[1], seed=seed)
 
 
 def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, seed=0, project=dense_project):

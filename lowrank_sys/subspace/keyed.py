@@ -33,7 +33,7 @@ class Keyed(Subspace):
         state["left"], shape = self.low_rank_shape(group, param)
         state["key"] = torch.tensor([group["seed"], 0, index, 0], device=param.device)
         # with 'next' the schedule advances after the step
-        state["countdown"] = torch.tensor(group["update_proj_gap"] - (group["refresh"] == "next"))
+        state["countdown"] = torch.tensor(group["update_proj_gap"] - (group["refresh"] == "next"), device="cpu")
         return shape
 
     def _refresh_keys(self, group, states, lr):

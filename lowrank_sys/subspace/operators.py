@@ -4,6 +4,7 @@ import functools
 
 import torch
 
+from lowrank_sys._ops.rules import implement
 from lowrank_sys.reference.adafactor import adafactor_step
 from lowrank_sys.reference.dct import dct_columns, dct_select
 from lowrank_sys.reference.orthogonalize import newton_schulz
@@ -48,6 +49,6 @@ IMPLEMENTATIONS = {
 }
 
 
-def register(library):
+def register():
     for name, function in IMPLEMENTATIONS.items():
-        library.impl(name, function, "CompositeExplicitAutograd")
+        implement(name, function, "CompositeExplicitAutograd")

@@ -14,24 +14,27 @@ COLD = -1
 
 
 def randomized_basis(grad, basis, *, rank, left, seed=0):
-    """The next basis of G (m, n) by subspace iteration: from the old one with two products with G, the first with one.
+    """(the next basis of G (m, n), its energies) by subspace iteration: from the old one with two products with G, the first with one.
 
     A first basis is refreshed within a gap, and the first step of a model needs one for every matrix at once.
     """
     n_iter = 0 if basis is None else 1
-    return torch.ops.lowrank.subspace_iteration(grad, basis, rank=rank, left=left, n_iter=n_iter, seed=seed)[0]
+    return torch.ops.lowrank.subspace_iteration(grad, basis, rank=rank, left=left, n_iter=n_iter, seed=seed)
 
 
 def _svd(grad, basis, *, rank, left, seed):
     return svd_basis(grad, basis, rank=rank, left=left)
 
 
+# Each returns (basis, energies); energies of 0 say that the gradient was zero or not finite, and that the basis is not of it.
 SELECT = {"randomized": randomized_basis, "svd": _svd}
 
 
 def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap, first_gaps, seeds, subspace, moments,
              **full):
     """Advance the refresh schedule of many matrices by one step, choosing anew each basis that is due.
+
+    A matrix whose gradient is zero or not finite keeps its basis, or gets a seeded one if it has none, and stays due.
 
     Args:
         bases: (m or n, r) each, written in place; packed codes, if there are scales.
@@ -63,16 +66,19 @@ def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left
     for i in due:
         _ops.subspace.check_refresh_matrix(stored, i, grads[i], left=left)
     training, matrices = trains(lr), _Matrices(stored, schedule, left)
+    taken = []
     for i in due:
         old = None if waits[i] == COLD else matrices.load(i, grads[i].shape[0 if left else 1])
-        new = SELECT[subspace](grads[i], old, rank=matrices.rank(i), left=left, seed=seeds[i])
-        if old is not None and training:
-            matrices.compare(i, old, new)
-        matrices.replace(i, old, new)
+        new, energies = SELECT[subspace](grads[i], old, rank=matrices.rank(i), left=left, seed=seeds[i])
+        taken.append(is_taken(energies))
+        if taken[-1] or old is None:
+            if old is not None and training:
+                matrices.compare(i, old, new)
+            matrices.replace(i, old, new)
     if training:
         matrices.grow_gaps()
-        for i in due:
-            countdowns[i].fill_(first_gaps[i] if waits[i] == COLD else matrices.gap(i, gap))
+        for i, done in zip(due, taken):
+            countdowns[i].fill_((first_gaps[i] if waits[i] == COLD else matrices.gap(i, gap)) if done else waits[i] + 1)
         count_down_(countdowns)
 
 
@@ -82,7 +88,7 @@ def refresh_from_sketch_(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, ste
 
     Args:
         sketches: Y = G Omega (m, l) if left, else (Gᵀ Omega)ᵀ (l, n), of the matrices that are due (countdown 0 or COLD);
-            empty for the others, and for a matrix whose sketch is not there: it keeps its basis.
+            empty for the others, and for a matrix whose sketch is not there: it keeps its basis, and stays due.
         countdowns: as in refresh_; COLD - k waits k steps for the first refresh, so that not every matrix of a model needs
             its first sketch at once.
 
@@ -93,26 +99,36 @@ def refresh_from_sketch_(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, ste
                                             first_gaps=first_gaps, seeds=seeds)
     if not countdowns or not trains(lr):
         return
-    waits, matrices = torch.stack(countdowns).tolist(), _Matrices(stored, schedule, left)
+    waits, matrices, taken = torch.stack(countdowns).tolist(), _Matrices(stored, schedule, left), set()
     for i, wait in enumerate(waits):
         if wait < COLD:
             countdowns[i].add_(2)  # with the common step below: one nearer to COLD
         elif is_due(wait) and sketches[i].numel() > 0:
             old = matrices.load(i, sketches[i].shape[0 if left else 1])
-            new = basis_from_sketch(sketches[i], old, left=left, seed=seeds[i])
-            if wait != COLD:  # the first one follows a seeded basis
-                matrices.compare(i, old, new)
-            matrices.replace(i, old, new)
+            new, energies = basis_from_sketch(sketches[i], old, left=left, seed=seeds[i])
+            if is_taken(energies):
+                taken.add(i)
+                if wait != COLD:  # the first one follows a seeded basis
+                    matrices.compare(i, old, new)
+                matrices.replace(i, old, new)
     matrices.grow_gaps()
     for i, wait in enumerate(waits):
         if is_due(wait):
-            countdowns[i].fill_(first_gaps[i] if wait == COLD else matrices.gap(i, gap))
+            countdowns[i].fill_((first_gaps[i] if wait == COLD else matrices.gap(i, gap)) if i in taken else wait + 1)
     count_down_(countdowns)
 
 
 def is_due(wait):
     """Whether a step at this countdown ends with a refresh from its sketch."""
     return wait in (0, COLD)
+
+
+def is_taken(energies):
+    """Whether a choice with these energies (r,), or norms, is one: there was a gradient, and it was finite.
+
+    What is not taken stays due. A GPU is not asked, which would make the host wait: there every choice counts as taken.
+    """
+    return energies.device.type != "cpu" or bool(((energies > 0) & (energies < float("inf"))).any())
 
 
 def trains(lr):

@@ -31,8 +31,8 @@ class Rows(Subspace):
         state["left"], shape = self.low_rank_shape(group, param)
         state["indices"] = torch.arange(rank, dtype=torch.int32, device=param.device)
         if group["subspace"] != "top":
-            state["row_scale"] = torch.ones(rank, device=param.device)
-        state["countdown"], state["refreshes"] = torch.tensor(COLD), torch.tensor(0)
+            state["row_scale"] = torch.ones(rank, dtype=torch.float32, device=param.device)
+        state["countdown"], state["refreshes"] = torch.tensor(COLD, device="cpu"), torch.tensor(0, device="cpu")
         state["first_gap"] = index * gap // count + 1
         state["seed"], state["parameter"] = group["seed"], index
         return shape

@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys import _ops
-from lowrank_sys.subspace.refresh import COLD, count_down_, trains
+from lowrank_sys.subspace.refresh import COLD, count_down_, is_taken, trains
 
 
 def refresh_keys_(keys, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, gap, moments):
@@ -36,7 +36,8 @@ def refresh_rows_(indices, row_scales, grads, countdowns, refreshes, exp_avgs, e
     Args:
         indices, row_scales: (r,) int32 and (r,) fp32 each, written in place as `select_rows` has them; no row_scales where
             method is 'top'.
-        grads: (m, n) each; rows if left, else columns, are selected by their norms. One that is not finite comes last.
+        grads: (m, n) each; rows if left, else columns, are selected by their norms. One that is not finite comes last; a
+            gradient without any that is finite and not zero is no choice, and the matrix stays due.
         countdowns, refreshes: 0-dim int64 CPU tensors: steps until the next selection, COLD before the first; and the
             selections so far, each with bits of its own.
         exp_avgs, exp_avg_sqs, steps, lr, gap, first_gaps, seeds: as in refresh_.
@@ -54,8 +55,12 @@ def refresh_rows_(indices, row_scales, grads, countdowns, refreshes, exp_avgs, e
     for i in due:
         matrix = _ops.schedule.refresh_rows_matrix(i, indices, row_scales, grads, exp_avgs, exp_avg_sqs, steps, moments)
         _ops.schedule.check_refresh_rows_matrix(*matrix, left=left)
+    taken = []
     for i in due:
         norms = torch.ops.lowrank.row_norms(grads[i], left=left)
+        taken.append(is_taken(norms))
+        if not taken[-1] and waits[i] != COLD:
+            continue
         chosen, scale = torch.ops.lowrank.select_rows(norms, r=indices[i].shape[0], method=method, seed=seeds[i],
                                                       step=refreshes[i].item(), parameter=parameters[i])
         indices[i].copy_(chosen)
@@ -64,9 +69,9 @@ def refresh_rows_(indices, row_scales, grads, countdowns, refreshes, exp_avgs, e
         if moments == "reset" and waits[i] != COLD:
             _reset(i, exp_avgs, exp_avg_sqs, steps)
     if trains(lr):
-        for i in due:
-            countdowns[i].fill_(first_gaps[i] if waits[i] == COLD else gap)
-            refreshes[i] += 1
+        for i, done in zip(due, taken):
+            countdowns[i].fill_((first_gaps[i] if waits[i] == COLD else gap) if done else waits[i] + 1)
+            refreshes[i] += done
         count_down_(countdowns)
 
 

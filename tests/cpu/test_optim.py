@@ -340,7 +340,7 @@ def test_gradient_with_other_strides():
     ({"subspace": "pca"}, "subspace must be one of randomized, svd, got 'pca'"),
     ({"moments": "drop"}, "moments must be one of keep, reset, rotate, got 'drop'"),
     ({"update_proj_gap": 0}, "update_proj_gap must be an integer of at least 1, got 0"),
-    ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
+    ({"lr": -1.0}, "lr must be a number of at least 0 or a 0-dim tensor, got -1.0"),
     ({"options": {"betas": (0.9, 1.0)}}, r"betas\[1\] must be in \[0, 1\), got 1.0"),
     ({"options": {"nonfinite": "ignore"}}, "nonfinite must be 'skip' or 'raise', got 'ignore'"),
     ({"gap": 3}, "keys of the low-rank group must be among .*, got gap"),

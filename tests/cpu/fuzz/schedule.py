@@ -8,6 +8,7 @@ from lowrank_sys.subspace.refresh import COLD
 
 from fuzz.harness import FLOATS, Fuzz, same_bits
 from fuzz.projection import low_rank
+from fuzz.subspace import after_step, taken
 
 STATE = ("exp_avgs", "exp_avg_sqs", "steps")
 
@@ -65,19 +66,22 @@ def compare_rows(before, after, result):
     for i, countdown in enumerate(before["countdowns"]):
         due, cold = countdown <= 0, countdown == COLD
         index, scale = before["indices"][i], before["row_scales"][i] if before["row_scales"] else None
+        done = True
         if due:
             norms = torch.ops.lowrank.row_norms(before["grads"][i], left=before["left"])
+            done = taken(norms)
+        if due and (done or cold):
             index, rho = selection.select_rows(norms, r=len(index), method=before["method"], seed=before["seeds"][i],
                                                step=int(before["refreshes"][i]), parameter=before["parameters"][i])
             scale = scale if scale is None else rho
         assert same_bits(after["indices"][i], index)
         if scale is not None:
             torch.testing.assert_close(after["row_scales"][i], scale, rtol=3e-7, atol=0)
-        assert_state(before, after, i, due and not cold)
-        assert after["refreshes"][i] == before["refreshes"][i] + int(trains and due)
+        assert_state(before, after, i, due and done and not cold)
+        assert after["refreshes"][i] == before["refreshes"][i] + int(trains and due and done)
         wait = int(countdown)
         if trains:
-            wait = ((before["first_gaps"][i] if cold else before["gap"]) if due else wait) - 1
+            wait = after_step(wait, before["first_gaps"][i] if cold else before["gap"], due, done)
         assert after["countdowns"][i] == wait
 
 

@@ -76,15 +76,17 @@ def compare_refresh(before, after, result):
         then, now = ({name: values[name][i] for name in ("bases", "grads", "exp_avgs", "exp_avg_sqs", "steps")}
                      for values in (before, after))
         cold, due = countdown == COLD, countdown <= 0
-        basis = then["bases"]
+        basis, done = then["bases"], True
         if due:
             select = svd_basis if before["subspace"] == "svd" else randomized_basis
             seed = {} if before["subspace"] == "svd" else {"seed": before["seeds"][i]}
-            new = select(then["grads"], None if cold else basis, rank=basis.shape[1], left=left, **seed)
+            new, energies = select(then["grads"], None if cold else basis, rank=basis.shape[1], left=left, **seed)
+            done = taken(energies)
+            new = new if done or cold else basis
             assert same_bits(now["bases"], new.to(basis.dtype))
         else:
             assert same_bits(now["bases"], basis)
-        stays = not due or cold or moments == "keep"
+        stays = not due or cold or not done or moments == "keep"
         for name in ("exp_avgs", "exp_avg_sqs", "steps"):
             assert not stays or same_bits(then[name], now[name]), name
             assert moments != "reset" or stays or not now[name].any(), name
@@ -95,8 +97,18 @@ def compare_refresh(before, after, result):
             assert (now["exp_avg_sqs"] >= 0).all() and same_bits(now["steps"], then["steps"])
         wait = countdown.item()
         if before["lr"] != 0:
-            wait = ((before["first_gaps"][i] if cold else before["gap"]) if due else wait) - 1
+            wait = after_step(wait, before["first_gaps"][i] if cold else before["gap"], due, done)
         assert after["countdowns"][i] == wait
+
+
+def after_step(wait, gap, due, done):
+    """A countdown after a step: what is due and was not taken stays due."""
+    return wait - 1 if not due else gap - 1 if done else wait
+
+
+def taken(energies):
+    """Whether a choice is one of a gradient: it was finite, and not zero."""
+    return any(0 < value < float("inf") for value in energies.tolist())
 
 
 def directions_arguments(draw):
@@ -144,12 +156,14 @@ def compare_sketch(before, after, result):
         wait, basis, sketch = countdown.item(), then["bases"], then["sketches"]
         trains = before["lr"] != 0
         due = trains and wait in (0, COLD)
-        new = basis
+        new, done = basis, False
         if due and sketch.numel():
             y = sketch if left else sketch.T.contiguous()
-            new = leading_directions(y, basis.float(), rank=basis.shape[1], seed=before["seeds"][i])[0].to(basis.dtype)
+            chosen, energies = leading_directions(y, basis.float(), rank=basis.shape[1], seed=before["seeds"][i])
+            done = taken(energies)
+            new = chosen.to(basis.dtype) if done else basis
         assert same_bits(now["bases"], new)
-        stays = not due or not sketch.numel() or moments == "keep"
+        stays = not done or moments == "keep"
         for name in ("exp_avgs", "exp_avg_sqs", "steps"):
             assert not stays or same_bits(then[name], now[name]), name
             assert moments != "reset" or stays or not now[name].any(), name
@@ -158,7 +172,7 @@ def compare_sketch(before, after, result):
             transport.rotate(*want, basis, new, left=left)
             assert same_bits(now["exp_avgs"], want[0]) and same_bits(now["exp_avg_sqs"], want[1])
         if due:
-            wait = (before["first_gaps"][i] if wait == COLD else before["gap"]) - 1
+            wait = after_step(wait, before["first_gaps"][i] if wait == COLD else before["gap"], due, done)
         elif trains:
             wait += 1 if wait < COLD else -1
         assert after["countdowns"][i] == wait
@@ -206,18 +220,20 @@ def decoded(values, before):
 
 
 def chosen_basis(then, i, before, wait):
-    """The fp32 basis that matrix i is to get, or None."""
+    """(the fp32 basis that matrix i is to get, or None; whether it is one of a gradient)."""
     basis, left, seed = then["bases"][i], before["left"], before["seeds"][i]
     if "sketches" not in before:
         if wait > 0:
-            return None
+            return None, False
         select = svd_basis if before["subspace"] == "svd" else randomized_basis
         seed = {} if before["subspace"] == "svd" else {"seed": seed}
-        return select(before["grads"][i], None if wait == COLD else basis, rank=basis.shape[1], left=left, **seed)
+        new, energies = select(before["grads"][i], None if wait == COLD else basis, rank=basis.shape[1], left=left, **seed)
+        return (new, taken(energies)) if taken(energies) or wait == COLD else (None, False)
     sketch = before["sketches"][i]
     if before["lr"] == 0 or wait not in (0, COLD) or not sketch.numel():
-        return None
-    return leading_directions(sketch if left else sketch.T.contiguous(), basis.float(), rank=basis.shape[1], seed=seed)[0]
+        return None, False
+    new, energies = leading_directions(sketch if left else sketch.T.contiguous(), basis.float(), rank=basis.shape[1], seed=seed)
+    return (new, True) if taken(energies) else (None, False)
 
 
 def compare_full(before, after, result):
@@ -226,7 +242,7 @@ def compare_full(before, after, result):
     trains = before["lr"].item() != 0
     for i, countdown in enumerate(before["countdowns"]):
         wait, first = countdown.item(), countdown.item() == COLD
-        old, new = then["bases"][i], chosen_basis(then, i, before, wait)
+        old, (new, done) = then["bases"][i], chosen_basis(then, i, before, wait)
         got = now["bases"][i]
         if new is None or torch.equal(new, old.float()):
             assert same_bits(got, old)
@@ -249,10 +265,10 @@ def compare_full(before, after, result):
                     assert all(map(same_bits, (after[name][i], after[absmax][i]), quantize_blockwise(value, signed=signed)))
                 else:
                     assert same_bits(after[name][i], value)
-        check_schedule(before, after, i, wait, old, new, trains)
+        check_schedule(before, after, i, wait, old, new, done, trains)
 
 
-def check_schedule(before, after, i, wait, old, new, trains):
+def check_schedule(before, after, i, wait, old, new, done, trains):
     gap = before["gap"]
     if before["gaps"]:
         gap, queue = before["gaps"][i].item(), before["overlaps"][i]
@@ -266,7 +282,7 @@ def check_schedule(before, after, i, wait, old, new, trains):
         assert after["gaps"][i] == gap
     due = wait in (0, COLD)
     if trains and due:
-        wait = (before["first_gaps"][i] if wait == COLD else gap) - 1
+        wait = after_step(wait, before["first_gaps"][i] if wait == COLD else gap, due, done)
     elif trains:
         wait += 1 if wait < COLD else -1
     assert after["countdowns"][i] == wait

@@ -1,0 +1,104 @@
+"""What the keys of a parameter group may hold: checked, and made plain numbers, when an optimizer is built.
+
+A rule takes a value and returns it as a plain number, a tuple of them, or the tensor that it is; it raises a ValueError that says
+what it wants where the value is none.
+"""
+
+import math
+import numbers
+
+import torch
+
+
+def plain(value):
+    """numpy's scalars and 0-dim tensors as Python's numbers; whatever else as it is."""
+    return value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
+
+
+def integer(least, most=math.inf):
+    wanted = f"an integer of at least {least}" if most == math.inf else f"an integer from {least} to {most}"
+
+    def rule(value):
+        value = plain(value)
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not least <= value <= most:
+            raise ValueError(wanted)
+        return int(value)
+
+    return rule
+
+
+def number(wanted, holds):
+    """A real number of which `holds` is true; NaN and infinity are none."""
+    def rule(value):
+        value = plain(value)
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value) or not holds(value):
+            raise ValueError(wanted)
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+    return rule
+
+
+def at_least(least):
+    return number(f"a number of at least {least}", lambda value: value >= least)
+
+
+def optional(rule):
+    """The rule, or None."""
+    def either(value):
+        try:
+            return None if value is None else rule(value)
+        except ValueError as error:
+            raise ValueError(f"{error} or None") from None
+
+    return either
+
+
+def pair(name, rule):
+    """Two values of a rule."""
+    def both(values):
+        if not isinstance(values, (list, tuple)) or len(values) != 2:
+            raise ValueError("a pair")
+        for i, value in enumerate(values):
+            try:
+                rule(value)
+            except ValueError as error:
+                raise ValueError(f"{error}, got {value!r}", f"{name}[{i}]") from None
+        return tuple(map(rule, values))
+
+    return both
+
+
+def flag(value):
+    if not isinstance(value, bool):
+        raise ValueError("True or False")
+    return value
+
+
+def rate(value):
+    """A 0-dim tensor stays one: a scheduler, or a captured step, writes into it."""
+    if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex() and value.dtype != torch.bool:
+        return value
+    return number("a number of at least 0 or a 0-dim tensor", lambda lr: lr >= 0)(value)
+
+
+share = number("a number in [0, 1]", lambda value: 0 <= value <= 1)
+momentum = number("in [0, 1)", lambda value: 0 <= value < 1)
+
+RULES = {
+    "lr": rate, "betas": pair("betas", momentum), "eps": at_least(0), "weight_decay": at_least(0),
+    "rank": integer(1), "update_proj_gap": integer(1), "seed": integer(-2**62, 2**62), "min_8bit_size": integer(0),
+    "scale": at_least(0), "alpha": at_least(0), "residual_scale": at_least(0),
+    "quant": flag, "int8_gemm": flag, "cos_threshold": optional(share), "gamma_proj": at_least(1), "queue_size": integer(1),
+    "max_update_proj_gap": optional(integer(1)),
+}
+
+
+def check(group, rules):
+    """Replace what `rules` know of a group by plain numbers; raises a ValueError that names the key, its value and what is wanted."""
+    for key, rule in rules.items():
+        if key in group:
+            try:
+                group[key] = rule(group[key])
+            except ValueError as error:
+                wanted, *inner = error.args
+                raise ValueError(f"{inner[0]} must be {wanted}" if inner else f"{key} must be {wanted}, got {group[key]!r}") from None
