@@ -75,7 +75,7 @@ RESIDUAL = {
     1: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=32),
     2: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=16),
 }
-COEFFICIENT = _tile(8, 1, BLOCK=1024)
+COEFFICIENT = _tile(4, 1, BLOCK=256)
 
 # Matrices of one shape that one launch serves at most; a group is cut into launches of 8, 4, 2 and 1.
 MOST = 8

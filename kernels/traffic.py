@@ -198,11 +198,14 @@ def ratio(m, n, r, *, left, splits=0, out=False, gram=False):
 
 
 def coefficients(channels, *, per_tensor, limited):
-    """The factor of each channel, from its sums; the limiter is read and written once."""
-    passes = 2 + 2 * per_tensor + 3 * limited
+    """The factor of each channel, from its sums; all are multiplied by what they share, which the limiter may leave at 1."""
+    programs = triton.cdiv(channels, configs.COEFFICIENT["BLOCK"])
+    size, parts = channels * FP32, (2 * per_tensor + limited) * programs * torch.float64.itemsize
+    shared = size if per_tensor or limited else 0
     return {
-        "sums": Bytes(passes * channels * FP32, 0),
-        "coefficients": Bytes(0, channels * FP32),
+        "sums": Bytes((2 + limited) * size, 0),
+        "coefficients": Bytes(shared, size + shared),
+        "norms": Bytes(parts, parts),
         "limiter": Bytes(FP32, FP32) if limited else Bytes(0, 0),
     }
 
