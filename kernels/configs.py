@@ -80,7 +80,7 @@ RESIDUAL = {
     1: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=32),
     2: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=16),
 }
-COEFFICIENT = _tile(8, 1, BLOCK=1024)
+COEFFICIENT = _tile(4, 1, BLOCK=256)
 
 # Matrices of one shape that one launch serves at most; a group is cut into launches of 8, 4, 2 and 1.
 MOST = 8
@@ -91,12 +91,19 @@ SCALARS = _tile(4, 1, BLOCK=128)
 # Adam on an already projected gradient: elementwise but for the test of a channel.
 ADAM = _tile(4, 1, BLOCK_R=32, BLOCK_C=32)
 
-# The linear layer on INT8 weights, by kind: T along the rows of x, O along the outputs, D along the summed axis.
-INT8_LINEAR = {
-    16: _tile(8, 3, BLOCK_T=128, BLOCK_O=128, BLOCK_D=64),
-    32: _tile(8, 3, BLOCK_T=128, BLOCK_O=64, BLOCK_D=32),
-    "odd": _tile(4, 2, BLOCK_T=64, BLOCK_O=32, BLOCK_D=32),
+# The linear layer on INT8 weights, by architecture, kind and number of rows: T along the rows of x, O along the outputs, D
+# along the summed axis. A weight is dequantized once a tile of rows.
+_INT8_LINEAR = {
+    16: {128: _tile(8, 3, BLOCK_T=128, BLOCK_O=128, BLOCK_D=32)},
+    32: {64: _tile(8, 3, BLOCK_T=64, BLOCK_O=128, BLOCK_D=16)},
+    "odd": {64: _tile(4, 2, BLOCK_T=64, BLOCK_O=32, BLOCK_D=16)},
 }
+_INT8_LINEAR_90 = _INT8_LINEAR | {
+    16: {64: _tile(8, 4, BLOCK_T=64, BLOCK_O=128, BLOCK_D=64), 256: _tile(8, 4, BLOCK_T=256, BLOCK_O=128, BLOCK_D=64)},
+    32: {128: _tile(8, 3, BLOCK_T=128, BLOCK_O=128, BLOCK_D=16)},
+}
+_INT8_LINEAR_100 = _INT8_LINEAR_90 | {16: {128: _tile(8, 4, BLOCK_T=128, BLOCK_O=128, BLOCK_D=64)}}
+INT8_LINEAR = {80: _INT8_LINEAR, 90: _INT8_LINEAR_90, 100: _INT8_LINEAR_100, 120: _INT8_LINEAR}
 
 # The back-projection into INT8 weights, by kind: a tile of whole groups along n, and as many rows as leave this many elements.
 BACK_PROJECT_INT8 = {
@@ -136,7 +143,7 @@ def together(m, n, card):
 
 
 class Plan(NamedTuple):
-    """How a projection is launched: its grid is (tiles, splits), each split sums over `chunk` of the projected axis."""
+    """How a product is launched: its grid is (tiles, splits), each split sums over `chunk` of the summed axis."""
 
     config: dict
     tiles: int
@@ -153,24 +160,49 @@ def target(device):
     return Target(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
+def of_arch(tables, arch):
+    """The table of `arch`, or of the next older architecture that is listed."""
+    return tables[max((known for known in tables if known <= arch), default=min(tables))]
+
+
+def of_size(by_limit, size):
+    """The entry of the least limit that is not below `size`, or of the largest."""
+    return by_limit[min((limit for limit in by_limit if limit >= size), default=max(by_limit))]
+
+
 @functools.cache
 def config_for(arch, kernel, *, n, r, dtypes):
     """Launch arguments of `kernel` on `arch` for W (m, n) and rank r; an unlisted architecture uses the next older table.
 
     dtypes: the two operands', then the weight's if there is one.
     """
-    table = TABLES[max((known for known in TABLES if known <= arch), default=min(TABLES))]
+    table = of_arch(TABLES, arch)
     narrow = dtypes[0] == dtypes[1] and all(dtype.itemsize == 2 for dtype in dtypes)
-    by_rank = table[kernel, "odd" if n % 16 or r % 16 else 16 if narrow else 32]
-    return by_rank[min((limit for limit in by_rank if limit >= r), default=max(by_rank))]
+    return of_size(table[kernel, "odd" if n % 16 or r % 16 else 16 if narrow else 32], r)
 
 
-def int8_linear(*, m, n, back, dtype, group_size):
-    """Launch arguments of the INT8 linear layer; a tile stays in one group along n. One table serves every architecture."""
-    config = dict(INT8_LINEAR["odd" if m % 16 or n % 16 else 8 * dtype.itemsize])
+@functools.cache
+def plan_int8_linear(t, m, n, *, back, dtype, group_size, card):
+    """Plan of the INT8 linear layer for t rows; a tile stays in one group along n.
+
+    The number of parts is the one of which the card takes the least time, in entries of the summed axis: those of a part, times
+    the waves, and what its fp32 sums cost, 128 to store and 128 a part to add. There are at most 8, and two programs a
+    multiprocessor.
+    """
+    kind = "odd" if m % 16 or n % 16 else 8 * dtype.itemsize
+    config = dict(of_size(of_arch(INT8_LINEAR, card.arch)[kind], t))
     axis = "BLOCK_O" if back else "BLOCK_D"
     config[axis] = min(config[axis], group_size)
-    return config
+    outputs, depth = (n, m) if back else (m, n)
+    tiles = cdiv(t, config["BLOCK_T"]) * cdiv(outputs, config["BLOCK_O"])
+
+    def cost(splits):
+        return cdiv(tiles * splits, card.multiprocessors) * (depth / splits + (128 + 128 * splits if splits > 1 else 0))
+
+    blocks = max(1, cdiv(depth, config["BLOCK_D"]))
+    splits = min(range(1, max(1, min(8, blocks, card.counters // max(1, tiles))) + 1), key=cost)
+    chunk = cdiv(blocks, splits)
+    return Plan(config, tiles, cdiv(blocks, chunk), chunk * config["BLOCK_D"])
 
 
 @functools.cache
@@ -213,8 +245,7 @@ def gaussian_project(arch):
 @functools.cache
 def plan_gaussian_project(m, n, r, *, left, dtype, card):
     """Plan of R = project(G) for G (m, n) of `dtype` and a basis from its seed: split as `plan_project`, in whole groups."""
-    by_rank = gaussian_project(card.arch)
-    config = by_rank[min((limit for limit in by_rank if limit >= r), default=max(by_rank))]
+    config = of_size(gaussian_project(card.arch), r)
     channels, depth = (n, m) if left else (m, n)
     return _split(config, channels, depth, r, 64, depth + 63, dtype, card)
 

@@ -17,24 +17,35 @@ def finish(b_r, out, exp_avg, exp_avg_sq, scalars, o_tile, m_tile, beta1, beta2,
 
 
 @triton.jit
-def finish_sum(b_r, partials, counters, i_tile, i_split, splits, size, o_tile, m_tile):
-    """(the whole sum of a tile whose parts `splits` programs hold, whether this program is the one that has it).
+def store_part(b_r, partials, counters, i_tile, i_split, splits, size, o_tile, m_tile):
+    """Store one of the `splits` parts of a tile; whether it was the last. Partials and counters are this matrix' own."""
+    tl.store(partials + i_split * size + o_tile, b_r, mask=m_tile, cache_modifier=".cg")
+    # All threads' stores come before the count that publishes them.
+    tl.debug_barrier()
+    last = tl.atomic_add(counters + i_tile, 1, sem="acq_rel") == splits - 1
+    if last:
+        tl.store(counters + i_tile, 0)
+    return last
 
-    Partials and counters are this matrix' own; the parts are added in order, so results do not depend on timing.
-    """
+
+@triton.jit
+def sum_parts(partials, splits, size, o_tile, m_tile):
+    """The sum of the parts at offsets `o_tile`, in order, so that results do not depend on timing."""
+    b_r = tl.zeros(o_tile.shape, tl.float32)
+    for _ in range(splits):
+        b_r += tl.load(partials + o_tile, mask=m_tile, other=0.0, cache_modifier=".cg")
+        partials += size
+    return b_r
+
+
+@triton.jit
+def finish_sum(b_r, partials, counters, i_tile, i_split, splits, size, o_tile, m_tile):
+    """(the whole sum of a tile whose parts `splits` programs hold, whether this program is the one that has it)."""
     last = True
     if partials is not None:
-        p_part = partials + o_tile
-        tl.store(p_part + i_split * size, b_r, mask=m_tile, cache_modifier=".cg")
-        # All threads' stores come before the count that publishes them.
-        tl.debug_barrier()
-        last = tl.atomic_add(counters + i_tile, 1, sem="acq_rel") == splits - 1
+        last = store_part(b_r, partials, counters, i_tile, i_split, splits, size, o_tile, m_tile)
         if last:
-            tl.store(counters + i_tile, 0)
-            b_r = tl.zeros_like(b_r)
-            for _ in range(splits):
-                b_r += tl.load(p_part, mask=m_tile, other=0.0, cache_modifier=".cg")
-                p_part += size
+            b_r = sum_parts(partials, splits, size, o_tile, m_tile)
     return b_r, last
 
 

@@ -148,16 +148,20 @@ def subspace_step(m, n, r, *, left, param, basis, card):
     return _and_apply(adam(m, n, r, left=left, out=basis), m, n, r, left=left, param=param, basis=basis, card=card)
 
 
-def int8_linear(t, m, n, *, back, dtype, group_size, bias=None):
+def int8_linear(t, m, n, *, back, dtype, group_size, card, bias=None):
     """y (t, m) = x Wᵀ + bias, or dx (t, n) = dy W if `back`: the type of x or dy, and of the bias."""
-    config = configs.int8_linear(m=m, n=n, back=back, dtype=dtype, group_size=group_size)
+    plan = configs.plan_int8_linear(t, m, n, back=back, dtype=dtype, group_size=group_size, card=card)
     depth, outputs = (m, n) if back else (n, m)
-    tall, wide, deep = (triton.cdiv(size, config[f"BLOCK_{axis}"]) for size, axis in ((t, "T"), (outputs, "O"), (depth, "D")))
+    tall, wide, deep = (triton.cdiv(size, plan.config[f"BLOCK_{axis}"]) for size, axis in ((t, "T"), (outputs, "O"), (depth, "D")))
+    parts = plan.splits * t * outputs * FP32 if plan.splits > 1 else 0
+    # The bias is added to 16 rows at a time where parts are summed.
+    biases = triton.cdiv(t, plan.config["BLOCK_T"]) * (plan.config["BLOCK_T"] // 16 if parts else 1)
     return {
         "rows": Bytes(wide * t * depth * dtype.itemsize, 0),
         "codes": Bytes(tall * m * n, 0),
         "scale": Bytes(tall * (wide * m if back else deep * m) * FP32, 0),
-        "bias": Bytes(tall * m * bias.itemsize if bias else 0, 0),
+        "bias": Bytes(biases * m * bias.itemsize if bias else 0, 0),
+        "partials": Bytes(parts, parts),
         "out": Bytes(0, t * outputs * dtype.itemsize),
     }
 
@@ -205,11 +209,14 @@ def ratio(m, n, r, *, left, splits=0, out=False, gram=False):
 
 
 def coefficients(channels, *, per_tensor, limited):
-    """The factor of each channel, from its sums; the limiter is read and written once."""
-    passes = 2 + 2 * per_tensor + 3 * limited
+    """The factor of each channel, from its sums; all are multiplied by what they share, which the limiter may leave at 1."""
+    programs = triton.cdiv(channels, configs.COEFFICIENT["BLOCK"])
+    size, parts = channels * FP32, (2 * per_tensor + limited) * programs * torch.float64.itemsize
+    shared = size if per_tensor or limited else 0
     return {
-        "sums": Bytes(passes * channels * FP32, 0),
-        "coefficients": Bytes(0, channels * FP32),
+        "sums": Bytes((2 + limited) * size, 0),
+        "coefficients": Bytes(shared, size + shared),
+        "norms": Bytes(parts, parts),
         "limiter": Bytes(FP32, FP32) if limited else Bytes(0, 0),
     }
 

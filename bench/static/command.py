@@ -50,7 +50,8 @@ def triton_rows(args, progress):
     for case, future in zip(chosen, futures):
         together = f" x{case.together}" if case.together > 1 else ""
         variant = f"{'left' if case.left else 'right'} {'-'.join(case.types)} {case.variant} {case.sizes}{together}"
-        configuration = f"{case.row.kind} r<={case.row.rank}" if case.row.rank else "any"
+        limit = cases.KERNELS[case.row.kernel].limit
+        configuration = f"{case.row.kind} {limit}<={case.row.rank}" if case.row.rank else "any"
         yield facts_of(f"triton {case.row.kernel}", configuration, case.arch, future.result(), variant)
 
 

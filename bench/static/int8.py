@@ -9,16 +9,20 @@ SMALLEST, DEFAULT = 32, 256  # groups
 
 def calls(kind):
     if kind == "odd":  # the smallest group cuts the tile
-        return [((dtype,), f"{way}+small") for dtype in FLOATS for way in ("forward", "back")]
-    return [((dtype,), way) for dtype in ({16: ("bf16", "fp16"), 32: ("fp32",)}[kind]) for way in ("forward", "back")]
+        return [((dtype,), f"{way}+small") for dtype in FLOATS for way in ("forward", "back", "forward+split", "back+split")]
+    return [((dtype,), way) for dtype in ({16: ("bf16", "fp16"), 32: ("fp32",)}[kind])
+            for way in ("forward", "back", "forward+split", "back+split")]
 
 
-def always(kind, rank):
-    return {16: [(("bf16",), "forward"), (("fp16",), "back")], 32: [(("fp32",), "forward")]}.get(kind, [])
+def always(kind, tokens):
+    if kind == 16:
+        return [(("bf16",), "forward+split")] if tokens < 128 else [(("bf16",), "forward"), (("fp16",), "back+split")]
+    return [(("fp32",), "forward")] if kind == 32 else []
 
 
 def tensors(types, variant):
     pointers = {"rows": f"*{types[0]}", "codes": "*i8", "scale": "*fp32", "out": f"*{types[0]}", "t": "i32"}
+    pointers |= {"partials": "*fp32", "counters": "*i32"} if "split" in variant else {}
     return pointers | ({} if "back" in variant else {"bias": "*fp32"})
 
 
@@ -28,8 +32,12 @@ def constants(variant, config):
     return {"BACK": "back" in variant, "GROUP": group, axis: min(config[axis], group)}
 
 
+def rows(arch):
+    table = configs.of_arch(configs.INT8_LINEAR, arch)
+    return {(kind, tokens): config for kind, by_tokens in table.items() for tokens, config in by_tokens.items()}
+
+
 KERNELS = {
-    "int8_linear": Kernel(
-        int8_linear_kernel, lambda arch: {(kind, 0): config for kind, config in configs.INT8_LINEAR.items()}, calls, tensors,
-        always=always, constants=constants, sizes={16: ("aligned",), 32: ("aligned",), "odd": ("odd",)}, own=False),
+    "int8_linear": Kernel(int8_linear_kernel, rows, calls, tensors, always=always, constants=constants, limit="t",
+                          sizes={16: ("aligned",), 32: ("aligned",), "odd": ("odd",)}),
 }

@@ -23,7 +23,7 @@ class Kernel(NamedTuple):
     """
 
     function: Callable  # the @triton.jit function
-    rows: Callable  # arch -> {(kind, largest rank): launch configuration}
+    rows: Callable  # arch -> {(kind, largest rank, or what `limit` says): launch configuration}
     calls: Callable  # kind -> calls
     tensors: Callable  # (types, variant) -> {argument: Triton type}, what is not listed is None
     always: Callable = no_calls  # (kind, rank) -> calls that are built on every architecture and side
@@ -31,6 +31,7 @@ class Kernel(NamedTuple):
     product: bool = True  # must use the tensor cores,
     own: bool = True  # in its required builds the architecture's own, and 16-byte stores
     constants: Callable = lambda variant, config: {}  # further constants
+    limit: str = "r"  # what a configuration is chosen by
     sizes: dict = {}  # kind -> kinds of sizes, where they are not the usual ones
 
 

@@ -23,7 +23,8 @@ def ratio_tensors(types, variant):
 def coefficient_tensors(types, variant):
     tensors = dict.fromkeys(("sums", "coefficients", "scalars"), "*fp32")
     tensors |= dict.fromkeys(("growth", "front", "behind"), "fp32")
-    return tensors | ({"limiter": "*fp32"} if "limiter" in variant else {})
+    tensors |= {"limiter": "*fp32"} if "limiter" in variant else {}
+    return tensors | ({} if variant == "channel" else {"norms": "*fp64", "counters": "*i32"})
 
 
 def residual_calls(*variants):

@@ -65,4 +65,26 @@ LR_HD void column_norms(const Block& block, const G* g, float* norms, int64_t ro
   }
 }
 
+// column_norms of a whole tile of 32 columns, whose rows begin on multiples of V elements: the same lanes, V at a time.
+template <int V, class Block, class G>
+LR_HD void column_tile_norms(const Block& block, const G* g, float* norms, int64_t rows, int64_t stride) {
+  static_assert(kOwned<Block> % V == 0 && kColumns % V == 0);
+  constexpr int high = kLanes / kColumns;
+  const int64_t whole = rows / high * high;
+  float sums[kOwned<Block>] = {};
+  const auto add = [&](int64_t base, int k) {
+    const int lane = lane_of<V>(block, k);
+    const auto pack = load<V>(g + (base + lane / kColumns) * stride + lane % kColumns);
+    for (int e = 0; e < V; ++e) sums[k + e] += square(pack.at[e]);
+  };
+  LR_UNROLL(16)
+  for (int64_t base = 0; base < whole; base += high)
+    for (int k = 0; k < kOwned<Block>; k += V) add(base, k);
+  for (int k = 0; k < kOwned<Block>; k += V)
+    if (whole + lane_of<V>(block, k) / kColumns < rows) add(whole, k);
+  sum_lanes<V>(block, sums, kColumns);
+  for (int c = block.tid; c < kColumns; c += Block::threads) norms[c] = sqrtf(block.lanes[c]);
+  block.sync();
+}
+
 LR_END

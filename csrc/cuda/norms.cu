@@ -1,4 +1,5 @@
-// Norms of rows, a warp a row; and of columns, a thread block for 32 neighbours. One read of the matrix.
+// Norms of rows, a warp a row; and of columns, a warp for 32 neighbours, or a thread block where rows are not aligned. One read
+// of the matrix.
 #include "../core/norms.h"
 
 #include "block.cuh"
@@ -28,6 +29,14 @@ __global__ void __launch_bounds__(kLanes) column_norms_kernel(const G* g, float*
   column_norms<1>(block, g + first, norms + first, rows, int(columns - first < kColumns ? columns - first : kColumns), columns);
 }
 
+template <class G>
+__global__ void __launch_bounds__(kWarp) column_tile_norms_kernel(const G* g, float* norms, int64_t rows, int64_t columns) {
+  __shared__ float lanes[kLanes];
+  const GpuBlock<kWarp> block{int(threadIdx.x), lanes};
+  const int64_t first = int64_t(blockIdx.x) * kColumns;
+  column_tile_norms<16 / sizeof(G)>(block, g + first, norms + first, rows, columns);
+}
+
 }  // namespace
 LR_END
 
@@ -55,7 +64,11 @@ cudaError_t launch_column_norms(DType dtype, const void* data, float* norms, int
   return dispatch(dtype, [&](auto type) {
     const auto* g = static_cast<const typename decltype(type)::type*>(data);
     const unsigned blocks = unsigned((columns + kColumns - 1) / kColumns);
-    column_norms_kernel<<<blocks, kLanes, 0, stream>>>(g, norms, rows, columns);
+    if (uintptr_t(g) % 16 == 0 && columns % kColumns == 0) {
+      column_tile_norms_kernel<<<blocks, kWarp, 0, stream>>>(g, norms, rows, columns);
+    } else {
+      column_norms_kernel<<<blocks, kLanes, 0, stream>>>(g, norms, rows, columns);
+    }
     return cudaGetLastError();
   });
 }

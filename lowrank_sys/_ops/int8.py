@@ -10,7 +10,7 @@ import torch
 
 from lowrank_sys._ops.rules import (FLOATS, define, expect, expect_dtype, expect_float, expect_group_size, expect_like,
                                     expect_matrix, expect_number, fake, library)
-from lowrank_sys._ops.workspace import TILE_ELEMENTS, TILE_SIDE, copy_unless_fp32, fp32, workspace
+from lowrank_sys._ops.workspace import FULL_CARD, TILE_ELEMENTS, TILE_SIDE, copy_unless_fp32, fp32, workspace
 
 INT8 = "Tensor codes, Tensor scale"
 STREAM = "SymInt offset=0, int group_size=256"
@@ -170,7 +170,7 @@ def _(*args, cuda=False, **options):
 def _(x, codes, scale, bias=None, *, group_size=256, cuda=False):
     m, n = codes.shape
     if cuda or x.numel() == 0:
-        return 0
+        return _parts(x, m)
     high = min(m, max(1, TILE_ELEMENTS // max(1, n)))
     return fp32(high, n) + _rows_in_fp32(x, high) + (0 if bias is None else copy_unless_fp32(bias))
 
@@ -179,9 +179,17 @@ def _(x, codes, scale, bias=None, *, group_size=256, cuda=False):
 def _(grad_out, codes, scale, *, group_size=256, cuda=False):
     m, n = codes.shape
     if cuda or grad_out.numel() == 0:
-        return 0
+        return _parts(grad_out, n)
     wide = min(n, max(1, TILE_ELEMENTS // max(1, m * group_size)) * group_size)
     return fp32(m, wide) + _rows_in_fp32(grad_out, wide)
+
+
+def _parts(rows, outputs):
+    """Most that the parts of a split product hold on a GPU: 8, and two tiles a multiprocessor, none of more than 256 x 128."""
+    t = rows.numel() // max(1, rows.shape[-1])
+    if 2 * -(-t // 256) * -(-outputs // 128) > FULL_CARD:
+        return 0
+    return min(fp32(8, t, outputs), fp32(FULL_CARD, 256, 128))
 
 
 def _rows_in_fp32(rows, outputs):

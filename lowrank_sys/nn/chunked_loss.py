@@ -13,7 +13,7 @@ OTHER_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def _in_full_precision(method):
-    """Products inside stay fp32 under autocast."""
+    """Products inside keep their types under autocast."""
 
     @functools.wraps(method)
     def run(ctx, tensor, *rest):
@@ -26,21 +26,22 @@ def _in_full_precision(method):
 class _CrossEntropy(torch.autograd.Function):
     """Sum over tokens t of log Σ_v exp(z_tv) - z_t,y(t) with z = h Wᵀ + b.
 
-    Forward keeps log Σ_v exp(z_tv); backward makes each chunk of z again: dz = (softmax(z) - onehot(y)) g.
+    Forward keeps log Σ_v exp(z_tv); backward makes each chunk of z again: dz = softmax(z) - onehot(y). The gradient of the sum
+    comes after the products: dz alone lies in [-1, 1], and stays in the range of fp16.
     """
 
     @staticmethod
     @_in_full_precision
     def forward(ctx, hidden, weight, bias, labels, ignore_index, tokens, vocabulary):
         kept = labels != ignore_index
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide, operand = _types(hidden, weight)
         log_sum = hidden.new_full(labels.shape, -torch.inf, dtype=wide)
         picked = hidden.new_full(labels.shape, torch.nan, dtype=wide)
         for first in range(0, weight.shape[0], vocabulary):
-            head = weight[first:first + vocabulary].to(wide)
+            head = weight[first:first + vocabulary].to(operand)
             for at in range(0, hidden.shape[0], tokens):
                 rows = slice(at, at + tokens)
-                z = _logits(hidden[rows], head, bias, first)
+                z = _logits(hidden[rows].to(operand), head, bias, first, wide)
                 log_sum[rows] = torch.logaddexp(log_sum[rows], z.logsumexp(1))
                 inside, column = _in_chunk(labels[rows], kept[rows], first, head.shape[0])
                 picked[rows] = torch.where(inside, z.gather(1, column[:, None])[:, 0], picked[rows])
@@ -56,41 +57,62 @@ class _CrossEntropy(torch.autograd.Function):
         hidden, weight, bias, labels, log_sum = ctx.saved_tensors
         ignore_index, tokens, vocabulary = ctx.options
         kept = labels != ignore_index
-        factor = torch.where(kept, grad_out.to(log_sum.dtype), 0.0)
+        wide, operand = _types(hidden, weight)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.zeros_like(hidden, dtype=log_sum.dtype) if need_hidden else None
+        d_hidden = torch.zeros_like(hidden, dtype=wide) if need_hidden else None
         d_weight = torch.empty_like(weight) if need_weight else None
         d_bias = torch.empty_like(bias) if need_bias else None
         for first in range(0, weight.shape[0], vocabulary):
-            head = weight[first:first + vocabulary].to(log_sum.dtype)
-            d_head = torch.zeros_like(head) if need_weight else None
-            d_shift = head.new_zeros(head.shape[0]) if need_bias else None
+            head = weight[first:first + vocabulary].to(operand)
+            d_head = torch.zeros_like(head, dtype=wide) if need_weight else None
+            d_shift = head.new_zeros(head.shape[0], dtype=wide) if need_bias else None
             for at in range(0, hidden.shape[0], tokens):
                 rows = slice(at, at + tokens)
-                dz = _logits(hidden[rows], head, bias, first)
+                states = hidden[rows].to(operand)
+                dz = _logits(states, head, bias, first, wide)
                 dz.sub_(log_sum[rows, None]).exp_()
                 inside, column = _in_chunk(labels[rows], kept[rows], first, head.shape[0])
                 dz.scatter_add_(1, column[:, None], -inside.to(dz.dtype)[:, None])
                 # a skipped token may have a logit that is not finite
-                dz.mul_(factor[rows, None]).masked_fill_(~kept[rows, None], 0)
-                if need_hidden:
-                    d_hidden[rows].addmm_(dz, head)
-                if need_weight:
-                    d_head.addmm_(dz.T, hidden[rows].to(dz.dtype))
+                dz.masked_fill_(~kept[rows, None], 0)
                 if need_bias:
                     d_shift += dz.sum(0)
+                dz = dz.to(operand)
+                if need_hidden:
+                    _add_product_(d_hidden[rows], dz, head)
+                if need_weight:
+                    _add_product_(d_head, dz.T, states)
                 del dz
             chunk = slice(first, first + head.shape[0])
             if need_weight:
-                d_weight[chunk] = d_head
+                d_weight[chunk] = d_head.mul_(grad_out)
             if need_bias:
-                d_bias[chunk] = d_shift
-        d_hidden = d_hidden.to(hidden.dtype) if need_hidden else None
+                d_bias[chunk] = d_shift.mul_(grad_out)
+        d_hidden = d_hidden.mul_(grad_out).to(hidden.dtype) if need_hidden else None
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 
-def _logits(hidden, head, bias, first):
-    z = hidden.to(head.dtype) @ head.T
+def _types(hidden, weight):
+    """(type of sums, type of the operands): on a GPU the tensor cores take 16-bit ones as they are."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    as_they_are = hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype.itemsize == 2
+    return wide, hidden.dtype if as_they_are else wide
+
+
+def _product(a, b, wide):
+    """a @ b with sums and result in `wide`."""
+    return a @ b if a.dtype == wide else torch.mm(a, b, out_dtype=wide)
+
+
+def _add_product_(out, a, b):
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        out.add_(_product(a, b, out.dtype))
+
+
+def _logits(hidden, head, bias, first, wide):
+    z = _product(hidden, head.T, wide)
     return z if bias is None else z.add_(bias[first:first + head.shape[0]])
 
 
@@ -106,7 +128,9 @@ def chunked_loss(hidden, weight, labels, bias=None, *, ignore_index=-100, reduct
 
     Only `tokens` x `vocabulary` logits and `vocabulary` rows of the weight in fp32 exist at once, in backward as well, where
     the logits are made again. Products and sums are fp32 (fp64 for fp64), whatever the storage; the gradients are rounded to
-    it once. Differentiable once.
+    it once. On a GPU, states and a weight of one 16-bit type are multiplied as they are, which is as exact; for its two
+    products the gradient of the logits is rounded to that type, which costs about what rounding the result does. Logits, sums
+    and softmax stay fp32. Differentiable once.
 
     Args:
         hidden: (..., d) last hidden states, fp32 | bf16 | fp16.

@@ -38,11 +38,44 @@ def polynomial_into(out, gram, a, b, c):
     return out
 
 
+def on_tensor_cores(x):
+    return x.is_cuda and x.dtype == torch.float32
+
+
+def parts(x, many):
+    """x as a sum of bf16 matrices: one, or two that hold 16 bits together."""
+    high = x.to(torch.bfloat16)
+    return (high, (x - high).to(torch.bfloat16)) if many else (high,)
+
+
+def side_by_side(x, many, axis):
+    """Parts of an operand along the summed axis: high high low against high low high, without the product of the low parts."""
+    high, *low = parts(x, many)
+    return torch.cat((high, high, *low) if axis else (high, *low, high), axis) if many else high
+
+
+def tensor_core_product(left, right, many):
+    """left @ right in fp32 from bf16 parts of both, in one GEMM."""
+    return torch.mm(side_by_side(left, many, 1), side_by_side(right, many, 0), out_dtype=torch.float32)
+
+
+def tensor_core_step(x, many, tall, a, b, c):
+    """a X + (b A + c A A) X. X itself is not rounded: what rounding puts outside of its range would be amplified every step."""
+    gram = tensor_core_product(x.T, x, many) if tall else tensor_core_product(x, x.T, many)
+    factor = tensor_core_product(gram, gram, many).mul_(c).add_(gram, alpha=b)
+    update = tensor_core_product(x, factor, many) if tall else tensor_core_product(factor, x, many)
+    return update.add_(x, alpha=a)
+
+
 def newton_schulz(x, *, steps=5, a=3.4445, b=-4.7750, c=2.0315):
     """Move all singular values of x (m, n) towards 1: X <- (a I + b A + c A A) X with A = X Xᵀ, from X = x / |x|_F.
 
     With the published coefficients five steps bring singular values from 0.01 |x|_F on into about [0.7, 1.2]; they oscillate
     around 1 by design. A tall x is iterated on its short side, X (a I + b A + c A A) with A = Xᵀ X.
+
+    Products are fp32's on a CPU. On a GPU they run on the tensor cores with fp32 sums, whatever torch's switches say: for an
+    x of 16 bits in bf16, as Muon's, which moves singular values by 0.03 at most; for one in fp32 as three products of bf16
+    parts, which moves them by 1e-4.
 
     Args:
         x: (m, n), fp32 | bf16 | fp16, of any scale.
@@ -57,6 +90,7 @@ def newton_schulz(x, *, steps=5, a=3.4445, b=-4.7750, c=2.0315):
 
 def iterate(x, *, steps=5, a=3.4445, b=-4.7750, c=2.0315):
     """newton_schulz without its checks; an x in fp64 is iterated in fp64."""
+    many = x.dtype.itemsize > 2
     x = x.to(accumulator(x))
     if x.numel() == 0:
         return x.clone()
@@ -66,6 +100,10 @@ def iterate(x, *, steps=5, a=3.4445, b=-4.7750, c=2.0315):
     x = torch.where(valid, x, 0).div_(torch.where(valid, size, 1))
     x.div_(torch.linalg.vector_norm(x).clamp(min=1))
     tall = x.shape[0] > x.shape[1]
+    if on_tensor_cores(x):
+        for _ in range(steps):
+            x = tensor_core_step(x, many, tall, a, b, c)
+        return x
     short = min(x.shape)
     gram, factor, other = x.new_empty(short, short), x.new_empty(short, short), torch.empty_like(x)
     for _ in range(steps):

@@ -1,9 +1,14 @@
 """The loss that is computed in chunks, against torch's on whole logits."""
 
+import importlib
+import types
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lowrank_sys.memory.live import LiveStorages
@@ -64,6 +69,63 @@ def test_bf16_gradients_are_rounded_once():
     for got, other, true in zip(ours, usual, want):
         assert (got - true).abs().max() <= 2**-8 * true.abs().max()
         assert (got - true).double().norm() < 0.5 * (other - true).double().norm()
+
+
+NARROW = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("size, times", [(1.0, 1), (1e-6, 64)])
+def test_products_of_16_bit_operands(monkeypatch, dtype, size, times):
+    """As on a GPU: only dz is rounded, to half a unit in the last place, and not below the range of fp16 for a small `size`."""
+    module = importlib.import_module("lowrank_sys.nn.chunked_loss")
+    monkeypatch.setattr(module, "_types", lambda hidden, weight: (torch.float32, hidden.dtype))
+    monkeypatch.setattr(module, "_product", lambda a, b, wide: a.to(wide) @ b.to(wide))
+    hidden, weight, _, labels = inputs(dtype, bias=False)
+    # Large heads keep small gradients of the states in the range of fp16.
+    hidden, weight = (x.detach().mul(by).requires_grad_() for x, by in ((hidden, 1 / times), (weight, times)))
+    loss = size * chunked_loss(hidden, weight, labels, reduction="sum", tokens=7, vocabulary=13)
+    want = size * plain(hidden, weight, None, labels, "sum")
+    assert abs(loss.item() - want.item()) <= 1e-5 * abs(want.item())
+    h, w, y = hidden.detach().flatten(0, 1).double(), weight.detach().double(), labels.flatten()
+    dz = (h @ w.T).softmax(1)
+    dz[torch.arange(len(y)), y.clamp(min=0)] -= 1
+    dz = 0.7 * size * dz.abs() * (y != -100)[:, None]
+    half = torch.finfo(dtype).eps / 2
+    cases = list(zip(grads(loss, hidden, weight), grads(want, hidden, weight), ((dz @ w.abs()).view_as(hidden), dz.T @ h.abs())))
+    for got, true, rounded in cases if times == 1 else cases[:1]:
+        least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # of a result
+        assert ((got - true).abs() <= half * (true.abs() + rounded) + 1e-4 * true.abs().max() + least).all()
+
+
+class Products(TorchDispatchMode):
+    """The types of operands and results of every product."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, kinds, arguments=(), keys=None):
+        result = function(*arguments, **(keys or {}))
+        if "mm" in str(function):
+            self.seen.add((*(x.dtype for x in arguments if isinstance(x, torch.Tensor)), result.dtype))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
+def test_on_a_gpu_16_bit_operands_stay(dtype):
+    with FakeTensorMode():
+        hidden, weight = (torch.empty(size, D, device="cuda", dtype=dtype) for size in (30, V))
+        labels = torch.empty(30, device="cuda", dtype=torch.int64)
+        function = importlib.import_module("lowrank_sys.nn.chunked_loss")._CrossEntropy
+        # The engine of autograd asks for a device, its functions do not.
+        ctx = types.SimpleNamespace(needs_input_grad=(True, True, False))
+        ctx.save_for_backward = lambda *tensors: setattr(ctx, "saved_tensors", tensors)
+        with Products() as products:
+            loss = function.forward(ctx, hidden, weight, None, labels, -100, 7, 13)
+            got = function.backward(ctx, torch.ones_like(loss))[:2]
+        assert loss.dtype == torch.float32 and [g.dtype for g in got] == [dtype, dtype]
+        assert {kinds[-3:] for kinds in products.seen} == {(dtype, dtype, torch.float32)}
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])

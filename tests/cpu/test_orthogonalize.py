@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 import lowrank_sys  # noqa: F401  registers the ops
 from lowrank_sys.reference import orthogonalize
@@ -106,6 +107,53 @@ def test_symmetric_products_are_products():
     got = orthogonalize.polynomial_into(torch.empty(700, 700), gram / 700, 1.0, 2.0, 3.0)
     a = gram.double() / 700
     torch.testing.assert_close(got.double(), torch.eye(700).double() + 2 * a + 3 * a @ a, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """The way of a GPU, its bf16 products with fp32 sums made in fp32."""
+    plain = torch.mm
+
+    def mm(a, b, *, out_dtype):
+        assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == torch.float32
+        return plain(a.float(), b.float())
+
+    monkeypatch.setattr(orthogonalize, "on_tensor_cores", lambda x: x.dtype == torch.float32)
+    monkeypatch.setattr(torch, "mm", mm)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_tensor_cores(tensor_cores, shape, dtype):
+    """A rounded pair of operands puts 2u into A, a step makes (|b| + 2|c|) times that of it, and the next ones do not grow it,
+    as the singular values are near 1: 18u, with u = 2⁻⁹, or 2⁻¹⁷ for two parts."""
+    x = draw(shape).to(dtype)
+    got, want = newton_schulz(x), published(x)
+    assert got.dtype == torch.float32 and got.is_contiguous()
+    bound = 18 * 2.0 ** (-17 if dtype == torch.float32 else -9)
+    torch.testing.assert_close(got.double(), want, atol=bound, rtol=0)
+    torch.testing.assert_close(torch.linalg.svdvals(got.double()), torch.linalg.svdvals(want), atol=bound, rtol=0)
+    assert torch.equal(newton_schulz(-x), -got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30), (600, 520)])
+def test_on_tensor_cores_a_deficient_rank_stays(tensor_cores, shape, dtype):
+    x = torch.zeros(shape)
+    x[:7, :5] = draw((7, 5))
+    x[7:14] = x[:7]
+    values = torch.linalg.svdvals(newton_schulz(x.to(dtype)).double())
+    assert values[4] > 0.3 and (values[5:] < 1e-3).all()
+
+
+def test_on_a_gpu_the_tensor_cores_are_taken():
+    with FakeTensorMode():
+        for dtype in (torch.float32, torch.bfloat16):
+            for shape in ((30, 50), (50, 30)):
+                x = torch.empty(shape, device="cuda", dtype=dtype)
+                assert orthogonalize.on_tensor_cores(x.float())
+                assert orthogonalize.iterate(x).dtype == torch.float32 and orthogonalize.iterate(x).shape == shape
+        assert not orthogonalize.on_tensor_cores(torch.empty(3, 3, device="cuda", dtype=torch.float64))
 
 
 @pytest.mark.parametrize("x, arguments, expected", [

@@ -137,6 +137,8 @@ def test_subspace_ops(left):
     indices, norms = ops.dct_select(grad, rank=300, left=left)
     torch.testing.assert_close(norms.cpu(), ops.dct_select(grad.cpu(), rank=300, left=left)[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ops.newton_schulz(grad).cpu(), ops.newton_schulz(grad.cpu()), rtol=0, atol=1e-4)
+    narrow = grad.bfloat16()
+    torch.testing.assert_close(ops.newton_schulz(narrow).cpu(), ops.newton_schulz(narrow.cpu()), rtol=0, atol=18 * 2.0**-9)
 
 
 @SIDES

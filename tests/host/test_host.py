@@ -125,7 +125,7 @@ def test_low_rank_adam_is_that_of_the_op(left, shape):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("shape", [(31, 104), (1, 1000), (30, 1), (10, 777)])
+@pytest.mark.parametrize("shape", [(31, 104), (1, 1000), (30, 1), (10, 777), (43, 96), (3, 32)])
 def test_norms_are_those_of_the_op(dtype, left, shape):
     g = torch.randn(shape).to(dtype)
     want = torch.ops.lowrank.channel_norms(g, left=left)

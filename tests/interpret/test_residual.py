@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lowrank_sys.kernels import configs, residual
+from lowrank_sys.kernels import common, configs, residual
+from lowrank_sys.kernels.project import new_counters
 from lowrank_sys.reference import residual as oracle
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -166,3 +167,29 @@ def test_traffic(lane, meter, method):
             else:
                 assert counts["loaded"].size <= 4 * 150 * 5 + 512, name
     assert (full["grad"] == 2).all() and (full["param"] == 1).all()
+
+
+@pytest.mark.parametrize("per_tensor", [False, True], ids=["channel", "tensor"])
+@pytest.mark.parametrize("limiter", [None, 0.0, 1e3, 1e-3], ids=["free", "first", "slack", "tight"])
+def test_coefficients_of_many_blocks(lane, per_tensor, limiter):
+    """Several programs of channels, of any size that fp32 holds; one is not usable. A second launch finds the counters at 0."""
+    channels, draw = 3 * configs.COEFFICIENT["BLOCK"] + 5, torch.Generator().manual_seed(0)
+    sums = torch.rand(3, channels, generator=draw) + 0.5
+    sums[:, 1], sums[:, 2], sums[0, 3] = 0.0, torch.tensor([1e37, 1e38, 1e38]), torch.nan
+    sums[1, 4] = 1e-40
+    scalars = torch.zeros(1, 8)
+    scalars[0, common.GRAD_SCALE.value], scalars[0, common.ACTIVE.value] = 0.5, 1
+    for _ in range(2):
+        n, r, left_over = (torch.where(sums[0].isnan(), 0, x).double() for x in sums)
+        s = (n.sum().sqrt() / (r.sum().sqrt() + 1e-8)).expand_as(n) if per_tensor else n.sqrt() / (r.sqrt() + 1e-8)
+        norm = 1.5 * (s * s * left_over).sum().sqrt().item()
+        kept = None if limiter is None else torch.tensor(limiter * norm, dtype=FP32, device=lane.device)
+        divisor = max(norm / (limiter * norm + 1e-8), 1.01) / 1.01 if limiter else 1.0
+        counters = new_counters(lane.device)
+        got = residual.launch_coefficients(sums.to(lane.device), kept, scalars.to(lane.device), growth=1.01, front=1.5, behind=2.0,
+                                           per_tensor=per_tensor, counters=counters)
+        want = torch.where(sums[0].isnan(), torch.nan, 1.5 * s * 2.0 * 0.5 / divisor)
+        lane.assert_close("coefficients", got, want, rtol=2e-6, atol=0)
+        assert not counters.any()
+        if limiter is not None:
+            lane.assert_close("limiter", kept.reshape(1), torch.tensor([norm / divisor]), rtol=2e-6, atol=0)
