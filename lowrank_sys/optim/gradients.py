@@ -33,7 +33,7 @@ class AtStep:
         """A step begins."""
 
     def plain_step(self, optimizer, group, params, grads, states, lr, guards):
-        optimizer.inner.plain_step(group, params, grads, states, lr, guards)
+        optimizer._plain_step(group, params, grads, states, lr, guards)
 
     def low_rank_step(self, optimizer, group, params, grads, states, lr, left, guards):
         sketches = self.before(optimizer, group, params, grads, states, lr, left)

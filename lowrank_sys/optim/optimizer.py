@@ -11,7 +11,7 @@ from lowrank_sys.optim.loading import check_groups, check_state
 from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.residual import Dropped
-from lowrank_sys.optim.store import weight_store
+from lowrank_sys.optim.store import by_rows, put_back, weight_store
 from lowrank_sys.subspace.subspace import Subspace
 
 
@@ -204,9 +204,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _write(self, step, group, params, *arguments):
         store = weight_store(params[0])
-        if store.int8 and not self.residual.writes_int8(self.inner):
-            step = partial(store.in_full, step)
-        step(group, params, *arguments)
+        if not store.int8:
+            written = by_rows(params)
+            step(group, written, *arguments)
+            put_back(params, written)
+        elif self.residual.writes_int8(self.inner):
+            step(group, params, *arguments)
+        else:
+            store.in_full(step, group, params, *arguments)
+
+    def _plain_step(self, *arguments):
+        self._write(self.inner.plain_step, *arguments)
 
     def _group_of(self, param):
         return next(group for group in self.param_groups if any(p is param for p in group["params"]))

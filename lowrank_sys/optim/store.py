@@ -6,6 +6,18 @@ from lowrank_sys._ops import FLOATS
 from lowrank_sys.nn.quant_weight import is_quantized
 
 
+def by_rows(params):
+    """The weights as ops write them: one whose memory is laid out otherwise (channels_last, a transpose) as a copy in rows."""
+    return [param if param.is_contiguous() else param.contiguous() for param in params]
+
+
+def put_back(params, written):
+    """Give the weights that `by_rows` copied their new values."""
+    for param, values in zip(params, written):
+        if values is not param:
+            param.copy_(values)
+
+
 class InPlace:
     """The parameter itself, in its own dtype (fp32, bf16 or fp16), rounded to nearest even once a step."""
 
@@ -16,8 +28,6 @@ class InPlace:
         """Raise a ValueError that names a weight that cannot be kept so."""
         if param.dtype not in FLOATS:
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {param.dtype}")
-        if not param.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {param.stride()}")
 
     def init(self, state, index):
         """Add this store's state for matrix `index` of the optimizer."""
