@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowrank_sys.cli import CommandError
+from lowrank_sys.cli import CommandError, say as _say
+from lowrank_sys.train import launcher
 from lowrank_sys.train.methods import METHODS, settle
 from lowrank_sys.train.models import PRESETS, is_known
 
@@ -184,8 +185,7 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= least):
             raise CommandError(f"{_flag(name)}: got {value}; it must be at least {least}")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise CommandError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: lowrank train runs as one process on one device")
+    launcher.leave(os.environ)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -275,9 +275,12 @@ def _train(args: argparse.Namespace) -> None:
             "command": shlex.join(["lowrank", *sys.argv[1:]]),
             "arguments": {name: getattr(args, name) for name in (*BOUND, *FREE)},
         }
-        title = f"{args.model}, {args.method}, {args.data}"
-        report.plot(out / "loss.png", recorder.rows, summary["unigram_entropy"], title)
         report.write_summary(out, summary)
+        title = f"{args.model}, {args.method}, {args.data}"
+        try:
+            report.plot(out / "loss.png", recorder.rows, summary["unigram_entropy"], title)
+        except Exception as error:  # fonts, settings and versions of matplotlib: the run is whole without its picture
+            _say(f"warning: loss.png could not be drawn: {' '.join(str(error).split())}")
         print(report.table(summary))
         print(f"  files             {out}")
 
@@ -339,7 +342,3 @@ def _start(args: argparse.Namespace, out: Path, identity: dict[str, Any]) -> tup
         raise CommandError(f"--resume: {out / 'metrics.jsonl'}: {error}", code=1) from error
     _say(f"resuming at step {manifest['step']} from {folder}")
     return folder, rows
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
