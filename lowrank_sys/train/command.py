@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         metavar="PATH_OR_NAME",
         default="python-stdlib",
-        help="a file, a folder, a glob (text; rows of .jsonl, .ndjson, .parquet; .gz of text and JSON lines), "
+        help="a file, a folder, a glob (text; rows of JSON lines, JSON, CSV, Parquet, Arrow; packed as .gz, .zst, .xz, .bz2), "
         "name:SPLIT or name:CONFIG:SPLIT of a Hugging Face data set, or python-stdlib, the Python library's own "
         "sources (default); held in memory",
     )
