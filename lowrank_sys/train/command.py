@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="python-stdlib",
         help="a file, a folder, a glob (text; rows of JSON lines, JSON, CSV, Parquet, Arrow; packed as .gz, .zst, .xz, .bz2), "
         "name:SPLIT or name:CONFIG:SPLIT of a Hugging Face data set, or python-stdlib, the Python library's own "
-        "sources (default); held in memory",
+        "sources (default); what takes long to turn into tokens is kept under ~/.cache/lowrank-sys",
     )
     add("--text-field", metavar="NAME", default="text", help="the column of rows that holds the text (default: text)")
     add("--tokenizer", metavar="NAME", help="a Hugging Face tokenizer, its size is the vocabulary (default: bytes)")

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
+import os
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from lowrank_sys.cli import CommandError
-from lowrank_sys.train.documents import STDLIB, read  # noqa: F401  STDLIB: a name of this module too
+from lowrank_sys.train.documents import STDLIB, fingerprint, read  # noqa: F401  STDLIB: a name of this module too
+from lowrank_sys.train.tokens import tokens
 
 if TYPE_CHECKING:
     import torch
@@ -40,34 +45,33 @@ class Corpus(NamedTuple):
 
 
 def load(source: str, *, seq_len: int, tokenizer: str | None = None, field: str = "text") -> Corpus:
-    """Read `source`, split it and turn it into tokens; the whole corpus is held in memory.
+    """Read `source`, split it and turn it into tokens, which stay on the disk and are mapped.
 
     source: `python-stdlib`, a file, a folder, a glob, or `name:SPLIT` (`name:CONFIG:SPLIT`) of a Hugging Face data set.
     seq_len: tokens in a window; both sides get at least one. tokenizer: name or folder of a Hugging Face tokenizer,
     None for byte tokens 0..255. field: the column of rows that holds the text.
     Raises CommandError for data that is missing, empty, unreadable or too short.
     """
-    encode, vocab = _bytes_encoder() if tokenizer is None else _tokenizer_encoder(tokenizer)
-    documents = list({hashlib.sha256(d).digest(): d for d in read(source, field) if d}.items())
-    if not documents:
-        raise CommandError(f"--data {source}: it holds no text")
-    texts = [text for _, text in sorted(documents)]
+    import torch
 
-    held_out = _held_out([len(text) for text in texts])
-    train = encode([text for i, text in enumerate(texts) if i not in held_out])
-    valid = encode([text for i, text in enumerate(texts) if i in held_out])
-    split = "document"
-    if min(len(train), len(valid)) < seq_len:
-        stream = encode(texts)
-        cut = max(round(len(stream) * VALID_SHARE), seq_len)
-        train, valid = stream[:-cut], stream[-cut:]
-        split = "position"
-        if len(stream) < 2 * seq_len:
-            raise CommandError(
-                f"--data {source}: it holds {len(stream)} tokens; --seq-len {seq_len} needs at least {2 * seq_len}, "
-                "one window to train on and one for validation"
-            )
-    return Corpus(train, valid, vocab, split, len(texts))
+    encode, vocab, dtype, name = _bytes_encoder() if tokenizer is None else _tokenizer_encoder(tokenizer)
+    kept_as = json.dumps([os.path.abspath(source), field, name])
+    try:
+        found = tokens(kept_as, fingerprint(source), lambda: read(source, field), encode, dtype, seq_len, _held_out)
+    except OSError as error:
+        raise CommandError(f"--data {source}: cannot write its tokens: {error}", code=1) from error
+    if not found.documents:
+        raise CommandError(f"--data {source}: it holds no text")
+    stream = torch.from_numpy(found.stream)
+    if found.valid:
+        return Corpus(stream[found.valid :], stream[: found.valid], vocab, "document", found.documents)
+    cut = max(round(len(stream) * VALID_SHARE), seq_len)
+    if len(stream) < 2 * seq_len:
+        raise CommandError(
+            f"--data {source}: it holds {len(stream)} tokens; --seq-len {seq_len} needs at least {2 * seq_len}, "
+            "one window to train on and one for validation"
+        )
+    return Corpus(stream[:-cut], stream[-cut:], vocab, "position", found.documents)
 
 
 def _held_out(sizes: list[int]) -> set[int]:
@@ -83,14 +87,8 @@ def _held_out(sizes: list[int]) -> set[int]:
 
 
 def _bytes_encoder():
-    import torch
-
-    def encode(texts: list[bytes]) -> torch.Tensor:
-        # byte 0, which text does not hold, ends a document
-        joined = bytearray().join(text + b"\0" for text in texts)
-        return torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
-
-    return encode, 256
+    # byte 0, which text does not hold, ends a document
+    return (lambda texts: [np.frombuffer(text + b"\0", np.uint8) for text in texts]), 256, "uint8", "bytes"
 
 
 @functools.cache
@@ -108,8 +106,6 @@ def load_tokenizer(name: str):
 
 
 def _tokenizer_encoder(name: str):
-    import torch
-
     tokenizer = load_tokenizer(name)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
@@ -120,12 +116,12 @@ def _tokenizer_encoder(name: str):
         except Exception as error:  # tokenizers raises Exception itself, as for a word that is unknown where none may be
             raise CommandError(f"--tokenizer {name}: it cannot read the text: {error}") from error
 
-    def encode(texts: list[bytes]) -> torch.Tensor:
-        batches = (texts[start : start + 1000] for start in range(0, len(texts), 1000))
-        chunks = [torch.tensor(found + end, dtype=torch.int32) for batch in batches for found in ids(batch)]
-        return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int32)
+    def encode(texts: list[bytes]) -> list[np.ndarray]:
+        return [np.array(found + end, np.int32) for found in ids(texts)]
 
-    return encode, vocabulary(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    says = backend.to_str() if backend is not None else json.dumps([repr(tokenizer), tokenizer.get_vocab()])
+    return encode, vocabulary(tokenizer), "int32", hashlib.sha256(f"{end} {says}".encode()).hexdigest()
 
 
 def vocabulary(tokenizer) -> int:

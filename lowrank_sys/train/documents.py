@@ -11,6 +11,7 @@ import contextlib
 import csv
 import glob as globbing
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -61,6 +62,17 @@ def read(source: str, field: str = "text") -> Iterator[bytes]:
             raise CommandError(f"--data {path}: cannot read it: {error}") from error
     if passed:
         say(f"data: {passed:,} files in {source} are no text and were passed over")
+
+
+def fingerprint(source: str) -> str | None:
+    """What says that the files of `source` are as they were; None for a data set of Hugging Face."""
+    if _is_data_set(source):
+        return None
+    digest = hashlib.sha256(os.fsencode(source))
+    for path in _files(source):
+        found = path.stat()
+        digest.update(os.fsencode(path.resolve()) + f"\0{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}\0".encode())
+    return digest.hexdigest()
 
 
 class _NoText(Exception):
