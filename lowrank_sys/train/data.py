@@ -45,7 +45,7 @@ class Corpus(NamedTuple):
 
 
 def load(source: str, *, seq_len: int, tokenizer: str | None = None, field: str = "text") -> Corpus:
-    """Read `source`, split it and turn it into tokens, which stay on the disk and are mapped.
+    """Read `source`, split it and turn it into tokens, which stay on the disk, mapped, where they are many.
 
     source: `python-stdlib`, a file, a folder, a glob, or `name:SPLIT` (`name:CONFIG:SPLIT`) of a Hugging Face data set.
     seq_len: tokens in a window; both sides get at least one. tokenizer: name or folder of a Hugging Face tokenizer,

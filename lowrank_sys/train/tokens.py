@@ -6,7 +6,6 @@ again where the sources' names, sizes and times are the same, and its SHA-256 is
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ import numpy as np
 
 BATCH_DOCUMENTS, BATCH_BYTES = 1000, 16 << 20
 WORTH_KEEPING = 5.0  # seconds
+IN_MEMORY = 64 << 20  # bytes; a smaller corpus needs no disk
 
 
 class Tokens(NamedTuple):
@@ -38,27 +38,25 @@ def tokens(name: str, state: str | None, texts: Callable[[], Iterable[bytes]], e
     `seq_len`. state: None keeps nothing.
     """
     folder = _folder() if state else None
-    if folder is None:
-        with tempfile.TemporaryFile() as file:
-            return _mapped(file, dtype, _write(file, texts(), encode, dtype, seq_len, held_out))
-    path = folder / f"{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}-{dtype}"
-    found = _kept(path, state, dtype, seq_len)
-    if found is not None:
+    path = folder and folder / f"{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}-{dtype}"
+    found = path and _kept(path, state, dtype, seq_len)
+    if found:
         return found
     began = time.perf_counter()
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        try:
-            about = _write(file, texts(), encode, dtype, seq_len, held_out)
-            made = _mapped(file, dtype, about)
-            if time.perf_counter() - began < WORTH_KEEPING:
-                return made
-            with contextlib.suppress(OSError):  # a full disk: this run has its tokens, the next makes them anew
-                path.with_suffix(".json").unlink(missing_ok=True)
-                os.replace(file.name, path)
-                path.with_suffix(".json").write_text(json.dumps(about | {"state": state, "sha256": made.sha256}))
-            return made
-        finally:
-            Path(file.name).unlink(missing_ok=True)
+    with _file(folder) as file:
+        about = _write(file, _file(folder), texts(), encode, dtype, seq_len, held_out)
+        made = _mapped(file, dtype, about)
+    if folder is None or time.perf_counter() - began < WORTH_KEEPING:
+        return made
+    try:
+        _keep(path, made.stream, about | {"state": state, "sha256": made.sha256})
+    except OSError:  # a full disk: this run has its tokens, the next makes them anew
+        return made
+    return _kept(path, state, dtype, seq_len) or made
+
+
+def _file(folder: Path | None) -> BinaryIO:
+    return tempfile.SpooledTemporaryFile(max_size=IN_MEMORY, dir=folder)
 
 
 def _folder() -> Path | None:
@@ -83,26 +81,37 @@ def _kept(path: Path, state: str, dtype: str, seq_len: int) -> Tokens | None:
         return None
 
 
-def _write(file: BinaryIO, texts: Iterable[bytes], encode, dtype: str, seq_len: int, held_out) -> dict[str, Any]:
+def _keep(path: Path, stream: np.ndarray, about: dict[str, Any]) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(stream.data)
+            file.flush()
+            path.with_suffix(".json").unlink(missing_ok=True)
+            os.replace(file.name, path)
+            path.with_suffix(".json").write_text(json.dumps(about))
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+
+
+def _write(file: BinaryIO, unordered: BinaryIO, texts: Iterable[bytes], encode, dtype: str, seq_len: int, held_out
+           ) -> dict[str, Any]:
     places: dict[bytes, tuple[int, int, int]] = {}  # SHA-256 of a text -> its bytes, its first token, its tokens
-    with tempfile.TemporaryFile(dir=Path(file.name).parent if isinstance(file.name, str) else None) as spool:
+    with unordered:
         start = 0
         for batch in _batches(texts, places):
             for (digest, text), ids in zip(batch.items(), encode(list(batch.values()))):
-                spool.write(ids.astype(dtype, copy=False).data)
+                unordered.write(ids.astype(dtype, copy=False).data)
                 places[digest] = len(text), start, len(ids)
                 start += len(ids)
-        spool.flush()
         order = [place for _, place in sorted(places.items())]
         first = held_out([size for size, _, _ in order])
         valid = sum(order[i][2] for i in first)
         least = min(valid, start - valid)
         if least >= seq_len:
             order = [order[i] for i in sorted(first)] + [place for i, place in enumerate(order) if i not in first]
-        all_ids = np.memmap(spool, dtype=dtype, mode="r") if start else np.empty(0, dtype)
+        found = _array(unordered, dtype)
         for _, begin, count in order:
-            file.write(all_ids[begin : begin + count].data)
-        file.flush()
+            file.write(found[begin : begin + count].data)
     return {"valid": valid if least >= seq_len else 0, "least": least, "documents": len(order)}
 
 
@@ -123,7 +132,15 @@ def _batches(texts: Iterable[bytes], seen: dict[bytes, Any]) -> Iterator[dict[by
 
 
 def _mapped(file: BinaryIO, dtype: str, about: dict[str, Any]) -> Tokens:
-    # copy-on-write: torch takes no array that may not be written
-    empty = os.fstat(file.fileno()).st_size == 0
-    stream = np.empty(0, dtype) if empty else np.memmap(file, dtype=dtype, mode="c")
+    stream = _array(file, dtype)
     return Tokens(stream, about["valid"], about["documents"], hashlib.sha256(stream.data).hexdigest())
+
+
+def _array(file: BinaryIO, dtype: str) -> np.ndarray:
+    """What the file holds, read if it is small, else mapped; copy-on-write, as torch takes no array that may not be written."""
+    file.flush()
+    file.seek(0, os.SEEK_END)  # returns nothing before Python 3.11
+    if file.tell() > IN_MEMORY:
+        return np.memmap(file, dtype=dtype, mode="c")
+    file.seek(0)
+    return np.frombuffer(bytearray(file.read()), dtype)

@@ -10,9 +10,10 @@ from lowrank_sys.train import data, tokens
 T = 16
 
 
-@pytest.fixture
-def kept(tmp_path, monkeypatch):
+@pytest.fixture(params=[0, 1 << 30], ids=["mapped", "in memory"])
+def kept(tmp_path, monkeypatch, request):
     """The folder of kept tokens; everything is worth keeping."""
+    monkeypatch.setattr(tokens, "IN_MEMORY", request.param)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tokens, "WORTH_KEEPING", 0.0)
     return tmp_path / "cache" / "lowrank-sys" / "tokens"
