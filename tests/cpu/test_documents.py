@@ -136,14 +136,16 @@ def zipped():
     return file.getvalue()
 
 
-# A JPEG whose bytes hold no zero, a text in which one NUL comes late, and what has the shape of neither.
 BINARY = {
-    "a renamed picture": png(), "a tar archive": tar(), "a zip archive": zipped(), "an old PDF": b"%PDF-1.1\n1 0 obj << /Length 9 >>\n" * 9,
+    "a renamed picture": png(), "a tar archive": tar(), "a zip archive": zipped(),
+    "an old PDF": b"%PDF-1.1\n1 0 obj << /Length 9 >>\n" * 9,
     "no zero anywhere": b"\xff\xd8\xff\xe0" + random.Random(1).randbytes(9000).replace(b"\0", b"\1"),
     "one NUL at the end": b"words " * 50_000 + b"\0", "UTF-16 without a mark": ("words " * 50).encode("utf-16-le"),
     "UTF-16 of an odd length": "words".encode("utf-16") + b"x", "tokens": struct.pack("<999H", *range(999)),
-    "floats": struct.pack("<500f", *(random.Random(2).random() for _ in range(500))), "Shift JIS": "日本語の文章。".encode("shift-jis") * 20,
-    "a pickle": b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\x01a\x94K\x01s.", "SQLite": b"SQLite format 3\0" + b"\1" * 300,
+    "floats": struct.pack("<500f", *(random.Random(2).random() for _ in range(500))),
+    "Shift JIS": "日本語の文章。".encode("shift-jis") * 20,
+    "a pickle": b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\x01a\x94K\x01s.",
+    "SQLite": b"SQLite format 3\0" + b"\1" * 300,
 }
 
 

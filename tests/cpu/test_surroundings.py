@@ -16,7 +16,8 @@ GIB = 1 << 30
 
 
 def start(code, **streams):
-    return subprocess.Popen([sys.executable, "-c", MAIN + code], **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams})
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    return subprocess.Popen([sys.executable, "-c", MAIN + code], **streams)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["plan", "--help"], ["info"], ["info", "--json"]], ids=" ".join)
@@ -56,7 +57,8 @@ def test_streams_that_were_closed():
 
 
 def test_names_that_stdout_cannot_spell():
-    code = "cli.importlib.import_module('lowrank_sys.info').run = lambda args: print('l\\xe4ufe \\udce9')\nsys.exit(cli.main(['info']))"
+    code = ("cli.importlib.import_module('lowrank_sys.info').run = lambda args: print('l\\xe4ufe \\udce9')\n"
+            "sys.exit(cli.main(['info']))")
     child = start(code, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert child.stdout.read() == b"l\\xe4ufe \\udce9\n" and child.wait() == 0
 
