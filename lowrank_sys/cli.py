@@ -2,7 +2,9 @@
 torch, which importing the package costs."""
 
 import argparse
+import errno
 import importlib
+import os
 import sys
 
 # name -> (module with add_arguments(parser) and run(args) -> exit code, help)
@@ -39,9 +41,45 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def say(line: str) -> None:
+    """Print to stderr; a reader that has left is no reason to stop the work."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)
+
+
+def silence(stream) -> None:
+    """What is still to be written to `stream`, at the interpreter's exit too, goes nowhere."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
 def main(argv=None) -> int:
-    """Run `lowrank ARGV` and return its exit code: 2 for bad input, 1 for a failure."""
+    """Run `lowrank ARGV` and return its exit code: 2 for bad input, 1 for a failure, 141 when stdout's reader has left."""
     argv = sys.argv[1:] if argv is None else argv
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        silence(sys.stdout)
+        return 141  # as a shell reports SIGPIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        silence(sys.stdout)
+        say(f"lowrank {' '.join(argv[:1])}: error: cannot write to stdout: {error}")
+        return 1
+
+
+def _run(argv) -> int:
     parser = Parser(prog="lowrank", description="Train large language models with low-rank gradients.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name, (module, summary) in COMMANDS.items():
@@ -56,8 +94,8 @@ def main(argv=None) -> int:
     except SystemExit as stop:
         return stop.code
     except CommandError as error:
-        print(f"lowrank {argv[0]}: error: {error}", file=sys.stderr)
+        say(f"lowrank {argv[0]}: error: {error}")
         return error.code
     except KeyboardInterrupt:
-        print(f"lowrank {argv[0]}: interrupted", file=sys.stderr)
+        say(f"lowrank {argv[0]}: interrupted")
         return 130

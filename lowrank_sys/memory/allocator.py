@@ -2,8 +2,9 @@
 
 import ctypes
 import os
-import re
 from pathlib import Path
+
+from lowrank_sys.memory import limits
 
 # Blocks above this come from the kernel and go back to it at once. glibc's own threshold climbs to 32 MiB, and freed blocks
 # below it stay. llama-60m, 4 x 128 tokens, fp32: peak 1.92 GB by default and with 8 or 32 MiB, 1.75 GB with 1 MiB or 64 KiB;
@@ -23,14 +24,8 @@ VARIABLE = "MALLOC_MMAP_THRESHOLD_"  # sets it from outside
 
 
 def available_bytes():
-    """Memory that this process could still take: the machine's, or its control group's if that is less."""
-    free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else min(free, max(0, int(limit) - used))
+    """Memory that this process could still take."""
+    return limits.available_bytes(Path("/"))
 
 
 def is_tight(model, available):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
-from lowrank_sys.cli import CommandError
+from lowrank_sys.cli import CommandError, say
 from lowrank_sys.memory import units
 from lowrank_sys.train import command
 
@@ -61,7 +60,7 @@ def make(args: argparse.Namespace, memory: int | None) -> dict[str, Any]:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.dtype = {"auto": "bf16" if args.device == "cuda" else "fp32"}.get(args.dtype, args.dtype)
 
-    planner = Planner(args, memory, tell=lambda line: print(f"{line} ...", file=sys.stderr, flush=True))
+    planner = Planner(args, memory, tell=lambda line: say(f"{line} ..."))
     plan = planner.plan()
     turned = planner.other_checkpointing()["tensors"]["activations"]
     with_, without = (plan["tensors"]["activations"], turned)[:: 1 if args.gradient_checkpointing else -1]

@@ -99,7 +99,7 @@ def _as_if_real():
 
 
 def _model(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
-    vocab = len(data.load_tokenizer(args.tokenizer)) if args.tokenizer else None
+    vocab = data.vocabulary(data.load_tokenizer(args.tokenizer)) if args.tokenizer else None
     config = models.config(args.model, vocab=vocab, seq_len=args.seq_len)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     return models.build(config, dtype=dtype, device=device, int8=settle(args).weights == "int8")

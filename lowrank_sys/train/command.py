@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowrank_sys.cli import CommandError
+from lowrank_sys.cli import CommandError, say
+from lowrank_sys.train import launcher
 from lowrank_sys.train.methods import METHODS, settle
 from lowrank_sys.train.models import PRESETS, is_known
 
@@ -55,9 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         metavar="PATH_OR_NAME",
         default="python-stdlib",
-        help="a file, a folder, a glob (text; rows of .jsonl, .ndjson, .parquet; .gz of text and JSON lines), "
+        help="a file, a folder, a glob (text; rows of JSON lines, JSON, CSV, Parquet, Arrow; packed as .gz, .zst, .xz, .bz2), "
         "name:SPLIT or name:CONFIG:SPLIT of a Hugging Face data set, or python-stdlib, the Python library's own "
-        "sources (default); held in memory",
+        "sources (default); what takes long to turn into tokens is kept under ~/.cache/lowrank-sys",
     )
     add("--text-field", metavar="NAME", default="text", help="the column of rows that holds the text (default: text)")
     add("--tokenizer", metavar="NAME", help="a Hugging Face tokenizer, its size is the vocabulary (default: bytes)")
@@ -188,8 +189,7 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= least):
             raise CommandError(f"{_flag(name)}: got {value}; it must be at least {least}")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise CommandError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: lowrank train runs as one process on one device")
+    launcher.leave(os.environ)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -207,7 +207,7 @@ def _train(args: argparse.Namespace) -> None:
     args.dtype = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(args.dtype, args.dtype)
 
     corpus = data.load(args.data, seq_len=args.seq_len, tokenizer=args.tokenizer, field=args.text_field)
-    _say(
+    say(
         f"data: {args.data}, {corpus.documents:,} documents; {len(corpus.train):,} tokens to train on, "
         f"{len(corpus.valid):,} for validation, split by {corpus.split}"
     )
@@ -215,7 +215,7 @@ def _train(args: argparse.Namespace) -> None:
     with _claim(out):
         start, rows, chosen = _start(args, out, identity)
         if chosen is None:
-            chosen = fit.choose(argparse.Namespace(**{**vars(args), "device": device.type}), fit.device_memory(device), _say)
+            chosen = fit.choose(argparse.Namespace(**{**vars(args), "device": device.type}), fit.device_memory(device), say)
         args = argparse.Namespace(**{**vars(args), **chosen})
         identity |= {"chosen": chosen, "per_layer": args.per_layer}
 
@@ -283,9 +283,12 @@ def _train(args: argparse.Namespace) -> None:
             "command": shlex.join(["lowrank", *sys.argv[1:]]),
             "arguments": {name: getattr(args, name) for name in (*BOUND, *FREE)},
         }
-        title = f"{args.model}, {args.method}, {args.data}"
-        report.plot(out / "loss.png", recorder.rows, summary["unigram_entropy"], title)
         report.write_summary(out, summary)
+        title = f"{args.model}, {args.method}, {args.data}"
+        try:
+            report.plot(out / "loss.png", recorder.rows, summary["unigram_entropy"], title)
+        except Exception as error:  # fonts, settings and versions of matplotlib: the run is whole without its picture
+            say(f"warning: loss.png could not be drawn: {' '.join(str(error).split())}")
         print(report.table(summary))
         print(f"  files             {out}")
 
@@ -327,9 +330,9 @@ def _start(
             raise CommandError(f"--out {out}: it holds a run already; choose another --out, or --resume to go on with it")
         return None, [], None
     checkpoint.sweep(out)
-    found = checkpoint.newest(out, tell=_say)
+    found = checkpoint.newest(out, tell=say)
     if found is None:
-        _say(f"no checkpoint in {out} yet: starting at step 0")
+        say(f"no checkpoint in {out} yet: starting at step 0")
         return None, [], None
     folder, manifest = found
     there = manifest["identity"]
@@ -349,9 +352,5 @@ def _start(
         rows = read_rows(out / "metrics.jsonl", manifest["step"])
     except (OSError, ValueError) as error:
         raise CommandError(f"--resume: {out / 'metrics.jsonl'}: {error}", code=1) from error
-    _say(f"resuming at step {manifest['step']} from {folder}")
+    say(f"resuming at step {manifest['step']} from {folder}")
     return folder, rows, chosen
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

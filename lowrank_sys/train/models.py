@@ -52,6 +52,7 @@ def config(name: str, *, vocab: int | None = None, seq_len: int = 1024) -> Llama
             raise CommandError(f"--model {name}: transformers cannot read it: {error}") from error
         read.vocab_size = vocab or read.vocab_size
         read.use_cache = False
+        _forget_quantization(read)
         return read
     p = PRESETS[name]
     return LlamaConfig(
@@ -68,6 +69,15 @@ def config(name: str, *, vocab: int | None = None, seq_len: int = 1024) -> Llama
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def _forget_quantization(config) -> None:
+    """The weights are drawn afresh, so what a repository says of its own quantized ones is true of none; also of parts."""
+    for key in ("quantization_config", "compression_config"):
+        vars(config).pop(key, None)
+    for name in config.sub_configs:
+        if getattr(config, name, None) is not None:
+            _forget_quantization(getattr(config, name))
 
 
 def build(config: LlamaConfig, *, dtype: torch.dtype, device: torch.device, int8: bool = False) -> LlamaForCausalLM:

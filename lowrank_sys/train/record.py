@@ -14,7 +14,7 @@ from typing import Any, Callable
 import torch
 from transformers import TrainerCallback
 
-from lowrank_sys.cli import CommandError
+from lowrank_sys.cli import CommandError, say, silence
 from lowrank_sys.train.checkpoint import write_file
 
 SECONDS_BETWEEN_READS = 0.5
@@ -135,15 +135,18 @@ class _Progress:
         parts += [f"{row['tokens_per_second']:,.0f} tok/s"] if row["tokens_per_second"] else []
         parts += [f"skipped {row['skipped']:,} elements"] if row["skipped"] else []
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(parts), refresh=False)
-            self._bar.update(row["step"] - self._bar.n)
+            try:
+                self._bar.set_postfix_str(", ".join(parts), refresh=False)
+                self._bar.update(row["step"] - self._bar.n)
+            except OSError:  # the terminal is gone
+                silence(sys.stderr)
             return
         now = time.perf_counter()
         if row["val_loss"] is not None or now - self._shown >= SECONDS_BETWEEN_LINES:
             self._shown = now
             done, left = row["step"] - self._first, self._steps - row["step"]
             parts += [f"{(now - self._began) * left / done:,.0f} s left"] if done and left else []
-            print(f"step {row['step']}/{self._steps}: {', '.join(parts)}", file=sys.stderr, flush=True)
+            say(f"step {row['step']}/{self._steps}: {', '.join(parts)}")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,20 @@ def plot(path: Path, rows: list[dict[str, Any]], unigram_entropy: float, title: 
     if valid:
         axes.plot(*zip(*valid), color="tab:orange", marker="o", markersize=4, label="validation")
     axes.axhline(unigram_entropy, color="gray", linestyle="--", linewidth=0.8, label="unigram entropy")
-    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    # names are drawn as they are: what stands between two dollar signs is no formula
+    axes.set_title(_shown(title), parse_math=False, usetex=False)
     axes.grid(alpha=0.3)
     axes.legend()
-    write_file(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # letters that the font lacks are drawn as boxes
+        write_file(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
+
+
+def _shown(name: str, length: int = 90) -> str:
+    """`name` on one line that fits a picture; bytes of a file name that are no UTF-8 as escapes."""
+    line = " ".join(name.encode("utf-8", "backslashreplace").decode().split())
+    return line if len(line) <= length else f"{line[:length // 2]}…{line[-(length // 2):]}"
 
 
 def machine(device: torch.device) -> str:

@@ -16,6 +16,7 @@ from lowrank_sys.nn.pretrained import save_quantized
 from lowrank_sys.nn.quantize import is_marked
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
 from lowrank_sys.train import checkpoint
+from lowrank_sys.train.data import load_tokenizer
 
 if TYPE_CHECKING:
     import argparse
@@ -156,8 +157,6 @@ def save_final(model: torch.nn.Module, folder: Path, tokenizer: str | None) -> N
     def fill(partial: Path) -> None:
         save_quantized(model, partial) if is_marked(model.config) else model.save_pretrained(partial)
         if tokenizer is not None:
-            from transformers import AutoTokenizer
-
-            AutoTokenizer.from_pretrained(tokenizer).save_pretrained(partial)
+            load_tokenizer(tokenizer).save_pretrained(partial)
 
     checkpoint.publish(folder, fill, what="final weights")
