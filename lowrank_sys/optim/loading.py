@@ -5,6 +5,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_sys.optim.names import name_of
 
+# What some way to take the gradients adds, and any other takes up: the norm that per_layer='in_backward' clips by.
+OPTIONAL = {"norm"}
+
 
 def check_groups(optimizer, saved_groups):
     """Every group keeps its kind: with a rank or plain, and with the hyper-parameters of this rule."""
@@ -14,7 +17,7 @@ def check_groups(optimizer, saved_groups):
             raise ValueError(f"the loaded group {g} must {'have' if 'rank' in group else 'not have'} the key 'rank', as group {g} of "
                              f"this {type(optimizer).__name__}: it is a state of another optimizer")
     for g, (group, saved) in pairs:
-        if lacking := sorted(optimizer.defaults.keys() - saved.keys()):
+        if lacking := sorted((optimizer.defaults.keys() & optimizer.rules.keys()) - saved.keys()):
             raise ValueError(f"the loaded group {g} must have the keys of {type(optimizer).__name__}, it lacks {', '.join(lacking)}")
 
 
@@ -31,7 +34,7 @@ def check_state(optimizer, saved, params, new_state):
         state, where = saved[param], f"the loaded state of {names[param]}"
         if lacking := sorted(want.keys() - state.keys()):
             raise ValueError(f"{where} must have what {type(optimizer).__name__} keeps, it lacks {', '.join(lacking)}")
-        if surplus := sorted(state.keys() - want.keys()):
+        if surplus := sorted(state.keys() - want.keys() - OPTIONAL):
             raise ValueError(f"{where} must have what {type(optimizer).__name__} keeps, it has {', '.join(surplus)} too")
         for key, value in want.items():
             if isinstance(value, torch.Tensor) and not _alike(value, state[key]):

@@ -300,11 +300,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         groups = [group for group in map(self._loaded_group, state_dict["param_groups"]) for _ in group["params"]]
         saved = {param: state_dict["state"].get(i, {}) for i, param in zip(ids, params)}
-        check_state(self, saved, zip(groups, params), self._new_states())
         for param, state in saved.items():
             if not self.subspace.fits(param, state):
                 raise ValueError(f"the state's basis of shape {tuple(state['basis'].shape)} does not fit a parameter of shape "
                                  f"{tuple(param.shape)}")
+        check_state(self, saved, zip(groups, params), self._new_states())
         super().load_state_dict(state_dict)
         for i, param in zip(ids, params):
             for key, value in state_dict["state"].get(i, {}).items():
