@@ -32,6 +32,10 @@ PRESETS = {
 }
 
 
+# Tokens where there is no tokenizer.
+BYTES = 256
+
+
 def is_known(name: str) -> bool:
     """Whether `name` is a preset, or a configuration file that is there."""
     return name in PRESETS or name.endswith(".json") and Path(name).is_file()
@@ -40,7 +44,7 @@ def is_known(name: str) -> bool:
 def config(name: str, *, vocab: int | None = None, seq_len: int = 1024) -> LlamaConfig:
     """Configuration of the preset `name`, with untied embedding and head; or of a Hugging Face config file.
 
-    vocab: size of the vocabulary in tokens, None for the preset's own. seq_len: longest sequence in tokens.
+    vocab: size of the vocabulary in tokens; None, where tokens are bytes, for the preset's or the file's own. seq_len: longest sequence in tokens.
     Raises KeyError for a name that is_known does not know, CommandError for a file that is no configuration.
     """
     from transformers import AutoConfig, LlamaConfig
@@ -50,9 +54,15 @@ def config(name: str, *, vocab: int | None = None, seq_len: int = 1024) -> Llama
             read = AutoConfig.from_pretrained(name)
         except Exception as error:  # no JSON, no model_type, an unknown one: a type of its own each
             raise CommandError(f"--model {name}: transformers cannot read it: {error}") from error
+        if not isinstance(getattr(read, "vocab_size", None), int):
+            raise CommandError(f"--model {name}: {type(read).__name__} has no vocab_size: it is no language model by itself")
+        if vocab is None and read.vocab_size < BYTES:
+            raise CommandError(f"--model {name}: its vocab_size must be at least {BYTES}, the values of a byte, without --tokenizer, "
+                               f"got {read.vocab_size}")
         read.vocab_size = vocab or read.vocab_size
         read.use_cache = False
         _forget_quantization(read)
+        _forget_foreign_tokens(read)
         return read
     p = PRESETS[name]
     return LlamaConfig(
@@ -78,6 +88,14 @@ def _forget_quantization(config) -> None:
     for name in config.sub_configs:
         if getattr(config, name, None) is not None:
             _forget_quantization(getattr(config, name))
+
+
+def _forget_foreign_tokens(config) -> None:
+    """Ids of special tokens that this vocabulary does not have: they are another tokenizer's, and embeddings refuse them."""
+    for key in [key for key in vars(config) if key.endswith("_token_id")]:
+        ids = getattr(config, key)
+        if ids is not None and not all(0 <= i < config.vocab_size for i in (ids if isinstance(ids, list) else [ids])):
+            setattr(config, key, None)
 
 
 def build(config: LlamaConfig, *, dtype: torch.dtype, device: torch.device, int8: bool = False) -> LlamaForCausalLM:
