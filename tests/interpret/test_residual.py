@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowrank_sys.kernels import common, configs, residual
-from lowrank_sys.kernels.project import new_counters
+from lowrank_sys.kernels.project import counters_of
 from lowrank_sys.reference import residual as oracle
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -185,7 +185,7 @@ def test_coefficients_of_many_blocks(lane, per_tensor, limiter):
         norm = 1.5 * (s * s * left_over).sum().sqrt().item()
         kept = None if limiter is None else torch.tensor(limiter * norm, dtype=FP32, device=lane.device)
         divisor = max(norm / (limiter * norm + 1e-8), 1.01) / 1.01 if limiter else 1.0
-        counters = new_counters(lane.device)
+        counters = counters_of(lane.device)
         got = residual.launch_coefficients(sums.to(lane.device), kept, scalars.to(lane.device), growth=1.01, front=1.5, behind=2.0,
                                            per_tensor=per_tensor, counters=counters)
         want = torch.where(sums[0].isnan(), torch.nan, 1.5 * s * 2.0 * 0.5 / divisor)
