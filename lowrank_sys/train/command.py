@@ -32,10 +32,10 @@ BOUND = (
     "model", "method", "data", "text_field", "tokenizer", "batch_size", "seq_len", "gradient_accumulation_steps", "rank",
     "update_proj_gap", "scale", "proj_type", "subspace", "lr", "plain_lr", "weight_decay", "grad_clip", "warmup_ratio",
     "warmup_steps", "min_lr_ratio", "seed", "dtype", "weights", "per_layer", "accumulate_dtype",
-    "int8_gemm",
+    "int8_gemm", "target_modules",
 )
 # Bound flags that older checkpoints do not have, and what they were.
-NEWER = {"int8_gemm": False}
+NEWER = {"int8_gemm": False, "target_modules": None}
 FREE = (
     "out", "resume", "steps", "save_steps", "eval_steps", "eval_tokens", "keep", "gradient_checkpointing", "device",
     "as_given",
@@ -85,6 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep --per-layer and --gradient-checkpointing as given: without this, INT8 weights that would not fit otherwise "
         "take what was not given by themselves")
     add("--rank", metavar="R", type=int, help=f"rank of the low-rank gradients (default: {_defaults('rank')})")
+    add("--target-modules", metavar="NAME", nargs="+",
+        help="parts of the names of the linear layers that are low-rank, and INT8 with --weights int8 (default: all)")
     add("--update-proj-gap", metavar="N", type=int, default=200, help="steps between refreshes of a basis (default: 200)")
     add("--scale", type=float, help=f"factor on the low-rank update (default: {_defaults('scale')})")
     add("--proj-type", metavar="NAME", default="std", help="which side is projected (default: %(default)s)")
@@ -222,7 +224,7 @@ def _train(args: argparse.Namespace) -> None:
         transformers.set_seed(args.seed)
         config = models.config(args.model, vocab=corpus.vocab if args.tokenizer else None, seq_len=args.seq_len)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-        model = models.build(config, dtype=dtype, device=device, int8=args.weights == "int8")
+        model = models.build(config, dtype=dtype, device=device, int8=args.weights == "int8", target_modules=args.target_modules)
         if device.type == "cpu" and allocator.should_save(args, model, allocator.available_bytes()):
             allocator.save_memory()
         optimizer = methods.build(model, args)

@@ -41,7 +41,7 @@ def _plain(optimizer):
         from lowrank_sys import optim
 
         # the same split as the low-rank methods, so that embeddings, norms and head have their own rate here too
-        plain, linear = optim.param_groups(model)
+        plain, linear = optim.param_groups(model, rank=1, target_modules=args.target_modules)
         groups = [{"params": plain["params"], "lr": args.plain_lr}, {"params": linear["params"]}]
         return getattr(optim, optimizer)(groups, lr=args.lr, weight_decay=args.weight_decay)  # without a rank: plain AdamW
 
@@ -56,6 +56,7 @@ def _low_rank_groups(model, args, scale="scale", **keys):
     return param_groups(
         model,
         rank=args.rank,
+        target_modules=args.target_modules,
         update_proj_gap=args.update_proj_gap,
         proj_type=args.proj_type,
         subspace=args.subspace,

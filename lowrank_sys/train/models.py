@@ -98,10 +98,12 @@ def _forget_foreign_tokens(config) -> None:
             setattr(config, key, None)
 
 
-def build(config: LlamaConfig, *, dtype: torch.dtype, device: torch.device, int8: bool = False) -> LlamaForCausalLM:
+def build(config: LlamaConfig, *, dtype: torch.dtype, device: torch.device, int8: bool = False,
+          target_modules: list[str] | None = None) -> LlamaForCausalLM:
     """A freshly initialised model, drawn from torch's global generator directly in `dtype` on `device`.
 
-    int8: with INT8 weights (lowrank_sys.nn), of which at most one layer's float weight exists at a time.
+    int8: with INT8 weights (lowrank_sys.nn), of which at most one layer's float weight exists at a time; of the linear layers whose
+    name contains one of target_modules, or of all. Raises CommandError where there is none.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -109,7 +111,10 @@ def build(config: LlamaConfig, *, dtype: torch.dtype, device: torch.device, int8
     if int8:
         from lowrank_sys.nn import quantized_from_config
 
-        return quantized_from_config(config, dtype, device)
+        try:
+            return quantized_from_config(config, dtype, device, target_modules=target_modules)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
     # from_config rather than .to(dtype): the rotary frequencies stay fp32
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
