@@ -15,9 +15,10 @@ PYTEST = $(RUN) -m pytest
 # One thread a worker: two thread pools on the same cores would wait for each other.
 WORKERS ?= 2
 SPREAD = OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS)
+SOURCES = 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'
 NATIVE = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: train test test-all test-cpu test-interpret test-compile test-host test-parity test-gpu test-torch211 floors clean
+.PHONY: train test test-all test-cpu test-interpret test-compile test-host test-parity test-gpu test-torch211 lint format floors clean
 
 train: $(READY)
 	$(LOWRANK) train --out $(OUT)
@@ -56,6 +57,17 @@ test-torch211:
 	printf 'torch==2.11.0\nnumpy<2.4\n' > .torch211/constraints.txt
 	PIP_CONSTRAINT=$(CURDIR)/.torch211/constraints.txt $(MAKE) -C .torch211 VENV=.venv test-interpret test-compile
 
+# Format and lint of all sources: `lint` checks, `format` writes.
+lint: .lint/.ready
+	.lint/bin/ruff check . && .lint/bin/ruff format --check . && git ls-files $(SOURCES) | xargs .lint/bin/clang-format --dry-run -Werror
+
+format: .lint/.ready
+	.lint/bin/ruff check --fix . && .lint/bin/ruff format . && git ls-files $(SOURCES) | xargs .lint/bin/clang-format -i
+
+.lint/.ready: pyproject.toml
+	$(PYTHON) -m venv .lint && .lint/bin/pip install -q ruff==0.17.6 clang-format==23.1.5
+	touch $@
+
 floors: $(READY)
 	$(LOWRANK) bench floors
 
@@ -68,4 +80,4 @@ $(VENV)/.ready: $(NATIVE)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .torch211 build *.egg-info lowrank_sys/*.so lowrank_sys/_build.json
+	rm -rf $(VENV) .lint .torch211 build *.egg-info lowrank_sys/*.so lowrank_sys/_build.json

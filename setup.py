@@ -78,8 +78,12 @@ def cuda_options(torch_folder, torch_cuda):
         if nvcc:
             libraries = re.findall(r'-L([^"\s]+)', run_tool([nvcc, "--dryrun", "-x", "cu", os.devnull]))
             release = re.search(r"V([\d.]+)", run_tool([nvcc, "--version"])).group(1)
-            return {"LOWRANK_NVCC": nvcc, "LOWRANK_CUDA_NOTE": f"nvcc {release}", "LOWRANK_CUDA_ARCHS": ";".join(cuda_archs(nvcc)),
-                    "LOWRANK_CUDA_LIBS": ";".join(libraries)}
+            return {
+                "LOWRANK_NVCC": nvcc,
+                "LOWRANK_CUDA_NOTE": f"nvcc {release}",
+                "LOWRANK_CUDA_ARCHS": ";".join(cuda_archs(nvcc)),
+                "LOWRANK_CUDA_LIBS": ";".join(libraries),
+            }
         # PyPI has the compiler itself from CUDA 13 on.
         get = f"pip install 'nvidia-cuda-nvcc=={major}.*'" if int(major) >= 13 else f"install the CUDA {major} toolkit"
         note = f"no nvcc; to get it: {get}, then install lowrank-sys again"
@@ -106,15 +110,22 @@ class Build(build_ext):
             return
         torch_folder, torch_version, torch_cuda = torch_package()
         options = {
-            "CMAKE_CXX_COMPILER": compiler, "LOWRANK_OPS": "ON", "LOWRANK_OUTPUT": package, "LOWRANK_TORCH": torch_folder,
-            "LOWRANK_TORCH_VERSION": torch_version, "LOWRANK_PYTHON_INCLUDE": sysconfig.get_path("include"),
+            "CMAKE_CXX_COMPILER": compiler,
+            "LOWRANK_OPS": "ON",
+            "LOWRANK_OUTPUT": package,
+            "LOWRANK_TORCH": torch_folder,
+            "LOWRANK_TORCH_VERSION": torch_version,
+            "LOWRANK_PYTHON_INCLUDE": sysconfig.get_path("include"),
             **cuda_options(torch_folder, torch_cuda),
         }
         if in_tree:  # _host is for the tests and, unlike _C, good for one version of Python
             import pybind11
 
-            options |= {"LOWRANK_HOST": "ON", "LOWRANK_PYBIND11_INCLUDE": pybind11.get_include(),
-                        "LOWRANK_HOST_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX")}
+            options |= {
+                "LOWRANK_HOST": "ON",
+                "LOWRANK_PYBIND11_INCLUDE": pybind11.get_include(),
+                "LOWRANK_HOST_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+            }
         build = ROOT / "build" / ("native-in-tree" if in_tree else "native-wheel")
         definitions = [f"-D{name}={value}" for name, value in options.items()]
         subprocess.run(["cmake", "--fresh", "-G", "Ninja", "-S", ROOT, "-B", build, *definitions], check=True)

@@ -4,7 +4,8 @@ import ctypes
 import math
 import statistics
 import time
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 

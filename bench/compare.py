@@ -74,14 +74,19 @@ def judge(out, old, keys, path, ours):
     drift = timing.quantile(others, 0.5) if len(others) >= OTHERS else 1.0
     for new, before in pairs:
         new["verdict"] = verdict(new["new_over_old"] / drift, new, before)
-    columns = [*((key, lambda row, key=key: "" if row[key] is None else str(row[key])) for key in keys),
-               ("old", lambda row: report.seconds(row["old_s"])), ("new", lambda row: report.seconds(row["median_s"])),
-               ("new / old", lambda row: f"{row['new_over_old']:.3g}"), ("", lambda row: row["verdict"])]
+    columns = [
+        *((key, lambda row, key=key: "" if row[key] is None else str(row[key])) for key in keys),
+        ("old", lambda row: report.seconds(row["old_s"])),
+        ("new", lambda row: report.seconds(row["median_s"])),
+        ("new / old", lambda row: f"{row['new_over_old']:.3g}"),
+        ("", lambda row: row["verdict"]),
+    ]
     found = [new for new, _ in pairs]
     out.show(f"against {path}", columns, found)
     if drift != 1:
-        out.say(f"the machine: {len(others)} rows of others' code took {drift:.3g} times as long as in {path}; "
-                "verdicts allow for it")
+        out.say(
+            f"the machine: {len(others)} rows of others' code took {drift:.3g} times as long as in {path}; verdicts allow for it"
+        )
     alone = len(rows) - len(pairs)
     if alone:
         out.say(f"{alone} of {len(rows)} rows have no partner in {path}")

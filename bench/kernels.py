@@ -30,23 +30,41 @@ KEYS = ("op", "shape", "rank", "dtype", "side", "variant")
 
 
 def add_arguments(parser):
-    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="NAME",
-                        help=f"one or more of {', '.join(OPS)} (default: all)")
+    parser.add_argument(
+        "--op", nargs="+", choices=OPS, default=list(OPS), metavar="NAME", help=f"one or more of {', '.join(OPS)} (default: all)"
+    )
     sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--shape", nargs="+", type=shapes.parse_shape, metavar="MxN",
-                       help="default: 4096x4096; 1024x1024 where the base is an SVD")
-    sizes.add_argument("--model", choices=shapes.MODELS, metavar="NAME",
-                       help=f"the linear weights of a model: {', '.join(shapes.MODELS)}")
+    sizes.add_argument(
+        "--shape", nargs="+", type=shapes.parse_shape, metavar="MxN", help="default: 4096x4096; 1024x1024 where the base is an SVD"
+    )
+    sizes.add_argument(
+        "--model", choices=shapes.MODELS, metavar="NAME", help=f"the linear weights of a model: {', '.join(shapes.MODELS)}"
+    )
     parser.add_argument("--rank", nargs="+", type=shapes.positive, default=[128], metavar="R", help="default: 128")
-    parser.add_argument("--dtype", nargs="+", choices=shapes.DTYPES, default=["fp32"], metavar="D",
-                        help=f"of weights, gradients and bases: {', '.join(shapes.DTYPES)} (default: fp32)")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=shapes.DTYPES,
+        default=["fp32"],
+        metavar="D",
+        help=f"of weights, gradients and bases: {', '.join(shapes.DTYPES)} (default: fp32)",
+    )
     parser.add_argument("--side", choices=("left", "right", "both"), default="both", help="of the basis (default: both)")
-    parser.add_argument("--backend", nargs="+", choices=BACKENDS, metavar="NAME",
-                        help=f"only these: {', '.join(BACKENDS)} (default: who serves the op here, and the oracle)")
+    parser.add_argument(
+        "--backend",
+        nargs="+",
+        choices=BACKENDS,
+        metavar="NAME",
+        help=f"only these: {', '.join(BACKENDS)} (default: who serves the op here, and the oracle)",
+    )
     parser.add_argument("--base", metavar="NAME", help="what ratios refer to: reference, or the op's own base (see --list)")
     parser.add_argument("--device", type=shapes.parse_device, default=shapes.default_device(), help="default: %(default)s")
-    parser.add_argument("--seconds", type=shapes.seconds, metavar="S",
-                        help=f"of timing a case (default: {BUDGET:g} for all cases together, at most {MOST:g} each)")
+    parser.add_argument(
+        "--seconds",
+        type=shapes.seconds,
+        metavar="S",
+        help=f"of timing a case (default: {BUDGET:g} for all cases together, at most {MOST:g} each)",
+    )
     parser.add_argument("--list", action="store_true", help="list the ops, their implementations here and their bases")
     report.add_output_arguments(parser, compare=True, plot="rooflines: GFLOP/s against FLOP a byte")
 
@@ -84,8 +102,10 @@ def command(case, base):
     side = f" --side {case.side}" if case.side else ""
     rank = f" --rank {case.rank}" if case.rank else ""
     dtype = shapes.SPELLING[case.dtype]
-    return (f"lowrank bench kernels --op {case.op} --shape {case.m}x{case.n}{rank} --dtype {dtype}{side} --base {base} "
-            f"--device {case.device}")
+    return (
+        f"lowrank bench kernels --op {case.op} --shape {case.m}x{case.n}{rank} --dtype {dtype}{side} --base {base} "
+        f"--device {case.device}"
+    )
 
 
 def energies(grad):
@@ -114,7 +134,7 @@ class Check:
     def __init__(self, case):
         self.case, self.op, self._inputs = case, OPS[case.op], make(case)
         if self.op.chooses:
-            self.best = energies(self._inputs["grad"])[:case.rank].sum().item()
+            self.best = energies(self._inputs["grad"])[: case.rank].sum().item()
         else:
             truth = self.op.truth or self.op.oracle
             self.truth = self.outputs(truth, copies(self._inputs) if self.op.exact else double(self._inputs))
@@ -133,8 +153,10 @@ class Check:
         # and what they capture.
         basis = outputs[0].double()
         eye = torch.eye(self.case.rank, dtype=basis.dtype, device=basis.device)
-        return {"error": _relative_error(basis.T @ basis, eye),
-                "energy": captured(tensors["grad"], basis, self.case.left) / self.best}
+        return {
+            "error": _relative_error(basis.T @ basis, eye),
+            "energy": captured(tensors["grad"], basis, self.case.left) / self.best,
+        }
 
     def verdict(self, figures):
         """'ok', or why the implementation is wrong."""
@@ -165,8 +187,7 @@ class Trial:
         name, function = serving(case)
         self.functions = {name: function, "reference": self.op.oracle}
         if backends:
-            self.functions = {name: f for name, f in self.functions.items()
-                              if backend(name, case) in backends or name == self.base}
+            self.functions = {name: f for name, f in self.functions.items() if backend(name, case) in backends or name == self.base}
         self.passes = {}  # variant -> [[seconds, ...], ...]
         self.calls = {}  # variant -> capture.Prepared
         self.quiet = []  # of each pass, whether nothing disturbed it
@@ -219,14 +240,22 @@ class Trial:
         case, passes = self.case, self.samples()
         limits = bounds(case, ceilings)
         for variant in dict.fromkeys([*self.functions, *([self.base] if self.base in self.op.bases else [])]):
-            yield {"op": case.op, "shape": f"{case.m}x{case.n}", "rank": case.rank, "dtype": shapes.SPELLING[case.dtype],
-                   "side": case.side, "variant": variant,
-                   "backend": backend(variant, case) if variant in self.functions else None,
-                   "check": self.verdicts.get(variant), **self.figures.get(variant, {"error": None, "energy": None}),
-                   **_speed(case, variant, passes, self.base, max(limits.values()), self.disturbed),
-                   **launching(self.calls.get(variant)),
-                   "bound": self.op.other or max(limits, key=limits.get), "base": self.base,
-                   "command": command(case, self.base)}
+            yield {
+                "op": case.op,
+                "shape": f"{case.m}x{case.n}",
+                "rank": case.rank,
+                "dtype": shapes.SPELLING[case.dtype],
+                "side": case.side,
+                "variant": variant,
+                "backend": backend(variant, case) if variant in self.functions else None,
+                "check": self.verdicts.get(variant),
+                **self.figures.get(variant, {"error": None, "energy": None}),
+                **_speed(case, variant, passes, self.base, max(limits.values()), self.disturbed),
+                **launching(self.calls.get(variant)),
+                "bound": self.op.other or max(limits, key=limits.get),
+                "base": self.base,
+                "command": command(case, self.base),
+            }
 
 
 def launching(call):
@@ -261,12 +290,20 @@ def _speed(case, variant, passes, base, floor, disturbed):
     row = dict.fromkeys(names)
     if variant in passes:
         found = timing.spread(passes[variant])
-        row |= {"median_s": found.median, "p20_s": found.p20, "p80_s": found.p80, "spread": found.relative,
-                "samples": sum(map(len, passes[variant]))}
+        row |= {
+            "median_s": found.median,
+            "p20_s": found.p20,
+            "p80_s": found.p80,
+            "spread": found.relative,
+            "samples": sum(map(len, passes[variant])),
+        }
         if variant not in ONCE:
             op = OPS[case.op]
-            row |= {"gb_per_s": op.traffic(case) / found.median / 1e9, "gflop_per_s": op.flop(case) / found.median / 1e9,
-                    "roofline": floor / found.median}
+            row |= {
+                "gb_per_s": op.traffic(case) / found.median / 1e9,
+                "gflop_per_s": op.flop(case) / found.median / 1e9,
+                "roofline": floor / found.median,
+            }
         if variant != base and base in passes:
             row["ratio"], row["noise"] = timing.ratio(passes[variant], passes[base])
     if disturbed:

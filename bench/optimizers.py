@@ -2,8 +2,9 @@
 
 import argparse
 import contextlib
+from collections.abc import Callable
 from importlib import metadata
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -226,24 +227,38 @@ def measure(settings, names, timer, *, base, steps, svd):
             stack.enter_context(random_bases())
         optimizers = {name: build(name, settings) for name in names}
         first = {name: timer(optimizer.step) for name, optimizer in optimizers.items()}
-        times = timer.interleave({name: optimizer.step for name, optimizer in optimizers.items()}, seconds=0,
-                                 at_least=steps, warmup=0)
+        times = timer.interleave(
+            {name: optimizer.step for name, optimizer in optimizers.items()}, seconds=0, at_least=steps, warmup=0
+        )
         rows = []
         times = {name: timing.parts(samples) for name, samples in times.items()}
         for name, optimizer in optimizers.items():
             found = timing.spread(times[name])
-            row = {"optimizer": name, "median_s": found.median, "p20_s": found.p20, "p80_s": found.p80,
-                   "spread": found.relative, "samples": steps, "first_s": first[name], "refresh_s": None, "amortised_s": None,
-                   "worst_s": None, "ratio": None, "noise": None}
+            row = {
+                "optimizer": name,
+                "median_s": found.median,
+                "p20_s": found.p20,
+                "p80_s": found.p80,
+                "spread": found.relative,
+                "samples": steps,
+                "first_s": first[name],
+                "refresh_s": None,
+                "amortised_s": None,
+                "worst_s": None,
+                "ratio": None,
+                "noise": None,
+            }
             if name == "galore-torch" and not svd:
                 row["first_s"] = None
             elif CONTENDERS[name].periodic and settings.gap != NEVER:
                 row |= _periodic(name, settings, timer, found.median, sum(times[name], []))
             if name != base:
                 row["ratio"], row["noise"] = timing.ratio(times[name], times[base])
-            row |= {"state_bytes": state_bytes(optimizer),
-                    "extra_bytes": timing.extra_bytes(optimizer.step, settings.device),
-                    "overhead_s": overhead(name, len(settings.matrices), settings.device)}
+            row |= {
+                "state_bytes": state_bytes(optimizer),
+                "extra_bytes": timing.extra_bytes(optimizer.step, settings.device),
+                "overhead_s": overhead(name, len(settings.matrices), settings.device),
+            }
             rows.append(row)
     amortised = {row["optimizer"]: row["amortised_s"] for row in rows}
     for row in rows:
@@ -262,23 +277,40 @@ def _periodic(name, settings, timer, step, times):
 def add_arguments(parser):
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--shape", nargs="+", type=shapes.parse_shape, metavar="MxN", help="default: 4096x4096")
-    sizes.add_argument("--model", choices=PRESETS, metavar="NAME",
-                       help=f"the linear weights of a model: {', '.join(PRESETS)}")
+    sizes.add_argument("--model", choices=PRESETS, metavar="NAME", help=f"the linear weights of a model: {', '.join(PRESETS)}")
     parser.add_argument("--rank", type=shapes.positive, default=128, metavar="R", help="default: 128")
-    parser.add_argument("--dtype", choices=shapes.DTYPES, default="fp32", metavar="D",
-                        help=f"of weights and gradients: {', '.join(shapes.DTYPES)} (default: fp32)")
-    parser.add_argument("--optimizers", type=_names, metavar="A,B",
-                        help=f"of {', '.join(CONTENDERS)} (default: all that are installed)")
-    parser.add_argument("--base", choices=CONTENDERS, metavar="NAME",
-                        help="what ratios refer to (default: galore-torch, or the first of --optimizers)")
-    parser.add_argument("--gap", type=shapes.positive, default=200, metavar="N",
-                        help="steps between two refreshes of a basis (default: 200)")
-    parser.add_argument("--steps", type=shapes.positive, metavar="N",
-                        default=STEPS,
-                        help="steps to time (default: %(default)s; a whole gap shows the worst step too)")
-    parser.add_argument("--svd", action="store_true",
-                        help="let galore-torch take its SVDs (most of a minute for one 4096x4096), instead of timing only its "
-                        "steady step, from a random basis")
+    parser.add_argument(
+        "--dtype",
+        choices=shapes.DTYPES,
+        default="fp32",
+        metavar="D",
+        help=f"of weights and gradients: {', '.join(shapes.DTYPES)} (default: fp32)",
+    )
+    parser.add_argument(
+        "--optimizers", type=_names, metavar="A,B", help=f"of {', '.join(CONTENDERS)} (default: all that are installed)"
+    )
+    parser.add_argument(
+        "--base",
+        choices=CONTENDERS,
+        metavar="NAME",
+        help="what ratios refer to (default: galore-torch, or the first of --optimizers)",
+    )
+    parser.add_argument(
+        "--gap", type=shapes.positive, default=200, metavar="N", help="steps between two refreshes of a basis (default: 200)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=shapes.positive,
+        metavar="N",
+        default=STEPS,
+        help="steps to time (default: %(default)s; a whole gap shows the worst step too)",
+    )
+    parser.add_argument(
+        "--svd",
+        action="store_true",
+        help="let galore-torch take its SVDs (most of a minute for one 4096x4096), instead of timing only its "
+        "steady step, from a random basis",
+    )
     parser.add_argument("--device", type=shapes.parse_device, default=shapes.default_device(), help="default: %(default)s")
     report.add_output_arguments(parser, compare=True, plot="a step of each and its state")
 
@@ -296,8 +328,10 @@ def command(args, name, base):
     sizes = args.shape or [(4096, 4096)]
     sizes = f"--model {args.model}" if args.model else "--shape " + " ".join(f"{m}x{n}" for m, n in sizes)
     names = name if name == base else f"{name},{base}"
-    return (f"lowrank bench optimizers {sizes} --rank {args.rank} --dtype {args.dtype} --optimizers {names} --base {base} "
-            f"--gap {args.gap} --steps {args.steps}{' --svd' if args.svd else ''} --device {args.device}")
+    return (
+        f"lowrank bench optimizers {sizes} --rank {args.rank} --dtype {args.dtype} --optimizers {names} --base {base} "
+        f"--gap {args.gap} --steps {args.steps}{' --svd' if args.svd else ''} --device {args.device}"
+    )
 
 
 def _with_noise(row):
@@ -344,16 +378,28 @@ def run(args):
         out.say(why)
     rows = measure(settings, names, timing.Timer(args.device, graphs=False), base=base, steps=args.steps, svd=args.svd)
     sizes = " ".join(f"{m}x{n}" for m, n in dict.fromkeys(matrices))
-    named = {"model": args.model, "shapes": sizes, "matrices": len(matrices),
-             "elements": sum(m * n for m, n in matrices), "rank": args.rank, "dtype": args.dtype, "gap": args.gap,
-             "base": base}
+    named = {
+        "model": args.model,
+        "shapes": sizes,
+        "matrices": len(matrices),
+        "elements": sum(m * n for m, n in matrices),
+        "rank": args.rank,
+        "dtype": args.dtype,
+        "gap": args.gap,
+        "base": base,
+    }
     title = f"matrices: {len(matrices)}, weights: {named['elements'] / 1e6:.1f}M, r = {args.rank}, {args.dtype}"
-    out.table(f"{facts['device']} | {title}", COLUMNS,
-              [{**named, **row, "command": command(args, row["optimizer"], base)} for row in rows])
+    out.table(
+        f"{facts['device']} | {title}",
+        COLUMNS,
+        [{**named, **row, "command": command(args, row["optimizer"], base)} for row in rows],
+    )
     for row in out.rows:
         out.say(row["command"])
-    out.say(f"step: median; refresh: of every basis, beyond a step; amortised, worst: over a gap of {args.gap}; extra: most "
-            f"memory a step holds beyond the state; overhead: a step's time a matrix on {TINY}x{TINY} matrices")
+    out.say(
+        f"step: median; refresh: of every basis, beyond a step; amortised, worst: over a gap of {args.gap}; extra: most "
+        f"memory a step holds beyond the state; overhead: a step's time a matrix on {TINY}x{TINY} matrices"
+    )
     if "galore-torch" in names and not args.svd:
         out.say("galore-torch: steady steps only, from random bases in place of its SVD (--svd times that too)")
     slower = compare.judge(out, old, KEYS, args.compare, lambda row: CONTENDERS[row["optimizer"]].ours) if old else 0

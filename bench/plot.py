@@ -47,8 +47,11 @@ def roofline(rows, facts):
     rows = [row for row in rows if row["gflop_per_s"]]
     at = {id(row): row["gflop_per_s"] / row["gb_per_s"] for row in rows}
     served = [row for row in rows if row["check"] and row["variant"] != "reference"]
-    groups = {"served": served, "reference": [row for row in rows if row["variant"] == "reference"],
-              "base": [row for row in rows if not row["check"]]}
+    groups = {
+        "served": served,
+        "reference": [row for row in rows if row["variant"] == "reference"],
+        "base": [row for row in rows if not row["check"]],
+    }
     for (name, group), marker in zip(groups.items(), "o.x"):
         axes.plot([at[id(row)] for row in group], [row["gflop_per_s"] for row in group], marker, label=name, alpha=0.4)
     best = {}  # op -> its fastest row, where the name goes
@@ -59,14 +62,26 @@ def roofline(rows, facts):
     for row in sorted(best.values(), key=lambda row: -row["gflop_per_s"]):
         below = min(row["gflop_per_s"], below / LINE)  # names one under the other where points lie together
         axes.plot(at[id(row)], row["gflop_per_s"], "o", color="tab:blue")
-        axes.annotate(f"{row['op']} {row['roofline']:.0%}", (at[id(row)], row["gflop_per_s"]), (1.02, below),
-                      textcoords=("axes fraction", "data"), fontsize=7, va="center", annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": "gray", "alpha": 0.3, "linewidth": 0.5})
+        axes.annotate(
+            f"{row['op']} {row['roofline']:.0%}",
+            (at[id(row)], row["gflop_per_s"]),
+            (1.02, below),
+            textcoords=("axes fraction", "data"),
+            fontsize=7,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "gray", "alpha": 0.3, "linewidth": 0.5},
+        )
     copy = facts["copy_gb_per_s"]
     for i, (dtype, rate) in enumerate(facts["gemm_gflop_per_s"].items()):
         left, right = min([*at.values(), 0.1]), max([*at.values(), 2 * rate / copy])
-        axes.plot([left, rate / copy, right], [copy * left, rate, rate], "k", linestyle=("-", "--", ":")[i % 3],
-                  label=f"copy {copy:.1f} GB/s, GEMM {dtype} {rate:.0f} GFLOP/s")
+        axes.plot(
+            [left, rate / copy, right],
+            [copy * left, rate, rate],
+            "k",
+            linestyle=("-", "--", ":")[i % 3],
+            label=f"copy {copy:.1f} GB/s, GEMM {dtype} {rate:.0f} GFLOP/s",
+        )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return drawn
@@ -78,8 +93,10 @@ def bars(rows, facts):
     steps, states = drawn.subplots(1, 2, sharey=True)
     rows = sorted(rows, key=lambda row: -row["median_s"])
     names, medians = [row["optimizer"] for row in rows], [1e3 * row["median_s"] for row in rows]
-    off = [[medians[i] - 1e3 * row["p20_s"] for i, row in enumerate(rows)],
-           [1e3 * row["p80_s"] - medians[i] for i, row in enumerate(rows)]]
+    off = [
+        [medians[i] - 1e3 * row["p20_s"] for i, row in enumerate(rows)],
+        [1e3 * row["p80_s"] - medians[i] for i, row in enumerate(rows)],
+    ]
     steps.barh(names, medians, xerr=off)
     states.barh(names, [row["state_bytes"] / 2**20 for row in rows], color="tab:orange")
     steps.set(xlabel="ms a step, median, p20 to p80")

@@ -18,8 +18,12 @@ def add_output_arguments(parser, *, compare=False, plot=None):
     if plot:
         parser.add_argument("--plot", metavar="FILE", help=f"draw {plot}")
     if compare:
-        parser.add_argument("--compare", metavar="OLD", help="a file of --json from this machine: print new over old times, "
-                            "and exit 1 if one is slower by more than the two spreads")
+        parser.add_argument(
+            "--compare",
+            metavar="OLD",
+            help="a file of --json from this machine: print new over old times, "
+            "and exit 1 if one is slower by more than the two spreads",
+        )
 
 
 def seconds(value):
@@ -104,6 +108,7 @@ class Report:
 
 def to_json(rows):
     """A JSON array with a row a line; a figure that is not finite is null."""
+
     def plain(value):
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}

@@ -66,8 +66,13 @@ def default_device():
 def matrices(model):
     """Shapes (m, n) of the linear weights of a LLaMA's blocks, layer by layer: q, k, v, o, gate, up, down."""
     s = MODELS[model]
-    block = [(s.hidden, s.hidden), *[(s.keys, s.hidden)] * 2, (s.hidden, s.hidden), *[(s.intermediate, s.hidden)] * 2,
-             (s.hidden, s.intermediate)]
+    block = [
+        (s.hidden, s.hidden),
+        *[(s.keys, s.hidden)] * 2,
+        (s.hidden, s.hidden),
+        *[(s.intermediate, s.hidden)] * 2,
+        (s.hidden, s.intermediate),
+    ]
     return block * s.layers
 
 

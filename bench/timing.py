@@ -59,7 +59,7 @@ def factor(a, b):
 def parts(values, count=5):
     """Consecutive samples as passes: what drifts from the first to the last of them shows."""
     count = min(count, len(values))
-    return [values[i * len(values) // count:(i + 1) * len(values) // count] for i in range(count)]
+    return [values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count)]
 
 
 def ratio(passes, base):
@@ -69,8 +69,12 @@ def ratio(passes, base):
     sample.
     """
     once = sum(map(len, base)) == 1
-    found = spread([[t / base[0][0] for t in samples] if once else [t / b for t, b in zip(samples, others)]
-                    for samples, others in zip(passes, base * len(passes) if once else base)])
+    found = spread(
+        [
+            [t / base[0][0] for t in samples] if once else [t / b for t, b in zip(samples, others)]
+            for samples, others in zip(passes, base * len(passes) if once else base)
+        ]
+    )
     return found.median, None if found.relative is None else factor(found.median, 1) <= 1 + found.relative
 
 

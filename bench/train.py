@@ -122,8 +122,9 @@ def _figure(runs, rows, title):
             seen = [(step["step"] * each, step["val_loss"]) for step in steps if step["val_loss"] is not None and step["step"]]
             curves.plot(*zip(*seen), color=colors[method], marker=".", label=None if i else method)
         points.plot(row["optimizer_state_bytes"] / 2**20, row["val_loss"], "o", color=colors[method])
-        points.annotate(method, (row["optimizer_state_bytes"] / 2**20, row["val_loss"]), textcoords="offset points",
-                        xytext=(5, 3), fontsize=8)
+        points.annotate(
+            method, (row["optimizer_state_bytes"] / 2**20, row["val_loss"]), textcoords="offset points", xytext=(5, 3), fontsize=8
+        )
     curves.set(xlabel="tokens", ylabel="validation loss (nats a token)")
     points.set(xlabel="optimizer state (MiB)", ylabel="validation loss (nats a token)")
     curves.legend(fontsize=8)

@@ -8,8 +8,23 @@ from lowrank_sys.kernels.common import GRAD_SCALE, SLOTS, adam, is_off, pick, st
 
 
 @triton.jit
-def adam_kernel(low_rank_grad, out, exp_avg, exp_avg_sq, scalars, channels, r, beta1, beta2, gain1, gain2, eps,
-                LEFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def adam_kernel(
+    low_rank_grad,
+    out,
+    exp_avg,
+    exp_avg_sq,
+    scalars,
+    channels,
+    r,
+    beta1,
+    beta2,
+    gain1,
+    gain2,
+    eps,
+    LEFT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """out = X = Adam(grad_scale * R) for R (r, channels) if LEFT, else (channels, r); NaN in channels that are not usable.
 
     Kingma and Ba 2015, with torch.optim.AdamW's bias corrections. A program owns whole channels: it tests them, then steps.

@@ -13,8 +13,24 @@ from lowrank_sys.kernels.int8_gemm import launch_back_project_int8
 
 
 @triton.jit
-def back_tile(low_rank, basis, scale, offset, i_m, i_n, m, n, r, width, LEFT: tl.constexpr, PRECISION: tl.constexpr,
-              GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+def back_tile(
+    low_rank,
+    basis,
+    scale,
+    offset,
+    i_m,
+    i_n,
+    m,
+    n,
+    r,
+    width,
+    LEFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """Tile (i_m, i_n) of B X if LEFT, else of X Bᵀ, in fp32; finite, but not always 0, outside of the matrix."""
     o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -47,9 +63,26 @@ def back_tile(low_rank, basis, scale, offset, i_m, i_n, m, n, r, width, LEFT: tl
 
 
 @triton.jit
-def back_project_kernel(param, low_rank, basis, scale, offset, scalars, skipped, m, n, r, width,
-                        LEFT: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+def back_project_kernel(
+    param,
+    low_rank,
+    basis,
+    scale,
+    offset,
+    scalars,
+    skipped,
+    m,
+    n,
+    r,
+    width,
+    LEFT: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """W <- decay * W + alpha * (B X if LEFT, else X Bᵀ), in place.
 
     GaLore (Zhao et al. 2024, Algorithm 2), with AdamW's decay before the update. In a STEP an element whose product is not
@@ -85,8 +118,9 @@ def launch_back_project(params, low_ranks, bases, scalars, *, left, step, skippe
         return
     m, n = param.shape
     r = rank(basis)
-    config = configs.config_for(configs.target(param.device).arch, "back_project", n=n, r=r,
-                                dtypes=(low_rank.dtype, basis.dtype, param.dtype))
+    config = configs.config_for(
+        configs.target(param.device).arch, "back_project", n=n, r=r, dtypes=(low_rank.dtype, basis.dtype, param.dtype)
+    )
     back_project_kernel[configs.cdiv(m, config["BLOCK_M"]) * configs.cdiv(n, config["BLOCK_N"]), len(params)](
         param=tuple(params),
         low_rank=tuple(low_ranks),

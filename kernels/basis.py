@@ -39,8 +39,7 @@ def arguments(bases):
 
 
 @triton.jit
-def load_int4(packed, scale, offset, o_r, first, d, r, width, GROUP: tl.constexpr, BLOCK_R: tl.constexpr,
-              BLOCK_D: tl.constexpr):
+def load_int4(packed, scale, offset, o_r, first, d, r, width, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     """Entries first ... first + BLOCK_D - 1 of the basis vectors o_r, (BLOCK_R, BLOCK_D) in fp32: offset + scale * code.
 
     first is a multiple of BLOCK_D, which divides GROUP or is a multiple of it. What lies outside of the basis is finite.

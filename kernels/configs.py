@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import triton
 
-
 # Of every launch. Sums are rounded as written; left alone, ptxas spills a few registers where that lets two programs share a
 # multiprocessor.
 OPTIONS = {"enable_fp_fusion": False, "maxnreg": 255}
@@ -54,9 +53,7 @@ def _table(stages):
             64: _tile(8, 2, BLOCK_R=64, BLOCK_C=32, BLOCK_D=32),
             128: _tile(8, 2, BLOCK_R=128, BLOCK_C=32, BLOCK_D=16),
         },
-        ("back_project", "odd"): {
-            128: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=16),
-        },
+        ("back_project", "odd"): {128: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=16)},
     }
 
 
@@ -114,10 +111,7 @@ BACK_PROJECT_INT8 = {
 
 # Products in INT8: a tile holds whole groups of 256. "odd" if m, n or r is no multiple of 16.
 QUANTIZE_INT8 = _tile(4, 1, BLOCK_C=32)
-PROJECT_INT8 = {
-    "aligned": _tile(8, 1, BLOCK_R=128, BLOCK_C=32),
-    "odd": _tile(8, 1, BLOCK_R=16, BLOCK_C=16),
-}
+PROJECT_INT8 = {"aligned": _tile(8, 1, BLOCK_R=128, BLOCK_C=32), "odd": _tile(8, 1, BLOCK_R=16, BLOCK_C=16)}
 BACK_PROJECT_INT8_GEMM = _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_D=64)
 
 # APOLLO's update of INT8 weights: elementwise but for the largest of a group.

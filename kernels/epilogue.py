@@ -50,8 +50,7 @@ def finish_sum(b_r, partials, counters, i_tile, i_split, splits, size, o_tile, m
 
 
 @triton.jit
-def write_weight(b_back, param, scalars, skipped, i_m, i_n, m, n, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
-                 BLOCK_N: tl.constexpr):
+def write_weight(b_back, param, scalars, skipped, i_m, i_n, m, n, STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Tile (i_m, i_n) of W <- decay W + alpha back, by the rules of `back_project_kernel`."""
     o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)

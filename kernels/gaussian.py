@@ -76,9 +76,29 @@ def gaussian_basis_kernel(out, seed, refresh, parameter, first, d, rank, gain, B
 
 
 @triton.jit
-def gaussian_project_kernel(grad, out, squares, scalars, partials, counters, key, seed, refresh, parameter, first, m, n, r,
-                            splits, chunk, gain,
-                            LEFT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def gaussian_project_kernel(
+    grad,
+    out,
+    squares,
+    scalars,
+    partials,
+    counters,
+    key,
+    seed,
+    refresh,
+    parameter,
+    first,
+    m,
+    n,
+    r,
+    splits,
+    chunk,
+    gain,
+    LEFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """out = R = Bᵀ G (r, n) if LEFT, else G B (m, r), for the basis of (seed, refresh, parameter), 64 rows at a time in registers.
 
     Flora (Hao et al. 2024), APOLLO (Zhu et al. 2024). Split, summed and finished as in `project_kernel`; `chunk` counts entries
@@ -137,8 +157,24 @@ def gaussian_project_kernel(grad, out, squares, scalars, partials, counters, key
 
 
 @triton.jit
-def gaussian_back_project_kernel(param, low_rank, seed, refresh, parameter, first, alpha, beta, m, n, r, gain,
-                                 LEFT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr):
+def gaussian_back_project_kernel(
+    param,
+    low_rank,
+    seed,
+    refresh,
+    parameter,
+    first,
+    alpha,
+    beta,
+    m,
+    n,
+    r,
+    gain,
+    LEFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """W <- beta W + alpha (B X if LEFT, else X Bᵀ), in place, for the basis of (seed, refresh, parameter).
 
     A program owns 64 entries of the projected axis, one group of rows of B, and BLOCK_C channels.
@@ -189,8 +225,9 @@ def groups(first, d):
     return (first + d - 1) // GROUP.value - first // GROUP.value + 1
 
 
-def launch_gaussian_project(grad, out, *, left, counters, key=None, seed=0, step=0, parameter=0, first=0, squares=None,
-                            scalars=None):
+def launch_gaussian_project(
+    grad, out, *, left, counters, key=None, seed=0, step=0, parameter=0, first=0, squares=None, scalars=None
+):
     """out <- R for the basis of (seed, step, parameter, first), or of `key`, which holds these four on the device (int64).
 
     squares: a function of the number of splits that gives a buffer (splits, channels), which it returns filled; or None.
@@ -257,8 +294,9 @@ def gaussian_project(grad, *, rank, left, seed, step, parameter, first=0):
     out = torch.empty((rank, n) if left else (m, rank), dtype=torch.float32, device=grad.device)
     if out.numel():
         with on_device_of(grad):
-            launch_gaussian_project(grad, out, left=left, counters=counters_of(grad.device), seed=seed, step=step,
-                                    parameter=parameter, first=first)
+            launch_gaussian_project(
+                grad, out, left=left, counters=counters_of(grad.device), seed=seed, step=step, parameter=parameter, first=first
+            )
     return out
 
 

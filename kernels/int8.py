@@ -14,7 +14,7 @@ ROUND = tl.constexpr(2.0**23)
 
 
 def aligned(n, offset):
-    """Whether eight neighbours, which share one draw of random bits, never span two rows: `offset` counts elements before (0, 0)."""
+    """Whether eight neighbours, which share a draw of random bits, never span two rows: `offset` counts elements before (0, 0)."""
     return n % 8 == 0 and offset % 8 == 0
 
 
@@ -32,8 +32,25 @@ def magnitude(b_x):
 
 
 @triton.jit
-def update_int8(b_update, codes, weight_scale, i_m, i_n, m, n, alpha, decay, seed, step, parameter, offset,
-                INT8_GROUP: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def update_int8(
+    b_update,
+    codes,
+    weight_scale,
+    i_m,
+    i_n,
+    m,
+    n,
+    alpha,
+    decay,
+    seed,
+    step,
+    parameter,
+    offset,
+    INT8_GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """W <- decay W + alpha update on tile (i_m, i_n), in place, as `int8_update_`: BLOCK_N holds whole groups.
 
     Rounded up iff u < frac(y), with the random bits of elements offset + i n + j. A group keeps its scale while all fits and the

@@ -27,8 +27,7 @@ def quantize(b_x, AXIS: tl.constexpr):
 
 
 @triton.jit
-def quantize_kernel(x, codes, scale, channels, depth, groups, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
-                    BLOCK_D: tl.constexpr):
+def quantize_kernel(x, codes, scale, channels, depth, groups, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
     """codes (channels, depth) int8 and scale (channels, groups) of x (depth, channels) if COLUMNS, else (channels, depth).
 
     A program owns one group of BLOCK_C channels; BLOCK_D is a group, or all of a shorter depth.
@@ -49,9 +48,30 @@ def quantize_kernel(x, codes, scale, channels, depth, groups, COLUMNS: tl.conste
 
 
 @triton.jit
-def project_int8_kernel(grad, codes, scale, out, exp_avg, exp_avg_sq, scalars, partials, counters, m, n, r, splits, chunk,
-                        beta1, beta2, gain1, gain2, eps,
-                        LEFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def project_int8_kernel(
+    grad,
+    codes,
+    scale,
+    out,
+    exp_avg,
+    exp_avg_sq,
+    scalars,
+    partials,
+    counters,
+    m,
+    n,
+    r,
+    splits,
+    chunk,
+    beta1,
+    beta2,
+    gain1,
+    gain2,
+    eps,
+    LEFT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """`project_kernel` in INT8, for one matrix: codes (r, m or n) and scale (r, groups) are the basis quantised along its vectors.
 
     G is quantised in registers, a group of its depth at a time; `chunk` is a multiple of the group.
@@ -101,8 +121,23 @@ def project_int8_kernel(grad, codes, scale, out, exp_avg, exp_avg_sq, scalars, p
 
 
 @triton.jit
-def back_project_int8_gemm_kernel(param, rows, row_scale, columns, column_scale, scalars, skipped, m, n, r, groups,
-                                  STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def back_project_int8_gemm_kernel(
+    param,
+    rows,
+    row_scale,
+    columns,
+    column_scale,
+    scalars,
+    skipped,
+    m,
+    n,
+    r,
+    groups,
+    STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """W <- decay W + alpha rows columnsᵀ in INT8: codes (m, r) and (n, r), scales (m, groups) and (n, groups).
 
     STEP as in `back_project_kernel`; BLOCK_D divides a group.
@@ -154,8 +189,9 @@ def quantized(x, *, columns):
     return codes, scale
 
 
-def launch_project_int8(grad, basis, out, *, left, counters, exp_avg=None, exp_avg_sq=None, scalars=None, beta1=0.0, beta2=0.0,
-                        eps=0.0):
+def launch_project_int8(
+    grad, basis, out, *, left, counters, exp_avg=None, exp_avg_sq=None, scalars=None, beta1=0.0, beta2=0.0, eps=0.0
+):
     """out (fp32) <- R, or Adam's update from it if there are moments, for one matrix; scalars: its row."""
     if out.numel() == 0:
         return

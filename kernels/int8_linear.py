@@ -14,9 +14,26 @@ TOGETHER = tl.constexpr(8)  # tiles of rows whose programs are neighbours
 
 
 @triton.jit
-def int8_linear_kernel(rows, codes, scale, bias, out, partials, counters, t, m, n, splits, chunk,
-                       BACK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-                       BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr):
+def int8_linear_kernel(
+    rows,
+    codes,
+    scale,
+    bias,
+    out,
+    partials,
+    counters,
+    t,
+    m,
+    n,
+    splits,
+    chunk,
+    BACK: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """out (t, m) = x Wᵀ + bias from rows = x (t, n), or if BACK out (t, n) = dy W from rows = dy (t, m); W = scale * codes.
 
     A program makes a tile of outᵀ = W xᵀ (BACK: Wᵀ dyᵀ) over one of `splits` parts of the summed axis: the operand that is

@@ -15,10 +15,36 @@ from lowrank_sys.kernels.int8_gemm import launch_project_int8
 
 
 @triton.jit
-def project_kernel(grad, basis, scale, offset, out, exp_avg, exp_avg_sq, squares, scalars, partials, counters, m, n, r, width,
-                   splits, chunk, beta1, beta2, gain1, gain2, eps,
-                   LEFT: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-                   BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
+def project_kernel(
+    grad,
+    basis,
+    scale,
+    offset,
+    out,
+    exp_avg,
+    exp_avg_sq,
+    squares,
+    scalars,
+    partials,
+    counters,
+    m,
+    n,
+    r,
+    width,
+    splits,
+    chunk,
+    beta1,
+    beta2,
+    gain1,
+    gain2,
+    eps,
+    LEFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """out = R = Bᵀ G (r, n) if LEFT, else G B (m, r); with moments, out = X = Adam(grad_scale * R) instead.
 
     GaLore (Zhao et al. 2024, Algorithm 2). A program owns one tile of R over one of `splits` parts of the projected axis. With
@@ -118,8 +144,21 @@ def _zeroed(device, stream=None):
     return torch.zeros(configs.MOST * configs.target(device).counters, dtype=torch.int32, device=device)
 
 
-def launch_project(grads, bases, outs, *, left, counters, exp_avgs=None, exp_avg_sqs=None, scalars=None, beta1=0.0, beta2=0.0,
-                   eps=0.0, squares=None):
+def launch_project(
+    grads,
+    bases,
+    outs,
+    *,
+    left,
+    counters,
+    exp_avgs=None,
+    exp_avg_sqs=None,
+    scalars=None,
+    beta1=0.0,
+    beta2=0.0,
+    eps=0.0,
+    squares=None,
+):
     """outs <- R, or Adam's update from it if there are moments, for matrices of one shape and one set of dtypes.
 
     bases: matrices, or each an `Int4Basis`; outs: R's shape, fp32 or the bases' type; scalars: a row a matrix. squares, for one

@@ -11,8 +11,18 @@ import triton.language as tl
 from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.adam import launch_adam
-from lowrank_sys.kernels.common import (ALPHA, CORRECTION1, CORRECTION2, DECAY, GRAD_SCALE, dot, is_off, on_device_of,
-                                        precision, store)
+from lowrank_sys.kernels.common import (
+    ALPHA,
+    CORRECTION1,
+    CORRECTION2,
+    DECAY,
+    GRAD_SCALE,
+    dot,
+    is_off,
+    on_device_of,
+    precision,
+    store,
+)
 from lowrank_sys.kernels.gaussian import launch_gaussian_project
 from lowrank_sys.kernels.project import counters_of, launch_project
 from lowrank_sys.kernels.scalars import advance, one_row
@@ -25,8 +35,28 @@ SCALED, COMBINED, SIGNED = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
-def ratio_kernel(low_rank_grad, gram_grad, out, exp_avg, exp_avg_sq, squares, sums, scalars, channels, r, splits, alpha,
-                 beta1, beta2, gain1, gain2, eps, LEFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def ratio_kernel(
+    low_rank_grad,
+    gram_grad,
+    out,
+    exp_avg,
+    exp_avg_sq,
+    squares,
+    sums,
+    scalars,
+    channels,
+    r,
+    splits,
+    alpha,
+    beta1,
+    beta2,
+    gain1,
+    gain2,
+    eps,
+    LEFT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Moments of grad_scale * R advance; sums (3, channels) <- |N|², |R|², |G - alpha back(R)|² by channel; out = N if given.
 
     N = M / (sqrt(V) + eps), as in APOLLO's and Fira's code. squares (splits, channels) are parts of |G|²; gram_grad is (BᵀB)R,
@@ -107,8 +137,20 @@ def total(p_parts, parts, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def coefficient_kernel(sums, limiter, coefficients, norms, counters, scalars, channels, growth, front, behind,
-                       PER_TENSOR: tl.constexpr, BLOCK: tl.constexpr):
+def coefficient_kernel(
+    sums,
+    limiter,
+    coefficients,
+    norms,
+    counters,
+    scalars,
+    channels,
+    growth,
+    front,
+    behind,
+    PER_TENSOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """coefficients <- grad_scale * front * behind * |N| / (|R| + 1e-8) over the limiter's divisor; NaN where not usable.
 
     The norm of front * ratio * residual may grow by `growth` a step; `limiter` holds the last one, 0 before the first (Fira, Chen
@@ -165,9 +207,28 @@ def coefficient_kernel(sums, limiter, coefficients, norms, counters, scalars, ch
 
 
 @triton.jit
-def residual_kernel(param, grad, low_rank, low_rank_grad, basis, coefficients, scalars, skipped, m, n, r, scale, residual_scale,
-                    LEFT: tl.constexpr, RULE: tl.constexpr, CORRECTED: tl.constexpr, PRECISION: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+def residual_kernel(
+    param,
+    grad,
+    low_rank,
+    low_rank_grad,
+    basis,
+    coefficients,
+    scalars,
+    skipped,
+    m,
+    n,
+    r,
+    scale,
+    residual_scale,
+    LEFT: tl.constexpr,
+    RULE: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """W <- decay * W + alpha * update, in place; c is the channel's coefficient, or residual_scale * grad_scale without any.
 
     SCALED (APOLLO): c G. COMBINED (Fira; FRUGAL with plain SGD): back(scale X - k c R) + c G with k = scale for Fira, else 1: one
@@ -308,8 +369,22 @@ def launch_coefficients(sums, limiter, scalars, *, growth, front, behind, per_te
     return coefficients
 
 
-def launch_residual(param, grad, scalars, *, rule, left, low_rank=None, low_rank_grad=None, basis=None, coefficients=None,
-                    scale=1.0, residual_scale=1.0, corrected=False, skipped=None):
+def launch_residual(
+    param,
+    grad,
+    scalars,
+    *,
+    rule,
+    left,
+    low_rank=None,
+    low_rank_grad=None,
+    basis=None,
+    coefficients=None,
+    scale=1.0,
+    residual_scale=1.0,
+    corrected=False,
+    skipped=None,
+):
     """W <- scalars[DECAY] W + scalars[ALPHA] * the update of `residual_kernel`."""
     m, n = param.shape
     r = 0 if basis is None else basis.shape[1]
@@ -342,8 +417,9 @@ def _squares(grad, left):
     return lambda splits: torch.empty((splits, grad.shape[1 if left else 0]), dtype=torch.float32, device=grad.device)
 
 
-def apollo_coefficients(grad, basis, exp_avg, exp_avg_sq, limiter, scalars, *, left, beta1, beta2, eps, scale, per_tensor,
-                        scale_front, growth, counters):
+def apollo_coefficients(
+    grad, basis, exp_avg, exp_avg_sq, limiter, scalars, *, left, beta1, beta2, eps, scale, per_tensor, scale_front, growth, counters
+):
     """Advances the moments and the limiter; returns what the channels of G are multiplied by, NaN where left out."""
     r = torch.empty_like(exp_avg)
     squares = None if limiter is None else _squares(grad, left)
@@ -351,11 +427,31 @@ def apollo_coefficients(grad, basis, exp_avg, exp_avg_sq, limiter, scalars, *, l
         squares = launch_gaussian_project(grad, r, left=left, counters=counters, key=basis, squares=squares, scalars=scalars)
     else:
         squares = launch_project([grad], [basis], [r], left=left, counters=counters, squares=squares, scalars=scalars)
-    sums = launch_ratio(r, None, exp_avg, exp_avg_sq, scalars, left=left, squares=squares, gram_grad=None, alpha=0.0, beta1=beta1,
-                        beta2=beta2, eps=eps)
+    sums = launch_ratio(
+        r,
+        None,
+        exp_avg,
+        exp_avg_sq,
+        scalars,
+        left=left,
+        squares=squares,
+        gram_grad=None,
+        alpha=0.0,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+    )
     front = scale**0.5
-    return launch_coefficients(sums, limiter, scalars, growth=growth, front=front if scale_front else 1.0,
-                               behind=1.0 if scale_front else front, per_tensor=per_tensor, counters=counters)
+    return launch_coefficients(
+        sums,
+        limiter,
+        scalars,
+        growth=growth,
+        front=front if scale_front else 1.0,
+        behind=1.0 if scale_front else front,
+        per_tensor=per_tensor,
+        counters=counters,
+    )
 
 
 def _apollo(param, grad, *tensors, left, skipped, **rest):
@@ -364,32 +460,78 @@ def _apollo(param, grad, *tensors, left, skipped, **rest):
     launch_residual(param, grad, scalars, rule=SCALED, left=left, coefficients=coefficients, corrected=True, skipped=skipped)
 
 
-def _fira(param, grad, basis, exp_avg, exp_avg_sq, limiter, gram, scalars, *, left, beta1, beta2, eps, alpha, growth, counters,
-          skipped):
+def _fira(
+    param, grad, basis, exp_avg, exp_avg_sq, limiter, gram, scalars, *, left, beta1, beta2, eps, alpha, growth, counters, skipped
+):
     r, out = torch.empty_like(exp_avg), torch.empty_like(exp_avg)
-    squares = launch_project([grad], [basis], [r], left=left, counters=counters, scalars=scalars,
-                             squares=None if limiter is None else _squares(grad, left))
+    squares = launch_project(
+        [grad],
+        [basis],
+        [r],
+        left=left,
+        counters=counters,
+        scalars=scalars,
+        squares=None if limiter is None else _squares(grad, left),
+    )
     gram_grad = None
     if gram is not None and limiter is not None:
         # The Gram matrix is symmetric: BᵀB R is a projection of R.
         gram_grad = torch.empty_like(r)
         launch_project([r], [gram], [gram_grad], left=left, counters=counters, scalars=scalars)
-    sums = launch_ratio(r, out, exp_avg, exp_avg_sq, scalars, left=left, squares=squares, gram_grad=gram_grad, alpha=alpha,
-                        beta1=beta1, beta2=beta2, eps=eps)
-    coefficients = launch_coefficients(sums, limiter, scalars, growth=growth, front=1.0, behind=1.0, per_tensor=False,
-                                       counters=counters)
-    launch_residual(param, grad, scalars, rule=COMBINED, left=left, low_rank=out, low_rank_grad=r, basis=basis,
-                    coefficients=coefficients, scale=alpha, corrected=True, skipped=skipped)
+    sums = launch_ratio(
+        r,
+        out,
+        exp_avg,
+        exp_avg_sq,
+        scalars,
+        left=left,
+        squares=squares,
+        gram_grad=gram_grad,
+        alpha=alpha,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+    )
+    coefficients = launch_coefficients(
+        sums, limiter, scalars, growth=growth, front=1.0, behind=1.0, per_tensor=False, counters=counters
+    )
+    launch_residual(
+        param,
+        grad,
+        scalars,
+        rule=COMBINED,
+        left=left,
+        low_rank=out,
+        low_rank_grad=r,
+        basis=basis,
+        coefficients=coefficients,
+        scale=alpha,
+        corrected=True,
+        skipped=skipped,
+    )
 
 
-def _frugal(param, grad, basis, exp_avg, exp_avg_sq, scalars, *, left, beta1, beta2, eps, scale, residual_scale, sign, counters,
-            skipped):
+def _frugal(
+    param, grad, basis, exp_avg, exp_avg_sq, scalars, *, left, beta1, beta2, eps, scale, residual_scale, sign, counters, skipped
+):
     r, out = torch.empty_like(exp_avg), torch.empty_like(exp_avg)
     launch_project([grad], [basis], [r], left=left, counters=counters, scalars=scalars)
-    launch_adam([r], [out], left=left, exp_avgs=[exp_avg], exp_avg_sqs=[exp_avg_sq], scalars=scalars, beta1=beta1, beta2=beta2,
-                eps=eps)
-    launch_residual(param, grad, scalars, rule=SIGNED if sign else COMBINED, left=left, low_rank=out, low_rank_grad=r,
-                    basis=basis, scale=scale, residual_scale=residual_scale, skipped=skipped)
+    launch_adam(
+        [r], [out], left=left, exp_avgs=[exp_avg], exp_avg_sqs=[exp_avg_sq], scalars=scalars, beta1=beta1, beta2=beta2, eps=eps
+    )
+    launch_residual(
+        param,
+        grad,
+        scalars,
+        rule=SIGNED if sign else COMBINED,
+        left=left,
+        low_rank=out,
+        low_rank_grad=r,
+        basis=basis,
+        scale=scale,
+        residual_scale=residual_scale,
+        skipped=skipped,
+    )
 
 
 def _one(run, param, *tensors, step, lr, beta1, beta2, weight_decay, **rest):
@@ -405,65 +547,226 @@ def _many(run, columns, steps, *, lr, beta1, beta2, weight_decay, grad_scale, fo
     if not params:
         return
     with on_device_of(params[0]):
-        rows, _ = advance(steps, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, grad_scale=grad_scale,
-                          found_inf=found_inf)
+        rows, _ = advance(
+            steps, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, grad_scale=grad_scale, found_inf=found_inf
+        )
         counters = counters_of(params[0].device)
         for *tensors, scalars in zip(*columns, rows.split(1)):
             if tensors[0].numel():
                 run(*tensors, scalars, beta1=beta1, beta2=beta2, counters=counters, skipped=skipped, **rest)
 
 
-def apollo_step(param, grad, basis, exp_avg, exp_avg_sq, limiter=None, *, step, lr, beta1, beta2, eps, weight_decay, scale, left,
-                per_tensor=False, scale_front=False, growth=1.01):
+def apollo_step(
+    param,
+    grad,
+    basis,
+    exp_avg,
+    exp_avg_sq,
+    limiter=None,
+    *,
+    step,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    scale,
+    left,
+    per_tensor=False,
+    scale_front=False,
+    growth=1.01,
+):
     """W <- (1 - lr*weight_decay) W - a sqrt(scale) s o G; shapes, types and state as the oracle's apollo_step."""
     _ops.residual.check_apollo_step(param, grad, basis, exp_avg, exp_avg_sq, limiter, left=left)
     _ops.rules.check_step_and_rate("apollo_step", param.device, step, lr)
-    _one(_apollo, param, grad, basis, exp_avg, exp_avg_sq, limiter, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-         weight_decay=weight_decay, scale=scale, left=left, per_tensor=per_tensor, scale_front=scale_front, growth=growth)
+    _one(
+        _apollo,
+        param,
+        grad,
+        basis,
+        exp_avg,
+        exp_avg_sq,
+        limiter,
+        step=step,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        scale=scale,
+        left=left,
+        per_tensor=per_tensor,
+        scale_front=scale_front,
+        growth=growth,
+    )
 
 
-def fira_step(param, grad, basis, exp_avg, exp_avg_sq, limiter=None, gram=None, *, step, lr, beta1, beta2, eps, weight_decay,
-              alpha, left, growth=1.01):
+def fira_step(
+    param,
+    grad,
+    basis,
+    exp_avg,
+    exp_avg_sq,
+    limiter=None,
+    gram=None,
+    *,
+    step,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    alpha,
+    left,
+    growth=1.01,
+):
     """W <- (1 - lr*weight_decay) W - a [alpha back(N) + s o (G - alpha back(R))]; shapes, types and state as the oracle's."""
     _ops.residual.check_fira_step(param, grad, basis, exp_avg, exp_avg_sq, limiter, gram, left=left)
     _ops.rules.check_step_and_rate("fira_step", param.device, step, lr)
-    _one(_fira, param, grad, basis, exp_avg, exp_avg_sq, limiter, gram, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-         weight_decay=weight_decay, alpha=alpha, left=left, growth=growth)
+    _one(
+        _fira,
+        param,
+        grad,
+        basis,
+        exp_avg,
+        exp_avg_sq,
+        limiter,
+        gram,
+        step=step,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        alpha=alpha,
+        left=left,
+        growth=growth,
+    )
 
 
-def frugal_step(param, grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, residual_scale,
-                sign, left):
+def frugal_step(
+    param, grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, residual_scale, sign, left
+):
     """W <- (1 - lr*weight_decay) W - lr [scale back(Adam(R)) + residual_scale phi(G - back(R))]; as the oracle's frugal_step."""
     _ops.residual.check_frugal_step(param, grad, basis, exp_avg, exp_avg_sq, left=left)
     _ops.rules.check_step_and_rate("frugal_step", param.device, step, lr)
-    _one(_frugal, param, grad, basis, exp_avg, exp_avg_sq, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-         weight_decay=weight_decay, scale=scale, residual_scale=residual_scale, sign=sign, left=left)
+    _one(
+        _frugal,
+        param,
+        grad,
+        basis,
+        exp_avg,
+        exp_avg_sq,
+        step=step,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        scale=scale,
+        residual_scale=residual_scale,
+        sign=sign,
+        left=left,
+    )
 
 
-def apollo_step_list(params, grads, bases, exp_avgs, exp_avg_sqs, limiters, steps, *, lr, left, per_tensor=False,
-                     scale_front=False, growth=1.01, grad_scale=None, found_inf=None, skipped=None, **hyper):
+def apollo_step_list(
+    params,
+    grads,
+    bases,
+    exp_avgs,
+    exp_avg_sqs,
+    limiters,
+    steps,
+    *,
+    lr,
+    left,
+    per_tensor=False,
+    scale_front=False,
+    growth=1.01,
+    grad_scale=None,
+    found_inf=None,
+    skipped=None,
+    **hyper,
+):
     """apollo_step for many matrices; an empty list of limiters is no limit. Steps and guards as in galore_step_list."""
     lists = params, grads, bases, exp_avgs, exp_avg_sqs
-    full = _ops.residual.check_list("apollo_step", _ops.residual.check_apollo_step, *lists, {"limiters": limiters}, steps, lr, left,
-                                    (grad_scale, found_inf, skipped))
-    _many(_apollo, (*lists, *full), steps, lr=lr, left=left, per_tensor=per_tensor, scale_front=scale_front, growth=growth,
-          grad_scale=grad_scale, found_inf=found_inf, skipped=skipped, **hyper)
+    full = _ops.residual.check_list(
+        "apollo_step",
+        _ops.residual.check_apollo_step,
+        *lists,
+        {"limiters": limiters},
+        steps,
+        lr,
+        left,
+        (grad_scale, found_inf, skipped),
+    )
+    _many(
+        _apollo,
+        (*lists, *full),
+        steps,
+        lr=lr,
+        left=left,
+        per_tensor=per_tensor,
+        scale_front=scale_front,
+        growth=growth,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        skipped=skipped,
+        **hyper,
+    )
 
 
-def fira_step_list(params, grads, bases, exp_avgs, exp_avg_sqs, limiters, grams, steps, *, lr, left, growth=1.01,
-                   grad_scale=None, found_inf=None, skipped=None, **hyper):
+def fira_step_list(
+    params,
+    grads,
+    bases,
+    exp_avgs,
+    exp_avg_sqs,
+    limiters,
+    grams,
+    steps,
+    *,
+    lr,
+    left,
+    growth=1.01,
+    grad_scale=None,
+    found_inf=None,
+    skipped=None,
+    **hyper,
+):
     """fira_step for many matrices; no limiters is no limit, no Gram matrices are orthonormal bases."""
     lists = params, grads, bases, exp_avgs, exp_avg_sqs
-    full = _ops.residual.check_list("fira_step", _ops.residual.check_fira_step, *lists, {"limiters": limiters, "grams": grams},
-                                    steps, lr, left, (grad_scale, found_inf, skipped))
-    _many(_fira, (*lists, *full), steps, lr=lr, left=left, growth=growth, grad_scale=grad_scale, found_inf=found_inf,
-          skipped=skipped, **hyper)
+    full = _ops.residual.check_list(
+        "fira_step",
+        _ops.residual.check_fira_step,
+        *lists,
+        {"limiters": limiters, "grams": grams},
+        steps,
+        lr,
+        left,
+        (grad_scale, found_inf, skipped),
+    )
+    _many(
+        _fira,
+        (*lists, *full),
+        steps,
+        lr=lr,
+        left=left,
+        growth=growth,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        skipped=skipped,
+        **hyper,
+    )
 
 
-def frugal_step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, left, grad_scale=None, found_inf=None,
-                     skipped=None, **hyper):
+def frugal_step_list(
+    params, grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, left, grad_scale=None, found_inf=None, skipped=None, **hyper
+):
     """frugal_step for many matrices. Steps and guards as in galore_step_list."""
     lists = params, grads, bases, exp_avgs, exp_avg_sqs
-    _ops.residual.check_list("frugal_step", _ops.residual.check_frugal_step, *lists, {}, steps, lr, left,
-                             (grad_scale, found_inf, skipped))
+    _ops.residual.check_list(
+        "frugal_step", _ops.residual.check_frugal_step, *lists, {}, steps, lr, left, (grad_scale, found_inf, skipped)
+    )
     _many(_frugal, lists, steps, lr=lr, left=left, grad_scale=grad_scale, found_inf=found_inf, skipped=skipped, **hyper)

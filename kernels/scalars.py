@@ -11,8 +11,21 @@ from lowrank_sys.kernels.common import ACTIVE, ALPHA, CORRECTION1, CORRECTION2, 
 
 
 @triton.jit(do_not_specialize=["count"])
-def scalars_kernel(steps, lr, grad_scale, found_inf, rows, draws, count, log_beta1, log_beta2, weight_decay, scale,
-                   ADVANCE: tl.constexpr, BLOCK: tl.constexpr):
+def scalars_kernel(
+    steps,
+    lr,
+    grad_scale,
+    found_inf,
+    rows,
+    draws,
+    count,
+    log_beta1,
+    log_beta2,
+    weight_decay,
+    scale,
+    ADVANCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """rows (count, SLOTS) fp32 from steps (count,), computed in fp64 and rounded once; draws (count,) int64, if given, number the
     random bits: the step, 0 where that is not finite or huge.
 
@@ -84,8 +97,18 @@ def one_row(step, device, *, lr, beta1, beta2, weight_decay, scale=1.0, draws=Fa
 
 
 def advance(steps, *, lr, beta1, beta2, weight_decay, scale=1.0, grad_scale=None, found_inf=None, draws=False):
-    """Add one to `steps` (0-dim fp32, each matrix its own), or none where found_inf != 0; returns (rows, numbers) of the new steps."""
-    rows, numbers = _launch(torch.stack(steps), lr, beta1, beta2, weight_decay, scale, grad_scale=grad_scale, found_inf=found_inf,
-                            advance=True, draws=draws)
+    """Add one to `steps` (0-dim fp32, each matrix its own), or none where found_inf != 0; returns the new (rows, numbers)."""
+    rows, numbers = _launch(
+        torch.stack(steps),
+        lr,
+        beta1,
+        beta2,
+        weight_decay,
+        scale,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        advance=True,
+        draws=draws,
+    )
     torch._foreach_add_(steps, 1 if found_inf is None else rows[0, ACTIVE.value])
     return rows, numbers

@@ -254,9 +254,12 @@ def _projected(m, n, r, *, left, grad, basis, card, limited):
 def apollo_step(m, n, r, *, left, param, grad, basis, card, per_tensor=False, limited=True):
     """The launches of a step, in order. basis: its type, or None for a Gaussian one."""
     first, splits = _projected(m, n, r, left=left, grad=grad, basis=basis, card=card, limited=limited)
-    return (first, ratio(m, n, r, left=left, splits=splits),
-            coefficients(n if left else m, per_tensor=per_tensor, limited=limited),
-            residual(m, n, r, left=left, rule=0, param=param, grad=grad))
+    return (
+        first,
+        ratio(m, n, r, left=left, splits=splits),
+        coefficients(n if left else m, per_tensor=per_tensor, limited=limited),
+        residual(m, n, r, left=left, rule=0, param=param, grad=grad),
+    )
 
 
 def fira_step(m, n, r, *, left, param, grad, basis, card, gram=False):
@@ -265,15 +268,22 @@ def fira_step(m, n, r, *, left, param, grad, basis, card, gram=False):
     # R (r, n) is projected by the symmetric BᵀB as G is by B.
     rows, columns = (r, n) if left else (m, r)
     inside = (project(rows, columns, r, left=left, grad=torch.float32, basis=torch.float32, card=card),) if gram else ()
-    return (first, *inside, ratio(m, n, r, left=left, splits=splits, out=True, gram=gram),
-            coefficients(n if left else m, per_tensor=False, limited=True),
-            residual(m, n, r, left=left, rule=1, param=param, grad=grad, basis=basis))
+    return (
+        first,
+        *inside,
+        ratio(m, n, r, left=left, splits=splits, out=True, gram=gram),
+        coefficients(n if left else m, per_tensor=False, limited=True),
+        residual(m, n, r, left=left, rule=1, param=param, grad=grad, basis=basis),
+    )
 
 
 def frugal_step(m, n, r, *, left, param, grad, basis, card, sign=True):
     """The launches of a step, in order."""
-    return (project(m, n, r, left=left, grad=grad, basis=basis, card=card), adam(m, n, r, left=left, out=torch.float32),
-            residual(m, n, r, left=left, rule=2 if sign else 1, param=param, grad=grad, basis=basis, scaled=False))
+    return (
+        project(m, n, r, left=left, grad=grad, basis=basis, card=card),
+        adam(m, n, r, left=left, out=torch.float32),
+        residual(m, n, r, left=left, rule=2 if sign else 1, param=param, grad=grad, basis=basis, scaled=False),
+    )
 
 
 def _int8(m, n, group_size):
@@ -288,8 +298,11 @@ def back_project_int8(m, n, r, *, left, low_rank, basis, group_size):
     rows_of_tiles, columns_of_tiles = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"])
     d, times, tile = (m, columns_of_tiles, config["BLOCK_M"]) if left else (n, rows_of_tiles, config["BLOCK_N"])
     other, again = (n, rows_of_tiles) if left else (m, columns_of_tiles)
-    return {**_int8(m, n, group_size), **_basis(basis, d, r, times, tile),
-            "low_rank": Bytes(again * other * r * low_rank.itemsize, 0)}
+    return {
+        **_int8(m, n, group_size),
+        **_basis(basis, d, r, times, tile),
+        "low_rank": Bytes(again * other * r * low_rank.itemsize, 0),
+    }
 
 
 def scaled_int8(m, n, *, left, grad, group_size):

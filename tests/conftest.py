@@ -34,12 +34,18 @@ def names(keys, i):
 
 
 SUMMARIES = {
-    "op": lambda k: f"cpu: {numbers(k, 0)} ops x {numbers(k, 1)} backends ({names(k, 1)}), each against random legal calls; "
-                    f"{len(SEEN['refused'])} against spoiled ones",
-    "launch": lambda k: f"interpret: {numbers(k, 0)} kernels, {len(k)} configurations against the oracle; "
-                        f"{len(SEEN['traffic'])} of them with the bytes they move counted",
-    "block": lambda k: f"host: {numbers(k, 0)} block algorithms x {numbers(k, 1)} thread counts ({names(k, 1)}) bit for bit; "
-                       f"sanitizers: {names(SEEN['sanitizer'], 0) or 'none'}",
+    "op": lambda k: (
+        f"cpu: {numbers(k, 0)} ops x {numbers(k, 1)} backends ({names(k, 1)}), each against random legal calls; "
+        f"{len(SEEN['refused'])} against spoiled ones"
+    ),
+    "launch": lambda k: (
+        f"interpret: {numbers(k, 0)} kernels, {len(k)} configurations against the oracle; "
+        f"{len(SEEN['traffic'])} of them with the bytes they move counted"
+    ),
+    "block": lambda k: (
+        f"host: {numbers(k, 0)} block algorithms x {numbers(k, 1)} thread counts ({names(k, 1)}) bit for bit; "
+        f"sanitizers: {names(SEEN['sanitizer'], 0) or 'none'}"
+    ),
 }
 
 

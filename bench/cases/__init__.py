@@ -9,9 +9,21 @@ One module a group of ops.
 import torch
 
 from lowrank_sys import backends
-from lowrank_sys.bench.cases import (blockwise, gaussian, int4, int8, int8_gemm, projection, qgalore, residual, sparse, steps,
-                                     subspace, transforms)
-from lowrank_sys.bench.cases.case import Case
+from lowrank_sys.bench.cases import (
+    blockwise,
+    gaussian,
+    int4,
+    int8,
+    int8_gemm,
+    projection,
+    qgalore,
+    residual,
+    sparse,
+    steps,
+    subspace,
+    transforms,
+)
+from lowrank_sys.bench.cases.case import Case as Case
 
 GROUPS = (steps, projection, int8_gemm, int4, subspace, int8, sparse, transforms, blockwise, gaussian, residual, qgalore)
 OPS = {name: op for group in GROUPS for name, op in group.OPS.items()}

@@ -3,8 +3,7 @@
 import torch
 
 from lowrank_sys import reference
-from lowrank_sys.bench.cases.case import (ADAM, Op, copy_of, low_rank, moments, orthonormal, product_back, scalars,
-                                          two_products)
+from lowrank_sys.bench.cases.case import ADAM, Op, copy_of, low_rank, moments, orthonormal, product_back, scalars, two_products
 from lowrank_sys.reference.blockwise import dynamic_map
 
 
@@ -20,13 +19,22 @@ def _adam_inputs(case, randn):
 
 
 def _galore_inputs(case, randn):
-    return {"param": randn(case.m, case.n), "grad": randn(case.m, case.n), "basis": orthonormal(case, randn),
-            **_codes(low_rank(case), randn), **scalars(case)}
+    return {
+        "param": randn(case.m, case.n),
+        "grad": randn(case.m, case.n),
+        "basis": orthonormal(case, randn),
+        **_codes(low_rank(case), randn),
+        **scalars(case),
+    }
 
 
 def _low_rank_inputs(case, randn):
-    return {"low_rank": randn(*low_rank(case), dtype=torch.float32), "update": randn(*low_rank(case)),
-            **_codes(low_rank(case), randn), **scalars(case)}
+    return {
+        "low_rank": randn(*low_rank(case), dtype=torch.float32),
+        "update": randn(*low_rank(case)),
+        **_codes(low_rank(case), randn),
+        **scalars(case),
+    }
 
 
 def _subspace_inputs(case, randn):
@@ -43,14 +51,15 @@ def _results(t):
 
 def _adam_truth(params, grads, *lists, lr, **hyper):
     """adam_8bit_ in fp64, which its rules refuse."""
-    *stored, step = (tensor for tensor, in lists)
-    reference.blockwise.adamw(params[0], grads[0], reference.blockwise.Moments(*stored, torch.float64), step=step + 1, lr=lr,
-                              **hyper)
+    *stored, step = (tensor for (tensor,) in lists)
+    reference.blockwise.adamw(
+        params[0], grads[0], reference.blockwise.Moments(*stored, torch.float64), step=step + 1, lr=lr, **hyper
+    )
 
 
 def _fp64(lists, r, **adam):
     """Adam's update from R in fp64, and its moments' absmax."""
-    *stored, step = (tensor for tensor, in lists)
+    *stored, step = (tensor for (tensor,) in lists)
     return reference.blockwise.Moments(*stored, torch.float64).adam(r, torch.ones_like(r, dtype=torch.bool), step=step, **adam)
 
 
@@ -70,8 +79,17 @@ def _adam_8bit(f, t, case):
 
 
 def _galore_step_8bit(f, t, case):
-    f(t["param"], t["grad"], t["basis"], *(t[name] for name in STORED), step=t["step"], lr=t["lr"], scale=0.25, left=case.left,
-      **ADAM)
+    f(
+        t["param"],
+        t["grad"],
+        t["basis"],
+        *(t[name] for name in STORED),
+        step=t["step"],
+        lr=t["lr"],
+        scale=0.25,
+        left=case.left,
+        **ADAM,
+    )
     return _results(t)
 
 
@@ -82,8 +100,17 @@ def _adam_8bit_low_rank(f, t, case):
 
 
 def _subspace_step_8bit(f, t, case):
-    f([t["param"]], [t["low_rank"]], [t["basis"]], *([t[name]] for name in STORED), [t["step"]], lr=t["lr"], scale=0.25,
-      left=case.left, **ADAM)
+    f(
+        [t["param"]],
+        [t["low_rank"]],
+        [t["basis"]],
+        *([t[name]] for name in STORED),
+        [t["step"]],
+        lr=t["lr"],
+        scale=0.25,
+        left=case.left,
+        **ADAM,
+    )
     return _results(t)
 
 
@@ -93,8 +120,9 @@ def bitsandbytes_adamw(t, case):
 
     param = torch.nn.Parameter(t["param"].clone())
     param.grad = t["grad"]
-    optimizer = bitsandbytes.optim.AdamW8bit([param], lr=0.1, betas=(ADAM["beta1"], ADAM["beta2"]), eps=ADAM["eps"],
-                                             weight_decay=ADAM["weight_decay"])
+    optimizer = bitsandbytes.optim.AdamW8bit(
+        [param], lr=0.1, betas=(ADAM["beta1"], ADAM["beta2"]), eps=ADAM["eps"], weight_decay=ADAM["weight_decay"]
+    )
     return optimizer.step
 
 
@@ -104,8 +132,7 @@ def torchao_adamw(t, case):
 
     param = torch.nn.Parameter(t["param"].clone())
     param.grad = t["grad"]
-    return AdamW8bit([param], lr=0.1, betas=(ADAM["beta1"], ADAM["beta2"]), eps=ADAM["eps"],
-                     weight_decay=ADAM["weight_decay"]).step
+    return AdamW8bit([param], lr=0.1, betas=(ADAM["beta1"], ADAM["beta2"]), eps=ADAM["eps"], weight_decay=ADAM["weight_decay"]).step
 
 
 def _bytes_of_codes(elements):
@@ -126,37 +153,68 @@ def _bitsandbytes_codes(t, case):
 
 OPS = {
     "adam_8bit_": Op(
-        _adam_inputs, _adam_8bit,
+        _adam_inputs,
+        _adam_8bit,
         traffic=lambda c: c.element * 3 * c.matrix + _bytes_of_codes(c.matrix),
         flop=lambda c: 16 * c.matrix,
-        bases={"bitsandbytes": bitsandbytes_adamw, "torchao": torchao_adamw}, overload="adam_8bit_",
-        oracle=reference.adam_8bit_, ranked=False, sided=False, truth=_adam_truth),
+        bases={"bitsandbytes": bitsandbytes_adamw, "torchao": torchao_adamw},
+        overload="adam_8bit_",
+        oracle=reference.adam_8bit_,
+        ranked=False,
+        sided=False,
+        truth=_adam_truth,
+    ),
     "adam_8bit_low_rank_": Op(
-        _low_rank_inputs, _adam_8bit_low_rank, traffic=_low_rank_bytes, flop=lambda c: 16 * c.low_rank,
-        bases={"copy": copy_of(_low_rank_bytes)}, overload="adam_8bit_low_rank_", oracle=reference.adam_8bit_low_rank_,
-        truth=_low_rank_truth),
+        _low_rank_inputs,
+        _adam_8bit_low_rank,
+        traffic=_low_rank_bytes,
+        flop=lambda c: 16 * c.low_rank,
+        bases={"copy": copy_of(_low_rank_bytes)},
+        overload="adam_8bit_low_rank_",
+        oracle=reference.adam_8bit_low_rank_,
+        truth=_low_rank_truth,
+    ),
     "subspace_step_8bit": Op(
-        _subspace_inputs, _subspace_step_8bit,
+        _subspace_inputs,
+        _subspace_step_8bit,
         traffic=lambda c: c.element * (2 * c.matrix + c.basis) + 4 * c.low_rank + _bytes_of_codes(c.low_rank),
         flop=lambda c: 2 * c.matrix * c.rank,
-        bases={"gemm": product_back}, overload="subspace_step_8bit.list", oracle=reference.subspace_step_8bit_list,
-        truth=_subspace_truth),
+        bases={"gemm": product_back},
+        overload="subspace_step_8bit.list",
+        oracle=reference.subspace_step_8bit_list,
+        truth=_subspace_truth,
+    ),
     "galore_step_8bit": Op(
-        _galore_inputs, _galore_step_8bit,
+        _galore_inputs,
+        _galore_step_8bit,
         traffic=lambda c: c.element * (3 * c.matrix + 2 * c.basis) + _bytes_of_codes(c.low_rank),
         flop=lambda c: 4 * c.matrix * c.rank,
-        bases={"gemms": two_products}, overload="galore_step_8bit.tensor", oracle=reference.galore_step_8bit),
+        bases={"gemms": two_products},
+        overload="galore_step_8bit.tensor",
+        oracle=reference.galore_step_8bit,
+    ),
     "quantize_blockwise": Op(
-        lambda case, randn: {"x": randn(case.m, case.n)}, lambda f, t, c: list(f(t["x"], signed=True)),
+        lambda case, randn: {"x": randn(case.m, case.n)},
+        lambda f, t, c: list(f(t["x"], signed=True)),
         traffic=lambda c: (c.element + 1) * c.matrix + 4 * -(-c.matrix // 256),
         flop=lambda c: 2 * c.matrix,
-        bases={"bitsandbytes": _bitsandbytes_codes}, overload="quantize_blockwise", oracle=reference.quantize_blockwise,
-        ranked=False, sided=False, exact=True),
+        bases={"bitsandbytes": _bitsandbytes_codes},
+        overload="quantize_blockwise",
+        oracle=reference.quantize_blockwise,
+        ranked=False,
+        sided=False,
+        exact=True,
+    ),
     "dequantize_blockwise": Op(
         lambda case, randn: dict(zip(("codes", "absmax"), reference.quantize_blockwise(randn(case.m, case.n), signed=True))),
         lambda f, t, c: [f(t["codes"], t["absmax"], signed=True)],
         traffic=lambda c: 5 * c.matrix + 4 * -(-c.matrix // 256),
         flop=lambda c: c.matrix,
-        bases={"copy": lambda t, c: lambda: t["codes"].float()}, overload="dequantize_blockwise",
-        oracle=reference.dequantize_blockwise, ranked=False, sided=False, exact=True),
+        bases={"copy": lambda t, c: lambda: t["codes"].float()},
+        overload="dequantize_blockwise",
+        oracle=reference.dequantize_blockwise,
+        ranked=False,
+        sided=False,
+        exact=True,
+    ),
 }

@@ -1,7 +1,8 @@
 """One op at one size, what the microbenchmark knows of an op, and the inputs and bases that several ops share."""
 
 import functools
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.optim.adamw import adamw as torch_adamw
@@ -72,8 +73,10 @@ def orthonormal(case, randn):
 
 
 def moments(shape, randn):
-    return {"exp_avg": 0.1 * randn(*shape, dtype=torch.float32),
-            "exp_avg_sq": 0.01 + 0.01 * randn(*shape, dtype=torch.float32).square()}
+    return {
+        "exp_avg": 0.1 * randn(*shape, dtype=torch.float32),
+        "exp_avg_sq": 0.01 + 0.01 * randn(*shape, dtype=torch.float32).square(),
+    }
 
 
 def scalars(case):
@@ -124,15 +127,27 @@ def _adam(r, exp_avg, exp_avg_sq, step):
     """Adam's update from R, its moments in place."""
     exp_avg.lerp_(r, 1 - ADAM["beta1"])
     exp_avg_sq.lerp_(r.square(), 1 - ADAM["beta2"])
-    root = (exp_avg_sq / (1 - ADAM["beta2"]**step)).sqrt_().add_(ADAM["eps"])
-    return exp_avg / (1 - ADAM["beta1"]**step) / root
+    root = (exp_avg_sq / (1 - ADAM["beta2"] ** step)).sqrt_().add_(ADAM["eps"])
+    return exp_avg / (1 - ADAM["beta1"] ** step) / root
 
 
 def _foreach_adam(r, exp_avg, exp_avg_sq, step):
     """The same as a step of torch.optim.AdamW on all of R, from weights of zero; step: a tensor on the device."""
     update = torch.zeros_like(r)
-    torch_adamw([update], [r], [exp_avg], [exp_avg_sq], [], [step], foreach=True, capturable=r.is_cuda, amsgrad=False,
-                maximize=False, lr=1.0, **ADAM)
+    torch_adamw(
+        [update],
+        [r],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [step],
+        foreach=True,
+        capturable=r.is_cuda,
+        amsgrad=False,
+        maximize=False,
+        lr=1.0,
+        **ADAM,
+    )
     return update
 
 

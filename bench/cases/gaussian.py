@@ -48,8 +48,12 @@ def _gemm_back(t, case):
 
 
 def _key_inputs(case, randn):
-    return {"key": torch.tensor([1, 2, 3, 0], device=case.device), "countdown": torch.tensor(0),
-            **moments(low_rank(case), randn), **scalars(case)}
+    return {
+        "key": torch.tensor([1, 2, 3, 0], device=case.device),
+        "countdown": torch.tensor(0),
+        **moments(low_rank(case), randn),
+        **scalars(case),
+    }
 
 
 def _refresh_keys(f, t, case):
@@ -71,20 +75,45 @@ def _zero(*tensors):
 MADE = "random numbers"
 OPS = {
     "gaussian_basis_": Op(
-        lambda case, randn: {"out": torch.zeros(_side(case), case.rank, dtype=case.dtype, device=case.device)}, _basis,
-        traffic=lambda c: c.element * c.basis, flop=lambda c: 60 * c.basis,
-        bases={"randn": lambda t, c: lambda: t["out"].normal_()}, overload="gaussian_basis_",
-        oracle=reference.gaussian_basis_, exact=True, other=MADE),
+        lambda case, randn: {"out": torch.zeros(_side(case), case.rank, dtype=case.dtype, device=case.device)},
+        _basis,
+        traffic=lambda c: c.element * c.basis,
+        flop=lambda c: 60 * c.basis,
+        bases={"randn": lambda t, c: lambda: t["out"].normal_()},
+        overload="gaussian_basis_",
+        oracle=reference.gaussian_basis_,
+        exact=True,
+        other=MADE,
+    ),
     "gaussian_project": Op(
-        lambda case, randn: {"grad": randn(case.m, case.n)}, _project,
-        traffic=lambda c: c.element * c.matrix + 4 * c.low_rank, flop=lambda c: 2 * c.matrix * c.rank,
-        bases={"gemm": _gemm}, overload="gaussian_project", oracle=reference.gaussian_project, other=MADE),
+        lambda case, randn: {"grad": randn(case.m, case.n)},
+        _project,
+        traffic=lambda c: c.element * c.matrix + 4 * c.low_rank,
+        flop=lambda c: 2 * c.matrix * c.rank,
+        bases={"gemm": _gemm},
+        overload="gaussian_project",
+        oracle=reference.gaussian_project,
+        other=MADE,
+    ),
     "gaussian_back_project_": Op(
-        _back_inputs, _back,
-        traffic=lambda c: 2 * c.element * c.matrix + 4 * c.low_rank, flop=lambda c: 2 * c.matrix * c.rank,
-        bases={"gemm": _gemm_back}, overload="gaussian_back_project_", oracle=reference.gaussian_back_project_, other=MADE),
+        _back_inputs,
+        _back,
+        traffic=lambda c: 2 * c.element * c.matrix + 4 * c.low_rank,
+        flop=lambda c: 2 * c.matrix * c.rank,
+        bases={"gemm": _gemm_back},
+        overload="gaussian_back_project_",
+        oracle=reference.gaussian_back_project_,
+        other=MADE,
+    ),
     "refresh_keys_": Op(
-        _key_inputs, _refresh_keys, traffic=lambda c: 8 * c.low_rank + 64, flop=lambda c: 0,
-        bases={"zero": lambda t, c: lambda: _zero(t["exp_avg"], t["exp_avg_sq"])}, overload="refresh_keys_", oracle=_next_key,
-        exact=True, other="counters on the host"),
+        _key_inputs,
+        _refresh_keys,
+        traffic=lambda c: 8 * c.low_rank + 64,
+        flop=lambda c: 0,
+        bases={"zero": lambda t, c: lambda: _zero(t["exp_avg"], t["exp_avg_sq"])},
+        overload="refresh_keys_",
+        oracle=_next_key,
+        exact=True,
+        other="counters on the host",
+    ),
 }

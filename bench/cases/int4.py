@@ -30,6 +30,7 @@ def _back_project(f, t, case):
 
 def _in_fp64(function):
     """`function` of reference.galore on fp64 tensors, with the basis that doubles of packed, scale and offset stand for."""
+
     def truth(*args, left, **rest):
         *tensors, packed, scale, offset = args
         d = tensors[0].shape[0 if left else 1]
@@ -46,24 +47,43 @@ def _copy(t, case):
 
 OPS = {
     "quantize_int4": Op(
-        lambda c, randn: {"basis": orthonormal(c, randn)}, lambda f, t, c: list(f(t["basis"], group_size=GROUP)),
-        traffic=lambda c: c.element * c.basis + int4_bytes(c), flop=lambda c: 2 * c.basis,
-        bases={"copy": _copy}, overload="quantize_int4", oracle=reference.quantize_int4, exact=True),
+        lambda c, randn: {"basis": orthonormal(c, randn)},
+        lambda f, t, c: list(f(t["basis"], group_size=GROUP)),
+        traffic=lambda c: c.element * c.basis + int4_bytes(c),
+        flop=lambda c: 2 * c.basis,
+        bases={"copy": _copy},
+        overload="quantize_int4",
+        oracle=reference.quantize_int4,
+        exact=True,
+    ),
     "dequantize_int4": Op(
         int4_basis,
         lambda f, t, c: [f(*(t[name] for name in NAMES), d=c.m if c.left else c.n, group_size=GROUP)],
-        traffic=lambda c: 4 * c.basis + int4_bytes(c), flop=lambda c: 2 * c.basis,
-        bases={"copy": _copy}, overload="dequantize_int4", oracle=reference.dequantize_int4, exact=True),
+        traffic=lambda c: 4 * c.basis + int4_bytes(c),
+        flop=lambda c: 2 * c.basis,
+        bases={"copy": _copy},
+        overload="dequantize_int4",
+        oracle=reference.dequantize_int4,
+        exact=True,
+    ),
     "project_int4": Op(
         lambda c, randn: {"grad": randn(c.m, c.n)} | int4_basis(c, randn),
         lambda f, t, c: [f(t["grad"], *(t[name] for name in NAMES), left=c.left)],
-        traffic=lambda c: c.element * c.matrix + int4_bytes(c) + 4 * c.low_rank, flop=lambda c: 2 * c.matrix * c.rank,
-        bases={"gemm": product}, overload="project_int4", oracle=reference.project_int4, truth=_in_fp64(reference.project)),
+        traffic=lambda c: c.element * c.matrix + int4_bytes(c) + 4 * c.low_rank,
+        flop=lambda c: 2 * c.matrix * c.rank,
+        bases={"gemm": product},
+        overload="project_int4",
+        oracle=reference.project_int4,
+        truth=_in_fp64(reference.project),
+    ),
     "back_project_int4_": Op(
-        lambda c, randn: {"param": randn(c.m, c.n), "low_rank": randn(*low_rank(c), dtype=torch.float32),
-                          **int4_basis(c, randn)},
+        lambda c, randn: {"param": randn(c.m, c.n), "low_rank": randn(*low_rank(c), dtype=torch.float32), **int4_basis(c, randn)},
         _back_project,
-        traffic=lambda c: 2 * c.element * c.matrix + int4_bytes(c) + 4 * c.low_rank, flop=lambda c: 2 * c.matrix * c.rank,
-        bases={"gemm": product_back}, overload="back_project_int4_", oracle=reference.back_project_int4_,
-        truth=_in_fp64(reference.back_project_)),
+        traffic=lambda c: 2 * c.element * c.matrix + int4_bytes(c) + 4 * c.low_rank,
+        flop=lambda c: 2 * c.matrix * c.rank,
+        bases={"gemm": product_back},
+        overload="back_project_int4_",
+        oracle=reference.back_project_int4_,
+        truth=_in_fp64(reference.back_project_),
+    ),
 }

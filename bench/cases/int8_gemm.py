@@ -17,5 +17,8 @@ def _in_int8(op):
     return op._replace(call=call, truth=truth, other="products of bytes")  # no ceiling of theirs is measured
 
 
-OPS = {f"{name}-int8": _in_int8(op) for name, op in (projection.OPS | steps.OPS).items()
-       if name in ("project", "back_project_", "galore_step", "subspace_step")}
+OPS = {
+    f"{name}-int8": _in_int8(op)
+    for name, op in (projection.OPS | steps.OPS).items()
+    if name in ("project", "back_project_", "galore_step", "subspace_step")
+}

@@ -11,8 +11,11 @@ def _project_inputs(case, randn):
 
 
 def _back_project_inputs(case, randn):
-    return {"param": randn(case.m, case.n), "low_rank": randn(*low_rank(case), dtype=torch.float32),
-            "basis": orthonormal(case, randn)}
+    return {
+        "param": randn(case.m, case.n),
+        "low_rank": randn(*low_rank(case), dtype=torch.float32),
+        "basis": orthonormal(case, randn),
+    }
 
 
 def _norms_inputs(case, randn):
@@ -27,19 +30,31 @@ def _back_project(f, t, case):
 
 OPS = {
     "project": Op(
-        _project_inputs, lambda f, t, c: [f(t["grad"], t["basis"], left=c.left)],
+        _project_inputs,
+        lambda f, t, c: [f(t["grad"], t["basis"], left=c.left)],
         traffic=lambda c: c.element * (c.matrix + c.basis) + 4 * c.low_rank,
         flop=lambda c: 2 * c.matrix * c.rank,
-        bases={"gemm": product}, overload="project", oracle=reference.project),
+        bases={"gemm": product},
+        overload="project",
+        oracle=reference.project,
+    ),
     "back_project_": Op(
-        _back_project_inputs, _back_project,
+        _back_project_inputs,
+        _back_project,
         traffic=lambda c: c.element * (2 * c.matrix + c.basis) + 4 * c.low_rank,
         flop=lambda c: 2 * c.matrix * c.rank,
-        bases={"gemm": product_back}, overload="back_project_", oracle=reference.back_project_),
+        bases={"gemm": product_back},
+        overload="back_project_",
+        oracle=reference.back_project_,
+    ),
     "channel_norms": Op(
-        _norms_inputs, lambda f, t, c: [f(t["grad"], left=c.left)],
+        _norms_inputs,
+        lambda f, t, c: [f(t["grad"], left=c.left)],
         traffic=lambda c: c.element * c.matrix + 4 * (c.n if c.left else c.m),
         flop=lambda c: 2 * c.matrix,
         bases={"vector_norm": lambda t, c: lambda: torch.linalg.vector_norm(t["grad"], dim=0 if c.left else 1)},
-        overload="channel_norms", oracle=reference.channel_norms, ranked=False),
+        overload="channel_norms",
+        oracle=reference.channel_norms,
+        ranked=False,
+    ),
 }

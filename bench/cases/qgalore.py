@@ -4,8 +4,18 @@ import torch
 
 from lowrank_sys import reference
 from lowrank_sys.bench.cases.blockwise import STORED, _bytes_of_codes, _codes
-from lowrank_sys.bench.cases.case import (ADAM, Op, adam_bytes, low_rank, moments, orthonormal, product, product_back, scalars,
-                                          two_products)
+from lowrank_sys.bench.cases.case import (
+    ADAM,
+    Op,
+    adam_bytes,
+    low_rank,
+    moments,
+    orthonormal,
+    product,
+    product_back,
+    scalars,
+    two_products,
+)
 from lowrank_sys.bench.cases.int4 import NAMES, int4_basis, int4_bytes
 from lowrank_sys.bench.cases.int8 import GROUP, stored
 
@@ -23,8 +33,13 @@ def _back_inputs(case, randn):
 
 
 def _step_inputs(case, randn):
-    return (_weight(case, randn) | {"grad": randn(case.m, case.n)} | int4_basis(case, randn) | _codes(low_rank(case), randn)
-            | scalars(case))
+    return (
+        _weight(case, randn)
+        | {"grad": randn(case.m, case.n)}
+        | int4_basis(case, randn)
+        | _codes(low_rank(case), randn)
+        | scalars(case)
+    )
 
 
 def _subspace_inputs(case, randn):
@@ -32,8 +47,12 @@ def _subspace_inputs(case, randn):
 
 
 def _apollo_inputs(case, randn):
-    return (_weight(case, randn) | {"grad": randn(case.m, case.n), "basis": orthonormal(case, randn)}
-            | moments(low_rank(case), randn) | scalars(case))
+    return (
+        _weight(case, randn)
+        | {"grad": randn(case.m, case.n), "basis": orthonormal(case, randn)}
+        | moments(low_rank(case), randn)
+        | scalars(case)
+    )
 
 
 def _result(t, truth):
@@ -64,8 +83,9 @@ def _step_truth(codes, weight_scale, grad, packed, basis_scale, basis_offset, *s
     return _subspace_truth(codes, weight_scale, r, packed, basis_scale, basis_offset, *stored, left=left, **rest)
 
 
-def _subspace_truth(codes, weight_scale, r, packed, basis_scale, basis_offset, *stored, step, lr, beta1, beta2, eps,
-                    weight_decay, left, **rest):
+def _subspace_truth(
+    codes, weight_scale, r, packed, basis_scale, basis_offset, *stored, step, lr, beta1, beta2, eps, weight_decay, left, **rest
+):
     basis = _basis(packed, basis_scale, basis_offset, codes.shape[0 if left else 1])
     moments = reference.blockwise.Moments(*stored, torch.float64)
     x = moments.adam(r, torch.ones_like(r, dtype=torch.bool), step=step, beta1=beta1, beta2=beta2, eps=eps)
@@ -79,21 +99,61 @@ def _apollo_truth(codes, weight_scale, *tensors, lr, weight_decay, seed, paramet
 
 def _back(f, t, case):
     # Small enough that the same update fits the same scales over many calls.
-    return _result(t, f(t["codes"], t["weight_scale"], t["low_rank"], *(t[name] for name in NAMES), alpha=1e-3, decay=0.99,
-                        left=case.left, step=0, **STREAM))
+    return _result(
+        t,
+        f(
+            t["codes"],
+            t["weight_scale"],
+            t["low_rank"],
+            *(t[name] for name in NAMES),
+            alpha=1e-3,
+            decay=0.99,
+            left=case.left,
+            step=0,
+            **STREAM,
+        ),
+    )
 
 
 def _step_from(gradient):
     def step(f, t, case):
-        return _result(t, f(t["codes"], t["weight_scale"], t[gradient], *(t[name] for name in (*NAMES, *STORED)),
-                            step=t["step"], lr=t["lr"], scale=0.25, left=case.left, **STREAM, **ADAM))
+        return _result(
+            t,
+            f(
+                t["codes"],
+                t["weight_scale"],
+                t[gradient],
+                *(t[name] for name in (*NAMES, *STORED)),
+                step=t["step"],
+                lr=t["lr"],
+                scale=0.25,
+                left=case.left,
+                **STREAM,
+                **ADAM,
+            ),
+        )
 
     return step
 
 
 def _apollo(f, t, case):
-    return _result(t, f(t["codes"], t["weight_scale"], t["grad"], t["basis"], t["exp_avg"], t["exp_avg_sq"], step=t["step"],
-                        lr=t["lr"], scale=1.0, left=case.left, **STREAM, **ADAM))
+    return _result(
+        t,
+        f(
+            t["codes"],
+            t["weight_scale"],
+            t["grad"],
+            t["basis"],
+            t["exp_avg"],
+            t["exp_avg_sq"],
+            step=t["step"],
+            lr=t["lr"],
+            scale=1.0,
+            left=case.left,
+            **STREAM,
+            **ADAM,
+        ),
+    )
 
 
 def taken_apart(t, case):
@@ -122,22 +182,47 @@ def weight_bytes(case):
 
 OPS = {
     "back_project_int8_": Op(
-        _back_inputs, _back, traffic=lambda c: weight_bytes(c) + int4_bytes(c) + 4 * c.low_rank,
-        flop=lambda c: 2 * c.matrix * c.rank, bases={"gemm": product_back}, overload="back_project_int8_",
-        oracle=reference.back_project_int8_, truth=_back_truth, read=_values),
+        _back_inputs,
+        _back,
+        traffic=lambda c: weight_bytes(c) + int4_bytes(c) + 4 * c.low_rank,
+        flop=lambda c: 2 * c.matrix * c.rank,
+        bases={"gemm": product_back},
+        overload="back_project_int8_",
+        oracle=reference.back_project_int8_,
+        truth=_back_truth,
+        read=_values,
+    ),
     "qgalore_step": Op(
-        _step_inputs, _step_from("grad"),
+        _step_inputs,
+        _step_from("grad"),
         traffic=lambda c: weight_bytes(c) + c.element * c.matrix + 2 * int4_bytes(c) + _bytes_of_codes(c.low_rank),
-        flop=lambda c: 4 * c.matrix * c.rank, bases={"gemms": two_products, "parts": taken_apart}, overload="qgalore_step.tensor",
-        oracle=reference.qgalore_step, truth=_step_truth, read=_values),
+        flop=lambda c: 4 * c.matrix * c.rank,
+        bases={"gemms": two_products, "parts": taken_apart},
+        overload="qgalore_step.tensor",
+        oracle=reference.qgalore_step,
+        truth=_step_truth,
+        read=_values,
+    ),
     "qgalore_subspace_step": Op(
-        _subspace_inputs, _step_from("low_rank"),
+        _subspace_inputs,
+        _step_from("low_rank"),
         traffic=lambda c: weight_bytes(c) + int4_bytes(c) + 4 * c.low_rank + _bytes_of_codes(c.low_rank),
-        flop=lambda c: 2 * c.matrix * c.rank, bases={"gemm": product_back}, overload="qgalore_subspace_step.tensor",
-        oracle=reference.qgalore_subspace_step, truth=_subspace_truth, read=_values),
+        flop=lambda c: 2 * c.matrix * c.rank,
+        bases={"gemm": product_back},
+        overload="qgalore_subspace_step.tensor",
+        oracle=reference.qgalore_subspace_step,
+        truth=_subspace_truth,
+        read=_values,
+    ),
     "apollo_int8_step": Op(
-        _apollo_inputs, _apollo,
+        _apollo_inputs,
+        _apollo,
         traffic=lambda c: weight_bytes(c) + c.element * (2 * c.matrix + c.basis) + adam_bytes(c.low_rank),
-        flop=lambda c: 2 * c.matrix * c.rank, bases={"gemm": product}, overload="apollo_int8_step.tensor",
-        oracle=reference.apollo_int8_step, truth=_apollo_truth, read=_values),
+        flop=lambda c: 2 * c.matrix * c.rank,
+        bases={"gemm": product},
+        overload="apollo_int8_step.tensor",
+        oracle=reference.apollo_int8_step,
+        truth=_apollo_truth,
+        read=_values,
+    ),
 }

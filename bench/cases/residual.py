@@ -3,13 +3,18 @@
 import torch
 
 from lowrank_sys import reference
-from lowrank_sys.bench.cases.case import (ADAM, Op, adam_bytes, low_rank, moments, orthonormal, product, scalars,
-                                          two_products)
+from lowrank_sys.bench.cases.case import ADAM, Op, adam_bytes, low_rank, moments, orthonormal, product, scalars, two_products
 
 
 def _inputs(case, randn, **more):
-    return {"param": randn(case.m, case.n), "grad": randn(case.m, case.n), "basis": orthonormal(case, randn),
-            **moments(low_rank(case), randn), **more, **scalars(case)}
+    return {
+        "param": randn(case.m, case.n),
+        "grad": randn(case.m, case.n),
+        "basis": orthonormal(case, randn),
+        **moments(low_rank(case), randn),
+        **more,
+        **scalars(case),
+    }
 
 
 def _limited_inputs(case, randn):
@@ -51,12 +56,30 @@ def _traffic(bases):
 
 OPS = {
     "apollo_step": Op(
-        _limited_inputs, _call("limiter", scale=1.0), traffic=_traffic(1), flop=lambda c: 2 * c.matrix * c.rank,
-        bases={"gemm": product}, overload="apollo_step.tensor", oracle=reference.apollo_step),
+        _limited_inputs,
+        _call("limiter", scale=1.0),
+        traffic=_traffic(1),
+        flop=lambda c: 2 * c.matrix * c.rank,
+        bases={"gemm": product},
+        overload="apollo_step.tensor",
+        oracle=reference.apollo_step,
+    ),
     "fira_step": Op(
-        _limited_inputs, _call("limiter", alpha=0.25), traffic=_traffic(2), flop=lambda c: 4 * c.matrix * c.rank,
-        bases={"gemms": two_products}, overload="fira_step.tensor", oracle=reference.fira_step),
+        _limited_inputs,
+        _call("limiter", alpha=0.25),
+        traffic=_traffic(2),
+        flop=lambda c: 4 * c.matrix * c.rank,
+        bases={"gemms": two_products},
+        overload="fira_step.tensor",
+        oracle=reference.fira_step,
+    ),
     "frugal_step": Op(
-        _sign_inputs, _call(scale=1.0, residual_scale=0.1, sign=True), traffic=_traffic(2), flop=lambda c: 6 * c.matrix * c.rank,
-        bases={"gemms": _three_products}, overload="frugal_step.tensor", oracle=reference.frugal_step),
+        _sign_inputs,
+        _call(scale=1.0, residual_scale=0.1, sign=True),
+        traffic=_traffic(2),
+        flop=lambda c: 6 * c.matrix * c.rank,
+        bases={"gemms": _three_products},
+        overload="frugal_step.tensor",
+        oracle=reference.frugal_step,
+    ),
 }

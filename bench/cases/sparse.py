@@ -25,13 +25,30 @@ def _selected(case):
 
 
 def _grass_inputs(case, randn):
-    return {"param": randn(case.m, case.n), "grad": randn(case.m, case.n), "indices": _indices(case),
-            "row_scale": torch.ones(case.rank, device=case.device), **moments(low_rank(case), randn), **scalars(case)}
+    return {
+        "param": randn(case.m, case.n),
+        "grad": randn(case.m, case.n),
+        "indices": _indices(case),
+        "row_scale": torch.ones(case.rank, device=case.device),
+        **moments(low_rank(case), randn),
+        **scalars(case),
+    }
 
 
 def _grass_step(f, t, case):
-    f(t["param"], t["grad"], t["indices"], t["row_scale"], t["exp_avg"], t["exp_avg_sq"], step=t["step"], lr=t["lr"], scale=0.25,
-      left=case.left, **ADAM)
+    f(
+        t["param"],
+        t["grad"],
+        t["indices"],
+        t["row_scale"],
+        t["exp_avg"],
+        t["exp_avg_sq"],
+        step=t["step"],
+        lr=t["lr"],
+        scale=0.25,
+        left=case.left,
+        **ADAM,
+    )
     return [t["param"], t["exp_avg"], t["exp_avg_sq"]]
 
 
@@ -78,14 +95,35 @@ def _refresh_inputs(case, randn):
     grad, d = randn(case.m, case.n, dtype=torch.float32), 1 if case.left else 0
     norms = 1 + torch.arange(_rows(case), device=case.device) / _rows(case)
     grad *= norms.unsqueeze(d) / torch.linalg.vector_norm(grad, dim=d, keepdim=True)
-    return {"grad": grad.to(case.dtype), "indices": _indices(case), "countdown": torch.tensor(0),
-            "refreshes": torch.tensor(1), **scalars(case)}
+    return {
+        "grad": grad.to(case.dtype),
+        "indices": _indices(case),
+        "countdown": torch.tensor(0),
+        "refreshes": torch.tensor(1),
+        **scalars(case),
+    }
 
 
 def _refresh_rows(f, t, case):
     t["countdown"].zero_()
-    f([t["indices"]], [], [t["grad"]], [t["countdown"]], [t["refreshes"]], [], [], [], t["lr"], left=case.left, gap=200,
-      first_gaps=[200], seeds=[1], parameters=[0], method="top", moments="keep")
+    f(
+        [t["indices"]],
+        [],
+        [t["grad"]],
+        [t["countdown"]],
+        [t["refreshes"]],
+        [],
+        [],
+        [],
+        t["lr"],
+        left=case.left,
+        gap=200,
+        first_gaps=[200],
+        seeds=[1],
+        parameters=[0],
+        method="top",
+        moments="keep",
+    )
     return [t["indices"]]
 
 
@@ -95,31 +133,62 @@ def _chosen_rows(indices, row_scales, grads, *_, left, method, **__):
 
 OPS = {
     "grass_step": Op(
-        _grass_inputs, _grass_step,
+        _grass_inputs,
+        _grass_step,
         traffic=lambda c: 2 * c.element * c.matrix + _selected(c) + adam_bytes(c.low_rank),
         flop=lambda c: c.matrix + 12 * c.low_rank,
-        bases={"decay": _decay}, overload="grass_step.tensor", oracle=reference.grass_step),
+        bases={"decay": _decay},
+        overload="grass_step.tensor",
+        oracle=reference.grass_step,
+    ),
     "row_norms": Op(
-        lambda case, randn: {"grad": randn(case.m, case.n)}, lambda f, t, c: [f(t["grad"], left=c.left)],
-        traffic=lambda c: c.element * c.matrix + 4 * _rows(c), flop=lambda c: 2 * c.matrix,
+        lambda case, randn: {"grad": randn(case.m, case.n)},
+        lambda f, t, c: [f(t["grad"], left=c.left)],
+        traffic=lambda c: c.element * c.matrix + 4 * _rows(c),
+        flop=lambda c: 2 * c.matrix,
         bases={"torch": _norms},
-        overload="row_norms", oracle=row_norms, ranked=False,
-        truth=lambda grad, *, left: torch.linalg.vector_norm(grad, dim=1 if left else 0)),
+        overload="row_norms",
+        oracle=row_norms,
+        ranked=False,
+        truth=lambda grad, *, left: torch.linalg.vector_norm(grad, dim=1 if left else 0),
+    ),
     "select_rows": Op(
-        _select_inputs, lambda f, t, c: [f(t["norms"], r=c.rank, method="sample", seed=1)[0]],
-        traffic=lambda c: 4 * _rows(c) + 8 * c.rank, flop=lambda c: 64 * _rows(c),
-        bases={"multinomial": lambda t, c: lambda: torch.multinomial(t["norms"], c.rank)}, overload="select_rows",
-        oracle=select_rows, exact=True, other="selection"),
+        _select_inputs,
+        lambda f, t, c: [f(t["norms"], r=c.rank, method="sample", seed=1)[0]],
+        traffic=lambda c: 4 * _rows(c) + 8 * c.rank,
+        flop=lambda c: 64 * _rows(c),
+        bases={"multinomial": lambda t, c: lambda: torch.multinomial(t["norms"], c.rank)},
+        overload="select_rows",
+        oracle=select_rows,
+        exact=True,
+        other="selection",
+    ),
     "refresh_rows_": Op(
-        _refresh_inputs, _refresh_rows,
-        traffic=lambda c: c.element * c.matrix + 4 * (_rows(c) + c.rank), flop=lambda c: 2 * c.matrix,
-        bases={"norms": _norms}, overload="refresh_rows_", oracle=_chosen_rows, exact=True),
+        _refresh_inputs,
+        _refresh_rows,
+        traffic=lambda c: c.element * c.matrix + 4 * (_rows(c) + c.rank),
+        flop=lambda c: 2 * c.matrix,
+        bases={"norms": _norms},
+        overload="refresh_rows_",
+        oracle=_chosen_rows,
+        exact=True,
+    ),
     "gather_rows": Op(
-        _gather_inputs, lambda f, t, c: [f(t["grad"], t["indices"], None, left=c.left)],
-        traffic=lambda c: _selected(c) + 4 * c.low_rank, flop=lambda c: c.low_rank,
-        bases={"index_select": _index_select}, overload="gather_rows", oracle=reference.gather_rows),
+        _gather_inputs,
+        lambda f, t, c: [f(t["grad"], t["indices"], None, left=c.left)],
+        traffic=lambda c: _selected(c) + 4 * c.low_rank,
+        flop=lambda c: c.low_rank,
+        bases={"index_select": _index_select},
+        overload="gather_rows",
+        oracle=reference.gather_rows,
+    ),
     "scatter_add_rows_": Op(
-        _scatter_inputs, _scatter,
-        traffic=lambda c: 2 * _selected(c) + 4 * c.low_rank, flop=lambda c: 2 * c.low_rank,
-        bases={"index_add": _index_add}, overload="scatter_add_rows_", oracle=reference.scatter_add_rows_),
+        _scatter_inputs,
+        _scatter,
+        traffic=lambda c: 2 * _selected(c) + 4 * c.low_rank,
+        flop=lambda c: 2 * c.low_rank,
+        bases={"index_add": _index_add},
+        overload="scatter_add_rows_",
+        oracle=reference.scatter_add_rows_,
+    ),
 }

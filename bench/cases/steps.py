@@ -4,35 +4,74 @@ import torch
 from torch.optim.adamw import adamw as torch_adamw
 
 from lowrank_sys import reference
-from lowrank_sys.bench.cases.case import (ADAM, COMPOSED, Op, adam_bytes, low_rank, moments, orthonormal, product_back, scalars,
-                                          two_products)
+from lowrank_sys.bench.cases.case import (
+    ADAM,
+    COMPOSED,
+    Op,
+    adam_bytes,
+    low_rank,
+    moments,
+    orthonormal,
+    product_back,
+    scalars,
+    two_products,
+)
 from lowrank_sys.reference.adafactor import adafactor_step
 
 
 def _galore_inputs(case, randn):
-    return {"param": randn(case.m, case.n), "grad": randn(case.m, case.n), "basis": orthonormal(case, randn),
-            **moments(low_rank(case), randn), **scalars(case)}
+    return {
+        "param": randn(case.m, case.n),
+        "grad": randn(case.m, case.n),
+        "basis": orthonormal(case, randn),
+        **moments(low_rank(case), randn),
+        **scalars(case),
+    }
 
 
 def _subspace_inputs(case, randn):
-    return {"param": randn(case.m, case.n), "low_rank": randn(*low_rank(case), dtype=torch.float32),
-            "basis": orthonormal(case, randn), **moments(low_rank(case), randn), **scalars(case)}
+    return {
+        "param": randn(case.m, case.n),
+        "low_rank": randn(*low_rank(case), dtype=torch.float32),
+        "basis": orthonormal(case, randn),
+        **moments(low_rank(case), randn),
+        **scalars(case),
+    }
 
 
 def _adamw_inputs(case, randn):
-    return {"param": randn(case.m, case.n), "grad": randn(case.m, case.n), **moments((case.m, case.n), randn),
-            **scalars(case)}
+    return {"param": randn(case.m, case.n), "grad": randn(case.m, case.n), **moments((case.m, case.n), randn), **scalars(case)}
 
 
 def _galore_step(f, t, case):
-    f(t["param"], t["grad"], t["basis"], t["exp_avg"], t["exp_avg_sq"], step=t["step"], lr=t["lr"], scale=0.25, left=case.left,
-      **ADAM)
+    f(
+        t["param"],
+        t["grad"],
+        t["basis"],
+        t["exp_avg"],
+        t["exp_avg_sq"],
+        step=t["step"],
+        lr=t["lr"],
+        scale=0.25,
+        left=case.left,
+        **ADAM,
+    )
     return [t["param"], t["exp_avg"], t["exp_avg_sq"]]
 
 
 def _subspace_step(f, t, case):
-    f(t["param"], t["low_rank"], t["basis"], t["exp_avg"], t["exp_avg_sq"], step=t["step"], lr=t["lr"], scale=0.25,
-      left=case.left, **ADAM)
+    f(
+        t["param"],
+        t["low_rank"],
+        t["basis"],
+        t["exp_avg"],
+        t["exp_avg_sq"],
+        step=t["step"],
+        lr=t["lr"],
+        scale=0.25,
+        left=case.left,
+        **ADAM,
+    )
     return [t["param"], t["exp_avg"], t["exp_avg_sq"]]
 
 
@@ -50,17 +89,54 @@ def _adafactor_inputs(case, randn):
 
 
 def _adafactor_step(f, t, case):
-    f(t["param"], t["grad"], t["basis"], t["exp_avg"], t["row"], t["col"], None, t["step"], lr=t["lr"], beta1=0.9,
-      decay_rate=-0.8, eps1=1e-30, eps2=1e-3, clip_threshold=1.0, weight_decay=0.01, scale=0.25, scale_parameter=False,
-      relative_step=False, warmup_init=False, left=case.left)
+    f(
+        t["param"],
+        t["grad"],
+        t["basis"],
+        t["exp_avg"],
+        t["row"],
+        t["col"],
+        None,
+        t["step"],
+        lr=t["lr"],
+        beta1=0.9,
+        decay_rate=-0.8,
+        eps1=1e-30,
+        eps2=1e-3,
+        clip_threshold=1.0,
+        weight_decay=0.01,
+        scale=0.25,
+        scale_parameter=False,
+        relative_step=False,
+        warmup_init=False,
+        left=case.left,
+    )
     return [t[name] for name in ("param", "exp_avg", "row", "col")]
 
 
-def _adafactor_truth(param, grad, basis, exp_avg, row, col, _, step, *, lr, beta1, decay_rate, eps1, clip_threshold,
-                     weight_decay, scale, left, **unused):
+def _adafactor_truth(
+    param,
+    grad,
+    basis,
+    exp_avg,
+    row,
+    col,
+    _,
+    step,
+    *,
+    lr,
+    beta1,
+    decay_rate,
+    eps1,
+    clip_threshold,
+    weight_decay,
+    scale,
+    left,
+    **unused,
+):
     """adafactor_step in fp64, which its rules refuse, as in the paper: R over the root of row col / mean(row)."""
     r = reference.project(grad, basis, left=left)
-    beta2 = 1 - (step + 1)**decay_rate
+    beta2 = 1 - (step + 1) ** decay_rate
     for statistic, dim in ((row, 1), (col, 0)):
         statistic.lerp_((r.square() + eps1).mean(dim, keepdim=True), 1 - beta2)
     update = r / (row * col / row.mean()).sqrt()
@@ -69,8 +145,9 @@ def _adafactor_truth(param, grad, basis, exp_avg, row, col, _, step, *, lr, beta
 
 
 def _torch_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, *, lr, fused=False, **hyper):
-    torch_adamw(params, grads, exp_avgs, exp_avg_sqs, [], steps, foreach=False, fused=fused, lr=lr, amsgrad=False,
-                maximize=False, **hyper)
+    torch_adamw(
+        params, grads, exp_avgs, exp_avg_sqs, [], steps, foreach=False, fused=fused, lr=lr, amsgrad=False, maximize=False, **hyper
+    )
 
 
 def _fused_adamw(t, case):
@@ -81,24 +158,43 @@ def _fused_adamw(t, case):
 
 OPS = {
     "galore_step": Op(
-        _galore_inputs, _galore_step,
+        _galore_inputs,
+        _galore_step,
         traffic=lambda c: c.element * (3 * c.matrix + 2 * c.basis) + adam_bytes(c.low_rank),
         flop=lambda c: 4 * c.matrix * c.rank,
-        bases={"gemms": two_products, **COMPOSED}, overload="galore_step.tensor", oracle=reference.galore_step),
+        bases={"gemms": two_products, **COMPOSED},
+        overload="galore_step.tensor",
+        oracle=reference.galore_step,
+    ),
     "subspace_step": Op(
-        _subspace_inputs, _subspace_step,
+        _subspace_inputs,
+        _subspace_step,
         traffic=lambda c: c.element * (2 * c.matrix + c.basis) + 4 * c.low_rank + adam_bytes(c.low_rank),
         flop=lambda c: 2 * c.matrix * c.rank,
-        bases={"gemm": product_back}, overload="subspace_step.tensor", oracle=reference.subspace_step),
+        bases={"gemm": product_back},
+        overload="subspace_step.tensor",
+        oracle=reference.subspace_step,
+    ),
     "adafactor_step": Op(
-        _adafactor_inputs, _adafactor_step,
+        _adafactor_inputs,
+        _adafactor_step,
         traffic=lambda c: c.element * (3 * c.matrix + 2 * c.basis) + 8 * (c.low_rank + sum(low_rank(c))),
         flop=lambda c: 4 * c.matrix * c.rank,
-        bases={"gemms": two_products}, overload="adafactor_step", oracle=adafactor_step, truth=_adafactor_truth),
+        bases={"gemms": two_products},
+        overload="adafactor_step",
+        oracle=adafactor_step,
+        truth=_adafactor_truth,
+    ),
     "adamw_step": Op(
-        _adamw_inputs, _adamw_step,
+        _adamw_inputs,
+        _adamw_step,
         traffic=lambda c: c.element * 3 * c.matrix + adam_bytes(c.matrix),
         flop=lambda c: 12 * c.matrix,
-        bases={"fused-adamw": _fused_adamw}, overload="adamw_step", oracle=reference.adamw_step, ranked=False, sided=False,
-        truth=_torch_adamw),
+        bases={"fused-adamw": _fused_adamw},
+        overload="adamw_step",
+        oracle=reference.adamw_step,
+        ranked=False,
+        sided=False,
+        truth=_torch_adamw,
+    ),
 }

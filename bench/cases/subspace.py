@@ -4,8 +4,15 @@ import torch
 
 from lowrank_sys import reference
 from lowrank_sys.bench.cases.case import Op, low_rank, moments, orthonormal, scalars
-from lowrank_sys.reference.subspace import (MIX, basis_from_sketch, gaussian, sketch_directions, sketched_columns,
-                                            subspace_iteration, unit_columns)
+from lowrank_sys.reference.subspace import (
+    MIX,
+    basis_from_sketch,
+    gaussian,
+    sketch_directions,
+    sketched_columns,
+    subspace_iteration,
+    unit_columns,
+)
 
 N_ITER = 2
 
@@ -40,8 +47,13 @@ def _sketch_inputs(case, randn):
 def _schedule(t, case):
     """Arguments of a refresh that is due, with moments that are kept."""
     t["countdown"].zero_()
-    return ([t["countdown"]], [], [], [], t["lr"]), {"left": case.left, "gap": 200, "first_gaps": [200], "seeds": [0],
-                                                     "moments": "keep"}
+    return ([t["countdown"]], [], [], [], t["lr"]), {
+        "left": case.left,
+        "gap": 200,
+        "first_gaps": [200],
+        "seeds": [0],
+        "moments": "keep",
+    }
 
 
 def _refresh(f, t, case):
@@ -106,23 +118,47 @@ FACTORS = "factorizations"
 # matrices nothing.
 OPS = {
     "subspace_iteration": Op(
-        _iteration_inputs, lambda f, t, c: list(f(t["grad"], t["basis"], rank=c.rank, left=c.left, n_iter=N_ITER)),
-        traffic=lambda c: 2 * N_ITER * c.element * c.matrix, flop=lambda c: 4 * N_ITER * c.matrix * _columns(c),
-        bases={"svd": _svd}, overload="subspace_iteration", oracle=subspace_iteration, chooses=True, other=FACTORS),
+        _iteration_inputs,
+        lambda f, t, c: list(f(t["grad"], t["basis"], rank=c.rank, left=c.left, n_iter=N_ITER)),
+        traffic=lambda c: 2 * N_ITER * c.element * c.matrix,
+        flop=lambda c: 4 * N_ITER * c.matrix * _columns(c),
+        bases={"svd": _svd},
+        overload="subspace_iteration",
+        oracle=subspace_iteration,
+        chooses=True,
+        other=FACTORS,
+    ),
     "refresh_": Op(
-        _refresh_inputs, _refresh,
-        traffic=lambda c: 2 * c.element * (c.matrix + c.basis), flop=lambda c: 4 * c.matrix * _columns(c),
-        bases={"gemms": _products, "svd": _svd}, overload="refresh_", oracle=_refreshed, chooses=True, other=FACTORS),
+        _refresh_inputs,
+        _refresh,
+        traffic=lambda c: 2 * c.element * (c.matrix + c.basis),
+        flop=lambda c: 4 * c.matrix * _columns(c),
+        bases={"gemms": _products, "svd": _svd},
+        overload="refresh_",
+        oracle=_refreshed,
+        chooses=True,
+        other=FACTORS,
+    ),
     "refresh_from_sketch_": Op(
-        _sketch_inputs, _refresh_from_sketch,
+        _sketch_inputs,
+        _refresh_from_sketch,
         traffic=lambda c: 4 * _sides(c)[0] * _columns(c) + 2 * c.element * c.basis,
-        flop=lambda c: 2 * _sides(c)[0] * (_columns(c)**2 + _columns(c) * c.rank + 6 * c.rank**2),
-        bases={"qr": _qr_of(lambda c: _sides(c)[0])}, overload="refresh_from_sketch_", oracle=_refreshed_from_sketch,
-        chooses=True, other=FACTORS),
+        flop=lambda c: 2 * _sides(c)[0] * (_columns(c) ** 2 + _columns(c) * c.rank + 6 * c.rank**2),
+        bases={"qr": _qr_of(lambda c: _sides(c)[0])},
+        overload="refresh_from_sketch_",
+        oracle=_refreshed_from_sketch,
+        chooses=True,
+        other=FACTORS,
+    ),
     "sketch_directions": Op(
-        _directions_inputs, lambda f, t, c: [f(t["basis"], t["exp_avg"], other=_sides(c)[1], left=c.left)],
+        _directions_inputs,
+        lambda f, t, c: [f(t["basis"], t["exp_avg"], other=_sides(c)[1], left=c.left)],
         traffic=lambda c: 4 * c.low_rank + c.element * _sides(c)[1] * _columns(c),
-        flop=lambda c: 12 * _sides(c)[1] * _columns(c)**2,
-        bases={"qr": _qr_of(lambda c: _sides(c)[1])}, overload="sketch_directions", oracle=sketch_directions,
-        truth=_directions_truth, other=FACTORS),
+        flop=lambda c: 12 * _sides(c)[1] * _columns(c) ** 2,
+        bases={"qr": _qr_of(lambda c: _sides(c)[1])},
+        overload="sketch_directions",
+        oracle=sketch_directions,
+        truth=_directions_truth,
+        other=FACTORS,
+    ),
 }

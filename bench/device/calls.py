@@ -5,8 +5,20 @@ import torch
 from lowrank_sys.bench.cases import OPS, make, serving
 from lowrank_sys.bench.cases.case import Case
 
-SMALL = ("galore_step", "qgalore_step", "galore_step_8bit", "adam_8bit_", "adamw_step", "int8_update_", "int8_linear",
-         "int8_linear_backward", "apollo_step", "fira_step", "grass_step", "quantize_int4")
+SMALL = (
+    "galore_step",
+    "qgalore_step",
+    "galore_step_8bit",
+    "adam_8bit_",
+    "adamw_step",
+    "int8_update_",
+    "int8_linear",
+    "int8_linear_backward",
+    "apollo_step",
+    "fira_step",
+    "grass_step",
+    "quantize_int4",
+)
 LARGE = ("galore_step", "qgalore_step", "adam_8bit_", "int8_linear")
 
 

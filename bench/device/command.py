@@ -21,8 +21,15 @@ from lowrank_sys.cli import CommandError
 
 # Phase -> (share of the seconds, GiB that the card must have). The lane compiles kernels in many processes: what follows finds
 # them compiled.
-PHASES = {"facts": (0.08, 4), "lane": (0.2, 16), "smoke": (0.12, 4), "kernels": (0.25, 8), "training": (0.2, 23),
-          "sanitizer": (0.08, 4), "counters": (0.07, 4)}
+PHASES = {
+    "facts": (0.08, 4),
+    "lane": (0.2, 16),
+    "smoke": (0.12, 4),
+    "kernels": (0.25, 8),
+    "training": (0.2, 23),
+    "sanitizer": (0.08, 4),
+    "counters": (0.07, 4),
+}
 # What the tools of a phase run, by themselves no phases.
 CALLS = {"small-calls": "small", "large-calls": "large"}
 OLDEST = (8, 0)
@@ -34,13 +41,25 @@ LOG = 4000  # characters of what a phase said that summary.json keeps of one tha
 
 
 def add_arguments(parser):
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True,
-                        help=f"a new folder for what is found: {', '.join(PHASES)}, a file each, and summary.json")
-    parser.add_argument("--seconds", type=shapes.seconds, metavar="N", default=600.0,
-                        help="for all phases together (default: %(default)g)")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help=f"a new folder for what is found: {', '.join(PHASES)}, a file each, and summary.json",
+    )
+    parser.add_argument(
+        "--seconds", type=shapes.seconds, metavar="N", default=600.0, help="for all phases together (default: %(default)g)"
+    )
     parser.add_argument("--only", nargs="+", choices=PHASES, metavar="PHASE", help=f"some of {', '.join(PHASES)} (default: all)")
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), metavar="NAME",
-                        help="ops of the phases smoke and kernels (default: all)")
+    parser.add_argument(
+        "--ops",
+        nargs="+",
+        choices=OPS,
+        default=list(OPS),
+        metavar="NAME",
+        help="ops of the phases smoke and kernels (default: all)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="all of it on the CPU, at toy sizes: no figure counts")
     parser.add_argument("--phase", choices=[*PHASES, *CALLS], help=argparse.SUPPRESS)
 
@@ -62,8 +81,10 @@ def run(args):
         share = PHASES[name][0] / sum(PHASES[other][0] for other in chosen[i:])
         done.append(_watch(name, args, share * max(end - time.monotonic(), 0)))
         print("{phase:10} {verdict:8} {seconds:6.1f} s  {said}".format(**done[-1]), flush=True)
-        _write(args.out / "summary.json", {"dry_run": args.dry_run, "asked_s": args.seconds, "commit": machine.commit(),
-                                           "phases": done})
+        _write(
+            args.out / "summary.json",
+            {"dry_run": args.dry_run, "asked_s": args.seconds, "commit": machine.commit(), "phases": done},
+        )
     wrong = [row["phase"] for row in done if row["verdict"] not in ("ok", "skipped")]
     if wrong:
         raise CommandError(f"{len(wrong)} of {len(done)} phases failed: {', '.join(wrong)}; see {args.out}", code=1)
@@ -79,8 +100,10 @@ def _expect_card(chosen):
     memory = torch.cuda.get_device_properties(0).total_memory
     for name in chosen:
         if memory < PHASES[name][1] << 30:
-            raise CommandError(f"{name} needs {PHASES[name][1]} GiB of memory, {card} has {report.size(memory)}; "
-                               f"--only {' '.join(other for other in chosen if memory >= PHASES[other][1] << 30)} fits")
+            raise CommandError(
+                f"{name} needs {PHASES[name][1]} GiB of memory, {card} has {report.size(memory)}; "
+                f"--only {' '.join(other for other in chosen if memory >= PHASES[other][1] << 30)} fits"
+            )
 
 
 def _dotted(capability):
@@ -104,8 +127,13 @@ def _watch(name, args, seconds):
             said = f"{', '.join(parts)}: {said}"
     if behind := [row for row in read(rows) if "left_out" in row]:
         said += f"; {len(behind[-1]['left_out'])} left out: {behind[-1]['why']}"
-    return {"phase": name, "verdict": verdict, "seconds": time.monotonic() - start, "said": said,
-            **({} if verdict in ("ok", "skipped") else {"log": text[-LOG:] if seconds > 0 else ""})}
+    return {
+        "phase": name,
+        "verdict": verdict,
+        "seconds": time.monotonic() - start,
+        "said": said,
+        **({} if verdict in ("ok", "skipped") else {"log": text[-LOG:] if seconds > 0 else ""}),
+    }
 
 
 def _begun(rows):

@@ -37,5 +37,10 @@ def _card(setting):
     if setting.dry:
         return {}
     found = torch.cuda.get_device_properties(0)
-    return {"compute_capability": f"{found.major}.{found.minor}", "multiprocessors": found.multi_processor_count,
-            "memory_bytes": found.total_memory, "l2_bytes": found.L2_cache_size, "cuda": torch.version.cuda}
+    return {
+        "compute_capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+        "l2_bytes": found.L2_cache_size,
+        "cuda": torch.version.cuda,
+    }

@@ -14,8 +14,16 @@ from lowrank_sys.bench.cases import ONCE, OPS, PACKAGES, copies, int8, make, ser
 from lowrank_sys.bench.cases.case import Case
 from lowrank_sys.bench.device import facts
 
-FIRST = ("galore_step", "qgalore_step", "adam_8bit_", "int8_update_", "grass_step", "int8_linear", "int8_linear_backward",
-         "refresh_")
+FIRST = (
+    "galore_step",
+    "qgalore_step",
+    "adam_8bit_",
+    "int8_update_",
+    "grass_step",
+    "int8_linear",
+    "int8_linear_backward",
+    "refresh_",
+)
 SHAPES, RANKS, MORE_RANKS, TOKENS = ((4096, 4096), (4096, 11008), (11008, 4096)), (128, 1024), (256, 512), (256, 2048)
 TOY = ((32, 32), (24, 40)), (4,), (6,), (16,)
 ON_TOKENS = ("int8_linear", "int8_linear_backward")
@@ -31,8 +39,10 @@ def run(setting):
     setting.write(ceilings=ceilings, **machine.describe(setting.device))
     absent = {name for name, package in PACKAGES.items() if machine.absent(*package)}
     bench = Bench(timing.Timer(setting.device), ceilings, absent, TOY_ROUNDS if setting.dry else ROUNDS)
-    setting.each({name: functools.partial(bench.rows, case, tokens) for name, case, tokens in cases(setting)},
-                 reserve=0.0 if setting.dry else RESERVE)
+    setting.each(
+        {name: functools.partial(bench.rows, case, tokens) for name, case, tokens in cases(setting)},
+        reserve=0.0 if setting.dry else RESERVE,
+    )
 
 
 def cases(setting):
@@ -40,9 +50,14 @@ def cases(setting):
     sizes, ranks, more, counts = TOY if setting.dry else (SHAPES, RANKS, MORE_RANKS, TOKENS)
     first = [name for name in FIRST if name in setting.ops]
     rest = [name for name in setting.ops if name not in FIRST]
-    plan = [*itertools.product(first, ranks, sizes, [False]), *itertools.product(first, more, sizes, [False]),
-            *itertools.product(rest, ranks[:1], sizes[:1], [False]), *itertools.product(first, ranks[:1], sizes, [True]),
-            *itertools.product(rest, ranks[1:], sizes[:1], [False]), *itertools.product(rest, ranks[:1], sizes[:1], [True])]
+    plan = [
+        *itertools.product(first, ranks, sizes, [False]),
+        *itertools.product(first, more, sizes, [False]),
+        *itertools.product(rest, ranks[:1], sizes[:1], [False]),
+        *itertools.product(first, ranks[:1], sizes, [True]),
+        *itertools.product(rest, ranks[1:], sizes[:1], [False]),
+        *itertools.product(rest, ranks[:1], sizes[:1], [True]),
+    ]
     found = {}
     for op, rank, (m, n), other in plan:
         left = (m < n) != other if OPS[op].sided else None  # as GaLore has it, or the other side
@@ -60,8 +75,17 @@ class Bench:
 
     def rows(self, case, tokens):
         with int8.tokens(tokens) if tokens else contextlib.nullcontext():
-            yield from self._rows(case, {"op": case.op, "shape": f"{case.m}x{case.n}", "rank": case.rank, "side": case.side,
-                                         "dtype": shapes.SPELLING[case.dtype], "tokens": tokens})
+            yield from self._rows(
+                case,
+                {
+                    "op": case.op,
+                    "shape": f"{case.m}x{case.n}",
+                    "rank": case.rank,
+                    "side": case.side,
+                    "dtype": shapes.SPELLING[case.dtype],
+                    "tokens": tokens,
+                },
+            )
         if self.timer.device.type == "cuda":
             self.timer.prepared = {}
             torch.cuda.empty_cache()  # the next case's graphs have pools of their own
@@ -104,13 +128,25 @@ class Bench:
             own = {"check": verdict, **figures} if variant == served else {}
             over = {base: timing.ratio([samples], [others])[0] for base, others in times.items() if base != served}
             over |= {base: timing.quantile(samples, 0.5) / seconds for base, seconds in single.items()}
-            yield (names | _figures(samples, bound) | bound | {"variant": variant} | own
-                   | ({"over": over} if variant == served else {}) | kernels.launching(self.timer.prepared[variant]))
+            yield (
+                names
+                | _figures(samples, bound)
+                | bound
+                | {"variant": variant}
+                | own
+                | ({"over": over} if variant == served else {})
+                | kernels.launching(self.timer.prepared[variant])
+            )
         for variant, seconds in single.items():
             yield names | _figures([seconds], bound) | bound | {"variant": variant}
 
 
 def _figures(samples, bound):
     found = timing.spread([samples])
-    return {"median_s": found.median, "p20_s": found.p20, "p80_s": found.p80, "samples": len(samples),
-            "roofline": bound["roofline_s"] / found.median}
+    return {
+        "median_s": found.median,
+        "p20_s": found.p20,
+        "p80_s": found.p80,
+        "samples": len(samples),
+        "roofline": bound["roofline_s"] / found.median,
+    }

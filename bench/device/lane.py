@@ -20,5 +20,6 @@ def run(setting):
     workers = max(1, min(14, len(os.sched_getaffinity(0)) - 2))
     spread = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") and not setting.dry else []
     paths = [str(TESTS / name) for name in (TOY if setting.dry else LANE)]
-    tool.expect(setting, [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir", str(TESTS.parent),
-                          *spread, *paths])
+    tool.expect(
+        setting, [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir", str(TESTS.parent), *spread, *paths]
+    )

@@ -21,8 +21,20 @@ def installed(name, setting):
 
 def ourselves(setting, phase):
     """The command that runs another phase with this setting."""
-    return [sys.executable, "-m", "lowrank_sys", "bench", "device", "--out", str(setting.out), "--phase", phase, "--seconds",
-            f"{setting.seconds:g}", *(["--dry-run"] if setting.dry else [])]
+    return [
+        sys.executable,
+        "-m",
+        "lowrank_sys",
+        "bench",
+        "device",
+        "--out",
+        str(setting.out),
+        "--phase",
+        phase,
+        "--seconds",
+        f"{setting.seconds:g}",
+        *(["--dry-run"] if setting.dry else []),
+    ]
 
 
 def expect(setting, command, **environment):

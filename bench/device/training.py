@@ -35,12 +35,22 @@ class Run(NamedTuple):
 
 
 LEAN = "--per-layer in_backward --gradient-checkpointing"
-RUNS = [*(Run("llama-7b", "q-galore", f"--rank {rank} {LEAN}", 1, tokens, 7, 2, True, (rank, tokens) == (128, 2048))
-          for tokens in (2048, 256) for rank in (128, 1024)),
-        *(Run(model, method, flags, 16, 256, 30, 5) for model in ("llama-60m", "llama-350m")
-          for method, flags in (("galore", "--rank 128"), ("adamw", "")))]
-TOYS = [Run("llama-1m", "q-galore", f"--rank 8 {LEAN}", 1, 16, 3, 1, True, True),
-        *(Run("llama-1m", method, flags, 2, 16, 2, 1) for method, flags in (("galore", "--rank 8"), ("adamw", "")))]
+RUNS = [
+    *(
+        Run("llama-7b", "q-galore", f"--rank {rank} {LEAN}", 1, tokens, 7, 2, True, (rank, tokens) == (128, 2048))
+        for tokens in (2048, 256)
+        for rank in (128, 1024)
+    ),
+    *(
+        Run(model, method, flags, 16, 256, 30, 5)
+        for model in ("llama-60m", "llama-350m")
+        for method, flags in (("galore", "--rank 128"), ("adamw", ""))
+    ),
+]
+TOYS = [
+    Run("llama-1m", "q-galore", f"--rank 8 {LEAN}", 1, 16, 3, 1, True, True),
+    *(Run("llama-1m", method, flags, 2, 16, 2, 1) for method, flags in (("galore", "--rank 8"), ("adamw", ""))),
+]
 
 
 def run(setting):
@@ -48,8 +58,7 @@ def run(setting):
         raise Skipped(why)
     runs, built = TOYS if setting.dry else RUNS, Models(setting.device)
     setting.write(**machine.describe(setting.device))
-    setting.each({each.name: functools.partial(_rows, each, built) for each in runs},
-                 reserve=0.0 if setting.dry else RESERVE)
+    setting.each({each.name: functools.partial(_rows, each, built) for each in runs}, reserve=0.0 if setting.dry else RESERVE)
 
 
 class Models:
@@ -116,11 +125,21 @@ def _rows(run, built):
 
     try:
         losses, seconds = zip(*(step() for _ in range(run.steps)))
-        median = statistics.median(seconds[run.warmup:])
-        yield {"model": run.model, "method": run.method, "flags": run.flags, "batch": run.batch, "seq_len": run.seq_len,
-               "median_s": median, "tokens_per_s": run.batch * run.seq_len / median, "first_step_s": seconds[0],
-               "steps_s": seconds, "losses": losses, **_peaks(gpu, run.capped),
-               "check": "ok" if all(loss == loss and loss < 1e3 for loss in losses) else "the loss is not finite"}
+        median = statistics.median(seconds[run.warmup :])
+        yield {
+            "model": run.model,
+            "method": run.method,
+            "flags": run.flags,
+            "batch": run.batch,
+            "seq_len": run.seq_len,
+            "median_s": median,
+            "tokens_per_s": run.batch * run.seq_len / median,
+            "first_step_s": seconds[0],
+            "steps_s": seconds,
+            "losses": losses,
+            **_peaks(gpu, run.capped),
+            "check": "ok" if all(loss == loss and loss < 1e3 for loss in losses) else "the loss is not finite",
+        }
         if run.profiled:
             yield from _profile(step, gpu)
     finally:
@@ -132,8 +151,11 @@ def _rows(run, built):
 def _peaks(gpu, capped):
     if not gpu:
         return {}
-    return {"allocated_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved(),
-            "cap_bytes": CAP if capped else None}
+    return {
+        "allocated_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "cap_bytes": CAP if capped else None,
+    }
 
 
 def _profile(step, gpu):
@@ -142,8 +164,10 @@ def _profile(step, gpu):
 
     with profile(activities=[ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU]) as seen:
         step()
-    spent = {event.key: (event.self_device_time_total if gpu else event.self_cpu_time_total, event.count)
-             for event in seen.key_averages()}
+    spent = {
+        event.key: (event.self_device_time_total if gpu else event.self_cpu_time_total, event.count)
+        for event in seen.key_averages()
+    }
     whole = sum(time for time, _ in spent.values())
     for name, (time_us, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:PROFILED]:
         yield {"kernel": name, "profiled_s": time_us / 1e6, "share": time_us / whole, "calls": count}

@@ -12,6 +12,4 @@ def adam_8bit(timer):
     return 1 / served(case, timer)["ratio"]
 
 
-FLOORS = [
-    Floor(f"8-bit AdamW against bitsandbytes, {SIZE}x{SIZE}, fp32", ">= 8x faster", 8.0, adam_8bit, True, "{:.1f}x"),
-]
+FLOORS = [Floor(f"8-bit AdamW against bitsandbytes, {SIZE}x{SIZE}, fp32", ">= 8x faster", 8.0, adam_8bit, True, "{:.1f}x")]

@@ -1,8 +1,9 @@
 """What one promise is, on which processors, and the size at which most are measured."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 

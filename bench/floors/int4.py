@@ -22,7 +22,12 @@ def basis_bytes(timer):
 
 FLOORS = [
     Floor(f"project_int4 over the fp32 GEMM, {HERE}", "<= 1.25x", 1.25, lambda timer: product(timer, "project_int4"), False),
-    Floor(f"back_project_int4_ over the fp32 GEMM, {HERE}", "<= 1.25x", 1.25,
-          lambda timer: product(timer, "back_project_int4_"), False),
+    Floor(
+        f"back_project_int4_ over the fp32 GEMM, {HERE}",
+        "<= 1.25x",
+        1.25,
+        lambda timer: product(timer, "back_project_int4_"),
+        False,
+    ),
     Floor("bytes of an INT4 basis beside its scales, an entry", "<= 0.5", 0.5, basis_bytes, False, "{:.2f}", speed=False),
 ]

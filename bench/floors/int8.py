@@ -22,8 +22,13 @@ def over_base(op, m, n):
 
 
 FLOORS = [
-    Floor("int8_update_ over a copy of the same traffic, 4096x11008, fp32", "<= 3x", 3.0,
-          over_base("int8_update_", 4096, 11008), False, narrow=4.0),
-    Floor(f"int8_linear over the fp32 GEMM, 512 x {SIZE}x{SIZE}", "<= 1.25x", 1.25,
-          over_base("int8_linear", SIZE, SIZE), False),
+    Floor(
+        "int8_update_ over a copy of the same traffic, 4096x11008, fp32",
+        "<= 3x",
+        3.0,
+        over_base("int8_update_", 4096, 11008),
+        False,
+        narrow=4.0,
+    ),
+    Floor(f"int8_linear over the fp32 GEMM, 512 x {SIZE}x{SIZE}", "<= 1.25x", 1.25, over_base("int8_linear", SIZE, SIZE), False),
 ]

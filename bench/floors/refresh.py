@@ -49,7 +49,7 @@ def energy(timer, ranks=(8, 32, RANK), batch=8, seq_len=128, gap=10, refreshes=2
     bases, shares = {}, []
     for step in range(gap * refreshes + 1):
         starts = torch.randint(len(stream) - seq_len, (batch,)).tolist()
-        tokens = torch.stack([stream[i:i + seq_len] for i in starts])
+        tokens = torch.stack([stream[i : i + seq_len] for i in starts])
         optimizer.zero_grad()
         model(input_ids=tokens, labels=tokens).loss.backward()
         for name, weight in weights if step % gap == 0 else ():
@@ -65,10 +65,29 @@ def energy(timer, ranks=(8, 32, RANK), batch=8, seq_len=128, gap=10, refreshes=2
 
 
 FLOORS = [
-    Floor(f"refresh against SVD, {SIZE}x{SIZE}, r = {RANK}", ">= 100x faster", 100.0,
-          functools.partial(refresh, rank=RANK), True, "{:.0f}x"),
-    Floor(f"refresh against SVD, {SIZE}x{SIZE}, r = 1024", ">= 30x faster", 30.0,
-          functools.partial(refresh, rank=1024), True, "{:.0f}x"),
-    Floor("energy of a refreshed basis of the best, r = 8, 32, 128, gradients of a llama-9m", ">= 99%", 0.99, energy, True,
-          "{:.2%}", speed=False),
+    Floor(
+        f"refresh against SVD, {SIZE}x{SIZE}, r = {RANK}",
+        ">= 100x faster",
+        100.0,
+        functools.partial(refresh, rank=RANK),
+        True,
+        "{:.0f}x",
+    ),
+    Floor(
+        f"refresh against SVD, {SIZE}x{SIZE}, r = 1024",
+        ">= 30x faster",
+        30.0,
+        functools.partial(refresh, rank=1024),
+        True,
+        "{:.0f}x",
+    ),
+    Floor(
+        "energy of a refreshed basis of the best, r = 8, 32, 128, gradients of a llama-9m",
+        ">= 99%",
+        0.99,
+        energy,
+        True,
+        "{:.2%}",
+        speed=False,
+    ),
 ]

@@ -22,8 +22,11 @@ def _rows(timer):
     """A row an op and side, bound by its counted bytes or by its counted products; what does other work has no such bound."""
     sticks = machine.yardsticks(timer.device, [torch.float32])
     ops = {name: op for name, op in OPS.items() if not (op.other or name in OWN)}
-    cases = [Case(name, SIZE, SIZE, RANK if op.ranked else None, torch.float32, left, "cpu")
-             for name, op in ops.items() for left in ((True, False) if op.sided else (None,))]
+    cases = [
+        Case(name, SIZE, SIZE, RANK if op.ranked else None, torch.float32, left, "cpu")
+        for name, op in ops.items()
+        for left in ((True, False) if op.sided else (None,))
+    ]
     return [_row(case, timer, sticks) for case in cases]
 
 
@@ -31,14 +34,15 @@ def _row(case, timer, sticks):
     """{"op", "side", "bound", "roofline"}: the share is of what a copy and a GEMM do in the same rounds."""
     trial = kernels.Trial(case, base="", backends=["cpu"])
     trial.check(case._replace(m=CHECKED, n=CHECKED))
-    (variant, function), = trial.functions.items()
+    ((variant, function),) = trial.functions.items()
     expect_correct(case, variant, trial.verdicts[variant])
     op, tensors = trial.op, make(case)
     functions = {name: function for name, (function, _) in sticks.items()}
     times = timer.interleave({variant: lambda: op.call(function, tensors, case), **functions}, seconds=SECONDS, at_least=ROUNDS)
     work = {"copy": op.traffic(case) / 1e9, torch.float32: op.flop(case) / 1e9}
-    shares = {name: [work[name] / sticks[name][1] * stick / own for stick, own in zip(times[name], times[variant])]
-              for name in sticks}
+    shares = {
+        name: [work[name] / sticks[name][1] * stick / own for stick, own in zip(times[name], times[variant])] for name in sticks
+    }
     shares = {name: timing.quantile(values, 0.5) for name, values in shares.items()}
     limit = max(shares, key=shares.get)
     return {"op": case.op, "side": case.side, "bound": "bytes" if limit == "copy" else "products", "roofline": shares[limit]}
@@ -52,9 +56,12 @@ def worst(timer, bound, limit):
 
 
 def _floor(what, bound, limit):
-    return Floor(f"{what}, {HERE}", f">= {limit:.0%}", limit, functools.partial(worst, bound=bound, limit=limit), True, "{:.0%}",
-                 names=True)
+    return Floor(
+        f"{what}, {HERE}", f">= {limit:.0%}", limit, functools.partial(worst, bound=bound, limit=limit), True, "{:.0%}", names=True
+    )
 
 
-FLOORS = [_floor("byte-shaped kernels, of the copy bandwidth", "bytes", 0.7),
-          _floor("GEMM-shaped kernels, of the GEMM rate", "products", 0.85)]
+FLOORS = [
+    _floor("byte-shaped kernels, of the copy bandwidth", "bytes", 0.7),
+    _floor("GEMM-shaped kernels, of the GEMM rate", "products", 0.85),
+]

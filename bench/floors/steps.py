@@ -48,8 +48,7 @@ def model_over_gemms(timer):
 def _model_cycle(timer):
     """Rows of llama-60m's matrices over two gaps."""
     settings = optimizers.Settings(shapes.matrices("llama-60m"), RANK, torch.float32, 200, "cpu")
-    return optimizers.measure(settings, ("lowrank", "galore-torch"), timer, base="galore-torch", steps=2 * settings.gap,
-                              svd=True)
+    return optimizers.measure(settings, ("lowrank", "galore-torch"), timer, base="galore-torch", steps=2 * settings.gap, svd=True)
 
 
 def amortised(timer):
@@ -77,16 +76,20 @@ def extra_memory(timer):
 FLOORS = [
     Floor(f"galore_step over its two bare GEMMs, {HERE}", "<= 1.15x", 1.15, over_gemms("galore_step"), False),
     Floor(f"frugal_step over its three bare GEMMs, {HERE}", "<= 1.15x", 1.15, over_gemms("frugal_step"), False),
-    Floor(f"GaLoreAdamW step against galore-torch, {HERE}", ">= 1.8x faster", 1.8, steady_step("lowrank", "galore-torch"),
-          True),
-    Floor(f"GaLoreAdamW step with int8 products against galore-torch, {HERE}", ">= 3.5x faster", 3.5,
-          steady_step("lowrank-int8", "galore-torch"), True, narrow=1.8),
-    Floor(f"APOLLOAdamW step against apollo-torch, {HERE}", ">= 2.3x faster", 2.3, steady_step("apollo", "apollo-torch"),
-          True),
-    Floor(f"GaLoreAdamW on llama-60m's 56 matrices over their bare GEMMs, r = {RANK}, fp32", "<= 1.15x", 1.15,
-          model_over_gemms, False),
-    Floor("GaLoreAdamW on llama-60m, amortised over a gap of 200, against galore-torch", ">= 1.4x faster", 1.4, amortised,
-          True),
+    Floor(f"GaLoreAdamW step against galore-torch, {HERE}", ">= 1.8x faster", 1.8, steady_step("lowrank", "galore-torch"), True),
+    Floor(
+        f"GaLoreAdamW step with int8 products against galore-torch, {HERE}",
+        ">= 3.5x faster",
+        3.5,
+        steady_step("lowrank-int8", "galore-torch"),
+        True,
+        narrow=1.8,
+    ),
+    Floor(f"APOLLOAdamW step against apollo-torch, {HERE}", ">= 2.3x faster", 2.3, steady_step("apollo", "apollo-torch"), True),
+    Floor(
+        f"GaLoreAdamW on llama-60m's 56 matrices over their bare GEMMs, r = {RANK}, fp32", "<= 1.15x", 1.15, model_over_gemms, False
+    ),
+    Floor("GaLoreAdamW on llama-60m, amortised over a gap of 200, against galore-torch", ">= 1.4x faster", 1.4, amortised, True),
     Floor("GaLoreAdamW on llama-60m, worst step over the median", "<= 2x", 2.0, worst_step, False),
     Floor("memory a step holds beyond the state, of an m x n matrix", "< 50%", 0.5, extra_memory, False, "{:.1%}", speed=False),
     Floor("overhead of a step a matrix, llama-7b's 224 weights", "<= 25 µs", 25.0, overhead, False, "{:.1f} µs"),

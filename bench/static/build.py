@@ -33,7 +33,7 @@ class Build(NamedTuple):
     @property
     def tensor_cores(self):
         """Names of the tensor-core instructions."""
-        return sorted({name for name in re.findall(TENSOR_CORE, self.sass)})
+        return sorted(set(re.findall(TENSOR_CORE, self.sass)))
 
     def wide(self, instruction):
         """How many of `instruction` (LDG, LDGSTS, STG) move 16 bytes."""
@@ -62,9 +62,11 @@ def compile_triton(module, name, types, constants, options, *, arch, sizes):
     constants = constants | dict.fromkeys(baked, 1)
     multiples = ["chunk", *([*shape, "width"] if sizes in ("aligned", "row") else [])]
     # An argument by its index, an entry of a tuple by that of both.
-    places = {(names.index(argument), *([i] if isinstance(type_, tuple) else [])): (argument, each)
-              for argument, type_ in types.items()
-              for i, each in enumerate(type_ if isinstance(type_, tuple) else (type_,))}
+    places = {
+        (names.index(argument), *([i] if isinstance(type_, tuple) else [])): (argument, each)
+        for argument, type_ in types.items()
+        for i, each in enumerate(type_ if isinstance(type_, tuple) else (type_,))
+    }
     divisible = [place for place, (argument, each) in places.items() if each.startswith("*") or argument in multiples]
     source = ASTSource(
         fn=kernel,
@@ -80,8 +82,15 @@ def compile_triton(module, name, types, constants, options, *, arch, sizes):
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
         sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
     used = resources(usage)
-    return Build(compiled.metadata.shared, 32 * options["num_warps"], used["REG"], used["STACK"], used["LOCAL"], sass,
-                 compiled.metadata.tmem_size)
+    return Build(
+        compiled.metadata.shared,
+        32 * options["num_warps"],
+        used["REG"],
+        used["STACK"],
+        used["LOCAL"],
+        sass,
+        compiled.metadata.tmem_size,
+    )
 
 
 @contextlib.contextmanager

@@ -40,8 +40,12 @@ def occupancy(arch, *, registers, shared, threads):
     """
     limits = LIMITS[arch]
     warps = up(threads, 32) // 32
-    resident = [limits.blocks, limits.threads // threads, REGISTERS // up(32 * registers, 256) // 4 * 4 // warps,
-                limits.shared * 1024 // (up(shared, 128) + RESERVED)]
+    resident = [
+        limits.blocks,
+        limits.threads // threads,
+        REGISTERS // up(32 * registers, 256) // 4 * 4 // warps,
+        limits.shared * 1024 // (up(shared, 128) + RESERVED),
+    ]
     if shared > limits.block * 1024:
         return 0.0
     return min(resident) * threads / limits.threads

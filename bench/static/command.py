@@ -13,11 +13,11 @@ SUMMARY = "compile every kernel for every architecture, with no GPU: resources, 
 
 
 def add_arguments(parser):
-    parser.add_argument("--op", nargs="+", metavar="NAME",
-                        help="kernels and ops whose names contain one of these (default: all)")
+    parser.add_argument("--op", nargs="+", metavar="NAME", help="kernels and ops whose names contain one of these (default: all)")
     parser.add_argument("--arch", nargs="+", type=int, metavar="A", help="compute capabilities, as in 80 90 (default: all)")
-    parser.add_argument("--shape", type=shapes.parse_shape, default=(4096, 4096), metavar="MxN",
-                        help="of the rooflines (default: 4096x4096)")
+    parser.add_argument(
+        "--shape", type=shapes.parse_shape, default=(4096, 4096), metavar="MxN", help="of the rooflines (default: 4096x4096)"
+    )
     parser.add_argument("--rank", type=shapes.positive, default=128, metavar="R", help="default: 128")
     parser.add_argument("--dtype", choices=shapes.DTYPES, default="bf16", help="default: bf16")
     report.add_output_arguments(parser)
@@ -31,11 +31,21 @@ def facts_of(kernel, configuration, arch, build, variant):
     """One row of the first table."""
     from lowrank_sys.bench.static import cards
 
-    return {"table": "builds", "kernel": kernel, "configuration": configuration, "arch": arch, "variant": variant,
-            "threads": build.threads, "registers": build.registers, "shared_bytes": build.shared,
-            "spilled_bytes": build.stack + build.local, "tensor_cores": " ".join(build.tensor_cores) or None,
-            "wide_loads": build.wide("LDG") + build.wide("LDGSTS"), "wide_stores": build.wide("STG"),
-            "occupancy": cards.occupancy(arch, registers=build.registers, shared=build.shared, threads=build.threads)}
+    return {
+        "table": "builds",
+        "kernel": kernel,
+        "configuration": configuration,
+        "arch": arch,
+        "variant": variant,
+        "threads": build.threads,
+        "registers": build.registers,
+        "shared_bytes": build.shared,
+        "spilled_bytes": build.stack + build.local,
+        "tensor_cores": " ".join(build.tensor_cores) or None,
+        "wide_loads": build.wide("LDG") + build.wide("LDGSTS"),
+        "wide_stores": build.wide("STG"),
+        "occupancy": cards.occupancy(arch, registers=build.registers, shared=build.shared, threads=build.threads),
+    }
 
 
 def triton_rows(args, progress):
@@ -86,8 +96,16 @@ def roofline_rows(args):
             continue
         case = Case(name, m, n, args.rank, dtype, True, "cpu")
         moved, flop = op.traffic(case), op.flop(case)
-        row = {"table": "rooflines", "op": name, "shape": f"{m}x{n}", "rank": args.rank if op.ranked else None,
-               "dtype": args.dtype, "bytes": moved, "flop": flop, "besides": op.other or None}
+        row = {
+            "table": "rooflines",
+            "op": name,
+            "shape": f"{m}x{n}",
+            "rank": args.rank if op.ranked else None,
+            "dtype": args.dtype,
+            "bytes": moved,
+            "flop": flop,
+            "besides": op.other or None,
+        }
         for card in cards.CARDS:
             seconds, bound = cards.roofline(cards.CARDS[card], dtype, moved, flop)
             row |= {f"{card} computed_s": seconds, f"{card} bound": bound}
@@ -115,9 +133,13 @@ def roofline_columns():
     def of(card):
         return lambda row: f"{report.seconds(row[f'{card} computed_s'])} {row[f'{card} bound']}"
 
-    return [("op", lambda row: row["op"]), ("bytes", lambda row: report.size(row["bytes"])),
-            ("GFLOP", lambda row: report.number(row["flop"] / 1e9)), *((card, of(card)) for card in cards.CARDS),
-            ("not counted", lambda row: row["besides"] or "")]
+    return [
+        ("op", lambda row: row["op"]),
+        ("bytes", lambda row: report.size(row["bytes"])),
+        ("GFLOP", lambda row: report.number(row["flop"] / 1e9)),
+        *((card, of(card)) for card in cards.CARDS),
+        ("not counted", lambda row: row["besides"] or ""),
+    ]
 
 
 def run(args):
@@ -141,8 +163,11 @@ def run(args):
     rooflines = list(roofline_rows(args))
     if rooflines:
         m, n = args.shape
-        out.table(f"rooflines of {m}x{n}, r = {args.rank}, {args.dtype}: computed from published figures, not measured",
-                  roofline_columns(), rooflines)
+        out.table(
+            f"rooflines of {m}x{n}, r = {args.rank}, {args.dtype}: computed from published figures, not measured",
+            roofline_columns(),
+            rooflines,
+        )
     out.write()
     return 0
 

@@ -21,16 +21,23 @@ def basis_tensors(types, variant):
 
 
 def project_calls(kind):
-    variants = [f"{seed}{squares}{split}" for seed in SEEDS for split in ("", "+split")
-                for squares in (("", "+squares") if seed == "key" else ("",))]  # only a step asks for them
+    variants = [
+        f"{seed}{squares}{split}"
+        for seed in SEEDS
+        for split in ("", "+split")
+        for squares in (("", "+squares") if seed == "key" else ("",))
+    ]  # only a step asks for them
     return list(itertools.product(((dtype,) for dtype in FLOATS), variants))
 
 
 def project_tensors(types, variant):
-    return ({"grad": f"*{types[0]}", "out": "*fp32"} | numbers(variant)
-            | ({"key": "*i64", "scalars": "*fp32"} if "key" in variant else {})
-            | ({"squares": "*fp32"} if "squares" in variant else {})
-            | ({"partials": "*fp32", "counters": "*i32"} if "split" in variant else {}))
+    return (
+        {"grad": f"*{types[0]}", "out": "*fp32"}
+        | numbers(variant)
+        | ({"key": "*i64", "scalars": "*fp32"} if "key" in variant else {})
+        | ({"squares": "*fp32"} if "squares" in variant else {})
+        | ({"partials": "*fp32", "counters": "*i32"} if "split" in variant else {})
+    )
 
 
 def back_project_tensors(types, variant):
@@ -43,13 +50,20 @@ def without_key(kind):
 
 KERNELS = {
     "gaussian_basis": Kernel(
-        gaussian.gaussian_basis_kernel, lambda arch: {("any", 0): configs.GAUSSIAN_BASIS}, without_key, basis_tensors,
-        product=False),
+        gaussian.gaussian_basis_kernel, lambda arch: {("any", 0): configs.GAUSSIAN_BASIS}, without_key, basis_tensors, product=False
+    ),
     "gaussian_project": Kernel(
         gaussian.gaussian_project_kernel,
         lambda arch: {(32, rank): config for rank, config in configs.gaussian_project(arch).items()},
-        project_calls, project_tensors, sizes=PRODUCT),
+        project_calls,
+        project_tensors,
+        sizes=PRODUCT,
+    ),
     "gaussian_back_project": Kernel(
-        gaussian.gaussian_back_project_kernel, lambda arch: {(32, 0): configs.GAUSSIAN_BACK_PROJECT}, without_key,
-        back_project_tensors, sizes=PRODUCT),
+        gaussian.gaussian_back_project_kernel,
+        lambda arch: {(32, 0): configs.GAUSSIAN_BACK_PROJECT},
+        without_key,
+        back_project_tensors,
+        sizes=PRODUCT,
+    ),
 }

@@ -10,8 +10,11 @@ SMALLEST, DEFAULT = 32, 256  # groups
 def calls(kind):
     if kind == "odd":  # the smallest group cuts the tile
         return [((dtype,), f"{way}+small") for dtype in FLOATS for way in ("forward", "back", "forward+split", "back+split")]
-    return [((dtype,), way) for dtype in ({16: ("bf16", "fp16"), 32: ("fp32",)}[kind])
-            for way in ("forward", "back", "forward+split", "back+split")]
+    return [
+        ((dtype,), way)
+        for dtype in ({16: ("bf16", "fp16"), 32: ("fp32",)}[kind])
+        for way in ("forward", "back", "forward+split", "back+split")
+    ]
 
 
 def always(kind, tokens):
@@ -38,6 +41,14 @@ def rows(arch):
 
 
 KERNELS = {
-    "int8_linear": Kernel(int8_linear_kernel, rows, calls, tensors, always=always, constants=constants, limit="t",
-                          sizes={16: ("aligned",), 32: ("aligned",), "odd": ("odd",)}),
+    "int8_linear": Kernel(
+        int8_linear_kernel,
+        rows,
+        calls,
+        tensors,
+        always=always,
+        constants=constants,
+        limit="t",
+        sizes={16: ("aligned",), 32: ("aligned",), "odd": ("odd",)},
+    )
 }

@@ -10,8 +10,11 @@ def project_calls(kind):
 
 
 def project_tensors(types, variant):
-    return ({"grad": f"*{types[0]}", "codes": "*i8", "scale": "*fp32", "out": "*fp32"} | (MOMENTS if "step" in variant else {})
-            | ({"partials": "*fp32", "counters": "*i32"} if "split" in variant else {}))
+    return (
+        {"grad": f"*{types[0]}", "codes": "*i8", "scale": "*fp32", "out": "*fp32"}
+        | (MOMENTS if "step" in variant else {})
+        | ({"partials": "*fp32", "counters": "*i32"} if "split" in variant else {})
+    )
 
 
 def back_project_tensors(types, variant):
@@ -21,15 +24,26 @@ def back_project_tensors(types, variant):
 
 KERNELS = {
     "quantize_int8_operand": Kernel(
-        int8_gemm.quantize_kernel, lambda arch: {("any", depth): configs.quantize_int8(depth) for depth in (256,)},
+        int8_gemm.quantize_kernel,
+        lambda arch: {("any", depth): configs.quantize_int8(depth) for depth in (256,)},
         lambda kind: [((x,), way) for x in FLOATS for way in ("columns", "rows")],
         lambda types, variant: {"x": f"*{types[0]}", "codes": "*i8", "scale": "*fp32"},
-        constants=lambda variant, config: {"COLUMNS": variant == "columns"}, product=False),
+        constants=lambda variant, config: {"COLUMNS": variant == "columns"},
+        product=False,
+    ),
     "project_int8": Kernel(
-        int8_gemm.project_int8_kernel, lambda arch: {(kind, 0): config for kind, config in configs.PROJECT_INT8.items()},
-        project_calls, project_tensors, sizes={"aligned": ("aligned",)}, own=False),
+        int8_gemm.project_int8_kernel,
+        lambda arch: {(kind, 0): config for kind, config in configs.PROJECT_INT8.items()},
+        project_calls,
+        project_tensors,
+        sizes={"aligned": ("aligned",)},
+        own=False,
+    ),
     "back_project_int8_gemm": Kernel(
-        int8_gemm.back_project_int8_gemm_kernel, lambda arch: {("any", 0): configs.BACK_PROJECT_INT8_GEMM},
+        int8_gemm.back_project_int8_gemm_kernel,
+        lambda arch: {("any", 0): configs.BACK_PROJECT_INT8_GEMM},
         lambda kind: [((param,), variant) for param in FLOATS for variant in ("plain", "step", "step+counted")],
-        back_project_tensors, own=False),
+        back_project_tensors,
+        own=False,
+    ),
 }

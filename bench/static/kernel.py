@@ -1,7 +1,8 @@
 """A Triton kernel as the compile lane knows it, and one build of it."""
 
 import itertools
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from lowrank_sys.kernels import configs
 
@@ -71,10 +72,22 @@ class Case(NamedTuple):
         runtime |= {name: (runtime[name],) * self.together for name in kernel.each if name in runtime}
         config = dict(kernel.rows(self.arch)[self.row.kind, self.row.rank])
         options = {name: config.pop(name) for name in ("num_warps", "num_stages")} | configs.OPTIONS
-        constants = {"LEFT": self.left, "STEP": "step" in self.variant, "PRECISION": self.precision, **config,
-                     **kernel.constants(self.variant, config)}
-        return {"module": kernel.function.__module__, "name": kernel.function.__name__, "types": runtime,
-                "constants": constants, "options": options, "arch": self.arch, "sizes": self.sizes}
+        constants = {
+            "LEFT": self.left,
+            "STEP": "step" in self.variant,
+            "PRECISION": self.precision,
+            **config,
+            **kernel.constants(self.variant, config),
+        }
+        return {
+            "module": kernel.function.__module__,
+            "name": kernel.function.__name__,
+            "types": runtime,
+            "constants": constants,
+            "options": options,
+            "arch": self.arch,
+            "sizes": self.sizes,
+        }
 
 
 def variants(arch, row, kernel):
@@ -82,16 +95,20 @@ def variants(arch, row, kernel):
     sizes = {"odd": ("odd", "ones"), "any": EVERY_SIZE} | kernel.sizes
     sizes = sizes.get(row.kind, ("aligned", "row"))
     precisions = ["tf32x3", "tf32"] if row.kind in (32, "odd") else ["tf32x3"]
-    return [Case(arch, row, left, tuple(types), variant, size, precision, together)
-            for left, (types, variant), size, precision in itertools.product(sides(kernel), kernel.calls(row.kind), sizes,
-                                                                              precisions)
-            for together in ((1, configs.MOST) if kernel.each and "step" in variant else (1,))]
+    return [
+        Case(arch, row, left, tuple(types), variant, size, precision, together)
+        for left, (types, variant), size, precision in itertools.product(sides(kernel), kernel.calls(row.kind), sizes, precisions)
+        for together in ((1, configs.MOST) if kernel.each and "step" in variant else (1,))
+    ]
 
 
 def always(arch, row, kernel):
     """Builds that every architecture must have: left alone, right with several matrices in the launch."""
-    return [Case(arch, row, left, tuple(types), variant, "aligned", "tf32x3", 1 if left or not kernel.each else configs.MOST)
-            for left in sides(kernel) for types, variant in kernel.always(row.kind, row.rank)]
+    return [
+        Case(arch, row, left, tuple(types), variant, "aligned", "tf32x3", 1 if left or not kernel.each else configs.MOST)
+        for left in sides(kernel)
+        for types, variant in kernel.always(row.kind, row.rank)
+    ]
 
 
 def sides(kernel):

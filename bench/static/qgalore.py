@@ -29,35 +29,51 @@ def back_calls(kind):
 
 
 def back_tensors(types, variant):
-    basis = ({"basis": ("*u8",), "scale": ("*fp32",), "offset": ("*fp32",)} if "int4" in variant else {"basis": (f"*{types[1]}",)})
-    return (WEIGHT | STREAM | basis | {"low_rank": f"*{types[0]}"} | ({"skipped": "*i64"} if "counted" in variant else {}))
+    basis = {"basis": ("*u8",), "scale": ("*fp32",), "offset": ("*fp32",)} if "int4" in variant else {"basis": (f"*{types[1]}",)}
+    return WEIGHT | STREAM | basis | {"low_rank": f"*{types[0]}"} | ({"skipped": "*i64"} if "counted" in variant else {})
 
 
 def back_constants(variant, config):
     blocks = configs.back_project_int8_config(config["KIND"], RANK, group_of(variant))
-    return ({name: value for name, value in blocks.items() if name.startswith("BLOCK")}
-            | {"GROUP": DEFAULT if "int4" in variant else 0, "INT8_GROUP": group_of(variant), "ALIGNED": "alone" not in variant})
+    return {name: value for name, value in blocks.items() if name.startswith("BLOCK")} | {
+        "GROUP": DEFAULT if "int4" in variant else 0,
+        "INT8_GROUP": group_of(variant),
+        "ALIGNED": "alone" not in variant,
+    }
 
 
 def scaled_tensors(types, variant):
-    return WEIGHT | STREAM | {"grad": f"*{types[0]}", "coefficients": "*fp32"} | ({"skipped": "*i64"} if "counted" in variant else {})
+    return (
+        WEIGHT | STREAM | {"grad": f"*{types[0]}", "coefficients": "*fp32"} | ({"skipped": "*i64"} if "counted" in variant else {})
+    )
 
 
 def scaled_constants(variant, config):
     blocks = configs.scaled_int8(group_of(variant))
-    return ({name: value for name, value in blocks.items() if name.startswith("BLOCK")}
-            | {"INT8_GROUP": group_of(variant), "ALIGNED": "alone" not in variant})
+    return {name: value for name, value in blocks.items() if name.startswith("BLOCK")} | {
+        "INT8_GROUP": group_of(variant),
+        "ALIGNED": "alone" not in variant,
+    }
 
 
 KERNELS = {
     "back_project_int8": Kernel(
         qgalore.back_project_int8_kernel,
-        lambda arch: {(kind, 0): configs.back_project_int8_config(kind, RANK, DEFAULT) | {"KIND": kind}
-                      for kind in configs.BACK_PROJECT_INT8},
-        back_calls, back_tensors, own=False, constants=back_constants,
-        always=lambda kind, rank: [(("fp32", "fp32"), "step+counted+int4")] if kind == 32 else []),
+        lambda arch: {
+            (kind, 0): configs.back_project_int8_config(kind, RANK, DEFAULT) | {"KIND": kind} for kind in configs.BACK_PROJECT_INT8
+        },
+        back_calls,
+        back_tensors,
+        own=False,
+        constants=back_constants,
+        always=lambda kind, rank: [(("fp32", "fp32"), "step+counted+int4")] if kind == 32 else [],
+    ),
     "scaled_int8": Kernel(
-        apollo_int8.scaled_int8_kernel, lambda arch: {("any", 0): configs.scaled_int8(DEFAULT)},
+        apollo_int8.scaled_int8_kernel,
+        lambda arch: {("any", 0): configs.scaled_int8(DEFAULT)},
         lambda kind: [((dtype,), word) for dtype in FLOATS for word in words(kind) if "step" in word],
-        scaled_tensors, product=False, constants=scaled_constants),
+        scaled_tensors,
+        product=False,
+        constants=scaled_constants,
+    ),
 }

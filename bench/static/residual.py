@@ -34,18 +34,20 @@ def residual_calls(*variants):
 
 
 def residual_tensors(types, variant):
-    return (scaled_tensors(types, variant)
-            | {"basis": f"*{types[2]}", "low_rank": "*fp32", "low_rank_grad": "*fp32"})
+    return scaled_tensors(types, variant) | {"basis": f"*{types[2]}", "low_rank": "*fp32", "low_rank_grad": "*fp32"}
 
 
 def scaled_tensors(types, variant):
-    return ({"param": f"*{types[0]}", "grad": f"*{types[1]}", "scalars": "*fp32", "scale": "fp32", "residual_scale": "fp32"}
-            | ({"coefficients": "*fp32"} if "limited" in variant else {})
-            | ({"skipped": "*i64"} if "counted" in variant else {}))
+    return (
+        {"param": f"*{types[0]}", "grad": f"*{types[1]}", "scalars": "*fp32", "scale": "fp32", "residual_scale": "fp32"}
+        | ({"coefficients": "*fp32"} if "limited" in variant else {})
+        | ({"skipped": "*i64"} if "counted" in variant else {})
+    )
 
 
 def rule(number):
     """Constants of a rule; the depth of the tile is that of the launcher."""
+
     def constants(variant, config):
         block = configs.residual_config(number, SMALL)["BLOCK_R"] if "small" in variant else config["BLOCK_R"]
         return {"RULE": number, "CORRECTED": "limited" in variant, "BLOCK_R": block}
@@ -59,21 +61,42 @@ def rows(number, kind):
 
 KERNELS = {
     "ratio": Kernel(
-        residual.ratio_kernel, lambda arch: {("any", 0): configs.ADAM},
+        residual.ratio_kernel,
+        lambda arch: {("any", 0): configs.ADAM},
         lambda kind: [((), variant) for variant in RATIO_CALLS],
-        ratio_tensors, product=False),
+        ratio_tensors,
+        product=False,
+    ),
     "coefficient": Kernel(
-        residual.coefficient_kernel, lambda arch: {("any", 0): configs.COEFFICIENT},
+        residual.coefficient_kernel,
+        lambda arch: {("any", 0): configs.COEFFICIENT},
         lambda kind: [((), variant) for variant in ("channel", "channel+limiter", "tensor", "tensor+limiter")],
-        coefficient_tensors, product=False, constants=lambda variant, config: {"PER_TENSOR": "tensor" in variant}),
+        coefficient_tensors,
+        product=False,
+        constants=lambda variant, config: {"PER_TENSOR": "tensor" in variant},
+    ),
     "residual_scaled": Kernel(
-        residual.residual_kernel, rows(residual.SCALED.value, "any"),
-        lambda kind: list(itertools.product(itertools.product(FLOATS, repeat=2), LIMITED)), scaled_tensors, product=False,
-        constants=rule(residual.SCALED.value)),
+        residual.residual_kernel,
+        rows(residual.SCALED.value, "any"),
+        lambda kind: list(itertools.product(itertools.product(FLOATS, repeat=2), LIMITED)),
+        scaled_tensors,
+        product=False,
+        constants=rule(residual.SCALED.value),
+    ),
     "residual_combined": Kernel(
-        residual.residual_kernel, rows(residual.COMBINED.value, 32), residual_calls(*LIMITED, *PLAIN), residual_tensors,
-        constants=rule(residual.COMBINED.value), sizes={32: EVERY_SIZE}),
+        residual.residual_kernel,
+        rows(residual.COMBINED.value, 32),
+        residual_calls(*LIMITED, *PLAIN),
+        residual_tensors,
+        constants=rule(residual.COMBINED.value),
+        sizes={32: EVERY_SIZE},
+    ),
     "residual_signed": Kernel(
-        residual.residual_kernel, rows(residual.SIGNED.value, 32), residual_calls(*PLAIN), residual_tensors,
-        constants=rule(residual.SIGNED.value), sizes={32: EVERY_SIZE}),
+        residual.residual_kernel,
+        rows(residual.SIGNED.value, 32),
+        residual_calls(*PLAIN),
+        residual_tensors,
+        constants=rule(residual.SIGNED.value),
+        sizes={32: EVERY_SIZE},
+    ),
 }

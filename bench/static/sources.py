@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-
 from lowrank_sys.bench.static import cards
 from lowrank_sys.bench.static.build import TOOLS, Build, resources
 from lowrank_sys.bench.static.cases import ARCHS
@@ -32,10 +31,14 @@ class Wide(NamedTuple):
 # A source of csrc/cuda -> its kernels that move many bytes.
 WIDE = {
     "adamw.cu": [Wide("5adamwI", 9, loads=4, stores=4)],
-    "blockwise.cu": [Wide("4adamI", 9, loads=2, stores=1), Wide("13low_rank_adamIf", 1, loads=2, stores=1),
-                     Wide("13low_rank_adamIN", 2, loads=2, stores=0),
-                     Wide("8quantizeI", 6, loads=1, stores=0), Wide("10dequantizeI", 2, loads=0, stores=1),
-                     Wide("4markE", 1, loads=2, stores=0)],
+    "blockwise.cu": [
+        Wide("4adamI", 9, loads=2, stores=1),
+        Wide("13low_rank_adamIf", 1, loads=2, stores=1),
+        Wide("13low_rank_adamIN", 2, loads=2, stores=0),
+        Wide("8quantizeI", 6, loads=1, stores=0),
+        Wide("10dequantizeI", 2, loads=0, stores=1),
+        Wide("4markE", 1, loads=2, stores=0),
+    ],
     "grass.cu": [Wide("10grass_leftILi4", 9, loads=2, stores=2)],
     "int4.cu": [],
     "int8.cu": [Wide("(6update|8quantize)ILi8", 6, loads=1, stores=0)],
@@ -99,8 +102,9 @@ def kernels(target, arch):
 def bounds(target, arch):
     """{mangled name: the threads of a block, by its __launch_bounds__}."""
     sections = _functions(run(tool("cuobjdump"), "-elf", "-arch", f"sm_{arch}", target), r"\.nv\.info\.(\w+)\n")
-    found = {name: re.search(r"EIATTR_MAX_THREADS\s.*?Value:\s+0x(\w+) 0x(\w+) 0x(\w+)", text, re.S)
-             for name, text in sections.items()}
+    found = {
+        name: re.search(r"EIATTR_MAX_THREADS\s.*?Value:\s+0x(\w+) 0x(\w+) 0x(\w+)", text, re.S) for name, text in sections.items()
+    }
     return {name: math.prod(int(size, 16) for size in match.groups()) for name, match in found.items() if match}
 
 

@@ -12,15 +12,21 @@ MIXED = [("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "fp32"),
 
 def rows_of(kernel):
     """The rows of `kernel` in the tables of `configs`."""
+
     def rows(arch):
-        return {(kind, rank): config for (name, kind), ranks in configs.TABLES[arch].items() if name == kernel
-                for rank, config in ranks.items()}
+        return {
+            (kind, rank): config
+            for (name, kind), ranks in configs.TABLES[arch].items()
+            if name == kernel
+            for rank, config in ranks.items()
+        }
 
     return rows
 
 
 def in_one_type(count, variant):
     """`always` for a step at r = 128: every argument given, in one type throughout, and with a basis in INT4."""
+
     def calls(kind, rank):
         if rank != 128:
             return []
@@ -41,20 +47,22 @@ def group(variant, config):
 
 def project_calls(kind):
     types = {16: SAME, 32: MIXED, "odd": SAME + MIXED}[kind]
-    calls = list(itertools.product(types, ("step", "step+split", "plain", "plain+split",
-                                          "plain+squares", "plain+squares+split")))
+    calls = list(itertools.product(types, ("step", "step+split", "plain", "plain+split", "plain+squares", "plain+squares+split")))
     # An INT4 basis counts as fp32.
-    return calls + [(pair, f"{variant}+int4") for pair, variant in calls
-                    if pair[1] == "fp32" and "squares" not in variant]
+    return calls + [(pair, f"{variant}+int4") for pair, variant in calls if pair[1] == "fp32" and "squares" not in variant]
 
 
 def project_tensors(types, variant):
     # The update has the basis' type; R itself is fp32.
     stepping = "step" in variant
-    return ({"grad": f"*{types[0]}", "out": f"*{types[1]}" if stepping else "*fp32"} | basis(types[1], variant)
-            | (MOMENTS if stepping else {}) | ({"partials": "*fp32", "counters": "*i32"} if "split" in variant else {})
-            # Only a step that keeps R asks for its channels' squares.
-            | ({"squares": "*fp32", "scalars": "*fp32"} if "squares" in variant else {}))
+    return (
+        {"grad": f"*{types[0]}", "out": f"*{types[1]}" if stepping else "*fp32"}
+        | basis(types[1], variant)
+        | (MOMENTS if stepping else {})
+        | ({"partials": "*fp32", "counters": "*i32"} if "split" in variant else {})
+        # Only a step that keeps R asks for its channels' squares.
+        | ({"squares": "*fp32", "scalars": "*fp32"} if "squares" in variant else {})
+    )
 
 
 def back_project_calls(kind):
@@ -75,26 +83,48 @@ def back_project_tensors(types, variant):
 def scalars_tensors(types, variant):
     """Steps are fp32 counters or what a caller counts in; only random bits ask for numbers."""
     numbers = dict.fromkeys(("log_beta1", "log_beta2", "weight_decay", "scale"), "fp32")
-    return ({"steps": f"*{types[0]}", "lr": f"*{types[1]}", "rows": "*fp32", "count": "i32"} | numbers
-            | ({"draws": "*i64"} if "draws" in variant else {})
-            | ({"grad_scale": "*fp32", "found_inf": "*fp32"} if "guarded" in variant else {}))
+    return (
+        {"steps": f"*{types[0]}", "lr": f"*{types[1]}", "rows": "*fp32", "count": "i32"}
+        | numbers
+        | ({"draws": "*i64"} if "draws" in variant else {})
+        | ({"grad_scale": "*fp32", "found_inf": "*fp32"} if "guarded" in variant else {})
+    )
 
 
 KERNELS = {
     "scalars": Kernel(
-        scalars.scalars_kernel, lambda arch: {("any", 0): configs.SCALARS},
+        scalars.scalars_kernel,
+        lambda arch: {("any", 0): configs.SCALARS},
         lambda kind: list(itertools.product([("fp32", "fp32"), ("i64", "fp64")], ("plain", "draws", "advance+guarded+draws"))),
-        scalars_tensors, product=False, sizes={"any": ("aligned",)},
-        constants=lambda variant, config: {"ADVANCE": "advance" in variant}),
+        scalars_tensors,
+        product=False,
+        sizes={"any": ("aligned",)},
+        constants=lambda variant, config: {"ADVANCE": "advance" in variant},
+    ),
     "project": Kernel(
-        project.project_kernel, rows_of("project"), project_calls, project_tensors,
-        always=in_one_type(2, "step+split"), constants=group,
-        each=("grad", "basis", "scale", "offset", "out", "exp_avg", "exp_avg_sq")),
+        project.project_kernel,
+        rows_of("project"),
+        project_calls,
+        project_tensors,
+        always=in_one_type(2, "step+split"),
+        constants=group,
+        each=("grad", "basis", "scale", "offset", "out", "exp_avg", "exp_avg_sq"),
+    ),
     "back_project": Kernel(
-        back_project.back_project_kernel, rows_of("back_project"), back_project_calls, back_project_tensors,
-        always=in_one_type(3, "step+counted"), constants=group, each=("param", "low_rank", "basis", "scale", "offset")),
+        back_project.back_project_kernel,
+        rows_of("back_project"),
+        back_project_calls,
+        back_project_tensors,
+        always=in_one_type(3, "step+counted"),
+        constants=group,
+        each=("param", "low_rank", "basis", "scale", "offset"),
+    ),
     "adam": Kernel(
-        adam.adam_kernel, lambda arch: {("any", 0): configs.ADAM}, lambda kind: [((out,), "step") for out in FLOATS],
+        adam.adam_kernel,
+        lambda arch: {("any", 0): configs.ADAM},
+        lambda kind: [((out,), "step") for out in FLOATS],
         lambda types, variant: {"low_rank_grad": "*fp32", "out": f"*{types[0]}"} | MOMENTS,
-        each=("low_rank_grad", "out", "exp_avg", "exp_avg_sq"), product=False),
+        each=("low_rank_grad", "out", "exp_avg", "exp_avg_sq"),
+        product=False,
+    ),
 }

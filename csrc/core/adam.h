@@ -20,10 +20,14 @@ LR_BEGIN
 LR_HD float bias_correction(double beta, double step) { return float(-expm1(step * log(beta))); }
 
 LR_HD AdamStep adam_step(double beta1, double beta2, double eps, double weight_decay, double scale, double lr, double step) {
-  return {float(beta1),     float(beta2),
-          float(1 - beta1), float(1 - beta2),
-          bias_correction(beta1, step), bias_correction(beta2, step),
-          float(eps),       float(1 - lr * weight_decay),
+  return {float(beta1),
+          float(beta2),
+          float(1 - beta1),
+          float(1 - beta2),
+          bias_correction(beta1, step),
+          bias_correction(beta2, step),
+          float(eps),
+          float(1 - lr * weight_decay),
           float(-lr * scale)};
 }
 

@@ -35,9 +35,8 @@ struct IntoWeights {
   LR_HD void put(int lane, const float* g, const float* update, const AdamStep& s) const {
     W old[V];
     load_each<V>(w + lane, [&](int e, W element) { old[e] = element; });
-    store_each<V>(w + lane, [&](int e) {
-      return choose(usable(g[e]), from_float<W>(apply_update(to_float(old[e]), update[e], s)), old[e]);
-    });
+    store_each<V>(w + lane,
+                  [&](int e) { return choose(usable(g[e]), from_float<W>(apply_update(to_float(old[e]), update[e], s)), old[e]); });
   }
 };
 
@@ -87,8 +86,8 @@ LR_HD float adam_8bit_element(float g, float& m, float& v, const AdamStep& s) {
 
 // Decodes both moments of a block, advances them by the owned gradients g and encodes them again.
 template <int V, class Block>
-LR_HD void advance_moments(const Block& block, const Codebooks& books, const Moments8bit& moments, const float* g,
-                           float* update, int owned, const AdamStep& s) {
+LR_HD void advance_moments(const Block& block, const Codebooks& books, const Moments8bit& moments, const float* g, float* update,
+                           int owned, const AdamStep& s) {
   float m[kOwned<Block>] = {}, v[kOwned<Block>] = {};
   decode_block<V>(block, books.m, moments.m, *moments.m_absmax, m, owned);
   decode_block<V>(block, books.v, moments.v, *moments.v_absmax, v, owned);

@@ -38,8 +38,7 @@ LR_HD int adamw_chunk(const Block& block, W* w, const G* g, float* m, float* v, 
     }
   }
   LR_SIMD_SUM(skipped)
-  for (int i = whole + block.tid; i < n; i += Block::threads)
-    skipped += adamw_element(w[i], g[i], m[i], v[i], grad_scale, s);
+  for (int i = whole + block.tid; i < n; i += Block::threads) skipped += adamw_element(w[i], g[i], m[i], v[i], grad_scale, s);
   return skipped;
 }
 

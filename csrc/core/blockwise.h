@@ -62,9 +62,8 @@ LR_HD void encode_block(const Block& block, const Codebook<SIGNED>& book, const 
   const BlockScale scale = block_scale(max_threads(block, bits_float(bits)));
   if (block.tid == 0) *absmax = scale.absmax;
   for_owned<V, Block>(owned, [&](int k) {
-    store_each<V>(codes + lane_of<V>(block, k), [&](int e) {
-      return nearest_code(book, scale.inverse == 0.0f ? 0.0f : values[k + e] * scale.inverse);
-    });
+    store_each<V>(codes + lane_of<V>(block, k),
+                  [&](int e) { return nearest_code(book, scale.inverse == 0.0f ? 0.0f : values[k + e] * scale.inverse); });
   });
 }
 
@@ -81,21 +80,17 @@ template <int V, bool SIGNED, class Block, class X>
 LR_HD void quantize_block(const Block& block, const Codebook<SIGNED>& book, const X* x, uint8_t* codes, float* absmax, int n) {
   float values[kOwned<Block>];
   const int owned = owned_lanes<V>(block, n);
-  for_owned<V, Block>(owned, [&](int k) {
-    load_each<V>(x + lane_of<V>(block, k), [&](int e, X element) { values[k + e] = to_float(element); });
-  });
+  for_owned<V, Block>(
+      owned, [&](int k) { load_each<V>(x + lane_of<V>(block, k), [&](int e, X element) { values[k + e] = to_float(element); }); });
   encode_block<V>(block, book, values, codes, absmax, owned);
 }
 
 template <int V, bool SIGNED, class Block>
-LR_HD void dequantize_block(const Block& block, const Codebook<SIGNED>& book, const uint8_t* codes, float absmax, float* x,
-                            int n) {
+LR_HD void dequantize_block(const Block& block, const Codebook<SIGNED>& book, const uint8_t* codes, float absmax, float* x, int n) {
   float values[kOwned<Block>];
   const int owned = owned_lanes<V>(block, n);
   decode_block<V>(block, book, codes, absmax, values, owned);
-  for_owned<V, Block>(owned, [&](int k) {
-    store_each<V>(x + lane_of<V>(block, k), [&](int e) { return values[k + e]; });
-  });
+  for_owned<V, Block>(owned, [&](int k) { store_each<V>(x + lane_of<V>(block, k), [&](int e) { return values[k + e]; }); });
 }
 
 LR_END

@@ -139,8 +139,7 @@ LR_HD void quantize_int4_group(const Block& block, const B* basis, int64_t strid
 
 // The inverse: the same group and vectors to fp32 rows, `stride` apart.
 template <class Block>
-LR_HD void dequantize_int4_group(const Block& block, const Int4& from, float* basis, int64_t stride, int entries,
-                                 int vectors) {
+LR_HD void dequantize_int4_group(const Block& block, const Int4& from, float* basis, int64_t stride, int entries, int vectors) {
   using Tile = Int4Tile<Block>;
   const Tile tile(block, vectors);
   float scale[Tile::wide], offset[Tile::wide];

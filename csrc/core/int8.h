@@ -157,8 +157,7 @@ struct Int8Extent {
 };
 
 template <int V, bool VALUES, class Block, class G>
-LR_HD Int8Extent int8_extent(const Block& block, const int8_t* codes, const G* update, int n, float factor,
-                             Int8Update u) {
+LR_HD Int8Extent int8_extent(const Block& block, const int8_t* codes, const G* update, int n, float factor, Int8Update u) {
   uint32_t largest = 0, moved = 0;
   LR_SIMD_MAX(largest, moved)
   for (int i = block.tid * V; i < n; i += Block::threads * V) {
@@ -197,8 +196,7 @@ LR_HD void int8_round(const Block& block, int8_t* codes, const G* update, const 
 // The scale is kept while every value fits and the largest is at least half of the range; otherwise the group gets a new one.
 // A group in which nothing moves keeps its bytes. An element whose alpha * update or new value is not finite keeps its value.
 template <int V, class Block, class G, class Draw>
-LR_HD bool update_group(const Block& block, int8_t* codes, float* scale, const G* update, int n, Int8Update u,
-                        const Draw& draw) {
+LR_HD bool update_group(const Block& block, int8_t* codes, float* scale, const G* update, int n, Int8Update u, const Draw& draw) {
   const float old_scale = *scale, inverse = int8_inverse(old_scale);
   bool keep = inverse != 0.0f;
   if (keep) {

@@ -44,15 +44,13 @@ LR_HD int adam_columns(const Block& block, const float* r, float* m, float* v, f
 
 // The channel is one row of n elements; returns whether it was usable. x may be r.
 template <class Block>
-LR_HD bool adam_row(const Block& block, const float* r, float* m, float* v, float* x, int64_t n, float grad_scale,
-                    AdamStep s) {
+LR_HD bool adam_row(const Block& block, const float* r, float* m, float* v, float* x, int64_t n, float grad_scale, AdamStep s) {
   float bad = 0.0f;
   LR_SIMD_SUM(bad)
   for (int64_t i = block.tid; i < n; i += Block::threads) bad += usable(r[i] * grad_scale) ? 0.0f : 1.0f;
   const bool ok = sum_threads(block, bad) == 0.0f;
   LR_SIMD
-  for (int64_t i = block.tid; i < n; i += Block::threads)
-    low_rank_element(ok, r[i] * grad_scale, m[i], v[i], x[i], s);
+  for (int64_t i = block.tid; i < n; i += Block::threads) low_rank_element(ok, r[i] * grad_scale, m[i], v[i], x[i], s);
   return ok;
 }
 

@@ -93,8 +93,8 @@ LR_HD float sum_elements(const Block& block, int64_t n, const F& f) {
 
 // The channel is row c, of n elements; the pointers are the row's. Returns whether it was usable.
 template <class Block>
-LR_HD bool ratio_row(const Block& block, float* r, float* m, float* v, float* x, const ChannelSquares& squares, int64_t c, int64_t n,
-                     float grad_scale, AdamStep s) {
+LR_HD bool ratio_row(const Block& block, float* r, float* m, float* v, float* x, const ChannelSquares& squares, int64_t c,
+                     int64_t n, float grad_scale, AdamStep s) {
   const float r_sum = sum_elements(block, n, [=](int64_t i) {
     const float g = r[i] * grad_scale;
     r[i] = g;

@@ -56,8 +56,8 @@ int64_t run_adam(const Adam8bit& a, int64_t begin, int64_t end) {
         prefetch(w + i * kBlock, kBlock);
         prefetch(moments.m, kBlock);
         prefetch(moments.v, kBlock);
-        skipped += adam_8bit_block<1>(block, kBooks, g + i * kBlock, IntoWeights<W>{w + i * kBlock}, moments,
-                                      length(i, a.numel), a.grad_scale, a.step, EveryChannel{});
+        skipped += adam_8bit_block<1>(block, kBooks, g + i * kBlock, IntoWeights<W>{w + i * kBlock}, moments, length(i, a.numel),
+                                      a.grad_scale, a.step, EveryChannel{});
       }
       return skipped;
     });
@@ -75,8 +75,8 @@ void run_low_rank_adam(const LowRankAdam8bit& a, int64_t begin, int64_t end) {
     using X = typename decltype(type)::type;
     for (int64_t i = begin; i < end; ++i) {
       const auto run = [&](const auto& channels) {
-        adam_8bit_block<1>(block, kBooks, a.r + i * kBlock, IntoUpdate<X>{static_cast<X*>(a.x) + i * kBlock}, at_block(a.moments, i),
-                           length(i, a.rows * a.columns), a.grad_scale, a.step, channels);
+        adam_8bit_block<1>(block, kBooks, a.r + i * kBlock, IntoUpdate<X>{static_cast<X*>(a.x) + i * kBlock},
+                           at_block(a.moments, i), length(i, a.rows * a.columns), a.grad_scale, a.step, channels);
       };
       a.ok == nullptr ? run(EveryChannel{}) : run(channel_flags(a.ok, i * kBlock, a.columns, a.left));
     }

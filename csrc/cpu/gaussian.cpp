@@ -59,8 +59,8 @@ void run_rows(const Matrix& out, const GaussianBasis& basis, int64_t first, int6
     auto* data = static_cast<typename decltype(type)::type*>(out.data);
     for (int64_t group = begin; group < end; ++group)
       for (int64_t column = 0; column < basis.rank; column += kWide)
-        gaussian_rows<FastWords>(OneThread{nullptr}, data + column, out.stride, group, column, int(smaller(kWide, basis.rank - column)),
-                      first, last, basis);
+        gaussian_rows<FastWords>(OneThread{nullptr}, data + column, out.stride, group, column,
+                                 int(smaller(kWide, basis.rank - column)), first, last, basis);
   });
 }
 

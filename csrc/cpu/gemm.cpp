@@ -191,8 +191,8 @@ void project_columns(const Projection& p, int64_t begin, int64_t end) {
         const int64_t columns = smaller(kTileColumns, last - j), next = j + kTileColumns;
         const float* from = g + k * stride + j;
         Ahead ahead = next < last ? Ahead(from + kTileColumns, stride, depth, smaller(kTileColumns, last - next))
-                                  : Ahead(g + (k + depth) * stride + side, stride,
-                                          smaller(kGemmColumnDepth, p.rows - k - depth), smaller(kTileColumns, last - side));
+                                  : Ahead(g + (k + depth) * stride + side, stride, smaller(kGemmColumnDepth, p.rows - k - depth),
+                                          smaller(kTileColumns, last - side));
         const auto make = [&]<bool COPY>(int64_t i, const float* direct) {
           any_tile<COPY>(Interleaved{rows.as<float>() + i * depth}, {packed, direct, stride}, depth,
                          {sums.as<float>() + (j - side) * high + i * kTileColumns, kTileColumns, kTileRows, columns, k == 0},

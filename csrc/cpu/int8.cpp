@@ -54,8 +54,8 @@ __m512 widen(const fp16* x, __mmask16 some) { return _mm512_cvtph_ps(_mm256_mask
 // update_group on one thread. A group that keeps its scale, as nearly all do, takes two passes over 16 elements at a time; the
 // new numbers wait in between, so that nothing is computed twice.
 template <class G>
-bool update_one(int8_t* codes, float* scale, const G* dense, int n, const Int8Update& u, const RandomStream& stream,
-                uint64_t first, uint16_t* bits) {
+bool update_one(int8_t* codes, float* scale, const G* dense, int n, const Int8Update& u, const RandomStream& stream, uint64_t first,
+                uint16_t* bits) {
   alignas(64) float numbers[kLargestGroup];
   const float inverse = int8_inverse(*scale);
   const __m512 alpha = _mm512_set1_ps(u.alpha), decay = _mm512_set1_ps(u.decay), factor = _mm512_set1_ps(inverse);
@@ -94,8 +94,8 @@ bool update_one(int8_t* codes, float* scale, const G* dense, int n, const Int8Up
 }
 #else
 template <class G>
-bool update_one(int8_t* codes, float* scale, const G* dense, int n, const Int8Update& u, const RandomStream& stream,
-                uint64_t first, uint16_t* bits) {
+bool update_one(int8_t* codes, float* scale, const G* dense, int n, const Int8Update& u, const RandomStream& stream, uint64_t first,
+                uint16_t* bits) {
   return update_group<1>(OneThread{nullptr}, codes, scale, dense, n, u, [&](const OneThread&) {
     random_row(stream, first, n, bits);
     return bits + first % 8;

@@ -172,8 +172,7 @@ void tile(const Part& a, int64_t row, const Part& b, int64_t column, int64_t wor
 }
 
 // Rows [0, rows) x columns [0, columns) of one group; whole tiles are written.
-void add_group(const Part& a, int64_t rows, const Part& b, int64_t columns, int64_t deep, bool first, float* sums,
-               int64_t stride) {
+void add_group(const Part& a, int64_t rows, const Part& b, int64_t columns, int64_t deep, bool first, float* sums, int64_t stride) {
   const int64_t words = (deep + 3) / 4;
   for (int64_t j = 0; j < columns; j += kTileColumns) {
     for (int64_t i = 0; i < rows; i += kTileRows) {
@@ -189,8 +188,7 @@ void run_quantize(const Int8Source& from, const Int8Operand& to, int64_t begin, 
   const Buffer stage(kGemmGroup * kInt8Block * int64_t(sizeof(float)));
   for (int64_t i = begin; i < end; ++i) {
     const int64_t group = i / to.blocks(), channel = i % to.blocks() * kInt8Block;
-    quantize_part(from, channel, smaller(kInt8Block, to.channels - channel), group, part_of(to, group, channel),
-                  stage.as<float>());
+    quantize_part(from, channel, smaller(kInt8Block, to.channels - channel), group, part_of(to, group, channel), stage.as<float>());
   }
 }
 
@@ -206,11 +204,10 @@ void run_project_columns(const Int8Operand& rows, const Int8Source& from, float*
     const int64_t columns = smaller(wide, last - column);
     for (int64_t group = 0; group < rows.groups(); ++group) {
       quantize_part(from, column, columns, group, panel, stage.as<float>());
-      add_group(part_of(rows, group, 0), rows.channels, panel, columns, depth_of(rows.depth, group), group == 0,
-                sums.as<float>(), wide);
+      add_group(part_of(rows, group, 0), rows.channels, panel, columns, depth_of(rows.depth, group), group == 0, sums.as<float>(),
+                wide);
     }
-    for (int64_t i = 0; i < rows.channels; ++i)
-      std::copy_n(sums.as<float>() + i * wide, columns, out + i * from.channels + column);
+    for (int64_t i = 0; i < rows.channels; ++i) std::copy_n(sums.as<float>() + i * wide, columns, out + i * from.channels + column);
   }
 }
 
@@ -241,8 +238,8 @@ void run_back(const Int8Back& b, int64_t begin, int64_t end) {
       for (int64_t column = 0; column < n; column += wide) {
         const int64_t columns = smaller(wide, n - column);
         for (int64_t group = 0; group < b.rows.groups(); ++group)
-          add_group(part_of(b.rows, group, row), rows, part_of(b.columns, group, column), columns,
-                    depth_of(b.rows.depth, group), group == 0, sums.as<float>(), wide);
+          add_group(part_of(b.rows, group, row), rows, part_of(b.columns, group, column), columns, depth_of(b.rows.depth, group),
+                    group == 0, sums.as<float>(), wide);
         for (int64_t i = 0; i < rows; ++i) {
           if (b.ok_rows != nullptr && !b.ok_rows[row + i]) continue;
           apply_row(OneThread{nullptr}, w + (row + i) * b.w.stride + column, sums.as<float>() + i * wide,

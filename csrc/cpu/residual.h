@@ -18,7 +18,7 @@ struct Ratio {
 
 struct Move {
   Matrix w, g;
-  const float *back, *inside;  // contiguous, or null
+  const float *back, *inside;                           // contiguous, or null
   const float *row_coefficients, *column_coefficients;  // one of the two
   int64_t columns;
   float decay, alpha;

@@ -30,39 +30,39 @@ bool has_vnni() {
 }  // namespace
 }  // namespace lowrank
 
-#define LR_SELECT(Type, name)                                                             \
-  namespace lowrank {                                                                     \
-  namespace x86_64_v3 {                                                                   \
-  extern const Type name##_table;                                                         \
-  }                                                                                       \
-  namespace x86_64_v4 {                                                                   \
-  extern const Type name##_table;                                                         \
-  }                                                                                       \
+#define LR_SELECT(Type, name)                                                                           \
+  namespace lowrank {                                                                                   \
+  namespace x86_64_v3 {                                                                                 \
+  extern const Type name##_table;                                                                       \
+  }                                                                                                     \
+  namespace x86_64_v4 {                                                                                 \
+  extern const Type name##_table;                                                                       \
+  }                                                                                                     \
   const Type& name##_kernels() { return has_v4() ? x86_64_v4::name##_table : x86_64_v3::name##_table; } \
   }
 
 // Kernels that have a third build, for the dot products of bytes.
-#define LR_SELECT_VNNI(Type, name)                                                                            \
-  namespace lowrank {                                                                                         \
-  namespace x86_64_v3 {                                                                                       \
-  extern const Type name##_table;                                                                             \
-  }                                                                                                           \
-  namespace x86_64_v4 {                                                                                       \
-  extern const Type name##_table;                                                                             \
-  }                                                                                                           \
-  namespace x86_64_v4_vnni {                                                                                  \
-  extern const Type name##_table;                                                                             \
-  }                                                                                                           \
-  const Type& name##_kernels() {                                                                              \
+#define LR_SELECT_VNNI(Type, name)                                                                                   \
+  namespace lowrank {                                                                                                \
+  namespace x86_64_v3 {                                                                                              \
+  extern const Type name##_table;                                                                                    \
+  }                                                                                                                  \
+  namespace x86_64_v4 {                                                                                              \
+  extern const Type name##_table;                                                                                    \
+  }                                                                                                                  \
+  namespace x86_64_v4_vnni {                                                                                         \
+  extern const Type name##_table;                                                                                    \
+  }                                                                                                                  \
+  const Type& name##_kernels() {                                                                                     \
     return has_vnni() ? x86_64_v4_vnni::name##_table : has_v4() ? x86_64_v4::name##_table : x86_64_v3::name##_table; \
-  }                                                                                                           \
+  }                                                                                                                  \
   }
 #else
-#define LR_SELECT(Type, name)                              \
-  namespace lowrank {                                      \
-  namespace portable {                                     \
-  extern const Type name##_table;                          \
-  }                                                        \
+#define LR_SELECT(Type, name)                                     \
+  namespace lowrank {                                             \
+  namespace portable {                                            \
+  extern const Type name##_table;                                 \
+  }                                                               \
   const Type& name##_kernels() { return portable::name##_table; } \
   }
 #define LR_SELECT_VNNI LR_SELECT

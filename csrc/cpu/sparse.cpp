@@ -47,8 +47,7 @@ void run_add_rows(const Matrix& w, const SelectedRows& s, const float* x, int64_
 
 void run_add_columns(const Matrix& w, const SelectedRows& s, const float* x, float alpha, int64_t begin, int64_t end) {
   dispatch(w.dtype, [&](auto type) {
-    for (int64_t i = begin; i < end; ++i)
-      add_columns(kOne, row<typename decltype(type)::type>(w, i), x + i * s.count, s, alpha);
+    for (int64_t i = begin; i < end; ++i) add_columns(kOne, row<typename decltype(type)::type>(w, i), x + i * s.count, s, alpha);
   });
 }
 
@@ -93,8 +92,8 @@ void run_decay_rows(const GrassStep& a, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const SparseKernels sparse_table;
-const SparseKernels sparse_table = {run_keys,     run_select,      run_gather_rows,   run_gather_columns, run_add_rows,
-                                    run_add_columns, run_grass_columns, run_grass_rows, run_decay_rows};
+const SparseKernels sparse_table = {run_keys,        run_select,        run_gather_rows, run_gather_columns, run_add_rows,
+                                    run_add_columns, run_grass_columns, run_grass_rows,  run_decay_rows};
 
 }  // namespace LR_ISA
 }  // namespace lowrank

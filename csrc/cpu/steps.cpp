@@ -12,8 +12,8 @@ int64_t run_adam_columns(const LowRankAdam& a, int64_t begin, int64_t end) {
   const OneThread block{nullptr};
   int64_t skipped = 0;
   for (int64_t c = begin; c < end; c += kLanes)
-    skipped += adam_columns(block, a.r + c, a.m + c, a.v + c, a.x + c, a.ok + c, a.rows, int(smaller(kLanes, end - c)),
-                            a.columns, a.grad_scale, a.step);
+    skipped += adam_columns(block, a.r + c, a.m + c, a.v + c, a.x + c, a.ok + c, a.rows, int(smaller(kLanes, end - c)), a.columns,
+                            a.grad_scale, a.step);
   return skipped;
 }
 

@@ -29,8 +29,7 @@ template <bool SIGNED>
 inline __m128i nearest_codes(const Codebook<SIGNED>& book, __m512 y) {
   const __m512i bits = _mm512_castps_si512(y), least = _mm512_set1_epi32(kFirstBin << 16);
   const __m512i negative = _mm512_srli_epi32(bits, 31);
-  const __m512i magnitude =
-      SIGNED ? _mm512_add_epi32(_mm512_and_epi32(bits, _mm512_set1_epi32(0x7fffffff)), negative) : bits;
+  const __m512i magnitude = SIGNED ? _mm512_add_epi32(_mm512_and_epi32(bits, _mm512_set1_epi32(0x7fffffff)), negative) : bits;
   const __m512i a = _mm512_max_epi32(magnitude, least);
   const __m512i bin = _mm512_srli_epi32(_mm512_sub_epi32(a, least), 16);
   const __m512i low = _mm512_and_epi32(a, _mm512_set1_epi32(0xffff));
@@ -46,8 +45,7 @@ inline __mmask16 first_lanes(int n) { return n >= 16 ? 0xffff : __mmask16((1 << 
 
 // Codes and absmax of values whose largest magnitude is `most`, as bits.
 template <bool SIGNED>
-inline void encode_values(const Codebook<SIGNED>& book, const float* values, __m512i most, uint8_t* codes, float* absmax,
-                          int n) {
+inline void encode_values(const Codebook<SIGNED>& book, const float* values, __m512i most, uint8_t* codes, float* absmax, int n) {
   const BlockScale scale = block_scale(bits_float(_mm512_reduce_max_epu32(most)));
   *absmax = scale.absmax;
   if (scale.inverse == 0.0f) {
@@ -62,9 +60,7 @@ inline void encode_values(const Codebook<SIGNED>& book, const float* values, __m
   }
 }
 
-inline __m512i larger(__m512i most, __m512 x) {
-  return _mm512_max_epu32(most, _mm512_castps_si512(_mm512_abs_ps(x)));
-}
+inline __m512i larger(__m512i most, __m512 x) { return _mm512_max_epu32(most, _mm512_castps_si512(_mm512_abs_ps(x))); }
 
 template <int V, bool SIGNED>
 inline void encode_block(const WideThread&, const Codebook<SIGNED>& book, const float* values, uint8_t* codes, float* absmax,
@@ -104,7 +100,8 @@ class Divisor {
   }
   __m512 divide(__m512 x) const {
     const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(_mm512_abs_ps(x)), least_);
-    if (_mm512_cmpge_epu32_mask(above, span_) != 0) [[unlikely]] return _mm512_div_ps(x, by_);
+    if (_mm512_cmpge_epu32_mask(above, span_) != 0) [[unlikely]]
+      return _mm512_div_ps(x, by_);
     const __m512 near = _mm512_fmadd_ps(x, high_, _mm512_mul_ps(x, low_));
     return _mm512_fmadd_ps(_mm512_fnmadd_ps(near, by_, x), high_, near);
   }
@@ -115,8 +112,8 @@ class Divisor {
 };
 
 template <int V>
-inline void advance_moments(const WideThread&, const Codebooks& books, const Moments8bit& moments, const float* g,
-                            float* update, int n, const AdamStep& s) {
+inline void advance_moments(const WideThread&, const Codebooks& books, const Moments8bit& moments, const float* g, float* update,
+                            int n, const AdamStep& s) {
   alignas(64) float ms[kBlock], vs[kBlock];
   const __m512 beta1 = _mm512_set1_ps(s.beta1), beta2 = _mm512_set1_ps(s.beta2), eps = _mm512_set1_ps(s.eps);
   const __m512 rest1 = _mm512_set1_ps(s.one_minus_beta1), rest2 = _mm512_set1_ps(s.one_minus_beta2);

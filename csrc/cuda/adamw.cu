@@ -1,6 +1,5 @@
 // AdamW on a list of tensors: 3 reads and 3 writes an element, one launch for each pair of dtypes and 60 tensors.
 #include "../core/adamw.h"
-
 #include "block.cuh"
 #include "launch.h"
 #include "number.cuh"
@@ -22,8 +21,7 @@ __global__ void advance(const __grid_constant__ StepList list, const float* foun
 
 template <class W, class G>
 __global__ void __launch_bounds__(kThreads)
-    adamw(const __grid_constant__ AdamWList list, const __grid_constant__ Chunks chunks,
-          const __grid_constant__ AdamWScalars s) {
+    adamw(const __grid_constant__ AdamWList list, const __grid_constant__ Chunks chunks, const __grid_constant__ AdamWScalars s) {
   if (s.found_inf != nullptr && *s.found_inf != 0.0f) return;
   __shared__ float lanes[kLanes];
   __shared__ AdamStep step;
@@ -59,11 +57,9 @@ cudaError_t launch_advance(const StepList& list, const float* found_inf, cudaStr
   return cudaGetLastError();
 }
 
-cudaError_t launch_adamw(DType w_dtype, DType g_dtype, const AdamWList& list, const AdamWScalars& scalars,
-                         cudaStream_t stream) {
+cudaError_t launch_adamw(DType w_dtype, DType g_dtype, const AdamWList& list, const AdamWScalars& scalars, cudaStream_t stream) {
   Chunks chunks = {};
-  for (int i = 0; i < list.count; ++i)
-    chunks.first[i + 1] = chunks.first[i] + int((list.items[i].numel + kChunk - 1) / kChunk);
+  for (int i = 0; i < list.count; ++i) chunks.first[i + 1] = chunks.first[i] + int((list.items[i].numel + kChunk - 1) / kChunk);
   const int blocks = chunks.first[list.count];
   if (blocks == 0) return cudaSuccess;
   return dispatch(w_dtype, [&](auto w) {

@@ -1,8 +1,7 @@
 // Blockwise 8-bit codes: a warp a block of 256. Tables of the maps are copied to shared memory, where 32 lookups of a warp
 // take a few cycles.
-#include "blockwise.h"
-
 #include "block.cuh"
+#include "blockwise.h"
 #include "number.cuh"
 
 LR_BEGIN
@@ -50,8 +49,7 @@ LR_HD bool aligned(uintptr_t bytes, const P*... pointers) {
 }
 
 template <bool SIGNED, class X>
-__global__ void __launch_bounds__(kThreads, 2)
-    quantize(const X* x, uint8_t* codes, float* absmax, int64_t numel, int per_warp) {
+__global__ void __launch_bounds__(kThreads, 2) quantize(const X* x, uint8_t* codes, float* absmax, int64_t numel, int per_warp) {
   __shared__ Codebook<SIGNED> book;
   copy(book, device_book<SIGNED>());
   __syncthreads();
@@ -215,8 +213,7 @@ cudaError_t launch_list(const List& list, const Numel& numel, const Launch& laun
   int64_t total = 0;
   for (int i = 0; i < list.count; ++i) total += numel(list.items[i]);
   if (const cudaError_t error = blocks_per_warp(total, grid.per_warp); error != cudaSuccess) return error;
-  for (int i = 0; i < list.count; ++i)
-    grid.first[i + 1] = grid.first[i] + int(thread_blocks(numel(list.items[i]), grid.per_warp));
+  for (int i = 0; i < list.count; ++i) grid.first[i + 1] = grid.first[i] + int(thread_blocks(numel(list.items[i]), grid.per_warp));
   if (grid.first[list.count] == 0) return cudaSuccess;
   launch(grid.first[list.count], grid);
   return cudaGetLastError();
@@ -260,13 +257,15 @@ cudaError_t launch_dequantize_blockwise(const uint8_t* codes, const float* absma
 
 cudaError_t launch_adam_8bit(DType w_dtype, DType g_dtype, const Adam8bitList& list, const AdamWScalars& scalars,
                              cudaStream_t stream) {
-  return launch_list(list, [](const auto& item) { return item.numel; }, [&](int blocks, const auto& grid) {
-    dispatch(w_dtype, [&](auto w) {
-      dispatch(g_dtype, [&](auto g) {
-        adam<typename decltype(w)::type, typename decltype(g)::type><<<blocks, kThreads, 0, stream>>>(list, grid, scalars);
+  return launch_list(
+      list, [](const auto& item) { return item.numel; },
+      [&](int blocks, const auto& grid) {
+        dispatch(w_dtype, [&](auto w) {
+          dispatch(g_dtype, [&](auto g) {
+            adam<typename decltype(w)::type, typename decltype(g)::type><<<blocks, kThreads, 0, stream>>>(list, grid, scalars);
+          });
+        });
       });
-    });
-  });
 }
 
 cudaError_t launch_mark_channels(const LowRankAdam8bitList& list, const LowRankAdam8bitScalars& scalars, cudaStream_t stream) {
@@ -277,9 +276,8 @@ cudaError_t launch_mark_channels(const LowRankAdam8bitList& list, const LowRankA
 cudaError_t launch_adam_8bit_low_rank(DType x_dtype, const LowRankAdam8bitList& list, const LowRankAdam8bitScalars& scalars,
                                       cudaStream_t stream) {
   return launch_list(list, low_rank_numel, [&](int blocks, const auto& grid) {
-    dispatch(x_dtype, [&](auto x) {
-      low_rank_adam<typename decltype(x)::type><<<blocks, kThreads, 0, stream>>>(list, grid, scalars);
-    });
+    dispatch(x_dtype,
+             [&](auto x) { low_rank_adam<typename decltype(x)::type><<<blocks, kThreads, 0, stream>>>(list, grid, scalars); });
   });
 }
 

@@ -1,7 +1,6 @@
 // The Grass step: reads and writes the selected rows of W and both moments, reads those of G, twice from L2 at most. Weight
 // decay adds one read and one write of the rest of W.
 #include "../core/rows.h"
-
 #include "block.cuh"
 #include "number.cuh"
 #include "sparse.h"
@@ -17,21 +16,25 @@ __device__ bool is_no_op(const GrassArguments& a) { return a.found_inf != nullpt
 // Thread 0 works the step's numbers out for its block.
 __device__ AdamStep block_step(const GrassArguments& a) {
   __shared__ AdamStep step;
-  if (threadIdx.x == 0)
-    step = adam_step(a.beta1, a.beta2, a.eps, a.weight_decay, a.scale, read(a.lr), read(a.step));
+  if (threadIdx.x == 0) step = adam_step(a.beta1, a.beta2, a.eps, a.weight_decay, a.scale, read(a.lr), read(a.step));
   __syncthreads();
   return step;
 }
 
 template <class W, class G>
 __device__ Grass<W, G> grass_of(const GrassArguments& a) {
-  return {static_cast<W*>(a.w), static_cast<const G*>(a.g), a.m, a.v, a.columns, a.selected,
-          a.grad_scale == nullptr ? 1.0f : *a.grad_scale, block_step(a)};
+  return {static_cast<W*>(a.w),
+          static_cast<const G*>(a.g),
+          a.m,
+          a.v,
+          a.columns,
+          a.selected,
+          a.grad_scale == nullptr ? 1.0f : *a.grad_scale,
+          block_step(a)};
 }
 
 __device__ void count_skipped(const GrassArguments& a, int64_t weights) {
-  if (a.skipped != nullptr && weights > 0)
-    atomicAdd(reinterpret_cast<unsigned long long*>(a.skipped), (unsigned long long)weights);
+  if (a.skipped != nullptr && weights > 0) atomicAdd(reinterpret_cast<unsigned long long*>(a.skipped), (unsigned long long)weights);
 }
 
 // A block for 32 columns.
@@ -85,20 +88,20 @@ cudaError_t launch_grass(DType w_dtype, DType g_dtype, const GrassArguments& a, 
       using G = typename decltype(g_type)::type;
       if (left) {
         const unsigned blocks = unsigned((a.columns + kStrip - 1) / kStrip);
-        pointers && a.columns % kStrip == 0 ? grass_left<kVector, W, G><<<blocks, kThreads, 0, stream>>>(a)
-                                            : grass_left<1, W, G><<<blocks, kThreads, 0, stream>>>(a);
+        pointers&& a.columns % kStrip == 0 ? grass_left<kVector, W, G><<<blocks, kThreads, 0, stream>>>(a)
+                                           : grass_left<1, W, G><<<blocks, kThreads, 0, stream>>>(a);
       } else {
         const unsigned blocks = unsigned((a.rows + kWarps - 1) / kWarps);
-        pointers && a.columns % kWide == 0 ? grass_right<kWide, W, G><<<blocks, kThreads, 0, stream>>>(a)
-                                           : grass_right<1, W, G><<<blocks, kThreads, 0, stream>>>(a);
+        pointers&& a.columns % kWide == 0 ? grass_right<kWide, W, G><<<blocks, kThreads, 0, stream>>>(a)
+                                          : grass_right<1, W, G><<<blocks, kThreads, 0, stream>>>(a);
       }
       return cudaGetLastError();
     });
     if (error != cudaSuccess || !left || a.ok == nullptr) return error;
     const int64_t chunks = (a.columns + kChunk - 1) / kChunk;
     const unsigned blocks = unsigned(a.rows * chunks);
-    pointers && a.columns % kWide == 0 ? decay_others<kWide, W><<<blocks, kThreads, 0, stream>>>(a, chunks)
-                                       : decay_others<1, W><<<blocks, kThreads, 0, stream>>>(a, chunks);
+    pointers&& a.columns % kWide == 0 ? decay_others<kWide, W><<<blocks, kThreads, 0, stream>>>(a, chunks)
+                                      : decay_others<1, W><<<blocks, kThreads, 0, stream>>>(a, chunks);
     return cudaGetLastError();
   });
 }

@@ -1,8 +1,7 @@
 // INT4 bases: a thread block for one group of 32 vectors. The basis passes once, 32 neighbours at a time; its second read hits
 // the cache.
-#include "int4.h"
-
 #include "block.cuh"
+#include "int4.h"
 
 LR_BEGIN
 namespace {

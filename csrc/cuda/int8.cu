@@ -1,10 +1,9 @@
 // INT8 weights, a warp a group. An update reads W's codes, scales and the update once from memory, its second pass from the
 // cache, and writes the codes once: 2 bytes an element and the update's own.
-#include "int8.h"
-
 #include <type_traits>
 
 #include "block.cuh"
+#include "int8.h"
 #include "number.cuh"
 
 LR_BEGIN
@@ -25,7 +24,7 @@ __device__ inline Group group_of_warp(const Int8Matrix& w) {
 }
 
 template <int V, class W>
-__global__ void __launch_bounds__(kWarp * kWarps) quantize(const W* dense, Int8Matrix w, int64_t groups) {
+__global__ void __launch_bounds__(kWarp* kWarps) quantize(const W* dense, Int8Matrix w, int64_t groups) {
   __shared__ float lanes[kWarps][kWarp];
   const Group g = group_of_warp(w);
   if (g.index >= groups) return;
@@ -34,7 +33,7 @@ __global__ void __launch_bounds__(kWarp * kWarps) quantize(const W* dense, Int8M
 }
 
 template <int V, class W>
-__global__ void __launch_bounds__(kWarp * kWarps) dequantize(Int8Matrix w, W* dense, int64_t groups) {
+__global__ void __launch_bounds__(kWarp* kWarps) dequantize(Int8Matrix w, W* dense, int64_t groups) {
   const Group g = group_of_warp(w);
   if (g.index >= groups) return;
   const GpuBlock<kWarp> block{int(threadIdx.x % kWarp), nullptr};
@@ -55,7 +54,7 @@ struct Draw {
 };
 
 template <int V, class G>
-__global__ void __launch_bounds__(kWarp * kWarps)
+__global__ void __launch_bounds__(kWarp* kWarps)
     update(Int8Matrix w, const G* dense, const __grid_constant__ Int8Scalars s, int64_t groups) {
   __shared__ float lanes[kWarps][kWarp];
   __shared__ alignas(16) uint16_t bits[kWarps][kLargestGroup + 16];

@@ -1,7 +1,6 @@
 // Norms of rows, a warp a row; and of columns, a warp for 32 neighbours, or a thread block where rows are not aligned. One read
 // of the matrix.
 #include "../core/norms.h"
-
 #include "block.cuh"
 #include "launch.h"
 
@@ -11,7 +10,7 @@ namespace {
 constexpr int kWarp = 32, kWarps = 8, kVector = 8;
 
 template <int V, class G>
-__global__ void __launch_bounds__(kWarp * kWarps, 4) row_norms(const G* g, float* norms, int64_t rows, int64_t columns) {
+__global__ void __launch_bounds__(kWarp* kWarps, 4) row_norms(const G* g, float* norms, int64_t rows, int64_t columns) {
   __shared__ float lanes[kWarps][kLanes];
   const int warp = threadIdx.x / kWarp;
   const int64_t row = int64_t(blockIdx.x) * kWarps + warp;
@@ -58,8 +57,7 @@ cudaError_t launch_row_norms(DType dtype, const void* data, float* norms, int64_
   });
 }
 
-cudaError_t launch_column_norms(DType dtype, const void* data, float* norms, int64_t rows, int64_t columns,
-                                cudaStream_t stream) {
+cudaError_t launch_column_norms(DType dtype, const void* data, float* norms, int64_t rows, int64_t columns, cudaStream_t stream) {
   if (columns == 0) return cudaSuccess;
   return dispatch(dtype, [&](auto type) {
     const auto* g = static_cast<const typename decltype(type)::type*>(data);

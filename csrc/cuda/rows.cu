@@ -1,6 +1,5 @@
 // Gathering and scattering selected rows and columns: one read, and one write, of what is selected.
 #include "../core/rows.h"
-
 #include "block.cuh"
 #include "sparse.h"
 
@@ -43,8 +42,8 @@ __global__ void __launch_bounds__(kThreads) gather_columns_kernel(const G* g, Se
 }
 
 template <class W>
-__global__ void __launch_bounds__(kThreads) add_columns_kernel(W* w, SelectedRows s, const float* x, int64_t m, int64_t n,
-                                                               float alpha) {
+__global__ void __launch_bounds__(kThreads)
+    add_columns_kernel(W* w, SelectedRows s, const float* x, int64_t m, int64_t n, float alpha) {
   const int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (i < m) add_columns(GpuBlock<kWarp>{int(threadIdx.x % kWarp), nullptr}, w + i * n, x + i * s.count, s, alpha);
 }
@@ -84,8 +83,8 @@ cudaError_t launch_gather(DType dtype, const void* data, const SelectedRows& row
   });
 }
 
-cudaError_t launch_scatter_add(DType dtype, void* data, const SelectedRows& rows, const float* x, int64_t m, int64_t n,
-                               float alpha, bool left, cudaStream_t stream) {
+cudaError_t launch_scatter_add(DType dtype, void* data, const SelectedRows& rows, const float* x, int64_t m, int64_t n, float alpha,
+                               bool left, cudaStream_t stream) {
   if (m == 0 || n == 0) return cudaSuccess;
   return dispatch(dtype, [&](auto type) {
     auto* w = static_cast<typename decltype(type)::type*>(data);

@@ -1,6 +1,5 @@
 // Selecting rows: a thread a row computes keys, then one block finds the r smallest. Reads 8 bytes a row and key bit from L2.
 #include "../core/selection.h"
-
 #include "block.cuh"
 #include "sparse.h"
 

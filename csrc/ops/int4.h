@@ -22,8 +22,7 @@ inline void expect_int4(const char* op, const Tensor& packed, const Tensor& scal
                         int64_t group_size, const Place& place, const Int4Names& names = {}) {
   expect_group_size(op, group_size);
   if (packed.dim() != 2 || packed.size(1) != (d + 1) / 2)
-    fail(op, names.packed, " must have shape (r, ", (d + 1) / 2, ") for vectors of ", d, " entries, got ",
-         tuple(packed.sizes()));
+    fail(op, names.packed, " must have shape (r, ", (d + 1) / 2, ") for vectors of ", d, " entries, got ", tuple(packed.sizes()));
   if (packed.size(0) < 1) fail(op, "rank must be at least 1, got ", names.packed, " of shape ", tuple(packed.sizes()));
   expect_dtype(op, names.packed, packed, aoti_torch_dtype_uint8());
   expect_like(op, names.packed, packed, packed.sizes(), place);
@@ -44,8 +43,8 @@ inline Shape int4_low_rank_shape(const Tensor& matrix, const Tensor& packed, boo
   return {matrix.size(0), packed.size(0)};
 }
 
-inline void check_project_int4(const char* op, const Tensor& grad, const Tensor& packed, const Tensor& scale,
-                               const Tensor& offset, bool left, int64_t group_size) {
+inline void check_project_int4(const char* op, const Tensor& grad, const Tensor& packed, const Tensor& scale, const Tensor& offset,
+                               bool left, int64_t group_size) {
   expect_matrix(op, "grad", grad);
   expect_int4(op, packed, scale, offset, grad.size(left ? 0 : 1), group_size, place_of(grad));
 }
@@ -58,8 +57,12 @@ inline void check_back_project_int4(const char* op, const Tensor& param, const T
 }
 
 inline Int4 as_int4(const Tensor& packed, const Tensor& scale, const Tensor& offset, int64_t d, int64_t group_size) {
-  return {static_cast<uint8_t*>(packed.data_ptr()), static_cast<float*>(scale.data_ptr()),
-          static_cast<float*>(offset.data_ptr()), d, packed.size(0), int(group_size)};
+  return {static_cast<uint8_t*>(packed.data_ptr()),
+          static_cast<float*>(scale.data_ptr()),
+          static_cast<float*>(offset.data_ptr()),
+          d,
+          packed.size(0),
+          int(group_size)};
 }
 
 }  // namespace lowrank

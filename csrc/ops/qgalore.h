@@ -61,8 +61,7 @@ inline void check_qgalore(const char* op, const Int8Weight& weight, const Tensor
 
 // A list of integers, one a matrix.
 inline void check_numbers(const char* op, const char* name, const std::vector<int64_t>& numbers, size_t count) {
-  if (numbers.size() != count)
-    fail(op, name, " must have ", count, " numbers, one for each of codes, got ", numbers.size());
+  if (numbers.size() != count) fail(op, name, " must have ", count, " numbers, one for each of codes, got ", numbers.size());
 }
 
 // INT8 weights of a list form; no offsets are 0.
@@ -71,9 +70,7 @@ struct Int8Weights {
   int64_t group_size, seed;
   const std::vector<int64_t>&parameters, &offsets;
 
-  Int8Weight at(size_t i) const {
-    return {codes[i], scales[i], group_size, seed, parameters[i], offsets.empty() ? 0 : offsets[i]};
-  }
+  Int8Weight at(size_t i) const { return {codes[i], scales[i], group_size, seed, parameters[i], offsets.empty() ? 0 : offsets[i]}; }
 
   void check_lengths_of_numbers(const char* op) const {
     check_numbers(op, "parameters", parameters, codes.size());

@@ -21,13 +21,12 @@ inline void check_limiter(const char* op, const Tensor& param, const std::option
 }
 
 // The moments of a step with the basis of a key, for a matrix of grad's shape.
-inline void check_key_step(const char* op, const Tensor& grad, const Tensor& key, const Tensor& exp_avg,
-                           const Tensor& exp_avg_sq, bool left) {
+inline void check_key_step(const char* op, const Tensor& grad, const Tensor& key, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                           bool left) {
   const Place place = place_of(grad);
   expect_like(op, "basis", key, Shape{4}, place);
   if (key.is_cpu()) expect_first(op, static_cast<const int64_t*>(key.data_ptr())[3]);
-  if (exp_avg.dim() != 2)
-    fail(op, "exp_avg must be a matrix ", left ? "(r, n)" : "(m, r)", ", got shape ", tuple(exp_avg.sizes()));
+  if (exp_avg.dim() != 2) fail(op, "exp_avg must be a matrix ", left ? "(r, n)" : "(m, r)", ", got shape ", tuple(exp_avg.sizes()));
   const int64_t rank = exp_avg.size(left ? 0 : 1);
   if (rank < 1) fail(op, "rank must be at least 1, got exp_avg of shape ", tuple(exp_avg.sizes()));
   const Shape shape = left ? Shape{rank, grad.size(1)} : Shape{grad.size(0), rank};

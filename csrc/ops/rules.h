@@ -157,8 +157,7 @@ struct Guards {
 };
 
 inline void check_length(const char* op, const char* name, const Tensors& list, const char* first, const Tensors& model) {
-  if (list.size() != model.size())
-    fail(op, name, " must have ", model.size(), " tensors like ", first, ", got ", list.size());
+  if (list.size() != model.size()) fail(op, name, " must have ", model.size(), " tensors like ", first, ", got ", list.size());
 }
 
 // `first` is the name of the list `params`; lr is null, and params are not empty, where the op has no rate.
@@ -214,8 +213,8 @@ inline Tensor empty(const Shape& shape, const Place& place, int32_t dtype = aoti
   Shape strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
   AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(),
-                                                         dtype, place.type, place.index, &out));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), dtype, place.type, place.index, &out));
   return Tensor(out);
 }
 

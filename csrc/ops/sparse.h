@@ -59,9 +59,8 @@ inline void check_scatter_add_rows(const Tensor& param, const Tensor& low_rank, 
   expect_low_rank(op, "low_rank", low_rank, selected_shape(param, indices, left), place_of(param));
 }
 
-inline void check_grass_step(const Tensor& param, const Tensor& grad, const Tensor& indices,
-                             const std::optional<Tensor>& row_scale, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                             bool left) {
+inline void check_grass_step(const Tensor& param, const Tensor& grad, const Tensor& indices, const std::optional<Tensor>& row_scale,
+                             const Tensor& exp_avg, const Tensor& exp_avg_sq, bool left) {
   constexpr const char* op = "grass_step";
   expect_matrix(op, "param", param);
   expect_float(op, "grad", grad);
@@ -79,8 +78,8 @@ inline std::optional<Tensor> scale_at(const Tensors& row_scales, size_t i) {
 }
 
 inline void check_grass_list(const Tensors& params, const Tensors& grads, const Tensors& indices, const Tensors& row_scales,
-                             const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& lr,
-                             bool left, const Guards& guards) {
+                             const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& lr, bool left,
+                             const Guards& guards) {
   constexpr const char* op = "grass_step";
   check_length(op, "grads", grads, "params", params);
   check_length(op, "indices", indices, "params", params);

@@ -17,8 +17,8 @@ inline void check_subspace_step(const char* op, const Tensor& param, const Tenso
   expect_low_rank(op, "exp_avg_sq", exp_avg_sq, shape, place);
 }
 
-inline void check_galore_step(const char* op, const Tensor& param, const Tensor& grad, const Tensor& basis,
-                              const Tensor& exp_avg, const Tensor& exp_avg_sq, bool left) {
+inline void check_galore_step(const char* op, const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg,
+                              const Tensor& exp_avg_sq, bool left) {
   expect_matrix(op, "param", param);
   expect_float(op, "grad", grad);
   expect_like(op, "grad", grad, param.sizes(), place_of(param));

@@ -13,10 +13,42 @@ a value that is not finite, or whose square overflows fp32, is skipped: its mome
 One module a group of ops: its schemas, the rules of its arguments (`check_*`, which every implementation calls) and its fakes.
 """
 
-from lowrank_sys._ops import (apollo_int8, blockwise, dct, gaussian, int4, int8, orthogonalize, projection, qgalore, residual,
-                              schedule, sparse, steps, subspace, transport)
-from lowrank_sys._ops.rules import FLOATS, library, low_rank_shape
+from lowrank_sys._ops import (
+    apollo_int8,
+    blockwise,
+    dct,
+    gaussian,
+    int4,
+    int8,
+    orthogonalize,
+    projection,
+    qgalore,
+    residual,
+    schedule,
+    sparse,
+    steps,
+    subspace,
+    transport,
+)
+from lowrank_sys._ops.rules import FLOATS as FLOATS
+from lowrank_sys._ops.rules import library as library
+from lowrank_sys._ops.rules import low_rank_shape as low_rank_shape
 
-_GROUPS = (projection, int4, steps, subspace, int8, sparse, transport, dct, orthogonalize, blockwise, gaussian, residual, schedule,
-           qgalore, apollo_int8)
+_GROUPS = (
+    projection,
+    int4,
+    steps,
+    subspace,
+    int8,
+    sparse,
+    transport,
+    dct,
+    orthogonalize,
+    blockwise,
+    gaussian,
+    residual,
+    schedule,
+    qgalore,
+    apollo_int8,
+)
 SCHEMAS = {name: schema for group in _GROUPS for name, schema in group.SCHEMAS.items()}

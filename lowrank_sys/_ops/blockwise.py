@@ -10,15 +10,27 @@ import math
 import torch
 
 from lowrank_sys._ops.int4 import expect_int4, int4_low_rank_shape
-from lowrank_sys._ops.rules import (ADAM, GUARDS, check_guards, check_lists, check_step_and_rate, define, expect_basis,
-                                    expect_dtype, expect_float, expect_like, expect_matrix, fake, low_rank_shape)
+from lowrank_sys._ops.rules import (
+    ADAM,
+    GUARDS,
+    check_guards,
+    check_lists,
+    check_step_and_rate,
+    define,
+    expect_basis,
+    expect_dtype,
+    expect_float,
+    expect_like,
+    expect_matrix,
+    fake,
+    low_rank_shape,
+)
 from lowrank_sys._ops.workspace import copy_unless_fp32, fp32, launched_together, reused, tile_unless_fp32, workspace
 
 BLOCK = 256
 
 _MOMENTS = "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) exp_avg_absmax, Tensor(e!) exp_avg_sq_absmax"
-_MOMENT_LISTS = ("Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] exp_avg_absmaxes, "
-                 "Tensor(e!)[] exp_avg_sq_absmaxes")
+_MOMENT_LISTS = "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] exp_avg_absmaxes, Tensor(e!)[] exp_avg_sq_absmaxes"
 _INT4_LISTS = "Tensor[] bases, Tensor[] basis_scales, Tensor[] basis_offsets"
 
 SCHEMAS = {
@@ -147,12 +159,26 @@ def check_low_rank_lists_8bit(op, *lists, projected, lr, left, guards, group_siz
     """The rules of the list forms of galore_step_8bit, and of subspace_step_8bit (`projected`)."""
     params, gradients, bases, moments, steps = split_lists(lists, group_size)
     name = "low_rank_grads" if projected else "grads"
-    check_lists(op, params=params, **{name: gradients}, **dict(zip(("bases", "basis_scales", "basis_offsets"), bases)),
-                **_lists(moments), steps=steps)
+    check_lists(
+        op,
+        params=params,
+        **{name: gradients},
+        **dict(zip(("bases", "basis_scales", "basis_offsets"), bases)),
+        **_lists(moments),
+        steps=steps,
+    )
     check_guards(op, params, steps, lr, *guards)
     for param, gradient, *basis_and_moments in zip(params, gradients, *bases, *moments):
-        check_low_rank_step_8bit(op, param, gradient, basis_and_moments[:-4], basis_and_moments[-4:], projected=projected,
-                                 left=left, group_size=group_size)
+        check_low_rank_step_8bit(
+            op,
+            param,
+            gradient,
+            basis_and_moments[:-4],
+            basis_and_moments[-4:],
+            projected=projected,
+            left=left,
+            group_size=group_size,
+        )
 
 
 define(SCHEMAS)
@@ -190,10 +216,18 @@ fake("galore_step_8bit")(_galore_step_8bit)
 
 
 def _low_rank_list_fake(op, projected, int4):
-    def fake(*lists, lr, beta1, beta2, eps, weight_decay, scale, left, group_size=256, grad_scale=None, found_inf=None,
-             skipped=None):
-        check_low_rank_lists_8bit(op, *lists, projected=projected, lr=lr, left=left, guards=(grad_scale, found_inf, skipped),
-                                  group_size=group_size if int4 else None)
+    def fake(
+        *lists, lr, beta1, beta2, eps, weight_decay, scale, left, group_size=256, grad_scale=None, found_inf=None, skipped=None
+    ):
+        check_low_rank_lists_8bit(
+            op,
+            *lists,
+            projected=projected,
+            lr=lr,
+            left=left,
+            guards=(grad_scale, found_inf, skipped),
+            group_size=group_size if int4 else None,
+        )
 
     return fake
 
@@ -219,19 +253,35 @@ def _(params, gradients, bases, exp_avgs, *_, cuda=False, **__):
     if isinstance(params, torch.Tensor):
         params, gradients, bases, exp_avgs = [params], [gradients], [bases], [exp_avgs]
     if cuda:  # R in fp32, the update in the basis' type, and the parts of a split product: under 25% of the gradient
-        return max((launched_together(*p.shape) * (x.numel() * (4 + b.element_size()) + g.numel() * g.element_size() // 4)
-                    for p, g, b, x in zip(params, gradients, bases, exp_avgs)), default=0)
+        return max(
+            (
+                launched_together(*p.shape) * (x.numel() * (4 + b.element_size()) + g.numel() * g.element_size() // 4)
+                for p, g, b, x in zip(params, gradients, bases, exp_avgs)
+            ),
+            default=0,
+        )
     # R or the update; the basis in fp32; a tile of the gradient, then of the weight
-    return (reused(fp32(*x.shape) for x in exp_avgs) + reused(copy_unless_fp32(b) for b in bases)
-            + reused(max(map(tile_unless_fp32, pair)) for pair in zip(params, gradients)))
+    return (
+        reused(fp32(*x.shape) for x in exp_avgs)
+        + reused(copy_unless_fp32(b) for b in bases)
+        + reused(max(map(tile_unless_fp32, pair)) for pair in zip(params, gradients))
+    )
 
 
 @workspace("galore_step_8bit.int4", "subspace_step_8bit.int4")
 def _(params, gradients, bases, scales, offsets, exp_avgs, *_, cuda=False, **__):
     if cuda:  # R and the update in fp32, and the parts of a split product: under 25% of the gradient
-        return max((launched_together(*p.shape) * (8 * x.numel() + g.numel() * g.element_size() // 4)
-                    for p, g, x in zip(params, gradients, exp_avgs)), default=0)
+        return max(
+            (
+                launched_together(*p.shape) * (8 * x.numel() + g.numel() * g.element_size() // 4)
+                for p, g, x in zip(params, gradients, exp_avgs)
+            ),
+            default=0,
+        )
     # R or the update; unpacked panels of the basis, 256 KiB a thread; a tile of the gradient, then of the weight
     panel = max((min(fp32(*b.shape) * 2, torch.get_num_threads() * (256 << 10)) for b in bases), default=0)
-    return (reused(fp32(*x.shape) for x in exp_avgs) + panel
-            + reused(max(map(tile_unless_fp32, pair)) for pair in zip(params, gradients)))
+    return (
+        reused(fp32(*x.shape) for x in exp_avgs)
+        + panel
+        + reused(max(map(tile_unless_fp32, pair)) for pair in zip(params, gradients))
+    )

@@ -10,8 +10,7 @@ SCHEMAS = {
     # Rows first ... of the basis; step counts refreshes, first is the index of the projected axis in the unsharded tensor.
     "gaussian_basis_": f"(Tensor(a!) out, *, {WHICH}) -> ()",
     "gaussian_project": f"(Tensor grad, *, SymInt rank, bool left, {WHICH}) -> Tensor",
-    "gaussian_back_project_": "(Tensor(a!) param, Tensor low_rank, *, float alpha=1.0, float beta=1.0, bool left, "
-    f"{WHICH}) -> ()",
+    "gaussian_back_project_": f"(Tensor(a!) param, Tensor low_rank, *, float alpha=1.0, float beta=1.0, bool left, {WHICH}) -> ()",
 }
 
 

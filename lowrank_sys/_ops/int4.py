@@ -37,8 +37,11 @@ def check_quantize_int4(basis, *, group_size, op="quantize_int4"):
 def expect_int4(op, packed, scale, offset, d, group_size, device, names=("packed", "scale", "offset")):
     """packed, scale and offset, which the op calls `names`, are a basis (d, r) on `device`."""
     expect_group_size(op, group_size)
-    expect(packed.dim() == 2 and packed.shape[1] == cdiv(d, 2), op,
-            lambda: f"{names[0]} must have shape (r, {cdiv(d, 2)}) for vectors of {d} entries, got {tuple(packed.shape)}")
+    expect(
+        packed.dim() == 2 and packed.shape[1] == cdiv(d, 2),
+        op,
+        lambda: f"{names[0]} must have shape (r, {cdiv(d, 2)}) for vectors of {d} entries, got {tuple(packed.shape)}",
+    )
     expect(packed.shape[0] >= 1, op, lambda: f"rank must be at least 1, got {names[0]} of shape {tuple(packed.shape)}")
     expect_dtype(op, names[0], packed, torch.uint8)
     expect_like(op, names[0], packed, packed.shape, device)
@@ -77,8 +80,11 @@ define(SCHEMAS)
 def _(basis, *, group_size=256):
     check_quantize_int4(basis, group_size=group_size)
     codes, scales = int4_shapes(*basis.shape, group_size)
-    return (basis.new_empty(codes, dtype=torch.uint8), basis.new_empty(scales, dtype=torch.float32),
-            basis.new_empty(scales, dtype=torch.float32))
+    return (
+        basis.new_empty(codes, dtype=torch.uint8),
+        basis.new_empty(scales, dtype=torch.float32),
+        basis.new_empty(scales, dtype=torch.float32),
+    )
 
 
 @fake("dequantize_int4")

@@ -8,8 +8,19 @@ import math
 
 import torch
 
-from lowrank_sys._ops.rules import (FLOATS, define, expect, expect_dtype, expect_float, expect_group_size, expect_like,
-                                    expect_matrix, expect_number, fake, library)
+from lowrank_sys._ops.rules import (
+    FLOATS,
+    define,
+    expect,
+    expect_dtype,
+    expect_float,
+    expect_group_size,
+    expect_like,
+    expect_matrix,
+    expect_number,
+    fake,
+    library,
+)
 from lowrank_sys._ops.workspace import FULL_CARD, TILE_ELEMENTS, TILE_SIDE, copy_unless_fp32, fp32, workspace
 
 INT8 = "Tensor codes, Tensor scale"
@@ -83,8 +94,11 @@ def check_int8_update(codes, scale, update, *, alpha, decay, step, parameter, of
 def expect_rows(op, name, rows, codes, width, axis):
     """`rows` (..., width) can be multiplied with the weight; `axis` is the weight's name for the width."""
     expect_float(op, name, rows)
-    expect(rows.dim() >= 1 and rows.shape[-1] == width, op,
-            lambda: f"{name} must have shape (..., {axis} = {width}), got {tuple(rows.shape)}")
+    expect(
+        rows.dim() >= 1 and rows.shape[-1] == width,
+        op,
+        lambda: f"{name} must have shape (..., {axis} = {width}), got {tuple(rows.shape)}",
+    )
     expect_like(op, name, rows, rows.shape, codes.device)
 
 
@@ -119,14 +133,16 @@ def _(codes, scale, *, group_size=256, dtype=None):
 
 @fake("int8_update_.tensor")
 def _(codes, scale, update, *, alpha, decay, seed, step, parameter, offset=0, group_size=256):
-    check_int8_update(codes, scale, update, alpha=alpha, decay=decay, step=step, parameter=parameter, offset=offset,
-                      group_size=group_size)
+    check_int8_update(
+        codes, scale, update, alpha=alpha, decay=decay, step=step, parameter=parameter, offset=offset, group_size=group_size
+    )
 
 
 @fake("int8_update_")
 def _(codes, scale, update, *, alpha=1.0, decay=1.0, seed, step, parameter, offset=0, group_size=256):
-    check_int8_update(codes, scale, update, alpha=alpha, decay=decay, step=step, parameter=parameter, offset=offset,
-                      group_size=group_size)
+    check_int8_update(
+        codes, scale, update, alpha=alpha, decay=decay, step=step, parameter=parameter, offset=offset, group_size=group_size
+    )
 
 
 @fake("int8_linear")

@@ -4,9 +4,7 @@ import torch
 
 from lowrank_sys._ops.rules import define, expect, expect_matrix, fake
 
-SCHEMAS = {
-    "newton_schulz": "(Tensor x, *, int steps=5, float a=3.4445, float b=-4.7750, float c=2.0315) -> Tensor",
-}
+SCHEMAS = {"newton_schulz": "(Tensor x, *, int steps=5, float a=3.4445, float b=-4.7750, float c=2.0315) -> Tensor"}
 
 
 def check_newton_schulz(x, *, steps, op="newton_schulz"):

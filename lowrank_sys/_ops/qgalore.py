@@ -9,20 +9,41 @@ import torch
 from lowrank_sys._ops.blockwise import expect_moments
 from lowrank_sys._ops.int4 import expect_int4
 from lowrank_sys._ops.int8 import check_int8_numbers, expect_int8, expect_stream
-from lowrank_sys._ops.rules import (ADAM, GUARDS, check_guards, check_lists, check_step_and_rate, define, expect, expect_basis,
-                                    expect_dtype, expect_float, expect_like, fake)
-from lowrank_sys._ops.workspace import (copy_unless_fp32, fp32, int4_panel, int4_panel_of, int8_tile_shape, launched_together, reused,
-                                        tile_unless_fp32, workspace)
+from lowrank_sys._ops.rules import (
+    ADAM,
+    GUARDS,
+    check_guards,
+    check_lists,
+    check_step_and_rate,
+    define,
+    expect,
+    expect_basis,
+    expect_dtype,
+    expect_float,
+    expect_like,
+    fake,
+)
+from lowrank_sys._ops.workspace import (
+    copy_unless_fp32,
+    fp32,
+    int4_panel,
+    int4_panel_of,
+    int8_tile_shape,
+    launched_together,
+    reused,
+    tile_unless_fp32,
+    workspace,
+)
 
-_BACK = ("(Tensor(a!) codes, Tensor(b!) scale, Tensor low_rank, Tensor basis, Tensor? basis_scale=None, "
-         "Tensor? basis_offset=None, *, ")
+_BACK = (
+    "(Tensor(a!) codes, Tensor(b!) scale, Tensor low_rank, Tensor basis, Tensor? basis_scale=None, Tensor? basis_offset=None, *, "
+)
 _STREAM = "SymInt offset=0, int group_size=256, int basis_group_size=256"
 _LIST_STREAM = "int seed, int[] parameters, int[] offsets=[], int group_size=256, int basis_group_size=256"
 _BASIS = "Tensor basis, Tensor? basis_scale, Tensor? basis_offset"
 _BASES = "Tensor[] bases, Tensor[] basis_scales, Tensor[] basis_offsets"
 _MOMENTS = "Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!) exp_avg_absmax, Tensor(f!) exp_avg_sq_absmax"
-_MOMENT_LISTS = ("Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] exp_avg_absmaxes, "
-                 "Tensor(f!)[] exp_avg_sq_absmaxes")
+_MOMENT_LISTS = "Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] exp_avg_absmaxes, Tensor(f!)[] exp_avg_sq_absmaxes"
 
 
 def _step_schemas(name, gradient):
@@ -60,13 +81,20 @@ def low_rank_shape(codes, basis, basis_scale, left):
 
 
 def expect_any_basis(op, codes, basis, basis_scale, basis_offset, left, basis_group_size):
-    expect((basis_scale is None) == (basis_offset is None), op,
-            lambda: "basis_scale and basis_offset must be given together")
+    expect((basis_scale is None) == (basis_offset is None), op, lambda: "basis_scale and basis_offset must be given together")
     if basis_scale is None:
         expect_basis(op, codes, basis, left)
     else:
-        expect_int4(op, basis, basis_scale, basis_offset, codes.shape[0 if left else 1], basis_group_size, codes.device,
-                    ("basis", "basis_scale", "basis_offset"))
+        expect_int4(
+            op,
+            basis,
+            basis_scale,
+            basis_offset,
+            codes.shape[0 if left else 1],
+            basis_group_size,
+            codes.device,
+            ("basis", "basis_scale", "basis_offset"),
+        )
 
 
 def _expect_low_rank(op, name, tensor, shape, device):
@@ -74,8 +102,24 @@ def _expect_low_rank(op, name, tensor, shape, device):
     expect_dtype(op, name, tensor, torch.float32)
 
 
-def check_back_project_int8(codes, scale, low_rank, basis, basis_scale=None, basis_offset=None, *, alpha, decay, left, step,
-                            parameter, offset, group_size, basis_group_size, op="back_project_int8_"):
+def check_back_project_int8(
+    codes,
+    scale,
+    low_rank,
+    basis,
+    basis_scale=None,
+    basis_offset=None,
+    *,
+    alpha,
+    decay,
+    left,
+    step,
+    parameter,
+    offset,
+    group_size,
+    basis_group_size,
+    op="back_project_int8_",
+):
     expect_int8(op, codes, scale, group_size)
     expect_any_basis(op, codes, basis, basis_scale, basis_offset, left, basis_group_size)
     _expect_low_rank(op, "low_rank", low_rank, low_rank_shape(codes, basis, basis_scale, left), codes.device)
@@ -83,8 +127,22 @@ def check_back_project_int8(codes, scale, low_rank, basis, basis_scale=None, bas
     expect_stream(op, parameter, offset)
 
 
-def check_qgalore(op, codes, weight_scale, gradient, basis, basis_scale, basis_offset, *moments, projected, left, parameter,
-                  offset, group_size, basis_group_size):
+def check_qgalore(
+    op,
+    codes,
+    weight_scale,
+    gradient,
+    basis,
+    basis_scale,
+    basis_offset,
+    *moments,
+    projected,
+    left,
+    parameter,
+    offset,
+    group_size,
+    basis_group_size,
+):
     """The rules of one matrix; `projected` says whether the gradient is R."""
     expect_int8(op, codes, weight_scale, group_size, "weight_scale")
     if not projected:
@@ -108,35 +166,107 @@ def or_none(tensors, count):
     return tensors if tensors else [None] * count
 
 
-def check_qgalore_list(op, codes, weight_scales, gradients, bases, basis_scales, basis_offsets, *moments_and_steps, projected, lr,
-                       left, parameters, offsets, group_size, basis_group_size, guards):
+def check_qgalore_list(
+    op,
+    codes,
+    weight_scales,
+    gradients,
+    bases,
+    basis_scales,
+    basis_offsets,
+    *moments_and_steps,
+    projected,
+    lr,
+    left,
+    parameters,
+    offsets,
+    group_size,
+    basis_group_size,
+    guards,
+):
     """The rules of a list form; returns the matrices, each a tuple with its parameter and offset at the end."""
     *moments, steps = moments_and_steps
     names = ("exp_avgs", "exp_avg_sqs", "exp_avg_absmaxes", "exp_avg_sq_absmaxes")
     scales = {"basis_scales": basis_scales, "basis_offsets": basis_offsets} if basis_scales or basis_offsets else {}
-    check_lists(op, codes=codes, weight_scales=weight_scales, **{"low_rank_grads" if projected else "grads": gradients},
-                bases=bases, **scales, **dict(zip(names, moments)), steps=steps)
+    check_lists(
+        op,
+        codes=codes,
+        weight_scales=weight_scales,
+        **{"low_rank_grads" if projected else "grads": gradients},
+        bases=bases,
+        **scales,
+        **dict(zip(names, moments)),
+        steps=steps,
+    )
     count = len(codes)
     expect_numbers(op, "parameters", parameters, count)
     if offsets:
         expect_numbers(op, "offsets", offsets, count)
     check_guards(op, codes, steps, lr, *guards, first="codes")
-    rows = list(zip(codes, weight_scales, gradients, bases, or_none(basis_scales, count), or_none(basis_offsets, count), *moments,
-                    parameters, offsets or [0] * count))
+    rows = list(
+        zip(
+            codes,
+            weight_scales,
+            gradients,
+            bases,
+            or_none(basis_scales, count),
+            or_none(basis_offsets, count),
+            *moments,
+            parameters,
+            offsets or [0] * count,
+        )
+    )
     for *tensors, parameter, offset in rows:
-        check_qgalore(op, *tensors, projected=projected, left=left, parameter=parameter, offset=offset, group_size=group_size,
-                      basis_group_size=basis_group_size)
+        check_qgalore(
+            op,
+            *tensors,
+            projected=projected,
+            left=left,
+            parameter=parameter,
+            offset=offset,
+            group_size=group_size,
+            basis_group_size=basis_group_size,
+        )
     return rows
 
 
 define(SCHEMAS)
 
 
-def _back_fake(codes, scale, low_rank, basis, basis_scale=None, basis_offset=None, *, alpha=1.0, decay=1.0, left, seed, step,
-               parameter, offset=0, group_size=256, basis_group_size=256):
-    check_back_project_int8(codes, scale, low_rank, basis, basis_scale, basis_offset, alpha=alpha, decay=decay, left=left,
-                            step=step, parameter=parameter, offset=offset, group_size=group_size,
-                            basis_group_size=basis_group_size)
+def _back_fake(
+    codes,
+    scale,
+    low_rank,
+    basis,
+    basis_scale=None,
+    basis_offset=None,
+    *,
+    alpha=1.0,
+    decay=1.0,
+    left,
+    seed,
+    step,
+    parameter,
+    offset=0,
+    group_size=256,
+    basis_group_size=256,
+):
+    check_back_project_int8(
+        codes,
+        scale,
+        low_rank,
+        basis,
+        basis_scale,
+        basis_offset,
+        alpha=alpha,
+        decay=decay,
+        left=left,
+        step=step,
+        parameter=parameter,
+        offset=offset,
+        group_size=group_size,
+        basis_group_size=basis_group_size,
+    )
 
 
 fake("back_project_int8_.tensor")(_back_fake)
@@ -144,20 +274,68 @@ fake("back_project_int8_")(_back_fake)
 
 
 def _one_fake(op, projected):
-    def one(*tensors, step, lr, beta1, beta2, eps, weight_decay, scale, left, seed, parameter, offset=0, group_size=256,
-            basis_group_size=256):
-        check_qgalore(op, *tensors, projected=projected, left=left, parameter=parameter, offset=offset, group_size=group_size,
-                      basis_group_size=basis_group_size)
+    def one(
+        *tensors,
+        step,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        scale,
+        left,
+        seed,
+        parameter,
+        offset=0,
+        group_size=256,
+        basis_group_size=256,
+    ):
+        check_qgalore(
+            op,
+            *tensors,
+            projected=projected,
+            left=left,
+            parameter=parameter,
+            offset=offset,
+            group_size=group_size,
+            basis_group_size=basis_group_size,
+        )
         check_step_and_rate(op, tensors[0].device, step, lr)
 
     return one
 
 
 def _list_fake(op, projected):
-    def many(*lists, lr, beta1, beta2, eps, weight_decay, scale, left, seed, parameters, offsets=(), group_size=256,
-             basis_group_size=256, grad_scale=None, found_inf=None, skipped=None):
-        check_qgalore_list(op, *lists, projected=projected, lr=lr, left=left, parameters=parameters, offsets=offsets,
-                           group_size=group_size, basis_group_size=basis_group_size, guards=(grad_scale, found_inf, skipped))
+    def many(
+        *lists,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        scale,
+        left,
+        seed,
+        parameters,
+        offsets=(),
+        group_size=256,
+        basis_group_size=256,
+        grad_scale=None,
+        found_inf=None,
+        skipped=None,
+    ):
+        check_qgalore_list(
+            op,
+            *lists,
+            projected=projected,
+            lr=lr,
+            left=left,
+            parameters=parameters,
+            offsets=offsets,
+            group_size=group_size,
+            basis_group_size=basis_group_size,
+            guards=(grad_scale, found_inf, skipped),
+        )
 
     return many
 
@@ -183,10 +361,17 @@ def _(codes, scale, low_rank, basis, basis_scale=None, basis_offset=None, *, lef
 def _step_scratch(matrices, projected, left, cuda):
     """matrices: (codes, gradient, basis, its scale or None, exp_avg)."""
     if cuda:  # R, the update in the basis' type, and the parts of a split product: under 25% of the gradient
-        return max((launched_together(*codes.shape) * (
-            exp_avg.numel() * ((0 if projected else 4) + (basis.element_size() if scale is None else 4))
-            + (0 if projected else gradient.numel() * gradient.element_size() // 4))
-            for codes, gradient, basis, scale, exp_avg in matrices), default=0)
+        return max(
+            (
+                launched_together(*codes.shape)
+                * (
+                    exp_avg.numel() * ((0 if projected else 4) + (basis.element_size() if scale is None else 4))
+                    + (0 if projected else gradient.numel() * gradient.element_size() // 4)
+                )
+                for codes, gradient, basis, scale, exp_avg in matrices
+            ),
+            default=0,
+        )
     tiles, panels = [], []
     for codes, gradient, basis, scale, _ in matrices:
         if codes.numel() == 0:
@@ -197,8 +382,12 @@ def _step_scratch(matrices, projected, left, cuda):
             panels.append(0 if scale is None else int4_panel_of(gradient, r, left))
         tiles.append(fp32(*int8_tile_shape(*codes.shape)))
         panels.append(0 if scale is None else _back_panel(codes, r, left))
-    return (reused(fp32(*exp_avg.shape) for *_, exp_avg in matrices) + reused(tiles) + reused(panels)
-            + reused(copy_unless_fp32(basis) for _, _, basis, scale, _ in matrices if scale is None))
+    return (
+        reused(fp32(*exp_avg.shape) for *_, exp_avg in matrices)
+        + reused(tiles)
+        + reused(panels)
+        + reused(copy_unless_fp32(basis) for _, _, basis, scale, _ in matrices if scale is None)
+    )
 
 
 def _scratch_of(projected):

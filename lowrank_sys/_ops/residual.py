@@ -2,8 +2,23 @@
 
 import torch
 
-from lowrank_sys._ops.rules import (ADAM, GUARDS, check_guards, check_lists, check_step_and_rate, define, expect, expect_basis,
-                                    expect_dtype, expect_float, expect_like, expect_matrix, expect_scalar, fake, low_rank_shape)
+from lowrank_sys._ops.rules import (
+    ADAM,
+    GUARDS,
+    check_guards,
+    check_lists,
+    check_step_and_rate,
+    define,
+    expect,
+    expect_basis,
+    expect_dtype,
+    expect_float,
+    expect_like,
+    expect_matrix,
+    expect_scalar,
+    fake,
+    low_rank_shape,
+)
 
 ONE = "Tensor(a!) param, Tensor grad, Tensor basis, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq"
 MANY = "Tensor(a!)[] params, Tensor[] grads, Tensor[] bases, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs"
@@ -98,8 +113,16 @@ def _or_none(tensors, params):
 
 def check_list(op, check, params, grads, bases, exp_avgs, exp_avg_sqs, extras, steps, lr, left, guards):
     """The rules of a list form. extras: name -> list that may be empty; returns them, None in every place of an empty one."""
-    check_lists(op, params=params, grads=grads, bases=bases, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs,
-                **{name: tensors for name, tensors in extras.items() if tensors}, steps=steps)
+    check_lists(
+        op,
+        params=params,
+        grads=grads,
+        bases=bases,
+        exp_avgs=exp_avgs,
+        exp_avg_sqs=exp_avg_sqs,
+        **{name: tensors for name, tensors in extras.items() if tensors},
+        steps=steps,
+    )
     check_guards(op, params, steps, lr, *guards)
     full = [_or_none(tensors, params) for tensors in extras.values()]
     for tensors in zip(params, grads, bases, exp_avgs, exp_avg_sqs, *full):
@@ -108,6 +131,7 @@ def check_list(op, check, params, grads, bases, exp_avgs, exp_avg_sqs, extras, s
 
 
 define(SCHEMAS)
+
 
 def _one_matrix_fake(op, check):
     def fake(param, grad, basis, exp_avg, exp_avg_sq, *extras, step, lr, left, **hyper):
@@ -118,17 +142,31 @@ def _one_matrix_fake(op, check):
 
 
 def _list_fake(op, check, names):
-    def fake(params, grads, bases, exp_avgs, exp_avg_sqs, *rest, lr, left, grad_scale=None, found_inf=None, skipped=None,
-             **hyper):
+    def fake(params, grads, bases, exp_avgs, exp_avg_sqs, *rest, lr, left, grad_scale=None, found_inf=None, skipped=None, **hyper):
         *extras, steps = rest
-        check_list(op, check, params, grads, bases, exp_avgs, exp_avg_sqs, dict(zip(names, extras)), steps, lr, left,
-                   (grad_scale, found_inf, skipped))
+        check_list(
+            op,
+            check,
+            params,
+            grads,
+            bases,
+            exp_avgs,
+            exp_avg_sqs,
+            dict(zip(names, extras)),
+            steps,
+            lr,
+            left,
+            (grad_scale, found_inf, skipped),
+        )
 
     return fake
 
 
-for _name, _rule, _names in (("apollo_step", check_apollo_step, ("limiters",)),
-                             ("fira_step", check_fira_step, ("limiters", "grams")), ("frugal_step", check_frugal_step, ())):
+for _name, _rule, _names in (
+    ("apollo_step", check_apollo_step, ("limiters",)),
+    ("fira_step", check_fira_step, ("limiters", "grams")),
+    ("frugal_step", check_frugal_step, ()),
+):
     fake(f"{_name}.tensor")(_one_matrix_fake(_name, _rule))
     fake(_name)(_one_matrix_fake(_name, _rule))
     fake(f"{_name}.list")(_list_fake(_name, _rule, _names))

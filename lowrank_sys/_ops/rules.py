@@ -23,6 +23,7 @@ def define(schemas):
 
 def unswitched(function):
     """`function`, computing alike inside and outside of torch.autocast: a step's precision is its own."""
+
     @functools.wraps(function)
     def run(*args, **kwargs):
         with contextlib.ExitStack() as stack:
@@ -59,8 +60,7 @@ def expect_dtype(op, name, tensor, dtype):
 
 def expect_like(op, name, tensor, shape, device):
     """`tensor` has `shape`, lies on `device` and is contiguous."""
-    expect(tensor.dim() == len(shape), op,
-            lambda: f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    expect(tensor.dim() == len(shape), op, lambda: f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     for got, want in zip(tensor.shape, shape):
         expect(got == want, op, lambda: f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     expect(tensor.device == device, op, lambda: f"{name} must be on {device}, got {tensor.device}")
@@ -84,8 +84,11 @@ def expect_basis(op, matrix, basis, left):
     """`basis` (d, r) fits `matrix`: d its projected axis, r >= 1. A shard may have fewer than r rows, or none."""
     d = matrix.shape[0 if left else 1]
     axis = "m" if left else "n"
-    expect(basis.dim() == 2 and basis.shape[0] == d, op,
-            lambda: f"basis must have shape ({axis} = {d}, r) for left={left}, got {tuple(basis.shape)}")
+    expect(
+        basis.dim() == 2 and basis.shape[0] == d,
+        op,
+        lambda: f"basis must have shape ({axis} = {d}, r) for left={left}, got {tuple(basis.shape)}",
+    )
     expect(basis.shape[1] >= 1, op, lambda: f"rank must be at least 1, got basis of shape {tuple(basis.shape)}")
     expect_float(op, "basis", basis)
     expect(basis.device == matrix.device, op, lambda: f"basis must be on {matrix.device}, got {basis.device}")
@@ -103,8 +106,11 @@ def expect_number(op, name, tensor, device):
 
 
 def expect_group_size(op, group_size):
-    expect(32 <= group_size <= 1024 and group_size & (group_size - 1) == 0, op,
-            lambda: f"group_size must be a power of two from 32 to 1024, got {group_size}")
+    expect(
+        32 <= group_size <= 1024 and group_size & (group_size - 1) == 0,
+        op,
+        lambda: f"group_size must be a power of two from 32 to 1024, got {group_size}",
+    )
 
 
 def check_step_and_rate(op, device, step, lr):
@@ -121,8 +127,7 @@ def check_lists(op, **lists):
     """All lists have one length."""
     (first, tensors), *rest = lists.items()
     for name, other in rest:
-        expect(len(other) == len(tensors), op,
-                lambda: f"{name} must have {len(tensors)} tensors like {first}, got {len(other)}")
+        expect(len(other) == len(tensors), op, lambda: f"{name} must have {len(tensors)} tensors like {first}, got {len(other)}")
 
 
 def check_guards(op, params, steps, lr, grad_scale, found_inf, skipped, first="params"):
@@ -137,8 +142,7 @@ def check_guards(op, params, steps, lr, grad_scale, found_inf, skipped, first="p
         expect_scalar(op, f"steps[{i}]", step, params[i].device, own_device=True)
         expect_dtype(op, f"steps[{i}]", step, torch.float32)
     for i, param in enumerate(params):
-        expect(param.device == device, op,
-               lambda: f"{first}[{i}] must be on {device} like {first}[0], got {param.device}")
+        expect(param.device == device, op, lambda: f"{first}[{i}] must be on {device} like {first}[0], got {param.device}")
     for name, tensor in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         if tensor is not None:
             expect(tensor.numel() == 1, op, lambda: f"{name} must have one element, got shape {tuple(tensor.shape)}")

@@ -33,16 +33,48 @@ def check_refresh_keys(keys, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, ga
     for i, key in enumerate(keys):
         fits = key.dtype == torch.int64 and key.shape == (4,) and key.is_contiguous()
         if not fits:
-            expect(fits, op, lambda: f"keys[{i}] must be a contiguous int64 tensor of shape (4,), got {key.dtype} of shape "
-                   f"{tuple(key.shape)}, strides {tuple(key.stride())}")
+            expect(
+                fits,
+                op,
+                lambda: (
+                    f"keys[{i}] must be a contiguous int64 tensor of shape (4,), got {key.dtype} of shape "
+                    f"{tuple(key.shape)}, strides {tuple(key.stride())}"
+                ),
+            )
     for i in range(len(keys) if moments == "reset" else 0):
         subspace.check_adam_state(op, exp_avgs[i].shape, keys[i].device, exp_avgs[i], exp_avg_sqs[i], steps[i])
 
 
-def check_refresh_rows(indices, row_scales, grads, countdowns, refreshes, exp_avgs, exp_avg_sqs, steps, lr, *, gap, first_gaps,
-                       seeds, parameters, method, moments, op="refresh_rows_"):
-    check_lists(op, indices=indices, grads=grads, countdowns=countdowns, refreshes=refreshes, first_gaps=first_gaps,
-                seeds=seeds, parameters=parameters, **(dict(row_scales=row_scales) if row_scales else {}))
+def check_refresh_rows(
+    indices,
+    row_scales,
+    grads,
+    countdowns,
+    refreshes,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    lr,
+    *,
+    gap,
+    first_gaps,
+    seeds,
+    parameters,
+    method,
+    moments,
+    op="refresh_rows_",
+):
+    check_lists(
+        op,
+        indices=indices,
+        grads=grads,
+        countdowns=countdowns,
+        refreshes=refreshes,
+        first_gaps=first_gaps,
+        seeds=seeds,
+        parameters=parameters,
+        **(dict(row_scales=row_scales) if row_scales else {}),
+    )
     _check_moments(op, moments)
     if moments == "reset":
         check_lists(op, indices=indices, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps)

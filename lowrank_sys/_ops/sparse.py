@@ -6,8 +6,20 @@ The selected rows are those of G's projected axis: rows of G if left, columns if
 
 import torch
 
-from lowrank_sys._ops.rules import (ADAM, GUARDS, check_guards, check_lists, check_step_and_rate, define, expect,
-                                    expect_dtype, expect_float, expect_like, expect_matrix, fake)
+from lowrank_sys._ops.rules import (
+    ADAM,
+    GUARDS,
+    check_guards,
+    check_lists,
+    check_step_and_rate,
+    define,
+    expect,
+    expect_dtype,
+    expect_float,
+    expect_like,
+    expect_matrix,
+    fake,
+)
 
 METHODS = ("top", "sample", "sample_replace")
 # Rows are counted in fp32.
@@ -19,8 +31,7 @@ SCHEMAS = {
     "select_rows": "(Tensor norms, *, SymInt r, str method, int seed=0, SymInt step=0, int parameter=0) "
     "-> (Tensor indices, Tensor scale)",
     "gather_rows": "(Tensor grad, Tensor indices, Tensor? scale, *, bool left) -> Tensor",
-    "scatter_add_rows_": "(Tensor(a!) param, Tensor low_rank, Tensor indices, Tensor? scale, *, float alpha=1.0, bool left) "
-    "-> ()",
+    "scatter_add_rows_": "(Tensor(a!) param, Tensor low_rank, Tensor indices, Tensor? scale, *, float alpha=1.0, bool left) -> ()",
     # W <- (1 - lr*weight_decay) W - lr*scale*scatter(Adam(gather(G))); row_scale is the scale of gather and scatter.
     "grass_step.tensor": "(Tensor(a!) param, Tensor grad, Tensor indices, Tensor? row_scale, Tensor(b!) exp_avg, "
     f"Tensor(c!) exp_avg_sq, *, Tensor step, Tensor lr, {ADAM}, float scale, bool left) -> ()",
@@ -134,7 +145,24 @@ fake("grass_step")(_grass_fake)
 
 
 @fake("grass_step.list")
-def _(params, grads, indices, row_scales, exp_avgs, exp_avg_sqs, steps, *, lr, beta1, beta2, eps, weight_decay, scale, left,
-      grad_scale=None, found_inf=None, skipped=None):
-    check_grass_list(params, grads, indices, row_scales, exp_avgs, exp_avg_sqs, steps, lr, left,
-                     (grad_scale, found_inf, skipped))
+def _(
+    params,
+    grads,
+    indices,
+    row_scales,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    *,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    scale,
+    left,
+    grad_scale=None,
+    found_inf=None,
+    skipped=None,
+):
+    check_grass_list(params, grads, indices, row_scales, exp_avgs, exp_avg_sqs, steps, lr, left, (grad_scale, found_inf, skipped))

@@ -3,10 +3,32 @@
 import torch
 
 from lowrank_sys._ops.projection import check_project
-from lowrank_sys._ops.rules import (ADAM, GUARDS, check_guards, check_lists, check_step_and_rate, define, expect,
-                                    expect_basis, expect_dtype, expect_float, expect_like, expect_matrix, fake, low_rank_shape)
-from lowrank_sys._ops.workspace import (copy_unless_fp32, fp32, int8_operand, int8_panels, launched_together, reused,
-                                         tile_unless_fp32, workspace)
+from lowrank_sys._ops.rules import (
+    ADAM,
+    GUARDS,
+    check_guards,
+    check_lists,
+    check_step_and_rate,
+    define,
+    expect,
+    expect_basis,
+    expect_dtype,
+    expect_float,
+    expect_like,
+    expect_matrix,
+    fake,
+    low_rank_shape,
+)
+from lowrank_sys._ops.workspace import (
+    copy_unless_fp32,
+    fp32,
+    int8_operand,
+    int8_panels,
+    launched_together,
+    reused,
+    tile_unless_fp32,
+    workspace,
+)
 
 SCHEMAS = {
     # W <- (1 - lr*weight_decay) W - lr*scale*back(Adam(project(G)))
@@ -85,9 +107,11 @@ def check_adafactor_step(param, grad, basis, exp_avg, row, col, exp_avg_sq, step
         check_project(grad, basis, left=left, op=op)
         shape = low_rank_shape(param, basis, left)
     factored = len(shape) == 2
-    expect((row is not None) == factored and (col is not None) == factored and (exp_avg_sq is None) == factored, op,
-            lambda: "row and col are for matrices, exp_avg_sq for other shapes, "
-            f"got a parameter of shape {tuple(param.shape)}")
+    expect(
+        (row is not None) == factored and (col is not None) == factored and (exp_avg_sq is None) == factored,
+        op,
+        lambda: f"row and col are for matrices, exp_avg_sq for other shapes, got a parameter of shape {tuple(param.shape)}",
+    )
     wanted = {"exp_avg": shape, "exp_avg_sq": shape, "row": (*shape[:1], 1), "col": (1, *shape[1:2])}
     for name, tensor in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("row", row), ("col", col)):
         if tensor is not None:
@@ -100,8 +124,7 @@ define(SCHEMAS)
 
 
 def _one_matrix_fake(op, check):
-    def fake(param, grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left,
-             int8_gemm=False):
+    def fake(param, grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left, int8_gemm=False):
         check(param, grad, basis, exp_avg, exp_avg_sq, left=left, op=op)
         check_step_and_rate(op, param.device, step, lr)
 
@@ -109,10 +132,29 @@ def _one_matrix_fake(op, check):
 
 
 def _list_fake(op, check):
-    def fake(params, grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, beta1, beta2, eps, weight_decay, scale, left,
-             grad_scale=None, found_inf=None, skipped=None, int8_gemm=False):
-        check_low_rank_lists(op, check, params, grads, bases, exp_avgs, exp_avg_sqs, steps, lr, left,
-                             (grad_scale, found_inf, skipped))
+    def fake(
+        params,
+        grads,
+        bases,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        *,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        scale,
+        left,
+        grad_scale=None,
+        found_inf=None,
+        skipped=None,
+        int8_gemm=False,
+    ):
+        check_low_rank_lists(
+            op, check, params, grads, bases, exp_avgs, exp_avg_sqs, steps, lr, left, (grad_scale, found_inf, skipped)
+        )
 
     return fake
 
@@ -124,8 +166,22 @@ for _name, _rule in (("galore_step", check_galore_step), ("subspace_step", check
 
 
 @fake("adamw_step")
-def _(params, grads, exp_avgs, exp_avg_sqs, steps, *, lr, beta1, beta2, eps, weight_decay, grad_scale=None, found_inf=None,
-      skipped=None):
+def _(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    *,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    grad_scale=None,
+    found_inf=None,
+    skipped=None,
+):
     check_adamw_step(params, grads, exp_avgs, exp_avg_sqs, steps, lr, (grad_scale, found_inf, skipped))
 
 
@@ -139,17 +195,27 @@ def _(params, gradients, bases, exp_avgs, *_, int8_gemm=False, cuda=False, **__)
     if isinstance(params, torch.Tensor):
         params, gradients, bases, exp_avgs = [params], [gradients], [bases], [exp_avgs]
     if cuda:  # the update in the basis' type, and the parts of a split product: under 25% of the gradient
-        return max((launched_together(*p.shape) * (x.numel() * b.element_size() + g.numel() * g.element_size() // 4)
-                    for p, g, b, x in zip(params, gradients, bases, exp_avgs)), default=0)
+        return max(
+            (
+                launched_together(*p.shape) * (x.numel() * b.element_size() + g.numel() * g.element_size() // 4)
+                for p, g, b, x in zip(params, gradients, bases, exp_avgs)
+            ),
+            default=0,
+        )
     if int8_gemm:  # R or the update; the basis quantised one way, then the other; the update quantised
         shapes = [(*b.shape, x.numel() // b.shape[1]) for b, x in zip(bases, exp_avgs)]
-        return (reused(fp32(*x.shape) for x in exp_avgs)
-                + reused(size for d, r, _ in shapes for size in (int8_operand(r, d), int8_operand(d, r)))
-                + reused(int8_operand(channels, r) for _, r, channels in shapes)
-                + max((int8_panels(r) for _, r, _ in shapes), default=0))
+        return (
+            reused(fp32(*x.shape) for x in exp_avgs)
+            + reused(size for d, r, _ in shapes for size in (int8_operand(r, d), int8_operand(d, r)))
+            + reused(int8_operand(channels, r) for _, r, channels in shapes)
+            + max((int8_panels(r) for _, r, _ in shapes), default=0)
+        )
     # R or the update; the basis in fp32; a tile of the gradient, then of the weight
-    return (reused(fp32(*x.shape) for x in exp_avgs) + reused(copy_unless_fp32(b) for b in bases)
-            + reused(max(tile_unless_fp32(t) for t in pair) for pair in zip(params, gradients)))
+    return (
+        reused(fp32(*x.shape) for x in exp_avgs)
+        + reused(copy_unless_fp32(b) for b in bases)
+        + reused(max(tile_unless_fp32(t) for t in pair) for pair in zip(params, gradients))
+    )
 
 
 @workspace("adamw_step")

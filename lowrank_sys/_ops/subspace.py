@@ -1,21 +1,35 @@
 """Choosing and refreshing a basis."""
 
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from lowrank_sys._ops.blockwise import INT4_NAMES, expect_codes
 from lowrank_sys._ops.int4 import expect_int4
-from lowrank_sys._ops.rules import (check_lists, define, expect, expect_basis, expect_dtype, expect_float, expect_like,
-                                    expect_matrix, expect_number, expect_scalar, fake)
+from lowrank_sys._ops.rules import (
+    check_lists,
+    define,
+    expect,
+    expect_basis,
+    expect_dtype,
+    expect_float,
+    expect_like,
+    expect_matrix,
+    expect_number,
+    expect_scalar,
+    fake,
+)
 
 SUBSPACES = ("randomized", "svd")
 MOMENTS = ("keep", "reset", "rotate")
 
 # What the full forms of a refresh have besides: lists are empty where bases are dense, moments fp32, gaps fixed.
-_FULL = ("Tensor(f!)[] basis_scales, Tensor(g!)[] basis_offsets, Tensor(h!)[] exp_avg_absmaxes, "
-         "Tensor(i!)[] exp_avg_sq_absmaxes, Tensor(j!)[] gaps, Tensor(k!)[] overlaps, int group_size=256, "
-         "float cos_threshold=0.4, float gamma_proj=2.0, int max_gap=0")
+_FULL = (
+    "Tensor(f!)[] basis_scales, Tensor(g!)[] basis_offsets, Tensor(h!)[] exp_avg_absmaxes, "
+    "Tensor(i!)[] exp_avg_sq_absmaxes, Tensor(j!)[] gaps, Tensor(k!)[] overlaps, int group_size=256, "
+    "float cos_threshold=0.4, float gamma_proj=2.0, int max_gap=0"
+)
 
 SCHEMAS = {
     "subspace_iteration": "(Tensor grad, Tensor? basis, *, SymInt rank, bool left, int n_iter=2, SymInt? oversample=None, "
@@ -98,8 +112,9 @@ def check_refresh(stored, grads, countdowns, lr, schedule, *, gap, first_gaps, s
     _check_adaptive(op, countdowns, schedule)
 
 
-def check_refresh_from_sketch(stored, sketches, countdowns, lr, schedule, *, left, gap, first_gaps, seeds,
-                              op="refresh_from_sketch_"):
+def check_refresh_from_sketch(
+    stored, sketches, countdowns, lr, schedule, *, left, gap, first_gaps, seeds, op="refresh_from_sketch_"
+):
     check_lists(op, bases=stored.bases, sketches=sketches, countdowns=countdowns, first_gaps=first_gaps, seeds=seeds)
     _check_stored(op, stored)
     check_schedule(op, countdowns, lr, gap, first_gaps, stored.moments)
@@ -132,12 +147,21 @@ def _check_sketched_matrix(stored, i, sketch, *, left, op):
         _check_own_basis(op, basis)
         d, rank = basis.shape
     expect(sketch.device == basis.device, op, lambda: f"sketch must be on {basis.device}, got {sketch.device}")
-    expect(got == d and columns >= rank, op, lambda: f"sketch must have shape {f'({d}, l)' if left else f'(l, {d})'} with "
-           f"l >= rank = {rank} for left={left}, got {tuple(sketch.shape)}")
+    expect(
+        got == d and columns >= rank,
+        op,
+        lambda: (
+            f"sketch must have shape {f'({d}, l)' if left else f'(l, {d})'} with "
+            f"l >= rank = {rank} for left={left}, got {tuple(sketch.shape)}"
+        ),
+    )
     if stored.moments != "keep":
         exp_avg = stored.exp_avgs[i]
-        expect(exp_avg.dim() == 2 and exp_avg.shape[0 if left else 1] == rank, op,
-               lambda: f"exp_avg must have shape {f'({rank}, n)' if left else f'(m, {rank})'}, got {tuple(exp_avg.shape)}")
+        expect(
+            exp_avg.dim() == 2 and exp_avg.shape[0 if left else 1] == rank,
+            op,
+            lambda: f"exp_avg must have shape {f'({rank}, n)' if left else f'(m, {rank})'}, got {tuple(exp_avg.shape)}",
+        )
         check_adam_state(op, exp_avg.shape, basis.device, *stored.adam(i))
 
 
@@ -181,8 +205,11 @@ def _check_adaptive(op, countdowns, schedule):
         check_lists(op, countdowns=countdowns, gaps=schedule.gaps, overlaps=schedule.overlaps)
         check_on_host(op, "gaps", schedule.gaps)
         for i, queue in enumerate(schedule.overlaps):
-            expect(queue.dim() == 1 and queue.dtype == torch.float32, op,
-                   lambda: f"overlaps[{i}] must be a vector of float32, got shape {tuple(queue.shape)}, {queue.dtype}")
+            expect(
+                queue.dim() == 1 and queue.dtype == torch.float32,
+                op,
+                lambda: f"overlaps[{i}] must be a vector of float32, got shape {tuple(queue.shape)}, {queue.dtype}",
+            )
 
 
 def check_on_host(op, name, counters):
@@ -190,8 +217,11 @@ def check_on_host(op, name, counters):
     for i, c in enumerate(counters):
         fits = c.dtype is torch.int64 and c.dim() == 0 and c.is_cpu
         if not fits:
-            expect(fits, op, lambda: f"{name}[{i}] must be a 0-dim int64 tensor on the CPU, got shape {tuple(c.shape)}, "
-                    f"{c.dtype} on {c.device}")
+            expect(
+                fits,
+                op,
+                lambda: f"{name}[{i}] must be a 0-dim int64 tensor on the CPU, got shape {tuple(c.shape)}, {c.dtype} on {c.device}",
+            )
 
 
 def check_refresh_matrix(stored, i, grad, *, left, op="refresh_"):
@@ -216,19 +246,47 @@ define(SCHEMAS)
 @fake("subspace_iteration")
 def _(grad, basis, *, rank, left, n_iter=2, oversample=None, seed=0):
     check_subspace_iteration(grad, basis, rank=rank, left=left, n_iter=n_iter, oversample=oversample)
-    return (grad.new_empty((grad.shape[0 if left else 1], rank), dtype=torch.float32),
-            grad.new_empty((rank,), dtype=torch.float32))
+    return (grad.new_empty((grad.shape[0 if left else 1], rank), dtype=torch.float32), grad.new_empty((rank,), dtype=torch.float32))
 
 
-def refresh_lists(bases, exp_avgs, exp_avg_sqs, steps, moments, basis_scales=(), basis_offsets=(), exp_avg_absmaxes=(),
-            exp_avg_sq_absmaxes=(), group_size=256, gaps=(), overlaps=(), cos_threshold=0.4, gamma_proj=2.0, max_gap=0):
+def refresh_lists(
+    bases,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    moments,
+    basis_scales=(),
+    basis_offsets=(),
+    exp_avg_absmaxes=(),
+    exp_avg_sq_absmaxes=(),
+    group_size=256,
+    gaps=(),
+    overlaps=(),
+    cos_threshold=0.4,
+    gamma_proj=2.0,
+    max_gap=0,
+):
     """(Stored, Adaptive) of a refresh's arguments."""
-    return (Stored(bases, basis_scales, basis_offsets, group_size, exp_avgs, exp_avg_sqs, exp_avg_absmaxes,
-                   exp_avg_sq_absmaxes, steps, moments), Adaptive(gaps, overlaps, cos_threshold, gamma_proj, max_gap))
+    return (
+        Stored(
+            bases,
+            basis_scales,
+            basis_offsets,
+            group_size,
+            exp_avgs,
+            exp_avg_sqs,
+            exp_avg_absmaxes,
+            exp_avg_sq_absmaxes,
+            steps,
+            moments,
+        ),
+        Adaptive(gaps, overlaps, cos_threshold, gamma_proj, max_gap),
+    )
 
 
-def _fake_refresh(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap, first_gaps, seeds, subspace,
-                  moments, **full):
+def _fake_refresh(
+    bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap, first_gaps, seeds, subspace, moments, **full
+):
     stored, schedule = refresh_lists(bases, exp_avgs, exp_avg_sqs, steps, moments, **full)
     check_refresh(stored, grads, countdowns, lr, schedule, gap=gap, first_gaps=first_gaps, seeds=seeds, subspace=subspace)
     for i, grad in enumerate(grads):
@@ -246,11 +304,11 @@ def _(basis, exp_avg, *, other, left, seed=0):
     return basis.new_empty((other, min(rank + max(8, -(-rank // 8)), basis.shape[0], other)))
 
 
-def _fake_refresh_from_sketch(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap, first_gaps, seeds,
-                              moments, **full):
+def _fake_refresh_from_sketch(
+    bases, sketches, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap, first_gaps, seeds, moments, **full
+):
     stored, schedule = refresh_lists(bases, exp_avgs, exp_avg_sqs, steps, moments, **full)
-    check_refresh_from_sketch(stored, sketches, countdowns, lr, schedule, left=left, gap=gap, first_gaps=first_gaps,
-                              seeds=seeds)
+    check_refresh_from_sketch(stored, sketches, countdowns, lr, schedule, left=left, gap=gap, first_gaps=first_gaps, seeds=seeds)
 
 
 fake("refresh_from_sketch_")(_fake_refresh_from_sketch)

@@ -6,7 +6,7 @@ from lowrank_sys._ops.rules import define, expect, expect_dtype, expect_float, e
 
 SCHEMAS = {
     # M <- C M and V <- (C∘C) V, C = newᵀ old (right: times Cᵀ)
-    "rotate_moments_": "(Tensor(a!) exp_avg, Tensor(b!) exp_avg_sq, Tensor old, Tensor new, *, bool left) -> ()",
+    "rotate_moments_": "(Tensor(a!) exp_avg, Tensor(b!) exp_avg_sq, Tensor old, Tensor new, *, bool left) -> ()"
 }
 
 
@@ -16,8 +16,11 @@ def check_rotate_moments(exp_avg, exp_avg_sq, old, new, *, left, op="rotate_mome
         expect_like(op, name, moment, exp_avg.shape, exp_avg.device)
         expect_dtype(op, name, moment, torch.float32)
     rank = exp_avg.shape[0 if left else 1]
-    expect(old.dim() == 2 and old.shape[1] == rank, op,
-            lambda: f"old must have shape (d, r = {rank}) for left={left}, got {tuple(old.shape)}")
+    expect(
+        old.dim() == 2 and old.shape[1] == rank,
+        op,
+        lambda: f"old must have shape (d, r = {rank}) for left={left}, got {tuple(old.shape)}",
+    )
     for name, basis in (("old", old), ("new", new)):
         expect_float(op, name, basis)
         expect_like(op, name, basis, old.shape, exp_avg.device)

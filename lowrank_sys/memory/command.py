@@ -82,8 +82,11 @@ def make(args: argparse.Namespace, memory: int | None) -> dict[str, Any]:
 def report(plan: dict[str, Any]) -> str:
     """The plan as a table for people."""
     rows = [(name, size, KINDS.get(name, "")) for name, size in plan["tensors"].items() if size]
-    measured = "libraries, threads, corpus: measured in a fresh process" if plan["process_baseline_measured"] else (
-        "CUDA context and libraries: stated, not measured")
+    measured = (
+        "libraries, threads, corpus: measured in a fresh process"
+        if plan["process_baseline_measured"]
+        else ("CUDA context and libraries: stated, not measured")
+    )
     rows += [
         ("tensors, peak", plan["tensor_peak_bytes"], "counted over two rehearsed steps"),
         ("process", plan["process_baseline_bytes"], measured),
@@ -106,6 +109,8 @@ def report(plan: dict[str, Any]) -> str:
     lines += [f"  would fit: {change['flags']}  ({units.show(change['peak_bytes'])})" for change in plan["would_fit"]]
     if not plan["would_fit"]:
         smallest = plan["smallest"]
-        lines.append(f"  nothing that was tried fits; the least: {units.show(smallest['peak_bytes'])} "
-                     f"with {smallest['flags'] or 'no change'}")
+        lines.append(
+            f"  nothing that was tried fits; the least: {units.show(smallest['peak_bytes'])} "
+            f"with {smallest['flags'] or 'no change'}"
+        )
     return "\n".join(lines)

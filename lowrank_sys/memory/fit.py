@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -45,13 +46,17 @@ def choose(args: argparse.Namespace, memory: int, tell=lambda line: None) -> dic
         except CommandError:  # the method refuses it
             continue
         if size <= memory:
-            tell(f"memory: {units.show(planned)} planned as given, {units.show(memory)} there: takes {described(change)}, "
-                 f"{units.show(size)} planned (--as-given keeps the flags as they are)")
+            tell(
+                f"memory: {units.show(planned)} planned as given, {units.show(memory)} there: takes {described(change)}, "
+                f"{units.show(size)} planned (--as-given keeps the flags as they are)"
+            )
             return change
         least, leanest = min((least, leanest), (size, change), key=lambda pair: pair[0])
     best = f", {units.show(least)} with {described(leanest)}" if leanest else ""
-    raise CommandError(f"memory: {units.show(planned)} planned as given{best}, {units.show(memory)} there: `lowrank plan "
-                       "--device-memory` says what would fit; --as-given runs all the same")
+    raise CommandError(
+        f"memory: {units.show(planned)} planned as given{best}, {units.show(memory)} there: `lowrank plan "
+        "--device-memory` says what would fit; --as-given runs all the same"
+    )
 
 
 def needed(args: argparse.Namespace, run: Rehearsal, without: tuple[str, ...] = ()) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import resource
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 # Files of a control group, version 2 and version 1: limits, use, and what of memory.stat the kernel would drop by itself.
 V2 = (("memory.max", "memory.high"), "memory.current", r"(?:active|inactive)_file")
@@ -53,8 +53,7 @@ def _group(folder: Path, limits: tuple[str, ...], use: str, droppable: str) -> I
 def _job(root: Path) -> Iterator[int]:
     """What Slurm grants on this node, in MiB by its variables; 0 means all. It counts resident memory."""
     used = _status(root, "VmRSS")
-    granted = {name: os.environ.get(name, "").strip() for name in
-               ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE")}
+    granted = {name: os.environ.get(name, "").strip() for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE")}
     node, cpu, cpus = (int(value) if value.isdecimal() else 0 for value in granted.values())
     if node:
         yield (node << 20) - used

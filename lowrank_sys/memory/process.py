@@ -47,8 +47,7 @@ def measure(args: argparse.Namespace) -> Baseline:
         words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         code = "import sys; from lowrank_sys import cli; sys.exit(cli.main(['train', *sys.argv[1:]]))"
         words.append("--as-given")  # what it may take by itself is no part of what the process needs
-        done = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                text=True)
+        done = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         try:
             tensors = rehearse(probe)
             _, said = done.communicate()

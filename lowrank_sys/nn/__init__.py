@@ -8,6 +8,14 @@ from lowrank_sys.nn.quant_weight import QuantWeight, is_quantized
 from lowrank_sys.nn.quantize import dequantize_model, quantize_model
 
 __all__ = [
-    "QuantLinear", "QuantWeight", "causal_lm_loss", "chunked_loss", "dequantize_model", "is_quantized", "quantize_model",
-    "quantized_from_config", "quantized_from_pretrained", "save_quantized",
+    "QuantLinear",
+    "QuantWeight",
+    "causal_lm_loss",
+    "chunked_loss",
+    "dequantize_model",
+    "is_quantized",
+    "quantize_model",
+    "quantized_from_config",
+    "quantized_from_pretrained",
+    "save_quantized",
 ]

@@ -38,7 +38,7 @@ class _CrossEntropy(torch.autograd.Function):
         log_sum = hidden.new_full(labels.shape, -torch.inf, dtype=wide)
         picked = hidden.new_full(labels.shape, torch.nan, dtype=wide)
         for first in range(0, weight.shape[0], vocabulary):
-            head = weight[first:first + vocabulary].to(operand)
+            head = weight[first : first + vocabulary].to(operand)
             for at in range(0, hidden.shape[0], tokens):
                 rows = slice(at, at + tokens)
                 z = _logits(hidden[rows].to(operand), head, bias, first, wide)
@@ -63,7 +63,7 @@ class _CrossEntropy(torch.autograd.Function):
         d_weight = torch.empty_like(weight) if need_weight else None
         d_bias = torch.empty_like(bias) if need_bias else None
         for first in range(0, weight.shape[0], vocabulary):
-            head = weight[first:first + vocabulary].to(operand)
+            head = weight[first : first + vocabulary].to(operand)
             d_head = torch.zeros_like(head, dtype=wide) if need_weight else None
             d_shift = head.new_zeros(head.shape[0], dtype=wide) if need_bias else None
             for at in range(0, hidden.shape[0], tokens):
@@ -113,7 +113,7 @@ def _add_product_(out, a, b):
 
 def _logits(hidden, head, bias, first, wide):
     z = _product(hidden, head.T, wide)
-    return z if bias is None else z.add_(bias[first:first + head.shape[0]])
+    return z if bias is None else z.add_(bias[first : first + head.shape[0]])
 
 
 def _in_chunk(labels, kept, first, size):
@@ -122,8 +122,7 @@ def _in_chunk(labels, kept, first, size):
     return inside, torch.where(inside, labels - first, 0)
 
 
-def chunked_loss(hidden, weight, labels, bias=None, *, ignore_index=-100, reduction="mean", tokens=TOKENS,
-                 vocabulary=VOCABULARY):
+def chunked_loss(hidden, weight, labels, bias=None, *, ignore_index=-100, reduction="mean", tokens=TOKENS, vocabulary=VOCABULARY):
     """cross_entropy(hidden @ weight.T + bias, labels) in fp32, without its logits.
 
     Only `tokens` x `vocabulary` logits and `vocabulary` rows of the weight in fp32 exist at once, in backward as well, where
@@ -149,8 +148,7 @@ def chunked_loss(hidden, weight, labels, bias=None, *, ignore_index=-100, reduct
         if not size >= 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
     if weight.dim() != 2 or hidden.shape[-1:] != weight.shape[1:]:
-        raise ValueError("hidden must have shape (..., d) and weight (V, d), got "
-                         f"{tuple(hidden.shape)} and {tuple(weight.shape)}")
+        raise ValueError(f"hidden must have shape (..., d) and weight (V, d), got {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 of shape {tuple(hidden.shape[:-1])}, got {labels.dtype} {tuple(labels.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -63,9 +63,7 @@ class QuantLinear(nn.Module):
         self.group_size = group_size
         shape = (out_features, in_features)
         self.register_buffer("codes", torch.empty(shape, dtype=torch.int8, device=device))
-        self.register_buffer(
-            "scale", torch.empty(int8_scale_shape(shape, group_size), dtype=torch.float32, device=device)
-        )
+        self.register_buffer("scale", torch.empty(int8_scale_shape(shape, group_size), dtype=torch.float32, device=device))
         self.weight = QuantWeight.over(self._buffers, group_size, dtype)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self.reset_parameters()

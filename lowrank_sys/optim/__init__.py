@@ -12,5 +12,18 @@ from lowrank_sys.optim.in_backward import InBackward
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 from lowrank_sys.optim.qgalore import QGaLoreAdamW8bit
 
-__all__ = ["APOLLOAdamW", "Accumulate", "CapturedStep", "FiraAdamW", "FrugalAdamW", "GaLoreAdafactor", "GaLoreAdamW",
-           "GaLoreAdamW8bit", "GrassAdamW", "InBackward", "LowRankOptimizer", "QGaLoreAdamW8bit", "param_groups"]
+__all__ = [
+    "APOLLOAdamW",
+    "Accumulate",
+    "CapturedStep",
+    "FiraAdamW",
+    "FrugalAdamW",
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "GaLoreAdamW8bit",
+    "GrassAdamW",
+    "InBackward",
+    "LowRankOptimizer",
+    "QGaLoreAdamW8bit",
+    "param_groups",
+]

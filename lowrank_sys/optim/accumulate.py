@@ -55,8 +55,10 @@ class Accumulate(Hooked):
         if "rank" not in group:
             return super().attach(optimizer, group, names)
         if self.model is None:
-            raise ValueError("per_layer='accumulate' needs the model: give the groups of param_groups(model) as they are, or "
-                             "per_layer=Accumulate(model=model)")
+            raise ValueError(
+                "per_layer='accumulate' needs the model: give the groups of param_groups(model) as they are, or "
+                "per_layer=Accumulate(model=model)"
+            )
         if group["refresh"] != "next":
             raise ValueError(f"refresh must be 'next' with per_layer='accumulate', got {group['refresh']!r}")
         expect_one_process()
@@ -131,15 +133,18 @@ class Accumulate(Hooked):
 
     def _expect_new(self, weight, coefficient):
         if coefficient.grad is not None and self._stepped.get(weight) == _identity(coefficient.grad):
-            raise RuntimeError("the last step's low-rank gradients are still there, and their basis may have changed since: "
-                               "call zero_grad() after step()")
+            raise RuntimeError(
+                "the last step's low-rank gradients are still there, and their basis may have changed since: "
+                "call zero_grad() after step()"
+            )
 
     def _fit(self, optimizer, weight, coefficient, state):
         """A model that was moved, cast or copied carries its coefficients along as full tensors; a loaded state may have
         another rank."""
         shape = optimizer.subspace.shape_of(weight, state)
         if (coefficient.shape, coefficient.dtype, coefficient.device) != (shape, self.dtype, weight.device) or (
-                coefficient.untyped_storage().nbytes() > coefficient.element_size()):
+            coefficient.untyped_storage().nbytes() > coefficient.element_size()
+        ):
             coefficient.grad = None
             coefficient.data = zero(shape, self.dtype, weight.device)
 
@@ -171,7 +176,9 @@ class Accumulate(Hooked):
     def clip(self, optimizer, max_norm):
         self.begin(optimizer)
         grads = [grad for group in optimizer.param_groups for _, grad in self.of(group)]
-        return scale_to_norm_(grads, gradient_norms(grads), max_norm) if grads else torch.zeros((), dtype=torch.float32, device="cpu")
+        return (
+            scale_to_norm_(grads, gradient_norms(grads), max_norm) if grads else torch.zeros((), dtype=torch.float32, device="cpu")
+        )
 
     def finish(self, optimizer):
         self._window.clear()
@@ -183,8 +190,9 @@ class Accumulate(Hooked):
     def check_loaded(self, groups):
         for group in groups:
             if "rank" in group and group.get("subspace") == "svd":
-                raise ValueError("a state with subspace='svd' cannot go on with per_layer='accumulate': exact bases need "
-                                 "whole gradients")
+                raise ValueError(
+                    "a state with subspace='svd' cannot go on with per_layer='accumulate': exact bases need whole gradients"
+                )
 
     def loaded(self, optimizer):
         """Gradients that were projected on another basis are dropped."""

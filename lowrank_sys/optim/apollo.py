@@ -35,13 +35,32 @@ class APOLLOAdamW(LowRankOptimizer):
     # APOLLO-Mini: one scale a matrix, from a projection to one row or column.
     mini = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, *, scale_front=False,
-                 disable_nl=False, plain_8bit=False, nonfinite="skip", per_layer=None):
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-6,
+        weight_decay=0.0,
+        *,
+        scale_front=False,
+        disable_nl=False,
+        plain_8bit=False,
+        nonfinite="skip",
+        per_layer=None,
+    ):
         defaults = adam_defaults(lr, betas, eps, weight_decay)
         if plain_8bit:
             defaults["min_8bit_size"] = MIN_8BIT_SIZE
-        super().__init__(params, AdamPlain8bit() if plain_8bit else Adam(), defaults, nonfinite, per_layer, subspace=Keyed(),
-                         residual=ScaledGradient(front=scale_front, limited=not disable_nl))
+        super().__init__(
+            params,
+            AdamPlain8bit() if plain_8bit else Adam(),
+            defaults,
+            nonfinite,
+            per_layer,
+            subspace=Keyed(),
+            residual=ScaledGradient(front=scale_front, limited=not disable_nl),
+        )
 
     def _set_defaults(self, group):
         if group.get("scale_type") == "tensor":

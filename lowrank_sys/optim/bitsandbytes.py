@@ -66,6 +66,8 @@ def _moment(state, name, absmax):
     if moment.dtype == torch.uint8:
         shape = tuple(state[absmax].shape) if absmax in state else None
         if shape != (blocks(moment.shape),) or state[absmax].dtype != torch.float32:
-            raise ValueError(f"{absmax} must be float32 of shape {(blocks(moment.shape),)}, one a block of 256 elements of {name} "
-                             f"{tuple(moment.shape)}, got {'none' if shape is None else shape}")
+            raise ValueError(
+                f"{absmax} must be float32 of shape {(blocks(moment.shape),)}, one a block of 256 elements of {name} "
+                f"{tuple(moment.shape)}, got {'none' if shape is None else shape}"
+            )
     return moment

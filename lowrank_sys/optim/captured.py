@@ -155,11 +155,14 @@ def _device_of(optimizer):
     if not isinstance(optimizer, LowRankOptimizer):
         raise ValueError(f"optimizer must be one of lowrank_sys.optim to be captured, got {type(optimizer).__name__}")
     if optimizer.gradients.served_by_hooks:
-        raise ValueError(f"optimizer must have per_layer=None to be captured, got {type(optimizer.gradients).__name__}: its "
-                         "gradients are used in backward")
+        raise ValueError(
+            f"optimizer must have per_layer=None to be captured, got {type(optimizer.gradients).__name__}: its "
+            "gradients are used in backward"
+        )
     if optimizer.nonfinite != "skip":
-        raise ValueError(f"optimizer must have nonfinite='skip' to be captured, got {optimizer.nonfinite!r}: it reads every "
-                         "gradient")
+        raise ValueError(
+            f"optimizer must have nonfinite='skip' to be captured, got {optimizer.nonfinite!r}: it reads every gradient"
+        )
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise ValueError("optimizer must have no step hooks to be captured: a replay does not call them")
     devices = {param.device for group in optimizer.param_groups for param in group["params"]}
@@ -174,7 +177,8 @@ def _given(optimizer, guards):
     hyper = [{key: value for key, value in group.items() if key not in NOT_CAPTURED} for group in optimizer.param_groups]
     addresses = [
         (*(t.data_ptr() for ts in weight_store(p).tensors([p]) for t in ts), None if p.grad is None else p.grad.data_ptr())
-        for group in optimizer.param_groups for p in group["params"]
+        for group in optimizer.param_groups
+        for p in group["params"]
     ]
     return hyper, addresses, any(guard is not None for guard in guards)
 
@@ -184,21 +188,27 @@ def _expect_same(optimizer, captured, given):
         return
     (hyper, addresses, guarded), (hyper_now, addresses_now, guarded_now) = captured, given
     if guarded != guarded_now:
-        raise RuntimeError(f"a captured step began {'with' if guarded else 'without'} a GradScaler and goes on so: build "
-                           "CapturedStep anew")
+        raise RuntimeError(
+            f"a captured step began {'with' if guarded else 'without'} a GradScaler and goes on so: build CapturedStep anew"
+        )
     if len(addresses) != len(addresses_now):
-        raise RuntimeError(f"a captured step began with {len(addresses)} parameters, got {len(addresses_now)}: build "
-                           "CapturedStep anew")
+        raise RuntimeError(
+            f"a captured step began with {len(addresses)} parameters, got {len(addresses_now)}: build CapturedStep anew"
+        )
     names = [name_of(group, g, i) for g, group in enumerate(optimizer.param_groups) for i in range(len(group["params"]))]
     for name, (*weight, grad), (*weight_now, grad_now) in zip(names, addresses, addresses_now):
         if weight != weight_now:
             raise RuntimeError(f"the weight of {name} moved since the step was captured: build CapturedStep anew")
         if grad != grad_now:
             how = "appeared" if grad is None else "is gone" if grad_now is None else "moved"
-            raise RuntimeError(f"the gradient of {name} {how} since the first captured step: gradients must keep their addresses, "
-                               "clear them with zero_grad(set_to_none=False)")
+            raise RuntimeError(
+                f"the gradient of {name} {how} since the first captured step: gradients must keep their addresses, "
+                "clear them with zero_grad(set_to_none=False)"
+            )
     for g, (before, now) in enumerate(zip(hyper, hyper_now)):
         for key in before:
             if before[key] != now.get(key):
-                raise RuntimeError(f"{key} of group {g} was {before[key]!r} when the step was captured, got {now.get(key)!r}: "
-                                   "build CapturedStep anew")
+                raise RuntimeError(
+                    f"{key} of group {g} was {before[key]!r} when the step was captured, got {now.get(key)!r}: "
+                    "build CapturedStep anew"
+                )

@@ -4,7 +4,6 @@ import math
 
 import torch
 
-
 # Elements whose norm is taken at once on the CPU, where torch copies them in fp64 first.
 PIECE = 1 << 20
 

@@ -81,4 +81,4 @@ def with_coefficients(optimizer, state_dict):
         if "param_names" in saved and "param_names" in group:
             saved = {**saved, "param_names": [*saved["param_names"][:count], *group["param_names"][count:]]}
         groups.append(saved)
-    return {**state_dict, "param_groups": [*groups, *state_dict["param_groups"][len(groups):]]}
+    return {**state_dict, "param_groups": [*groups, *state_dict["param_groups"][len(groups) :]]}

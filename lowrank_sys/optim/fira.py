@@ -22,5 +22,6 @@ class FiraAdamW(LowRankOptimizer):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, *, nonfinite="skip", per_layer=None):
-        super().__init__(params, Adam(), adam_defaults(lr, betas, eps, weight_decay), nonfinite, per_layer,
-                         residual=ScaledResidual())
+        super().__init__(
+            params, Adam(), adam_defaults(lr, betas, eps, weight_decay), nonfinite, per_layer, residual=ScaledResidual()
+        )

@@ -23,12 +23,30 @@ class FrugalAdamW(LowRankOptimizer):
 
     inactive_update_rules = {"sign_sgd": True, "sgd": False}
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, *, inactive_update_rule="sign_sgd",
-                 nonfinite="skip", per_layer=None):
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.01,
+        *,
+        inactive_update_rule="sign_sgd",
+        nonfinite="skip",
+        per_layer=None,
+    ):
         if inactive_update_rule not in self.inactive_update_rules:
-            raise ValueError(f"inactive_update_rule must be one of {', '.join(self.inactive_update_rules)}, got {inactive_update_rule!r}")
-        super().__init__(params, Adam(), adam_defaults(lr, betas, eps, weight_decay), nonfinite, per_layer,
-                         residual=StateFree(sign=self.inactive_update_rules[inactive_update_rule]))
+            raise ValueError(
+                f"inactive_update_rule must be one of {', '.join(self.inactive_update_rules)}, got {inactive_update_rule!r}"
+            )
+        super().__init__(
+            params,
+            Adam(),
+            adam_defaults(lr, betas, eps, weight_decay),
+            nonfinite,
+            per_layer,
+            residual=StateFree(sign=self.inactive_update_rules[inactive_update_rule]),
+        )
 
     def _set_defaults(self, group):
         group.setdefault("moments", "reset")

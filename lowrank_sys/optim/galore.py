@@ -27,8 +27,7 @@ class GaLoreAdamW(LowRankOptimizer):
     State of a matrix (m, n): `exp_avg`, `exp_avg_sq` fp32 (r, n) or (m, r), `basis` (m or n, r), `step`, and the schedule.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, nonfinite="skip",
-                 per_layer=None):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, nonfinite="skip", per_layer=None):
         super().__init__(params, Adam(), adam_defaults(lr, betas, eps, weight_decay), nonfinite, per_layer)
 
 
@@ -48,8 +47,18 @@ class GaLoreAdamW8bit(LowRankOptimizer):
     block; `basis` (m or n, r), `step`, and the schedule.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *, min_8bit_size=MIN_8BIT_SIZE,
-                 nonfinite="skip", per_layer=None):
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=1e-2,
+        *,
+        min_8bit_size=MIN_8BIT_SIZE,
+        nonfinite="skip",
+        per_layer=None,
+    ):
         defaults = {**adam_defaults(lr, betas, eps, weight_decay), "min_8bit_size": min_8bit_size}
         super().__init__(params, Adam8bit(), defaults, nonfinite, per_layer)
 
@@ -64,16 +73,45 @@ class GaLoreAdafactor(LowRankOptimizer):
     State of a matrix: `row` (rows of R, 1), `col` (1, columns of R), `basis`, `step`, the schedule; `exp_avg` with beta1.
     """
 
-    rules = {**hyper.RULES, "lr": hyper.optional(hyper.rate), "eps": hyper.pair("eps", hyper.at_least(0)),
-             "clip_threshold": hyper.number("a number above 0", lambda value: value > 0),
-             "decay_rate": hyper.number("a number", lambda value: True), "beta1": hyper.optional(hyper.momentum),
-             "scale_parameter": hyper.flag, "relative_step": hyper.flag, "warmup_init": hyper.flag}
+    rules = {
+        **hyper.RULES,
+        "lr": hyper.optional(hyper.rate),
+        "eps": hyper.pair("eps", hyper.at_least(0)),
+        "clip_threshold": hyper.number("a number above 0", lambda value: value > 0),
+        "decay_rate": hyper.number("a number", lambda value: True),
+        "beta1": hyper.optional(hyper.momentum),
+        "scale_parameter": hyper.flag,
+        "relative_step": hyper.flag,
+        "warmup_init": hyper.flag,
+    }
 
-    def __init__(self, params, lr=None, eps=(1e-30, 1e-3), clip_threshold=1.0, decay_rate=-0.8, beta1=None, weight_decay=0.0,
-                 scale_parameter=True, relative_step=True, warmup_init=False, *, nonfinite="skip", per_layer=None):
-        defaults = {"lr": lr, "eps": eps, "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1,
-                    "weight_decay": weight_decay, "scale_parameter": scale_parameter, "relative_step": relative_step,
-                    "warmup_init": warmup_init}
+    def __init__(
+        self,
+        params,
+        lr=None,
+        eps=(1e-30, 1e-3),
+        clip_threshold=1.0,
+        decay_rate=-0.8,
+        beta1=None,
+        weight_decay=0.0,
+        scale_parameter=True,
+        relative_step=True,
+        warmup_init=False,
+        *,
+        nonfinite="skip",
+        per_layer=None,
+    ):
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "clip_threshold": clip_threshold,
+            "decay_rate": decay_rate,
+            "beta1": beta1,
+            "weight_decay": weight_decay,
+            "scale_parameter": scale_parameter,
+            "relative_step": relative_step,
+            "warmup_init": warmup_init,
+        }
         hyper.check(defaults, self.rules)
         if relative_step == (lr is not None):
             raise ValueError(f"lr must be {'None with' if relative_step else 'given without'} relative_step, got {lr}")

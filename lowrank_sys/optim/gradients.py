@@ -72,7 +72,11 @@ class AtStep:
             optimizer._init_state()
             for param, grad in pairs:
                 measured.append(optimizer.subspace.measured(group, grad.contiguous(), optimizer.state[param]))
-        return scale_to_norm_(grads, gradient_norms(measured), max_norm) if grads else torch.zeros((), dtype=torch.float32, device="cpu")
+        return (
+            scale_to_norm_(grads, gradient_norms(measured), max_norm)
+            if grads
+            else torch.zeros((), dtype=torch.float32, device="cpu")
+        )
 
     def finish(self, optimizer):
         """A step ends."""
@@ -139,8 +143,10 @@ class Hooked(AtStep):
 
     def begin(self, optimizer):
         if self._released:
-            raise RuntimeError("the gradients of these weights are no longer this optimizer's: it was released, or a newer "
-                               "optimizer was built for them")
+            raise RuntimeError(
+                "the gradients of these weights are no longer this optimizer's: it was released, or a newer "
+                "optimizer was built for them"
+            )
 
 
 class _WeakHook:
@@ -172,5 +178,7 @@ def _release(weight, newest):
 def expect_one_process():
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise RuntimeError(f"per_layer runs in one process, got {distributed.get_world_size()}: each rank would project its "
-                           "own gradient before it is averaged")
+        raise RuntimeError(
+            f"per_layer runs in one process, got {distributed.get_world_size()}: each rank would project its "
+            "own gradient before it is averaged"
+        )

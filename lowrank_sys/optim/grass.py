@@ -17,8 +17,18 @@ class AdamOnRows(Adam):
             return [state[key] for state in states]
 
         torch.ops.lowrank.grass_step.list(
-            params, grads, column("indices"), [] if group["subspace"] == "top" else column("row_scale"), column("exp_avg"),
-            column("exp_avg_sq"), column("step"), lr=lr, scale=group["scale"], left=left, **self.hyper(group), **guards,
+            params,
+            grads,
+            column("indices"),
+            [] if group["subspace"] == "top" else column("row_scale"),
+            column("exp_avg"),
+            column("exp_avg_sq"),
+            column("step"),
+            lr=lr,
+            scale=group["scale"],
+            left=left,
+            **self.hyper(group),
+            **guards,
         )
 
 
@@ -45,5 +55,12 @@ class GrassAdamW(LowRankOptimizer):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, nonfinite="skip", per_layer=None):
-        super().__init__(params, AdamOnRows(), adam_defaults(lr, betas, eps, weight_decay), nonfinite, per_layer,
-                         subspace=Rows(), residual=RowsOnly())
+        super().__init__(
+            params,
+            AdamOnRows(),
+            adam_defaults(lr, betas, eps, weight_decay),
+            nonfinite,
+            per_layer,
+            subspace=Rows(),
+            residual=RowsOnly(),
+        )

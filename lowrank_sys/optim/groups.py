@@ -63,7 +63,9 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, narrow="pl
     low = [{"params": params, **keys, "rank": r} for r, params in by_rank.items()]
     if not any(group["params"] for group in low):
         name, p = matrices[0]
-        raise ValueError(f"rank must be at most {min(p.shape)} for {name} of shape {tuple(p.shape)}, got {rank}: no matrix is as wide")
+        raise ValueError(
+            f"rank must be at most {min(p.shape)} for {name} of shape {tuple(p.shape)}, got {rank}: no matrix is as wide"
+        )
     inside = {id(p) for group in low for _, p in group["params"]}
     _tell_of_narrow([name for name, p in matrices if min(p.shape) < keys["rank"]], keys["rank"], own=len(low) > 1)
     others = [(name, p) for name, p in named if id(p) not in inside]

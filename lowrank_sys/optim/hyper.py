@@ -29,6 +29,7 @@ def integer(least, most=math.inf):
 
 def number(wanted, holds):
     """A real number of which `holds` is true; NaN and infinity are none."""
+
     def rule(value):
         value = plain(value)
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value) or not holds(value):
@@ -44,6 +45,7 @@ def at_least(least):
 
 def optional(rule):
     """The rule, or None."""
+
     def either(value):
         try:
             return None if value is None else rule(value)
@@ -55,6 +57,7 @@ def optional(rule):
 
 def pair(name, rule):
     """Two values of a rule."""
+
     def both(values):
         if not isinstance(values, (list, tuple)) or len(values) != 2:
             raise ValueError("a pair")
@@ -85,20 +88,34 @@ share = number("a number in [0, 1]", lambda value: 0 <= value <= 1)
 momentum = number("in [0, 1)", lambda value: 0 <= value < 1)
 
 RULES = {
-    "lr": rate, "betas": pair("betas", momentum), "eps": at_least(0), "weight_decay": at_least(0),
-    "rank": integer(1), "update_proj_gap": integer(1), "seed": integer(-2**62, 2**62), "min_8bit_size": integer(0),
-    "scale": at_least(0), "alpha": at_least(0), "residual_scale": at_least(0),
-    "quant": flag, "int8_gemm": flag, "cos_threshold": optional(share), "gamma_proj": at_least(1), "queue_size": integer(1),
+    "lr": rate,
+    "betas": pair("betas", momentum),
+    "eps": at_least(0),
+    "weight_decay": at_least(0),
+    "rank": integer(1),
+    "update_proj_gap": integer(1),
+    "seed": integer(-(2**62), 2**62),
+    "min_8bit_size": integer(0),
+    "scale": at_least(0),
+    "alpha": at_least(0),
+    "residual_scale": at_least(0),
+    "quant": flag,
+    "int8_gemm": flag,
+    "cos_threshold": optional(share),
+    "gamma_proj": at_least(1),
+    "queue_size": integer(1),
     "max_update_proj_gap": optional(integer(1)),
 }
 
 
 def check(group, rules):
-    """Replace what `rules` know of a group by plain numbers; raises a ValueError that names the key, its value and what is wanted."""
+    """Replace what `rules` know of a group by plain numbers; raises a ValueError with the key, its value and what is wanted."""
     for key, rule in rules.items():
         if key in group:
             try:
                 group[key] = rule(group[key])
             except ValueError as error:
                 wanted, *inner = error.args
-                raise ValueError(f"{inner[0]} must be {wanted}" if inner else f"{key} must be {wanted}, got {group[key]!r}") from None
+                raise ValueError(
+                    f"{inner[0]} must be {wanted}" if inner else f"{key} must be {wanted}, got {group[key]!r}"
+                ) from None

@@ -43,8 +43,10 @@ class InBackward(Hooked):
 
     def _take(self, optimizer, weight, grad):
         if weight in self._done:
-            raise RuntimeError("a second backward before step(): per_layer='in_backward' cannot accumulate gradients, each "
-                               "backward is a step; use per_layer='accumulate'")
+            raise RuntimeError(
+                "a second backward before step(): per_layer='in_backward' cannot accumulate gradients, each "
+                "backward is a step; use per_layer='accumulate'"
+            )
         expect_one_process()
         group = optimizer._group_of(weight)
         if optimizer.nonfinite == "raise":
@@ -85,8 +87,11 @@ class InBackward(Hooked):
         if device not in self._factors:
             if not self._factors:
                 norms = [s["norm"] for s in optimizer.state.values() if "norm" in s]
-                self._norm = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms])) if norms else (
-                    torch.zeros((), dtype=torch.float64, device=device))
+                self._norm = (
+                    torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+                    if norms
+                    else (torch.zeros((), dtype=torch.float64, device=device))
+                )
             self._factors[device] = clip_factor(self._norm.to(device), self.max_norm)
         return self._factors[device]
 
@@ -95,15 +100,19 @@ class InBackward(Hooked):
             return super().of(group)
         pairs = super().of(group)  # put there by hand, or by DDP after the hook
         if any(weight in self._done for weight, _ in pairs):
-            raise RuntimeError("a weight got a second gradient after its step in backward: per_layer='in_backward' cannot run "
-                               "under DistributedDataParallel")
+            raise RuntimeError(
+                "a weight got a second gradient after its step in backward: per_layer='in_backward' cannot run "
+                "under DistributedDataParallel"
+            )
         return pairs
 
     def begin(self, optimizer):
         super().begin(optimizer)
         if getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None:
-            raise RuntimeError("per_layer='in_backward' takes no GradScaler: its matrices have already taken their step, on "
-                               "scaled gradients; use per_layer='accumulate', or train in bfloat16 without one")
+            raise RuntimeError(
+                "per_layer='in_backward' takes no GradScaler: its matrices have already taken their step, on "
+                "scaled gradients; use per_layer='accumulate', or train in bfloat16 without one"
+            )
 
     def clip(self, optimizer, max_norm):
         raise ValueError("per_layer='in_backward' has no gradients left to clip: give per_layer=InBackward(max_norm=...)")

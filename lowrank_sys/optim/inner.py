@@ -41,8 +41,16 @@ class Adam:
         return {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": group["weight_decay"]}
 
     def plain_step(self, group, params, grads, states, lr, guards):
-        torch.ops.lowrank.adamw_step(params, grads, _field(states, "exp_avg"), _field(states, "exp_avg_sq"),
-                                     _field(states, "step"), lr=lr, **self.hyper(group), **guards)
+        torch.ops.lowrank.adamw_step(
+            params,
+            grads,
+            _field(states, "exp_avg"),
+            _field(states, "exp_avg_sq"),
+            _field(states, "step"),
+            lr=lr,
+            **self.hyper(group),
+            **guards,
+        )
 
     def low_rank_step(self, group, params, grads, states, lr, left, guards):
         self._low_rank(torch.ops.lowrank.galore_step.list, group, params, grads, states, lr, left, guards)
@@ -54,8 +62,20 @@ class Adam:
     def _low_rank(self, op, group, params, gradients, states, lr, left, guards):
         for part, bases in _bases(params, states):
             own = states[part]
-            op(params[part], gradients[part], bases, _field(own, "exp_avg"), _field(own, "exp_avg_sq"), _field(own, "step"),
-               lr=lr, scale=group["scale"], left=left, int8_gemm=group["int8_gemm"], **self.hyper(group), **guards)
+            op(
+                params[part],
+                gradients[part],
+                bases,
+                _field(own, "exp_avg"),
+                _field(own, "exp_avg_sq"),
+                _field(own, "step"),
+                lr=lr,
+                scale=group["scale"],
+                left=left,
+                int8_gemm=group["int8_gemm"],
+                **self.hyper(group),
+                **guards,
+            )
 
 
 class Adafactor:
@@ -81,11 +101,26 @@ class Adafactor:
             raise ValueError("GaLoreAdafactor takes no GradScaler: unscale_ before the step, or train in bfloat16")
         for param, grad, state in zip(params, grads, states):
             torch.ops.lowrank.adafactor_step(
-                param, grad, load(state, param) if "basis" in state else None, state.get("exp_avg"), state.get("row"), state.get("col"),
-                state.get("exp_avg_sq"), state["step"], lr=lr, beta1=group["beta1"] or 0.0, decay_rate=group["decay_rate"],
-                eps1=group["eps"][0], eps2=group["eps"][1], clip_threshold=group["clip_threshold"],
-                weight_decay=group["weight_decay"], scale=group.get("scale", 1.0), scale_parameter=group["scale_parameter"],
-                relative_step=group["relative_step"], warmup_init=group["warmup_init"], left=left,
+                param,
+                grad,
+                load(state, param) if "basis" in state else None,
+                state.get("exp_avg"),
+                state.get("row"),
+                state.get("col"),
+                state.get("exp_avg_sq"),
+                state["step"],
+                lr=lr,
+                beta1=group["beta1"] or 0.0,
+                decay_rate=group["decay_rate"],
+                eps1=group["eps"][0],
+                eps2=group["eps"][1],
+                clip_threshold=group["clip_threshold"],
+                weight_decay=group["weight_decay"],
+                scale=group.get("scale", 1.0),
+                scale_parameter=group["scale_parameter"],
+                relative_step=group["relative_step"],
+                warmup_init=group["warmup_init"],
+                left=left,
                 skipped=guards["skipped"],
             )
 

@@ -62,8 +62,18 @@ class Adam8bit:
             store = store_of(states[0])
             bases = zip(*(parts(state)[1] for state in states))
             step = getattr(getattr(torch.ops.lowrank, name), store.overload)
-            step(params, gradients, *map(list, bases), *_lists(states), lr=lr, scale=group["scale"], left=left,
-                 **store.options, **self._full.hyper(group), **guards)
+            step(
+                params,
+                gradients,
+                *map(list, bases),
+                *_lists(states),
+                lr=lr,
+                scale=group["scale"],
+                left=left,
+                **store.options,
+                **self._full.hyper(group),
+                **guards,
+            )
 
     def _int8(self, name, group, params, gradients, states, lr, left, guards):
         weights = weight_store(params[0])
@@ -71,9 +81,18 @@ class Adam8bit:
             store = store_of(states[0])
             bases = [*map(list, zip(*(parts(state)[1] for state in states))), [], []][:3]
             getattr(torch.ops.lowrank, name).list(
-                *weights.tensors(params), gradients, *bases, *_lists(states), lr=lr, scale=group["scale"], left=left,
-                **{f"basis_{key}": value for key, value in store.options.items()}, **weights.options(group, states),
-                **self._full.hyper(group), **guards)
+                *weights.tensors(params),
+                gradients,
+                *bases,
+                *_lists(states),
+                lr=lr,
+                scale=group["scale"],
+                left=left,
+                **{f"basis_{key}": value for key, value in store.options.items()},
+                **weights.options(group, states),
+                **self._full.hyper(group),
+                **guards,
+            )
 
 
 class AdamPlain8bit(Adam):

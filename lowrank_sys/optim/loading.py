@@ -14,11 +14,15 @@ def check_groups(optimizer, saved_groups):
     pairs = list(enumerate(zip(optimizer.param_groups, saved_groups)))
     for g, (group, saved) in pairs:
         if ("rank" in group) != ("rank" in saved):
-            raise ValueError(f"the loaded group {g} must {'have' if 'rank' in group else 'not have'} the key 'rank', as group {g} of "
-                             f"this {type(optimizer).__name__}: it is a state of another optimizer")
-    for g, (group, saved) in pairs:
+            raise ValueError(
+                f"the loaded group {g} must {'have' if 'rank' in group else 'not have'} the key 'rank', as group {g} of "
+                f"this {type(optimizer).__name__}: it is a state of another optimizer"
+            )
+    for g, (_, saved) in pairs:
         if lacking := sorted((optimizer.defaults.keys() & optimizer.rules.keys()) - saved.keys()):
-            raise ValueError(f"the loaded group {g} must have the keys of {type(optimizer).__name__}, it lacks {', '.join(lacking)}")
+            raise ValueError(
+                f"the loaded group {g} must have the keys of {type(optimizer).__name__}, it lacks {', '.join(lacking)}"
+            )
 
 
 def check_state(optimizer, saved, params, new_state):
@@ -28,8 +32,9 @@ def check_state(optimizer, saved, params, new_state):
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         wanted = {param: new_state(param, group) for group, param in params if saved.get(param)}
-    names = {param: name_of(group, g, i) for g, group in enumerate(optimizer.param_groups)
-             for i, param in enumerate(group["params"])}
+    names = {
+        param: name_of(group, g, i) for g, group in enumerate(optimizer.param_groups) for i, param in enumerate(group["params"])
+    }
     for param, want in wanted.items():
         state, where = saved[param], f"the loaded state of {names[param]}"
         if lacking := sorted(want.keys() - state.keys()):
@@ -43,8 +48,11 @@ def check_state(optimizer, saved, params, new_state):
 
 def _alike(want, got):
     """Floats may have another width, as where a bf16 model takes up an fp32 one's basis."""
-    return (isinstance(got, torch.Tensor) and got.dim() == want.dim()
-            and (got.dtype == want.dtype or got.is_floating_point() and want.is_floating_point()))
+    return (
+        isinstance(got, torch.Tensor)
+        and got.dim() == want.dim()
+        and (got.dtype == want.dtype or got.is_floating_point() and want.is_floating_point())
+    )
 
 
 def _spell(value):

@@ -58,8 +58,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self):
         # torch's names three fields only: a copy would lose its parts.
-        return {**super().__getstate__(), "inner": self.inner, "subspace": self.subspace, "residual": self.residual,
-                "nonfinite": self.nonfinite, "_counters": self._counters, "gradients": self.gradients}
+        return {
+            **super().__getstate__(),
+            "inner": self.inner,
+            "subspace": self.subspace,
+            "residual": self.residual,
+            "nonfinite": self.nonfinite,
+            "_counters": self._counters,
+            "gradients": self.gradients,
+        }
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -97,8 +104,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.subspace.check(group, names)
         self.residual.check(group)
         if group["moments"] not in self.inner.transports:
-            raise ValueError(f"moments must be one of {', '.join(self.inner.transports)} for {type(self.inner).__name__}, "
-                             f"got {group['moments']!r}")
+            raise ValueError(
+                f"moments must be one of {', '.join(self.inner.transports)} for {type(self.inner).__name__}, "
+                f"got {group['moments']!r}"
+            )
 
     def _serves(self, key, flag):
         """Whether all parts can do what a group key of the subspace asks for."""
@@ -302,8 +311,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         saved = {param: state_dict["state"].get(i, {}) for i, param in zip(ids, params)}
         for param, state in saved.items():
             if not self.subspace.fits(param, state):
-                raise ValueError(f"the state's basis of shape {tuple(state['basis'].shape)} does not fit a parameter of shape "
-                                 f"{tuple(param.shape)}")
+                raise ValueError(
+                    f"the state's basis of shape {tuple(state['basis'].shape)} does not fit a parameter of shape "
+                    f"{tuple(param.shape)}"
+                )
         check_state(self, saved, zip(groups, params), self._new_states())
         super().load_state_dict(state_dict)
         for i, param in zip(ids, params):

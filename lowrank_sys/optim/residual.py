@@ -88,10 +88,22 @@ class ScaledGradient(_FromGradient):
         bases = [state["key"] if "key" in state else state["basis"] for state in states]
         store, ops = weight_store(params[0]), torch.ops.lowrank
         (ops.apollo_int8_step if store.int8 else ops.apollo_step).list(
-            *store.tensors(params), grads, bases, _field(states, "exp_avg"), _field(states, "exp_avg_sq"),
-            *self._limiters(states), _field(states, "step"), lr=lr, scale=group["scale"], left=left,
-            per_tensor=group["scale_type"] == "tensor", scale_front=self.front, growth=GROWTH, **store.options(group, states),
-            **inner.hyper(group), **guards,
+            *store.tensors(params),
+            grads,
+            bases,
+            _field(states, "exp_avg"),
+            _field(states, "exp_avg_sq"),
+            *self._limiters(states),
+            _field(states, "step"),
+            lr=lr,
+            scale=group["scale"],
+            left=left,
+            per_tensor=group["scale_type"] == "tensor",
+            scale_front=self.front,
+            growth=GROWTH,
+            **store.options(group, states),
+            **inner.hyper(group),
+            **guards,
         )
 
     def writes_int8(self, inner):
@@ -110,8 +122,16 @@ class ScaledResidual(_FromGradient):
 
     def low_rank_step(self, inner, group, params, grads, states, lr, left, guards):
         torch.ops.lowrank.fira_step.list(
-            *self._tensors(states, params, grads), *self._limiters(states), [],
-            _field(states, "step"), lr=lr, alpha=group["alpha"], left=left, growth=GROWTH, **inner.hyper(group), **guards,
+            *self._tensors(states, params, grads),
+            *self._limiters(states),
+            [],
+            _field(states, "step"),
+            lr=lr,
+            alpha=group["alpha"],
+            left=left,
+            growth=GROWTH,
+            **inner.hyper(group),
+            **guards,
         )
 
 
@@ -128,6 +148,13 @@ class StateFree(_FromGradient):
 
     def low_rank_step(self, inner, group, params, grads, states, lr, left, guards):
         torch.ops.lowrank.frugal_step.list(
-            *self._tensors(states, params, grads), _field(states, "step"), lr=lr,
-            scale=group["scale"], residual_scale=group["residual_scale"], sign=self.sign, left=left, **inner.hyper(group), **guards,
+            *self._tensors(states, params, grads),
+            _field(states, "step"),
+            lr=lr,
+            scale=group["scale"],
+            residual_scale=group["residual_scale"],
+            sign=self.sign,
+            left=left,
+            **inner.hyper(group),
+            **guards,
         )

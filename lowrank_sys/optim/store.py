@@ -76,8 +76,17 @@ class Int8(InPlace):
             after = before.clone()
             step(group, [after], [gradient], [state], *rest)
             one = after.new_ones(())
-            torch.ops.lowrank.int8_update_(param.codes, param.scale, after.sub_(before), alpha=one, decay=one, seed=group["seed"],
-                                           step=state["step"], parameter=state["parameter"], group_size=size)
+            torch.ops.lowrank.int8_update_(
+                param.codes,
+                param.scale,
+                after.sub_(before),
+                alpha=one,
+                decay=one,
+                seed=group["seed"],
+                step=state["step"],
+                parameter=state["parameter"],
+                group_size=size,
+            )
 
 
 IN_PLACE = InPlace()

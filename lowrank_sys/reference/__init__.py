@@ -3,23 +3,40 @@
 Computes in fp32, or in fp64 where the tensors are fp64 (tests use that as the truth).
 """
 
-import torch
-
 from lowrank_sys._ops.rules import implement
 from lowrank_sys.reference.adam import adamw_step
 from lowrank_sys.reference.apollo_int8 import apollo_int8_step, apollo_int8_step_list
-from lowrank_sys.reference.blockwise import (adam_8bit_, adam_8bit_low_rank_, dequantize_blockwise, galore_step_8bit,
-                                             galore_step_8bit_int4, galore_step_8bit_list, quantize_blockwise,
-                                             subspace_step_8bit_int4, subspace_step_8bit_list)
-from lowrank_sys.reference.galore import (back_project_, channel_norms, galore_step, galore_step_list, project, subspace_step,
-                                          subspace_step_list)
+from lowrank_sys.reference.blockwise import (
+    adam_8bit_,
+    adam_8bit_low_rank_,
+    dequantize_blockwise,
+    galore_step_8bit,
+    galore_step_8bit_int4,
+    galore_step_8bit_list,
+    quantize_blockwise,
+    subspace_step_8bit_int4,
+    subspace_step_8bit_list,
+)
+from lowrank_sys.reference.galore import (
+    back_project_,
+    channel_norms,
+    galore_step,
+    galore_step_list,
+    project,
+    subspace_step,
+    subspace_step_list,
+)
 from lowrank_sys.reference.gaussian import gaussian_back_project_, gaussian_basis_, gaussian_project
 from lowrank_sys.reference.int4 import back_project_int4_, dequantize_int4, project_int4, quantize_int4
 from lowrank_sys.reference.int8 import dequantize_int8, int8_linear, int8_linear_backward, int8_update_, quantize_int8
-from lowrank_sys.reference.qgalore import (back_project_int8_, qgalore_step, qgalore_step_list, qgalore_subspace_step,
-                                           qgalore_subspace_step_list)
-from lowrank_sys.reference.residual import (apollo_step, apollo_step_list, fira_step, fira_step_list, frugal_step,
-                                            frugal_step_list)
+from lowrank_sys.reference.qgalore import (
+    back_project_int8_,
+    qgalore_step,
+    qgalore_step_list,
+    qgalore_subspace_step,
+    qgalore_subspace_step_list,
+)
+from lowrank_sys.reference.residual import apollo_step, apollo_step_list, fira_step, fira_step_list, frugal_step, frugal_step_list
 from lowrank_sys.reference.selection import select_rows
 from lowrank_sys.reference.sparse import gather_rows, grass_step, grass_step_list, scatter_add_rows_
 
@@ -84,6 +101,7 @@ IMPLEMENTATIONS = {
     "scatter_add_rows_": scatter_add_rows_,
     "select_rows": select_rows,
 }
+
 
 def register():
     """Serve every op of IMPLEMENTATIONS on every device that has no kernel of its own."""

@@ -37,9 +37,32 @@ def _preconditioned(r, square, ok, row, col, beta2):
     return (r * _inverse_root(row)) * (mean.sqrt() * _inverse_root(col))
 
 
-def adafactor_step(param, grad, basis, exp_avg, row, col, exp_avg_sq, step, *, lr, beta1, decay_rate, eps1, eps2,
-                   clip_threshold, weight_decay, scale, scale_parameter, relative_step, warmup_init, left, skipped=None,
-                   project=dense_project, back_project_=dense_back_project_):
+def adafactor_step(
+    param,
+    grad,
+    basis,
+    exp_avg,
+    row,
+    col,
+    exp_avg_sq,
+    step,
+    *,
+    lr,
+    beta1,
+    decay_rate,
+    eps1,
+    eps2,
+    clip_threshold,
+    weight_decay,
+    scale,
+    scale_parameter,
+    relative_step,
+    warmup_init,
+    left,
+    skipped=None,
+    project=dense_project,
+    back_project_=dense_back_project_,
+):
     """One Adafactor step; with a basis: on R, clipped and scaled by the rate in the subspace, then W <- W - scale*back(U).
 
     Args:

@@ -37,8 +37,22 @@ def skip(params, found_inf):
     return not params or (found_inf is not None and bool(found_inf))
 
 
-def adamw_step(params, grads, exp_avgs, exp_avg_sqs, steps, *, lr, beta1, beta2, eps, weight_decay, grad_scale=None,
-               found_inf=None, skipped=None):
+def adamw_step(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    *,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    grad_scale=None,
+    found_inf=None,
+    skipped=None,
+):
     """torch.optim.AdamW on lists of tensors of any shape; elements whose gradient is not finite stay as they are.
 
     params, grads: fp32 | bf16 | fp16; exp_avgs, exp_avg_sqs: fp32 of the same shapes; steps: 0-dim fp32, advanced by one;

@@ -24,7 +24,7 @@ def _map(signed):
         # Each boundary is rounded to fp32 once: the products below are exact in fp64.
         i, step = torch.arange(parts + 1, dtype=torch.float64, device="cpu"), ((_fp32(1.0) - 0.1) / parts).double()
         boundaries = torch.where(i < (parts + 1) // 2, _fp32(0.1).double() + step * i, 1 - step * (parts - i)).float()
-        magnitudes.append((boundaries[1:] + boundaries[:-1]) / 2 * 10.0**(decade - 6))
+        magnitudes.append((boundaries[1:] + boundaries[:-1]) / 2 * 10.0 ** (decade - 6))
     magnitudes = torch.cat(magnitudes)
     return torch.cat([*((-magnitudes.flip(0),) if signed else ()), _fp32(0.0)[None], magnitudes, _fp32(1.0)[None]])
 
@@ -58,12 +58,12 @@ def _encode(x, signed):
     inverse = 1 / most
     y = torch.where((finite & normal)[:, None], values * inverse[:, None], 0)
     codes = torch.bucketize(y, midpoints(signed, x.device)).to(torch.uint8)
-    return codes.view(-1)[:x.numel()].view(x.shape), absmax
+    return codes.view(-1)[: x.numel()].view(x.shape), absmax
 
 
 def _decode(codes, absmax, signed):
     values = dynamic_map(signed, codes.device)[_in_blocks(codes).long()] * absmax[:, None]
-    return values.view(-1)[:codes.numel()].view(codes.shape)
+    return values.view(-1)[: codes.numel()].view(codes.shape)
 
 
 def quantize_blockwise(x, *, signed):
@@ -98,12 +98,28 @@ class Moments:
             new_codes, new_absmax = _encode(values.to(torch.float32), signed)
             absmax.copy_(torch.where(touched, new_absmax, absmax))
             chosen = torch.where(touched[:, None], _in_blocks(new_codes), _in_blocks(codes))
-            codes.copy_(chosen.view(-1)[:codes.numel()].view(codes.shape))
+            codes.copy_(chosen.view(-1)[: codes.numel()].view(codes.shape))
         return update
 
 
-def adam_8bit_(params, grads, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps, *, lr, beta1, beta2, eps,
-               weight_decay, grad_scale=None, found_inf=None, skipped=None):
+def adam_8bit_(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    exp_avg_absmaxes,
+    exp_avg_sq_absmaxes,
+    steps,
+    *,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    grad_scale=None,
+    found_inf=None,
+    skipped=None,
+):
     """adamw_step with 8-bit moments: AdamW on tensors of any shape, moments in blocks of 256.
 
     params, grads: fp32 | bf16 | fp16; exp_avgs (signed codes), exp_avg_sqs (unsigned codes): uint8 of their shapes, with
@@ -118,8 +134,18 @@ def adam_8bit_(params, grads, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_s
     grad_scale = None if grad_scale is None else grad_scale.reshape(())
     for param, grad, *stored, step in zip(params, grads, *moments, steps):
         step += 1
-        left_out = adamw(param, grad, Moments(*stored, torch.float32), step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-                         weight_decay=weight_decay, grad_scale=grad_scale)
+        left_out = adamw(
+            param,
+            grad,
+            Moments(*stored, torch.float32),
+            step=step,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            grad_scale=grad_scale,
+        )
         if skipped is not None:
             skipped += left_out
 
@@ -135,8 +161,22 @@ def adamw(param, grad, moments, *, step, lr, beta1, beta2, eps, weight_decay, gr
     return (~ok).sum()
 
 
-def adam_8bit_low_rank_(low_rank_grads, updates, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps, *, beta1,
-                        beta2, eps, left, grad_scale=None, found_inf=None):
+def adam_8bit_low_rank_(
+    low_rank_grads,
+    updates,
+    exp_avgs,
+    exp_avg_sqs,
+    exp_avg_absmaxes,
+    exp_avg_sq_absmaxes,
+    steps,
+    *,
+    beta1,
+    beta2,
+    eps,
+    left,
+    grad_scale=None,
+    found_inf=None,
+):
     """updates <- Adam(low_rank_grads), advancing 8-bit moments: what a low-rank step does between its two products.
 
     low_rank_grads: R (r, n) if left, else (m, r), fp32; updates: of the same shapes, fp32 | bf16 | fp16; moments in blocks of
@@ -179,8 +219,9 @@ def galore_step_8bit(param, grad, basis, exp_avg, exp_avg_sq, exp_avg_absmax, ex
 
 
 def _step_list(op, lists, *, projected, lr, left, grad_scale=None, found_inf=None, skipped=None, group_size=None, **hyper):
-    _ops.blockwise.check_low_rank_lists_8bit(op, *lists, projected=projected, lr=lr, left=left, group_size=group_size,
-                                             guards=(grad_scale, found_inf, skipped))
+    _ops.blockwise.check_low_rank_lists_8bit(
+        op, *lists, projected=projected, lr=lr, left=left, group_size=group_size, guards=(grad_scale, found_inf, skipped)
+    )
     params, gradients, bases, moments, steps = _ops.blockwise.split_lists(lists, group_size)
     if skip(params, found_inf):
         return
@@ -197,31 +238,66 @@ def _step_list(op, lists, *, projected, lr, left, grad_scale=None, found_inf=Non
             skipped += left_out
 
 
-def galore_step_8bit_list(params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps,
-                          **options):
+def galore_step_8bit_list(params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps, **options):
     """galore_step_8bit for many matrices; steps (0-dim fp32) are advanced by one first. Guards as in adamw_step."""
     lists = (params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps)
     _step_list("galore_step_8bit", lists, projected=False, **options)
 
 
-def galore_step_8bit_int4(params, grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs, exp_avg_absmaxes,
-                          exp_avg_sq_absmaxes, steps, *, group_size=256, **options):
+def galore_step_8bit_int4(
+    params,
+    grads,
+    bases,
+    basis_scales,
+    basis_offsets,
+    exp_avgs,
+    exp_avg_sqs,
+    exp_avg_absmaxes,
+    exp_avg_sq_absmaxes,
+    steps,
+    *,
+    group_size=256,
+    **options,
+):
     """galore_step_8bit_list on bases in INT4: packed codes, scales and offsets, see quantize_int4."""
-    lists = (params, grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs, exp_avg_absmaxes,
-             exp_avg_sq_absmaxes, steps)
+    lists = (params, grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps)
     _step_list("galore_step_8bit", lists, projected=False, group_size=group_size, **options)
 
 
-def subspace_step_8bit_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes,
-                            steps, **options):
+def subspace_step_8bit_list(
+    params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps, **options
+):
     """galore_step_8bit_list from gradients that are already projected: R (r, n) if left, else (m, r), fp32."""
     lists = (params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps)
     _step_list("subspace_step_8bit", lists, projected=True, **options)
 
 
-def subspace_step_8bit_int4(params, low_rank_grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs,
-                            exp_avg_absmaxes, exp_avg_sq_absmaxes, steps, *, group_size=256, **options):
+def subspace_step_8bit_int4(
+    params,
+    low_rank_grads,
+    bases,
+    basis_scales,
+    basis_offsets,
+    exp_avgs,
+    exp_avg_sqs,
+    exp_avg_absmaxes,
+    exp_avg_sq_absmaxes,
+    steps,
+    *,
+    group_size=256,
+    **options,
+):
     """galore_step_8bit_int4 from gradients that are already projected: R (r, n) if left, else (m, r), fp32."""
-    lists = (params, low_rank_grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs, exp_avg_absmaxes,
-             exp_avg_sq_absmaxes, steps)
+    lists = (
+        params,
+        low_rank_grads,
+        bases,
+        basis_scales,
+        basis_offsets,
+        exp_avgs,
+        exp_avg_sqs,
+        exp_avg_absmaxes,
+        exp_avg_sq_absmaxes,
+        steps,
+    )
     _step_list("subspace_step_8bit", lists, projected=True, group_size=group_size, **options)

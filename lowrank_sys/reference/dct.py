@@ -58,12 +58,12 @@ def column_norms(grad, *, left, norm=1):
     factors = turns(d, total)
     high = max(1, PANEL.get(grad.device.type, WIDE_PANEL) // max(d, 1))
     for begin in range(0, channels, high):
-        panel = (grad[:, begin:begin + high].T if left else grad[begin:begin + high]).to(total.dtype)
+        panel = (grad[:, begin : begin + high].T if left else grad[begin : begin + high]).to(total.dtype)
         panel = torch.where(usable(panel).all(dim=1, keepdim=True), panel, 0)
         z = torch.view_as_real(dct(panel, factors))
         sums = (z.abs() if norm == 1 else z.square()).sum(dim=0)
-        total[:len(sums)] += sums[:, 0]
-        total[len(sums):] += sums[1:d - len(sums) + 1, 1].flip(0)
+        total[: len(sums)] += sums[:, 0]
+        total[len(sums) :] += sums[1 : d - len(sums) + 1, 1].flip(0)
     return total if norm == 1 else total.sqrt()
 
 

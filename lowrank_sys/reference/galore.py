@@ -46,8 +46,9 @@ def channel_norms(grad, *, left):
     return torch.linalg.vector_norm(grad.to(accumulator(grad)), dim=0 if left else 1)
 
 
-def subspace_step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left,
-                  int8_gemm=False):
+def subspace_step(
+    param, low_rank_grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left, int8_gemm=False
+):
     """One AdamW step from R: W <- (1 - lr*weight_decay) W - lr*scale*back(Adam(R)).
 
     param (m, n) fp32 | bf16 | fp16 and the moments (fp32, R's shape) are updated in place; basis (m or n, r). step counts
@@ -56,8 +57,22 @@ def subspace_step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, *, step, lr,
     if param.dtype != torch.float64:
         _ops.steps.check_subspace_step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, left=left)
         _ops.rules.check_step_and_rate("subspace_step", param.device, step, lr)
-    _step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-          weight_decay=weight_decay, scale=scale, left=left, int8_gemm=int8_gemm)
+    _step(
+        param,
+        low_rank_grad,
+        basis,
+        exp_avg,
+        exp_avg_sq,
+        step=step,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        scale=scale,
+        left=left,
+        int8_gemm=int8_gemm,
+    )
 
 
 def _step(param, low_rank_grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left, int8_gemm):
@@ -75,8 +90,18 @@ def galore_step(param, grad, basis, exp_avg, exp_avg_sq, *, step, lr, left, int8
     if param.dtype != torch.float64:
         _ops.steps.check_galore_step(param, grad, basis, exp_avg, exp_avg_sq, left=left)
         _ops.rules.check_step_and_rate("galore_step", param.device, step, lr)
-    _step(param, project(grad, basis, left=left, int8_gemm=int8_gemm), basis, exp_avg, exp_avg_sq, step=step, lr=lr, left=left,
-          int8_gemm=int8_gemm, **hyper)
+    _step(
+        param,
+        project(grad, basis, left=left, int8_gemm=int8_gemm),
+        basis,
+        exp_avg,
+        exp_avg_sq,
+        step=step,
+        lr=lr,
+        left=left,
+        int8_gemm=int8_gemm,
+        **hyper,
+    )
 
 
 def _step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, *, found_inf, grad_scale, skipped, **hyper):
@@ -91,20 +116,96 @@ def _step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, *, f
             skipped += left_out
 
 
-def subspace_step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, left, grad_scale=None,
-                       found_inf=None, skipped=None, int8_gemm=False, **hyper):
+def subspace_step_list(
+    params,
+    low_rank_grads,
+    bases,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    *,
+    lr,
+    left,
+    grad_scale=None,
+    found_inf=None,
+    skipped=None,
+    int8_gemm=False,
+    **hyper,
+):
     """subspace_step for many matrices; steps (0-dim fp32) are advanced by one first. Guards as in adamw_step."""
-    _ops.steps.check_low_rank_lists("subspace_step", _ops.steps.check_subspace_step, params, low_rank_grads, bases, exp_avgs, exp_avg_sqs,
-                              steps, lr, left, (grad_scale, found_inf, skipped))
-    _step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, lr=lr, left=left, grad_scale=grad_scale,
-               found_inf=found_inf, skipped=skipped, int8_gemm=int8_gemm, **hyper)
+    _ops.steps.check_low_rank_lists(
+        "subspace_step",
+        _ops.steps.check_subspace_step,
+        params,
+        low_rank_grads,
+        bases,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        lr,
+        left,
+        (grad_scale, found_inf, skipped),
+    )
+    _step_list(
+        params,
+        low_rank_grads,
+        bases,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        lr=lr,
+        left=left,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        skipped=skipped,
+        int8_gemm=int8_gemm,
+        **hyper,
+    )
 
 
-def galore_step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, left, grad_scale=None, found_inf=None,
-                     skipped=None, int8_gemm=False, **hyper):
+def galore_step_list(
+    params,
+    grads,
+    bases,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    *,
+    lr,
+    left,
+    grad_scale=None,
+    found_inf=None,
+    skipped=None,
+    int8_gemm=False,
+    **hyper,
+):
     """galore_step for many matrices; steps (0-dim fp32) are advanced by one first. Guards as in adamw_step."""
-    _ops.steps.check_low_rank_lists("galore_step", _ops.steps.check_galore_step, params, grads, bases, exp_avgs, exp_avg_sqs, steps, lr,
-                              left, (grad_scale, found_inf, skipped))
+    _ops.steps.check_low_rank_lists(
+        "galore_step",
+        _ops.steps.check_galore_step,
+        params,
+        grads,
+        bases,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        lr,
+        left,
+        (grad_scale, found_inf, skipped),
+    )
     low_rank_grads = (project(grad, basis, left=left, int8_gemm=int8_gemm) for grad, basis in zip(grads, bases))
-    _step_list(params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, steps, lr=lr, left=left, grad_scale=grad_scale,
-               found_inf=found_inf, skipped=skipped, int8_gemm=int8_gemm, **hyper)
+    _step_list(
+        params,
+        low_rank_grads,
+        bases,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        lr=lr,
+        left=left,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        skipped=skipped,
+        int8_gemm=int8_gemm,
+        **hyper,
+    )

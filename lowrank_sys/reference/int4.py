@@ -35,7 +35,7 @@ def quantize_int4(basis, *, group_size=256):
     codes = torch.where(inverse[..., None] > 0, ((x - offset[..., None]) * inverse[..., None]).round(), 0.0)
     codes = codes.to(torch.uint8).reshape(r, groups * group_size)
     codes[:, d:] = 0
-    codes = codes[:, :d + d % 2]
+    codes = codes[:, : d + d % 2]
     return codes[:, 0::2] | codes[:, 1::2] << 4, scale, offset
 
 

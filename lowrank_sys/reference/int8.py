@@ -28,7 +28,7 @@ def ungrouped(groups, n):
 
 
 def new_scale(largest, unit=UNIT):
-    """Scales (fp32) of groups by their largest magnitudes, which get code `unit`: 119 of 127 leaves 1/16 of the range as headroom."""
+    """Scales (fp32) of groups by their largest magnitudes, which get code `unit`: 119 of 127 leaves 1/16 as headroom."""
     scale = largest * torch.tensor(1 / unit, dtype=torch.float32, device=largest.device)
     scale = torch.where(scale >= LEAST_SCALE, scale, 0.0)
     return torch.where(largest.isfinite(), scale, torch.nan)
@@ -75,8 +75,9 @@ def int8_update_(codes, scale, update, *, alpha=1.0, decay=1.0, seed, step, para
     An element whose alpha * update, or whose new value, is not finite is left out: it keeps its code, or its value if its
     group gets a new scale. A group whose scale is not finite is left as it is.
     """
-    _ops.int8.check_int8_update(codes, scale, update, alpha=alpha, decay=decay, step=step, parameter=parameter, offset=offset,
-                                group_size=group_size)
+    _ops.int8.check_int8_update(
+        codes, scale, update, alpha=alpha, decay=decay, step=step, parameter=parameter, offset=offset, group_size=group_size
+    )
     if codes.numel() == 0:
         return
     m, n = codes.shape

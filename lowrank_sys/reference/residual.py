@@ -20,15 +20,17 @@ def _low_rank_gradient(grad, basis, exp_avg, left):
         return project(grad, basis, left=left)
     seed, step, parameter, first = basis.tolist()
     _ops.gaussian.expect_first("apollo_step", first)
-    return gaussian_project(grad, rank=exp_avg.shape[0 if left else 1], left=left, seed=seed, step=step, parameter=parameter,
-                            first=first)
+    return gaussian_project(
+        grad, rank=exp_avg.shape[0 if left else 1], left=left, seed=seed, step=step, parameter=parameter, first=first
+    )
 
 
 def _rate(lr, step, beta1, beta2):
     """a = lr sqrt(1 - beta2^t) / (1 - beta1^t)."""
     step = torch.as_tensor(step, dtype=torch.float64)
-    corrections = [-torch.expm1(step * torch.log(torch.tensor(beta, dtype=torch.float64, device=step.device)))
-                   for beta in (beta1, beta2)]
+    corrections = [
+        -torch.expm1(step * torch.log(torch.tensor(beta, dtype=torch.float64, device=step.device))) for beta in (beta1, beta2)
+    ]
     return lr * (corrections[1].sqrt() / corrections[0])
 
 
@@ -83,14 +85,45 @@ def _store(param, update, ok, rate, lr, weight_decay):
     return (~ok.expand_as(param)).sum()
 
 
-def apollo_update(grad, basis, exp_avg, exp_avg_sq, limiter, *, step, lr, beta1, beta2, eps, scale, left, per_tensor=False,
-                  scale_front=False, growth=1.01, grad_scale=1.0):
+def apollo_update(
+    grad,
+    basis,
+    exp_avg,
+    exp_avg_sq,
+    limiter,
+    *,
+    step,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    scale,
+    left,
+    per_tensor=False,
+    scale_front=False,
+    growth=1.01,
+    grad_scale=1.0,
+):
     """Advances the moments and the limiter; returns sqrt(scale) s o G, which channels are usable, and its rate a."""
     r = _low_rank_gradient(grad, basis, exp_avg, left) * grad_scale
     squares = None if limiter is None else _squares(grad, left, grad_scale)
     front = scale**0.5
-    _, s, ok = _ratio(r, exp_avg, exp_avg_sq, squares, limiter, None, beta1=beta1, beta2=beta2, eps=eps, alpha=0.0, left=left,
-                      per_tensor=per_tensor, growth=growth, front=front if scale_front else 1.0)
+    _, s, ok = _ratio(
+        r,
+        exp_avg,
+        exp_avg_sq,
+        squares,
+        limiter,
+        None,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        alpha=0.0,
+        left=left,
+        per_tensor=per_tensor,
+        growth=growth,
+        front=front if scale_front else 1.0,
+    )
     update = s * (1.0 if scale_front else front) * (grad.to(r.dtype) * grad_scale)
     return update, ok, _rate(lr, step, beta1, beta2)
 
@@ -100,18 +133,67 @@ def _apollo(param, *tensors, lr, weight_decay, **hyper):
     return _store(param, update, ok, rate, lr, weight_decay)
 
 
-def _fira(param, grad, basis, exp_avg, exp_avg_sq, limiter, gram, *, step, lr, beta1, beta2, eps, weight_decay, alpha, left,
-          growth, grad_scale=1.0):
+def _fira(
+    param,
+    grad,
+    basis,
+    exp_avg,
+    exp_avg_sq,
+    limiter,
+    gram,
+    *,
+    step,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    alpha,
+    left,
+    growth,
+    grad_scale=1.0,
+):
     r = project(grad, basis, left=left) * grad_scale
     squares = None if limiter is None else _squares(grad, left, grad_scale)
-    n, s, ok = _ratio(r, exp_avg, exp_avg_sq, squares, limiter, gram, beta1=beta1, beta2=beta2, eps=eps, alpha=alpha, left=left,
-                      per_tensor=False, growth=growth, front=1.0)
+    n, s, ok = _ratio(
+        r,
+        exp_avg,
+        exp_avg_sq,
+        squares,
+        limiter,
+        gram,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        alpha=alpha,
+        left=left,
+        per_tensor=False,
+        growth=growth,
+        front=1.0,
+    )
     residual = grad.to(r.dtype) * grad_scale - alpha * back(r, basis, left)
     return _store(param, alpha * back(n, basis, left) + s * residual, ok, _rate(lr, step, beta1, beta2), lr, weight_decay)
 
 
-def _frugal(param, grad, basis, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, residual_scale, sign,
-            left, grad_scale=1.0):
+def _frugal(
+    param,
+    grad,
+    basis,
+    exp_avg,
+    exp_avg_sq,
+    *,
+    step,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    scale,
+    residual_scale,
+    sign,
+    left,
+    grad_scale=1.0,
+):
     r = project(grad, basis, left=left) * grad_scale
     ok = usable(r).all(0 if left else 1, keepdim=True)
     x = adam_(r, exp_avg, exp_avg_sq, ok, step=step, beta1=beta1, beta2=beta2, eps=eps)
@@ -126,8 +208,22 @@ def _check_one(op, check, param, *tensors, step, lr, left):
         _ops.rules.check_step_and_rate(op, param.device, step, lr)
 
 
-def apollo_step(param, grad, basis, exp_avg, exp_avg_sq, limiter=None, *, step, lr, left, per_tensor=False, scale_front=False,
-                growth=1.01, **hyper):
+def apollo_step(
+    param,
+    grad,
+    basis,
+    exp_avg,
+    exp_avg_sq,
+    limiter=None,
+    *,
+    step,
+    lr,
+    left,
+    per_tensor=False,
+    scale_front=False,
+    growth=1.01,
+    **hyper,
+):
     """APOLLO (Zhu et al. 2024): W <- (1 - lr*weight_decay) W - a sqrt(scale) s o G, a = lr sqrt(1 - beta2^t) / (1 - beta1^t).
 
     s = |N| / (|R| + 1e-8) for every channel, or one for the matrix if per_tensor (APOLLO-Mini), N = M / (sqrt(V) + eps) with
@@ -136,10 +232,34 @@ def apollo_step(param, grad, basis, exp_avg, exp_avg_sq, limiter=None, *, step, 
     (0-dim fp32, 0 before the first step) holds the norm of s o G, which may grow by `growth` a step; None is no limit. The
     limiter sees sqrt(scale) if scale_front. step counts from 1.
     """
-    _check_one("apollo_step", _ops.residual.check_apollo_step, param, grad, basis, exp_avg, exp_avg_sq, limiter, step=step, lr=lr,
-               left=left)
-    _apollo(param, grad, basis, exp_avg, exp_avg_sq, limiter, step=step, lr=lr, left=left, per_tensor=per_tensor,
-            scale_front=scale_front, growth=growth, **hyper)
+    _check_one(
+        "apollo_step",
+        _ops.residual.check_apollo_step,
+        param,
+        grad,
+        basis,
+        exp_avg,
+        exp_avg_sq,
+        limiter,
+        step=step,
+        lr=lr,
+        left=left,
+    )
+    _apollo(
+        param,
+        grad,
+        basis,
+        exp_avg,
+        exp_avg_sq,
+        limiter,
+        step=step,
+        lr=lr,
+        left=left,
+        per_tensor=per_tensor,
+        scale_front=scale_front,
+        growth=growth,
+        **hyper,
+    )
 
 
 def fira_step(param, grad, basis, exp_avg, exp_avg_sq, limiter=None, gram=None, *, step, lr, left, growth=1.01, **hyper):
@@ -148,8 +268,20 @@ def fira_step(param, grad, basis, exp_avg, exp_avg_sq, limiter=None, gram=None, 
     a, s, N, R, limiter (of the second term) and tensors as in apollo_step, with a basis in memory. gram = BᵀB (r, r) fp32 for a
     basis whose columns are not orthonormal; the limiter takes it for the identity if None.
     """
-    _check_one("fira_step", _ops.residual.check_fira_step, param, grad, basis, exp_avg, exp_avg_sq, limiter, gram, step=step,
-               lr=lr, left=left)
+    _check_one(
+        "fira_step",
+        _ops.residual.check_fira_step,
+        param,
+        grad,
+        basis,
+        exp_avg,
+        exp_avg_sq,
+        limiter,
+        gram,
+        step=step,
+        lr=lr,
+        left=left,
+    )
     _fira(param, grad, basis, exp_avg, exp_avg_sq, limiter, gram, step=step, lr=lr, left=left, growth=growth, **hyper)
 
 
@@ -158,8 +290,7 @@ def frugal_step(param, grad, basis, exp_avg, exp_avg_sq, *, step, lr, left, **hy
 
     phi is the sign, or the identity if not `sign`; Adam as in galore_step, with bias correction; tensors as there.
     """
-    _check_one("frugal_step", _ops.residual.check_frugal_step, param, grad, basis, exp_avg, exp_avg_sq, step=step, lr=lr,
-               left=left)
+    _check_one("frugal_step", _ops.residual.check_frugal_step, param, grad, basis, exp_avg, exp_avg_sq, step=step, lr=lr, left=left)
     _frugal(param, grad, basis, exp_avg, exp_avg_sq, step=step, lr=lr, left=left, **hyper)
 
 
@@ -175,25 +306,97 @@ def _list(op, check, run, lists, extras, steps, *, lr, left, grad_scale, found_i
             skipped += left_out
 
 
-def apollo_step_list(params, grads, bases, exp_avgs, exp_avg_sqs, limiters, steps, *, lr, left, per_tensor=False,
-                     scale_front=False, growth=1.01, grad_scale=None, found_inf=None, skipped=None, **hyper):
+def apollo_step_list(
+    params,
+    grads,
+    bases,
+    exp_avgs,
+    exp_avg_sqs,
+    limiters,
+    steps,
+    *,
+    lr,
+    left,
+    per_tensor=False,
+    scale_front=False,
+    growth=1.01,
+    grad_scale=None,
+    found_inf=None,
+    skipped=None,
+    **hyper,
+):
     """apollo_step for many matrices; no limiters is no limit. steps (0-dim fp32) advance by one first; guards as in adamw_step."""
-    _list("apollo_step", _ops.residual.check_apollo_step, _apollo, (params, grads, bases, exp_avgs, exp_avg_sqs),
-          {"limiters": limiters}, steps, lr=lr, left=left, per_tensor=per_tensor, scale_front=scale_front, growth=growth,
-          grad_scale=grad_scale, found_inf=found_inf, skipped=skipped, **hyper)
+    _list(
+        "apollo_step",
+        _ops.residual.check_apollo_step,
+        _apollo,
+        (params, grads, bases, exp_avgs, exp_avg_sqs),
+        {"limiters": limiters},
+        steps,
+        lr=lr,
+        left=left,
+        per_tensor=per_tensor,
+        scale_front=scale_front,
+        growth=growth,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        skipped=skipped,
+        **hyper,
+    )
 
 
-def fira_step_list(params, grads, bases, exp_avgs, exp_avg_sqs, limiters, grams, steps, *, lr, left, growth=1.01,
-                   grad_scale=None, found_inf=None, skipped=None, **hyper):
+def fira_step_list(
+    params,
+    grads,
+    bases,
+    exp_avgs,
+    exp_avg_sqs,
+    limiters,
+    grams,
+    steps,
+    *,
+    lr,
+    left,
+    growth=1.01,
+    grad_scale=None,
+    found_inf=None,
+    skipped=None,
+    **hyper,
+):
     """fira_step for many matrices; no limiters is no limit, no Gram matrices are orthonormal bases. Steps and guards as in
     apollo_step_list."""
-    _list("fira_step", _ops.residual.check_fira_step, _fira, (params, grads, bases, exp_avgs, exp_avg_sqs),
-          {"limiters": limiters, "grams": grams}, steps, lr=lr, left=left, growth=growth, grad_scale=grad_scale,
-          found_inf=found_inf, skipped=skipped, **hyper)
+    _list(
+        "fira_step",
+        _ops.residual.check_fira_step,
+        _fira,
+        (params, grads, bases, exp_avgs, exp_avg_sqs),
+        {"limiters": limiters, "grams": grams},
+        steps,
+        lr=lr,
+        left=left,
+        growth=growth,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        skipped=skipped,
+        **hyper,
+    )
 
 
-def frugal_step_list(params, grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, left, grad_scale=None, found_inf=None,
-                     skipped=None, **hyper):
+def frugal_step_list(
+    params, grads, bases, exp_avgs, exp_avg_sqs, steps, *, lr, left, grad_scale=None, found_inf=None, skipped=None, **hyper
+):
     """frugal_step for many matrices. Steps and guards as in apollo_step_list."""
-    _list("frugal_step", _ops.residual.check_frugal_step, _frugal, (params, grads, bases, exp_avgs, exp_avg_sqs), {}, steps, lr=lr,
-          left=left, grad_scale=grad_scale, found_inf=found_inf, skipped=skipped, **hyper)
+    _list(
+        "frugal_step",
+        _ops.residual.check_frugal_step,
+        _frugal,
+        (params, grads, bases, exp_avgs, exp_avg_sqs),
+        {},
+        steps,
+        lr=lr,
+        left=left,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        skipped=skipped,
+        **hyper,
+    )

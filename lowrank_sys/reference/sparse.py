@@ -81,8 +81,9 @@ def _add_rows_(param, rows, indices, count, axis):
     param.copy_(param.to(rows.dtype).index_add(axis, at, torch.where(per_row(count, left), rows, 0)))
 
 
-def _step(param, grad, indices, row_scale, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left,
-          grad_scale=None):
+def _step(
+    param, grad, indices, row_scale, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left, grad_scale=None
+):
     """grass_step without its checks; returns how many weights were left out."""
     axis = 0 if left else 1
     count = counted(indices, param.shape[axis])
@@ -116,19 +117,45 @@ def grass_step(param, grad, indices, row_scale, exp_avg, exp_avg_sq, *, step, lr
     _step(param, grad, indices, row_scale, exp_avg, exp_avg_sq, step=step, lr=lr, left=left, **hyper)
 
 
-def grass_step_list(params, grads, indices, row_scales, exp_avgs, exp_avg_sqs, steps, *, lr, left, grad_scale=None,
-                    found_inf=None, skipped=None, **hyper):
+def grass_step_list(
+    params,
+    grads,
+    indices,
+    row_scales,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    *,
+    lr,
+    left,
+    grad_scale=None,
+    found_inf=None,
+    skipped=None,
+    **hyper,
+):
     """grass_step for many matrices; steps (0-dim fp32) are advanced by one first. row_scales is empty where no matrix has
     one. Guards as in adamw_step."""
-    _ops.sparse.check_grass_list(params, grads, indices, row_scales, exp_avgs, exp_avg_sqs, steps, lr, left,
-                                 (grad_scale, found_inf, skipped))
+    _ops.sparse.check_grass_list(
+        params, grads, indices, row_scales, exp_avgs, exp_avg_sqs, steps, lr, left, (grad_scale, found_inf, skipped)
+    )
     for i, (param, index) in enumerate(zip(params, indices)):
         check_indices("grass_step", index, param.shape[0 if left else 1], f"indices[{i}]")
     if skip(params, found_inf):
         return
     for i, (param, grad, index, m, v, step) in enumerate(zip(params, grads, indices, exp_avgs, exp_avg_sqs, steps)):
         step += 1
-        left_out = _step(param, grad, index, row_scales[i] if row_scales else None, m, v, step=step, lr=lr, left=left,
-                         grad_scale=grad_scale, **hyper)
+        left_out = _step(
+            param,
+            grad,
+            index,
+            row_scales[i] if row_scales else None,
+            m,
+            v,
+            step=step,
+            lr=lr,
+            left=left,
+            grad_scale=grad_scale,
+            **hyper,
+        )
         if skipped is not None:
             skipped += left_out

@@ -38,8 +38,12 @@ class Keyed(Subspace):
 
     def _refresh_keys(self, group, states, lr):
         torch.ops.lowrank.refresh_keys_(
-            [s["key"] for s in states], [s["countdown"] for s in states], *self._transported(group["moments"], states), lr,
-            gap=group["update_proj_gap"], moments=group["moments"],
+            [s["key"] for s in states],
+            [s["countdown"] for s in states],
+            *self._transported(group["moments"], states),
+            lr,
+            gap=group["update_proj_gap"],
+            moments=group["moments"],
         )
 
     def refresh(self, group, grads, states, lr, left):

@@ -14,7 +14,7 @@ COLD = -1
 
 
 def randomized_basis(grad, basis, *, rank, left, seed=0):
-    """(the next basis of G (m, n), its energies) by subspace iteration: from the old one with two products with G, the first with one.
+    """(the next basis of G (m, n), its energies) by subspace iteration: two products with G from the old one, one for a first.
 
     A first basis is refreshed within a gap, and the first step of a model needs one for every matrix at once.
     """
@@ -30,8 +30,9 @@ def _svd(grad, basis, *, rank, left, seed):
 SELECT = {"randomized": randomized_basis, "svd": _svd}
 
 
-def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap, first_gaps, seeds, subspace, moments,
-             **full):
+def refresh_(
+    bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap, first_gaps, seeds, subspace, moments, **full
+):
     """Advance the refresh schedule of many matrices by one step, choosing anew each basis that is due.
 
     A matrix whose gradient is zero or not finite keeps its basis, or gets a seeded one if it has none, and stays due.
@@ -57,8 +58,9 @@ def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left
             overlaps that make it longer: lowrank_sys.subspace.gap, with cos_threshold, gamma_proj and max_gap.
     """
     stored, schedule = refresh_lists(bases, exp_avgs, exp_avg_sqs, steps, moments, **full)
-    _ops.subspace.check_refresh(stored, grads, countdowns, lr, schedule, gap=gap, first_gaps=first_gaps, seeds=seeds,
-                                subspace=subspace)
+    _ops.subspace.check_refresh(
+        stored, grads, countdowns, lr, schedule, gap=gap, first_gaps=first_gaps, seeds=seeds, subspace=subspace
+    )
     if not countdowns:
         return
     waits = torch.stack(countdowns).tolist()
@@ -82,8 +84,9 @@ def refresh_(bases, grads, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left
         count_down_(countdowns)
 
 
-def refresh_from_sketch_(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap, first_gaps, seeds,
-                         moments, **full):
+def refresh_from_sketch_(
+    bases, sketches, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap, first_gaps, seeds, moments, **full
+):
     """refresh_ at the end of a step, from sketches of its gradient: what is due gets the basis of the next step.
 
     Args:
@@ -95,8 +98,9 @@ def refresh_from_sketch_(bases, sketches, countdowns, exp_avgs, exp_avg_sqs, ste
     The other arguments as in refresh_. Until the first refresh `bases` are seeded ones, so moments are transported then too.
     """
     stored, schedule = refresh_lists(bases, exp_avgs, exp_avg_sqs, steps, moments, **full)
-    _ops.subspace.check_refresh_from_sketch(stored, sketches, countdowns, lr, schedule, left=left, gap=gap,
-                                            first_gaps=first_gaps, seeds=seeds)
+    _ops.subspace.check_refresh_from_sketch(
+        stored, sketches, countdowns, lr, schedule, left=left, gap=gap, first_gaps=first_gaps, seeds=seeds
+    )
     if not countdowns or not trains(lr):
         return
     waits, matrices, taken = torch.stack(countdowns).tolist(), _Matrices(stored, schedule, left), set()

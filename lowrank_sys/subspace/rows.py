@@ -19,8 +19,7 @@ class Rows(Subspace):
     on the host; `first_gap`, `seed` and `parameter`.
     """
 
-    defaults = {"update_proj_gap": 200, "proj_type": "std", "subspace": "top", "moments": "reset", "seed": 0,
-                "refresh": "now"}
+    defaults = {"update_proj_gap": 200, "proj_type": "std", "subspace": "top", "moments": "reset", "seed": 0, "refresh": "now"}
     categories = {"indices": "basis", "row_scale": "basis", "countdown": "counters", "refreshes": "counters"}
     on_host = ("countdown", "refreshes")
     # A norm is not linear in the gradient: no sketch of it adds up over micro-batches.
@@ -43,9 +42,19 @@ class Rows(Subspace):
 
         moments = group["moments"]
         torch.ops.lowrank.refresh_rows_(
-            column("indices"), [] if group["subspace"] == "top" else column("row_scale"), grads, column("countdown"),
-            column("refreshes"), *self._transported(moments, states), lr, left=left, gap=group["update_proj_gap"],
-            first_gaps=column("first_gap"), seeds=column("seed"), parameters=column("parameter"), method=group["subspace"],
+            column("indices"),
+            [] if group["subspace"] == "top" else column("row_scale"),
+            grads,
+            column("countdown"),
+            column("refreshes"),
+            *self._transported(moments, states),
+            lr,
+            left=left,
+            gap=group["update_proj_gap"],
+            first_gaps=column("first_gap"),
+            seeds=column("seed"),
+            parameters=column("parameter"),
+            method=group["subspace"],
             moments=moments,
         )
 

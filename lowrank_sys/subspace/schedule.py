@@ -29,8 +29,25 @@ def refresh_keys_(keys, countdowns, exp_avgs, exp_avg_sqs, steps, lr, *, gap, mo
     count_down_(countdowns)
 
 
-def refresh_rows_(indices, row_scales, grads, countdowns, refreshes, exp_avgs, exp_avg_sqs, steps, lr, *, left, gap,
-                  first_gaps, seeds, parameters, method, moments):
+def refresh_rows_(
+    indices,
+    row_scales,
+    grads,
+    countdowns,
+    refreshes,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    lr,
+    *,
+    left,
+    gap,
+    first_gaps,
+    seeds,
+    parameters,
+    method,
+    moments,
+):
     """Advance the schedule of many structured sparse bases by one step, selecting anew the rows that are due.
 
     Args:
@@ -45,9 +62,23 @@ def refresh_rows_(indices, row_scales, grads, countdowns, refreshes, exp_avgs, e
         method: 'top' | 'sample' | 'sample_replace', see `select_rows`.
         moments: 'keep' | 'reset' (the step counter too).
     """
-    _ops.schedule.check_refresh_rows(indices, row_scales, grads, countdowns, refreshes, exp_avgs, exp_avg_sqs, steps, lr,
-                                     gap=gap, first_gaps=first_gaps, seeds=seeds, parameters=parameters, method=method,
-                                     moments=moments)
+    _ops.schedule.check_refresh_rows(
+        indices,
+        row_scales,
+        grads,
+        countdowns,
+        refreshes,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        lr,
+        gap=gap,
+        first_gaps=first_gaps,
+        seeds=seeds,
+        parameters=parameters,
+        method=method,
+        moments=moments,
+    )
     if not countdowns:
         return
     waits = torch.stack(countdowns).tolist()
@@ -61,8 +92,9 @@ def refresh_rows_(indices, row_scales, grads, countdowns, refreshes, exp_avgs, e
         taken.append(is_taken(norms))
         if not taken[-1] and waits[i] != COLD:
             continue
-        chosen, scale = torch.ops.lowrank.select_rows(norms, r=indices[i].shape[0], method=method, seed=seeds[i],
-                                                      step=refreshes[i].item(), parameter=parameters[i])
+        chosen, scale = torch.ops.lowrank.select_rows(
+            norms, r=indices[i].shape[0], method=method, seed=seeds[i], step=refreshes[i].item(), parameter=parameters[i]
+        )
         indices[i].copy_(chosen)
         if row_scales:
             row_scales[i].copy_(scale)

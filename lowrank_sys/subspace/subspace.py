@@ -47,17 +47,34 @@ class Subspace:
     `gap`, on the host, and `overlaps`, the queue.
     """
 
-    defaults = {"update_proj_gap": 200, "proj_type": "std", "subspace": "randomized", "moments": "keep", "seed": 0,
-                "refresh": "now", "quant": False, "quant_n_bit": 4, "quant_group_size": 256, "cos_threshold": None,
-                "gamma_proj": 2, "queue_size": 5, "max_update_proj_gap": None, "int8_gemm": False}
+    defaults = {
+        "update_proj_gap": 200,
+        "proj_type": "std",
+        "subspace": "randomized",
+        "moments": "keep",
+        "seed": 0,
+        "refresh": "now",
+        "quant": False,
+        "quant_n_bit": 4,
+        "quant_group_size": 256,
+        "cos_threshold": None,
+        "gamma_proj": 2,
+        "queue_size": 5,
+        "max_update_proj_gap": None,
+        "int8_gemm": False,
+    }
     categories = {**DENSE.categories, **Int4.categories, "countdown": "counters", "gap": "counters", "overlaps": "counters"}
     on_host = ("countdown", "gap")  # state that stays there, for Python to read
     subspaces, transports, refreshes = SUBSPACES, MOMENTS, REFRESHES  # values of the keys
 
     def check(self, group, names):
         """Raise a ValueError that names the key, or the weight that does not fit."""
-        for key, valid in (("proj_type", SIDES), ("subspace", self.subspaces), ("moments", self.transports),
-                           ("refresh", self.refreshes)):
+        for key, valid in (
+            ("proj_type", SIDES),
+            ("subspace", self.subspaces),
+            ("moments", self.transports),
+            ("refresh", self.refreshes),
+        ):
             if group[key] not in list(valid):
                 raise ValueError(f"{key} must be one of {', '.join(valid)}, got {group[key]!r}")
         if group["refresh"] == "next" and group["subspace"] != "randomized":
@@ -71,8 +88,9 @@ class Subspace:
             if param.dim() != 2:
                 raise ValueError(f"{name} must be a matrix to be in a group with a rank, got shape {tuple(param.shape)}")
             if group["rank"] > min(param.shape):
-                raise ValueError(f"rank must be at most {min(param.shape)} for {name} of shape {tuple(param.shape)}, "
-                                 f"got {group['rank']}")
+                raise ValueError(
+                    f"rank must be at most {min(param.shape)} for {name} of shape {tuple(param.shape)}, got {group['rank']}"
+                )
 
     def _check_quantized(self, group):
         if group["quant"] and group["quant_n_bit"] != 4:
@@ -86,8 +104,9 @@ class Subspace:
             return
         most = group["max_update_proj_gap"]
         if most is not None and most < group["update_proj_gap"]:
-            raise ValueError(f"max_update_proj_gap must be an integer of at least update_proj_gap = {group['update_proj_gap']}, "
-                             f"got {most!r}")
+            raise ValueError(
+                f"max_update_proj_gap must be an integer of at least update_proj_gap = {group['update_proj_gap']}, got {most!r}"
+            )
 
     def low_rank_shape(self, group, param):
         """(left, shape of R) of a matrix in this group."""
@@ -139,8 +158,15 @@ class Subspace:
         """Advance the schedule of these matrices by one step; bases that are due are chosen anew."""
         for kind, states, grads in alike(_kind(group), states, grads):
             torch.ops.lowrank.refresh_.full(
-                _field(states, "basis"), grads, _field(states, "countdown"), *self._transported(group["moments"], states), lr,
-                left=left, subspace=group["subspace"], **_options(group, kind, states))
+                _field(states, "basis"),
+                grads,
+                _field(states, "countdown"),
+                *self._transported(group["moments"], states),
+                lr,
+                left=left,
+                subspace=group["subspace"],
+                **_options(group, kind, states),
+            )
 
     def sketch_directions(self, param, state):
         """Omega of the sketch that this step's gradient of `param` owes the next basis; None if none is due."""
@@ -150,8 +176,7 @@ class Subspace:
         if warm is not None and tuple(warm.shape) != self.shape_of(param, state):
             warm = None
         basis = load(state, param).to(param.dtype)
-        return torch.ops.lowrank.sketch_directions(basis, warm, other=param.shape[1 if left else 0], left=left,
-                                                   seed=state["seed"])
+        return torch.ops.lowrank.sketch_directions(basis, warm, other=param.shape[1 if left else 0], left=left, seed=state["seed"])
 
     def sketch(self, grad, omega, left):
         """Y = G Omega (m, l) if left, else Omegaᵀ G (l, n); fp32."""
@@ -162,8 +187,14 @@ class Subspace:
         sketches = [s["basis"].new_empty(0) if sketch is None else sketch for s, sketch in zip(states, sketches)]
         for kind, states, sketches in alike(_kind(group), states, sketches):
             torch.ops.lowrank.refresh_from_sketch_.full(
-                _field(states, "basis"), sketches, _field(states, "countdown"), *self._transported(group["moments"], states), lr,
-                left=left, **_options(group, kind, states))
+                _field(states, "basis"),
+                sketches,
+                _field(states, "countdown"),
+                *self._transported(group["moments"], states),
+                lr,
+                left=left,
+                **_options(group, kind, states),
+            )
 
     def _transported(self, moments, states):
         """The Adam state, in lists that are empty where nothing is transported."""
@@ -199,10 +230,14 @@ def _options(group, kind, states):
     """The other arguments of a refresh, of states of one kind."""
     group_size, own_gap, coded = kind
     gap = group["update_proj_gap"]
-    options = {"gap": gap, "first_gaps": _field(states, "first_gap"), "seeds": _field(states, "seed"),
-               "moments": group["moments"]}
-    for key, present in {"basis_scale": group_size, "basis_offset": group_size, "exp_avg_absmax": coded,
-                         "exp_avg_sq_absmax": coded, "gap": own_gap}.items():
+    options = {"gap": gap, "first_gaps": _field(states, "first_gap"), "seeds": _field(states, "seed"), "moments": group["moments"]}
+    for key, present in {
+        "basis_scale": group_size,
+        "basis_offset": group_size,
+        "exp_avg_absmax": coded,
+        "exp_avg_sq_absmax": coded,
+        "gap": own_gap,
+    }.items():
         plural = f"{key}{'es' if key.endswith('x') else 's'}"
         options[plural] = _field(states, key) if present else []
     options["overlaps"] = _field(states, "overlaps") if own_gap else []
@@ -210,6 +245,9 @@ def _options(group, kind, states):
         options |= store_of(states[0]).options
     if own_gap:
         most = group["max_update_proj_gap"]
-        options |= {"cos_threshold": group["cos_threshold"], "gamma_proj": group["gamma_proj"],
-                    "max_gap": 16 * gap if most is None else most}
+        options |= {
+            "cos_threshold": group["cos_threshold"],
+            "gamma_proj": group["gamma_proj"],
+            "max_gap": 16 * gap if most is None else most,
+        }
     return options

@@ -29,17 +29,37 @@ ACCUMULATE_DTYPES = ("fp32", "bf16")
 # Flags that a resumed run must have in common with its checkpoint, and flags that it may change: those alter neither the
 # weights so far nor the meaning of an optimizer state.
 BOUND = (
-    "model", "method", "data", "text_field", "tokenizer", "batch_size", "seq_len", "gradient_accumulation_steps", "rank",
-    "update_proj_gap", "scale", "proj_type", "subspace", "lr", "plain_lr", "weight_decay", "grad_clip", "warmup_ratio",
-    "warmup_steps", "min_lr_ratio", "seed", "dtype", "weights", "per_layer", "accumulate_dtype",
-    "int8_gemm", "target_modules",
+    "model",
+    "method",
+    "data",
+    "text_field",
+    "tokenizer",
+    "batch_size",
+    "seq_len",
+    "gradient_accumulation_steps",
+    "rank",
+    "update_proj_gap",
+    "scale",
+    "proj_type",
+    "subspace",
+    "lr",
+    "plain_lr",
+    "weight_decay",
+    "grad_clip",
+    "warmup_ratio",
+    "warmup_steps",
+    "min_lr_ratio",
+    "seed",
+    "dtype",
+    "weights",
+    "per_layer",
+    "accumulate_dtype",
+    "int8_gemm",
+    "target_modules",
 )
 # Bound flags that older checkpoints do not have, and what they were.
 NEWER = {"int8_gemm": False, "target_modules": None}
-FREE = (
-    "out", "resume", "steps", "save_steps", "eval_steps", "eval_tokens", "keep", "gradient_checkpointing", "device",
-    "as_given",
-)
+FREE = ("out", "resume", "steps", "save_steps", "eval_steps", "eval_tokens", "keep", "gradient_checkpointing", "device", "as_given")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,13 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", metavar="N", type=int, default=220, help="optimizer steps (default: %(default)s)")
     add("--batch-size", metavar="B", type=int, default=4, help="sequences a micro-batch (default: %(default)s)")
     add("--seq-len", metavar="T", type=int, default=128, help="tokens a sequence (default: %(default)s)")
-    add(
-        "--gradient-accumulation-steps",
-        metavar="N",
-        type=int,
-        default=1,
-        help="micro-batches a step (default: %(default)s)",
-    )
+    add("--gradient-accumulation-steps", metavar="N", type=int, default=1, help="micro-batches a step (default: %(default)s)")
     add("--gradient-checkpointing", action="store_true", help="recompute activations in backward to save memory")
     add(
         "--per-layer",
@@ -79,20 +93,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="free each matrix's gradient during backward: accumulate (its projection adds up over the micro-batches) or "
         "in_backward (its step is taken at once; one micro-batch a step, clipped by the previous step's norm)",
     )
-    add("--accumulate-dtype", metavar="NAME", default="fp32",
-        help="of what --per-layer accumulate adds up: fp32, or bf16, rounded once a micro-batch (default: %(default)s)")
-    add("--as-given", action="store_true",
+    add(
+        "--accumulate-dtype",
+        metavar="NAME",
+        default="fp32",
+        help="of what --per-layer accumulate adds up: fp32, or bf16, rounded once a micro-batch (default: %(default)s)",
+    )
+    add(
+        "--as-given",
+        action="store_true",
         help="keep --per-layer and --gradient-checkpointing as given: without this, INT8 weights that would not fit otherwise "
-        "take what was not given by themselves")
+        "take what was not given by themselves",
+    )
     add("--rank", metavar="R", type=int, help=f"rank of the low-rank gradients (default: {_defaults('rank')})")
-    add("--target-modules", metavar="NAME", nargs="+",
-        help="parts of the names of the linear layers that are low-rank, and INT8 with --weights int8 (default: all)")
+    add(
+        "--target-modules",
+        metavar="NAME",
+        nargs="+",
+        help="parts of the names of the linear layers that are low-rank, and INT8 with --weights int8 (default: all)",
+    )
     add("--update-proj-gap", metavar="N", type=int, default=200, help="steps between refreshes of a basis (default: 200)")
     add("--scale", type=float, help=f"factor on the low-rank update (default: {_defaults('scale')})")
     add("--proj-type", metavar="NAME", default="std", help="which side is projected (default: %(default)s)")
     add("--subspace", metavar="NAME", help=f"how a basis is found, or rows are selected (default: {_defaults('subspace')})")
-    add("--int8-gemm", action="store_true",
-        help="products with the basis in INT8, quantised on the fly: faster, and about 1%% off (--method galore)")
+    add(
+        "--int8-gemm",
+        action="store_true",
+        help="products with the basis in INT8, quantised on the fly: faster, and about 1%% off (--method galore)",
+    )
     rates = ", ".join(f"{name} {m.lr:g} and {m.plain_lr:g}" for name, m in METHODS.items())
     add("--lr", type=float, help=f"learning rate of the linear weights (default: the method's; with --plain-lr: {rates})")
     add("--plain-lr", metavar="LR", type=float, help="learning rate of embeddings, norms and head")
@@ -130,8 +158,9 @@ def _defaults(name: str) -> str:
     """The methods' defaults of a flag: the most common one, then whose are others."""
     usual = getattr(METHODS["galore"], name)
     others = {key: getattr(m, name) for key, m in METHODS.items() if getattr(m, name) != usual}
-    return ", ".join([str(usual), *(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-                                    for key, value in others.items())])
+    return ", ".join(
+        [str(usual), *(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in others.items())]
+    )
 
 
 def _title(model: str) -> str:
@@ -160,8 +189,14 @@ def check(args: argparse.Namespace) -> None:
     """Fill the defaults that depend on other flags; raise CommandError for the first bad value."""
     if not is_known(args.model):
         raise CommandError(f"--model: unknown {args.model!r}; valid: {', '.join(PRESETS)}, or a config.json")
-    for name, valid in {"method": METHODS, "dtype": DTYPES, "device": DEVICES, "weights": (None, *WEIGHTS),
-                        "per_layer": (None, *PER_LAYER), "accumulate_dtype": ACCUMULATE_DTYPES}.items():
+    for name, valid in {
+        "method": METHODS,
+        "dtype": DTYPES,
+        "device": DEVICES,
+        "weights": (None, *WEIGHTS),
+        "per_layer": (None, *PER_LAYER),
+        "accumulate_dtype": ACCUMULATE_DTYPES,
+    }.items():
         if getattr(args, name) not in valid:
             raise CommandError(f"{_flag(name)}: unknown {getattr(args, name)!r}; valid: {', '.join(filter(None, valid))}")
     if args.accumulate_dtype != "fp32" and args.per_layer != "accumulate":

@@ -111,8 +111,12 @@ def _tokenizer_encoder(name: str):
 
     def ids(texts: list[bytes]) -> list[list[int]]:
         try:
-            return tokenizer([text.decode("utf-8", "replace") for text in texts], add_special_tokens=False,
-                             return_attention_mask=False, verbose=False)["input_ids"]
+            return tokenizer(
+                [text.decode("utf-8", "replace") for text in texts],
+                add_special_tokens=False,
+                return_attention_mask=False,
+                verbose=False,
+            )["input_ids"]
         except Exception as error:  # tokenizers raises Exception itself, as for a word that is unknown where none may be
             raise CommandError(f"--tokenizer {name}: it cannot read the text: {error}") from error
 

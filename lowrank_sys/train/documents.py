@@ -20,8 +20,9 @@ import os
 import re
 import sysconfig
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Iterator
+from typing import BinaryIO
 
 from lowrank_sys.cli import CommandError, say
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 from lowrank_sys.cli import CommandError
 
@@ -89,8 +90,7 @@ def _preset(name, scale="scale", more=lambda args: {}, **keys):
         from lowrank_sys import optim
 
         groups = _low_rank_groups(model, args, scale, **keys)
-        return getattr(optim, name)(groups, lr=args.lr, weight_decay=args.weight_decay,
-                                    per_layer=_per_layer(args), **more(args))
+        return getattr(optim, name)(groups, lr=args.lr, weight_decay=args.weight_decay, per_layer=_per_layer(args), **more(args))
 
     return build
 

@@ -44,7 +44,8 @@ def is_known(name: str) -> bool:
 def config(name: str, *, vocab: int | None = None, seq_len: int = 1024) -> LlamaConfig:
     """Configuration of the preset `name`, with untied embedding and head; or of a Hugging Face config file.
 
-    vocab: size of the vocabulary in tokens; None, where tokens are bytes, for the preset's or the file's own. seq_len: longest sequence in tokens.
+    vocab: size of the vocabulary in tokens; None, where tokens are bytes, for the preset's or the file's own.
+    seq_len: longest sequence in tokens.
     Raises KeyError for a name that is_known does not know, CommandError for a file that is no configuration.
     """
     from transformers import AutoConfig, LlamaConfig
@@ -57,8 +58,10 @@ def config(name: str, *, vocab: int | None = None, seq_len: int = 1024) -> Llama
         if not isinstance(getattr(read, "vocab_size", None), int):
             raise CommandError(f"--model {name}: {type(read).__name__} has no vocab_size: it is no language model by itself")
         if vocab is None and read.vocab_size < BYTES:
-            raise CommandError(f"--model {name}: its vocab_size must be at least {BYTES}, the values of a byte, without --tokenizer, "
-                               f"got {read.vocab_size}")
+            raise CommandError(
+                f"--model {name}: its vocab_size must be at least {BYTES}, the values of a byte, without --tokenizer, "
+                f"got {read.vocab_size}"
+            )
         read.vocab_size = vocab or read.vocab_size
         read.use_cache = False
         _forget_quantization(read)
@@ -98,8 +101,9 @@ def _forget_foreign_tokens(config) -> None:
             setattr(config, key, None)
 
 
-def build(config: LlamaConfig, *, dtype: torch.dtype, device: torch.device, int8: bool = False,
-          target_modules: list[str] | None = None) -> LlamaForCausalLM:
+def build(
+    config: LlamaConfig, *, dtype: torch.dtype, device: torch.device, int8: bool = False, target_modules: list[str] | None = None
+) -> LlamaForCausalLM:
     """A freshly initialised model, drawn from torch's global generator directly in `dtype` on `device`.
 
     int8: with INT8 weights (lowrank_sys.nn), of which at most one layer's float weight exists at a time; of the linear layers whose

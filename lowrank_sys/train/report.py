@@ -99,7 +99,7 @@ def plot(path: Path, rows: list[dict[str, Any]], unigram_entropy: float, title: 
 def _shown(name: str, length: int = 90) -> str:
     """`name` on one line that fits a picture; bytes of a file name that are no UTF-8 as escapes."""
     line = " ".join(name.encode("utf-8", "backslashreplace").decode().split())
-    return line if len(line) <= length else f"{line[:length // 2]}…{line[-(length // 2):]}"
+    return line if len(line) <= length else f"{line[: length // 2]}…{line[-(length // 2) :]}"
 
 
 def machine(device: torch.device) -> str:

@@ -11,8 +11,9 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -30,8 +31,15 @@ class Tokens(NamedTuple):
     sha256: str
 
 
-def tokens(name: str, state: str | None, texts: Callable[[], Iterable[bytes]], encode: Callable[[list[bytes]], list[np.ndarray]],
-           dtype: str, seq_len: int, held_out: Callable[[list[int]], set[int]]) -> Tokens:
+def tokens(
+    name: str,
+    state: str | None,
+    texts: Callable[[], Iterable[bytes]],
+    encode: Callable[[list[bytes]], list[np.ndarray]],
+    dtype: str,
+    seq_len: int,
+    held_out: Callable[[list[int]], set[int]],
+) -> Tokens:
     """Kept tokens of `name` if made of the same `state`, else those of `texts`, every text once, in the order of their SHA-256.
 
     held_out: sizes in bytes, in that order -> which documents come first, for validation. Not split where a side is shorter than
@@ -93,8 +101,9 @@ def _keep(path: Path, stream: np.ndarray, about: dict[str, Any]) -> None:
             Path(file.name).unlink(missing_ok=True)
 
 
-def _write(file: BinaryIO, unordered: BinaryIO, texts: Iterable[bytes], encode, dtype: str, seq_len: int, held_out
-           ) -> dict[str, Any]:
+def _write(
+    file: BinaryIO, unordered: BinaryIO, texts: Iterable[bytes], encode, dtype: str, seq_len: int, held_out
+) -> dict[str, Any]:
     places: dict[bytes, tuple[int, int, int]] = {}  # SHA-256 of a text -> its bytes, its first token, its tokens
     with unordered:
         start = 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import SequentialSampler
@@ -41,9 +42,7 @@ class LowRankTrainer(Trainer):
         save: Callable[[int, Callable[[Path], None]], None],
         seen: Callable[[torch.Tensor], None],
     ):
-        super().__init__(
-            model, arguments, train_dataset=windows, data_collator=collate, optimizers=(optimizer, schedule)
-        )
+        super().__init__(model, arguments, train_dataset=windows, data_collator=collate, optimizers=(optimizer, schedule))
         # every window has the same number of targets, so the plain mean over micro-batches is the token mean
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)

@@ -51,9 +51,9 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(line)
     for language, passed in PROVEN.items():
         if passed:
-            kernels, configurations, archs, built = (set(column) if i < 3 else column
-                                                     for i, column in enumerate(zip(*passed)))
+            kernels, configurations, archs, built = (set(column) if i < 3 else column for i, column in enumerate(zip(*passed)))
             most, shared = max(b.registers for b in built), max(b.shared for b in built) / 1024
             terminalreporter.write_line(
                 f"{language}: {len(passed)} builds proven: {len(kernels)} kernels x {len(configurations)} configurations x "
-                f"{len(archs)} architectures: no spills, at most {most} registers and {shared:.0f} KiB of shared memory")
+                f"{len(archs)} architectures: no spills, at most {most} registers and {shared:.0f} KiB of shared memory"
+            )

@@ -55,7 +55,7 @@ def test_wide_accesses(objects, source, arch):
 
 def test_int4_values_round_one_by_one(objects):
     """offset + scale * code is a product and a sum, for the same bits as on the CPU."""
-    build, = (build for name, build in sources.kernels(objects["int4.cu"], ARCHS[0]).items() if "dequantize" in name)
+    (build,) = (build for name, build in sources.kernels(objects["int4.cu"], ARCHS[0]).items() if "dequantize" in name)
     assert "FMUL" in build.sass and "FADD" in build.sass and not re.search(r"\bFFMA\b", build.sass)
 
 

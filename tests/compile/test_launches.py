@@ -14,9 +14,29 @@ from lowrank_sys import reference
 from lowrank_sys.kernels import blockwise, configs, galore, qgalore, residual
 
 # Ops that launch nothing on a GPU; a foreach op reads its scalar on the host for CPU tensors alone.
-SILENT = {"view", "reshape", "expand", "split", "unbind", "select", "slice", "alias", "detach", "as_strided", "squeeze", "unsqueeze",
-          "permute", "t", "split_with_sizes", "_unsafe_view", "_local_scalar_dense",
-          "empty", "empty_like", "empty_strided", "new_empty"}
+SILENT = {
+    "view",
+    "reshape",
+    "expand",
+    "split",
+    "unbind",
+    "select",
+    "slice",
+    "alias",
+    "detach",
+    "as_strided",
+    "squeeze",
+    "unsqueeze",
+    "permute",
+    "t",
+    "split_with_sizes",
+    "_unsafe_view",
+    "_local_scalar_dense",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+}
 MANY = 224  # the matrices of a 7B model
 # Launches that do not grow with the number of matrices: steps are collected, the scalars made, the counters advanced.
 CONSTANT = 3
@@ -89,21 +109,35 @@ def count(monkeypatch):
 def matrices(count, m=256, n=512, r=128, left=True, dtype=torch.bfloat16):
     """Lists of weights, gradients, bases and moments of matrices of one shape, which share their memory, and their steps."""
     shape = (r, n) if left else (m, r)
-    one = [torch.randn(m, n).to(dtype), torch.randn(m, n).to(dtype), torch.randn(m if left else n, r).to(dtype),
-           torch.randn(shape), torch.rand(shape)]
+    one = [
+        torch.randn(m, n).to(dtype),
+        torch.randn(m, n).to(dtype),
+        torch.randn(m if left else n, r).to(dtype),
+        torch.randn(shape),
+        torch.rand(shape),
+    ]
     return *([tensor] * count for tensor in one), [torch.zeros(()) for _ in range(count)]
 
 
 def common():
     """What every list form takes: a rate on the device, guards, hyper-parameters."""
-    return {"lr": torch.tensor(1e-2), "grad_scale": torch.ones(1), "found_inf": torch.zeros(1),
-            "skipped": torch.zeros((), dtype=torch.int64), "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+    return {
+        "lr": torch.tensor(1e-2),
+        "grad_scale": torch.ones(1),
+        "found_inf": torch.zeros(1),
+        "skipped": torch.zeros((), dtype=torch.int64),
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+    }
 
 
 def coded(moments):
     """Codes and largest values of first and second moments that share their memory, as lists."""
-    (m, m_absmax), (v, v_absmax) = (reference.quantize_blockwise(tensors[0], signed=signed)
-                                    for tensors, signed in zip(moments, (True, False)))
+    (m, m_absmax), (v, v_absmax) = (
+        reference.quantize_blockwise(tensors[0], signed=signed) for tensors, signed in zip(moments, (True, False))
+    )
     return [[tensor] * len(moments[0]) for tensor in (m, v, m_absmax, v_absmax)]
 
 
@@ -126,8 +160,17 @@ def qgalore_step(lists, left):
     params, grads, bases, m, v, steps = lists
     basis = reference.quantize_int4(torch.linalg.qr(bases[0].float()).Q.contiguous())
     tensors = [[tensor] * len(steps) for tensor in (*reference.quantize_int8(params[0].float()), grads[0], *basis)]
-    return functools.partial(qgalore.qgalore_step_list, *tensors, *coded((m, v)), steps, scale=0.25, left=left, seed=1,
-                             parameters=list(range(len(steps))), **common())
+    return functools.partial(
+        qgalore.qgalore_step_list,
+        *tensors,
+        *coded((m, v)),
+        steps,
+        scale=0.25,
+        left=left,
+        seed=1,
+        parameters=list(range(len(steps))),
+        **common(),
+    )
 
 
 # A step, and its launches a matrix at most.
@@ -148,4 +191,4 @@ def test_a_step_launches_little(count, step, number, left, note):
         for _ in range(calls):
             function()
         spent = (time.process_time() - start) / calls / number
-        note(f"host: {1e6 * spent:.0f} us a matrix for {step.__name__} of {number}, {'left' if left else 'right'}, without the driver")
+        note(f"host: {1e6 * spent:.0f} us a matrix for {step.__name__} of {number}, {'left' if left else 'right'}, no driver")

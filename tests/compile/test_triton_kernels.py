@@ -26,9 +26,12 @@ def test_the_cover_is_small():
 
 def test_every_kernel_is_built():
     """A @triton.jit function whose name ends in _kernel is an entry of a group's KERNELS."""
-    found = {function for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}.")
-             for function in vars(importlib.import_module(module.name)).values()
-             if isinstance(function, triton.JITFunction) and function.__name__.endswith("_kernel")}
+    found = {
+        function
+        for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}.")
+        for function in vars(importlib.import_module(module.name)).values()
+        if isinstance(function, triton.JITFunction) and function.__name__.endswith("_kernel")
+    }
     built = {kernel.function for kernel in cases.KERNELS.values()}
     assert "project_kernel" in {function.__name__ for function in found}
     assert not sorted(function.__name__ for function in found - built), "not in KERNELS of bench/static"
@@ -61,14 +64,17 @@ def test_spills_are_seen(submit):
     assert submit(**arguments).result().stack > 0
 
 
-@pytest.mark.parametrize("arch, registers, shared, threads, want", [
-    (80, 32, 0, 256, 1.0),  # 8 blocks of 256 threads
-    (80, 128, 0, 256, 0.25),  # 65536 registers are 512 threads of 128
-    (80, 33, 0, 1024, 0.5),  # 40 a thread after rounding: one block of 1024
-    (86, 32, 48 * 1024, 256, 2 * 256 / 1536),  # 49 KiB each of 100
-    (90, 64, 0, 64, 0.5),  # 1024 threads of 64 registers
-    (90, 32, 0, 32, 0.5),  # 32 blocks at most
-    (89, 32, 100 * 1024, 128, 0.0),
-])
+@pytest.mark.parametrize(
+    "arch, registers, shared, threads, want",
+    [
+        (80, 32, 0, 256, 1.0),  # 8 blocks of 256 threads
+        (80, 128, 0, 256, 0.25),  # 65536 registers are 512 threads of 128
+        (80, 33, 0, 1024, 0.5),  # 40 a thread after rounding: one block of 1024
+        (86, 32, 48 * 1024, 256, 2 * 256 / 1536),  # 49 KiB each of 100
+        (90, 64, 0, 64, 0.5),  # 1024 threads of 64 registers
+        (90, 32, 0, 32, 0.5),  # 32 blocks at most
+        (89, 32, 100 * 1024, 128, 0.0),
+    ],
+)
 def test_occupancy(arch, registers, shared, threads, want):
     assert cards.occupancy(arch, registers=registers, shared=shared, threads=threads) == pytest.approx(want)

@@ -15,8 +15,12 @@ EPS = 1e-3
 # Two orders of summation of the same numbers differ by about 1e-9 in R, by lr * 1e-9 / eps in a weight a step, and by one
 # rounding of the weight (below 1) itself a step: far below this over 16 steps.
 CLOSE = {"atol": 1e-5, "rtol": 0}
-MODES = {"accumulate": lambda: "accumulate", "bf16 accumulators": lambda: Accumulate(torch.bfloat16),
-         "in_backward": lambda: "in_backward", "in_backward clipped": lambda: InBackward(max_norm=0.5)}
+MODES = {
+    "accumulate": lambda: "accumulate",
+    "bf16 accumulators": lambda: Accumulate(torch.bfloat16),
+    "in_backward": lambda: "in_backward",
+    "in_backward clipped": lambda: InBackward(max_norm=0.5),
+}
 EACH = pytest.mark.parametrize("mode", MODES)
 
 

@@ -7,8 +7,22 @@ import math
 import pytest
 import torch
 from small_model import (
-    CLOSE, EPS, LR, VOCAB, assert_same, backward, bases, build, clip_by_optimizer, clip_by_torch, coefficients, galore,
-    groups, loss_of, tokens, train,
+    CLOSE,
+    EPS,
+    LR,
+    VOCAB,
+    assert_same,
+    backward,
+    bases,
+    build,
+    clip_by_optimizer,
+    clip_by_torch,
+    coefficients,
+    galore,
+    groups,
+    loss_of,
+    tokens,
+    train,
 )
 from torch import nn
 
@@ -23,8 +37,11 @@ def test_four_micro_batches_are_one_batch(keys):
     one, four, whole = build(), build(), build()
     optimizers = [galore(one, **keys), galore(four, **keys), galore(whole, None, refresh="next", **keys)]
     start = [one[i].weight.detach().clone() for i in (1, 3)]
-    norms = [train(one, optimizers[0], range(16), 1, clip_by_torch), train(four, optimizers[1], range(16), 4, clip_by_torch),
-             train(whole, optimizers[2], range(16), 4, clip_by_optimizer)]
+    norms = [
+        train(one, optimizers[0], range(16), 1, clip_by_torch),
+        train(four, optimizers[1], range(16), 4, clip_by_torch),
+        train(whole, optimizers[2], range(16), 4, clip_by_optimizer),
+    ]
     assert_same(one, four, **CLOSE)
     assert_same(one, whole, **CLOSE)
     for other in norms[1:]:
@@ -68,8 +85,11 @@ def llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-                                        vocab_size=64, use_cache=False))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64, use_cache=False
+        )
+    )
 
 
 def sequences(count):
@@ -83,8 +103,17 @@ def run_trainer(folder, per_layer, batch_size, accumulation, **keys):
     model = llama()
     optimizer = GaLoreAdamW(param_groups(model, rank=8, update_proj_gap=3, **keys), lr=LR, eps=EPS, per_layer=per_layer)
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=8, per_device_train_batch_size=batch_size, use_cpu=True, max_grad_norm=0.5,
-        gradient_accumulation_steps=accumulation, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1)
+        output_dir=str(folder),
+        max_steps=8,
+        per_device_train_batch_size=batch_size,
+        use_cpu=True,
+        max_grad_norm=0.5,
+        gradient_accumulation_steps=accumulation,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+    )
     trainer = Trainer(model, arguments, train_dataset=sequences(32), optimizers=(optimizer, None))
     trainer.train()
     return model, [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
@@ -107,10 +136,16 @@ def test_transformers_trainer(tmp_path):
     four.load_state_dict(loaded.state_dict(), strict=True)
 
 
-@pytest.mark.parametrize("zero", [
-    lambda model, optimizer: model.zero_grad(), lambda model, optimizer: model.zero_grad(set_to_none=False),
-    lambda model, optimizer: optimizer.zero_grad(), lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
-], ids=["model None", "model 0", "optimizer None", "optimizer 0"])
+@pytest.mark.parametrize(
+    "zero",
+    [
+        lambda model, optimizer: model.zero_grad(),
+        lambda model, optimizer: model.zero_grad(set_to_none=False),
+        lambda model, optimizer: optimizer.zero_grad(),
+        lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
+    ],
+    ids=["model None", "model 0", "optimizer None", "optimizer 0"],
+)
 def test_zero_grad(zero):
     """Between the steps, and to throw a micro-batch away: the sketch goes with the gradient."""
     clean, model = build(), build()
@@ -149,7 +184,9 @@ def test_the_coefficient():
     optimizer = galore(model)
     found = coefficients(model)
     assert {name: tuple(p.shape) for name, p in found.items()} == {
-        "1.low_rank_gradients.weight": (96, 16), "3.low_rank_gradients.weight": (16, 96)}
+        "1.low_rank_gradients.weight": (96, 16),
+        "3.low_rank_gradients.weight": (16, 96),
+    }
     for p in found.values():
         assert p.untyped_storage().nbytes() == 4 and not p.requires_grad and (p == 0).all()
         assert any(q is p for q in optimizer.param_groups[1]["params"])
@@ -167,8 +204,11 @@ def test_the_coefficient():
     assert torch.save(model, io.BytesIO()) is None and "1.low_rank_gradients.weight" not in copy.deepcopy(model).state_dict()
 
 
-@pytest.mark.parametrize("move", [lambda m: m.to(torch.bfloat16), lambda m: m.double().float(), lambda m: m.share_memory()],
-                         ids=["bf16", "there and back", "shared"])
+@pytest.mark.parametrize(
+    "move",
+    [lambda m: m.to(torch.bfloat16), lambda m: m.double().float(), lambda m: m.share_memory()],
+    ids=["bf16", "there and back", "shared"],
+)
 def test_a_model_that_is_moved_afterwards(move):
     model = build()
     optimizer = galore(model)

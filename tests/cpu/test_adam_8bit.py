@@ -33,8 +33,10 @@ def stored(shape, seed=0):
 
 
 def decoded(moments):
-    return (ops.dequantize_blockwise(moments[0], moments[2], signed=True),
-            ops.dequantize_blockwise(moments[1], moments[3], signed=False))
+    return (
+        ops.dequantize_blockwise(moments[0], moments[2], signed=True),
+        ops.dequantize_blockwise(moments[1], moments[3], signed=False),
+    )
 
 
 def assert_neighbours(got, want, error=2.0**-21):
@@ -64,8 +66,9 @@ def test_adam_8bit_against_oracle(shape, grad_dtype, dtype):
     assert step == 3 and skipped == 1 + (2 if w.numel() > 9 else 0)
 
     want = [w.double(), *clone(moments)]
-    left_out = reference.blockwise.adamw(want[0], g.double(), reference.blockwise.Moments(*want[1:], torch.float64), step=3,
-                                         lr=0.1, **ADAM, grad_scale=0.5)
+    left_out = reference.blockwise.adamw(
+        want[0], g.double(), reference.blockwise.Moments(*want[1:], torch.float64), step=3, lr=0.1, **ADAM, grad_scale=0.5
+    )
     assert left_out == skipped - 1
     assert_neighbours(got[1:], want[1:])
     error = (got[0].double() - want[0]).abs()
@@ -124,8 +127,12 @@ def low_rank_inputs(m, n, r, left, dtype=torch.float32, seed=0):
     """param, grad, basis and the moments of one matrix."""
     draw = torch.Generator().manual_seed(seed)
     d, shape = (m, (r, n)) if left else (n, (m, r))
-    return [torch.randn(m, n, generator=draw).to(dtype), torch.randn(m, n, generator=draw).to(dtype),
-            (torch.randn(d, r, generator=draw) / max(d, 1) ** 0.5).to(dtype), *stored(shape, seed)]
+    return [
+        torch.randn(m, n, generator=draw).to(dtype),
+        torch.randn(m, n, generator=draw).to(dtype),
+        (torch.randn(d, r, generator=draw) / max(d, 1) ** 0.5).to(dtype),
+        *stored(shape, seed),
+    ]
 
 
 GALORE_SHAPES = [(63, 100, 7), (200, 130, 64), (1, 200, 1), (1100, 1030, 5), (0, 20, 3), (20, 0, 3)]
@@ -208,12 +215,12 @@ def test_bad_channels_keep_weights_and_decoded_moments(dtype, left):
     flags = (bad.expand(got[3].shape) if left else bad[:, None].expand(got[3].shape)).reshape(-1)
     for now, then, signed, absmax in zip(decoded(got[3:]), decoded(before[3:]), (True, False), got[5:]):
         gap = dynamic_map(signed).diff().max() / 2
-        allowed = gap * absmax.repeat_interleave(256)[:flags.numel()] * 1.001
+        allowed = gap * absmax.repeat_interleave(256)[: flags.numel()] * 1.001
         assert ((now.view(-1) - then.view(-1)).abs() <= allowed)[flags].all()
     whole = torch.nn.functional.pad(flags, (0, -flags.numel() % 256), value=True).view(-1, 256).all(dim=1)
     assert whole.sum() == (0 if left else 2)  # elements 1200 ... 1799 of R hold two whole blocks
     for i, at in ((3, None), (4, None), (5, whole), (6, whole)):
-        at = whole.repeat_interleave(256)[:flags.numel()] if at is None else at
+        at = whole.repeat_interleave(256)[: flags.numel()] if at is None else at
         assert same(got[i].view(-1)[at], before[i].view(-1)[at])
 
 
@@ -223,8 +230,9 @@ def test_the_update_of_a_bad_channel_is_nan(dtype, left):
     shape = (7, 130) if left else (130, 7)
     r, update = torch.randn(shape), torch.zeros(shape, dtype=dtype)
     (r if left else r.T)[2, 9] = 2.0**64
-    ops.adam_8bit_low_rank_([r], [update], *[[x] for x in stored(shape)], [torch.tensor(1.0)], beta1=0.9, beta2=0.999, eps=1e-8,
-                            left=left)
+    ops.adam_8bit_low_rank_(
+        [r], [update], *[[x] for x in stored(shape)], [torch.tensor(1.0)], beta1=0.9, beta2=0.999, eps=1e-8, left=left
+    )
     update = update if left else update.T
     assert update[:, 9].isnan().all() and update.isnan().sum() == 7
 
@@ -251,11 +259,16 @@ def test_fresh_state_is_zeros():
 def test_found_inf_makes_the_step_a_no_op(op):
     lists = as_lists(2, True)
     low_rank = [torch.randn(4, 30) for _ in range(2)]
-    lists = {"galore_step_8bit": lists, "adam_8bit_": [low_rank, clone(low_rank), *lists[3:]],
-             "adam_8bit_low_rank_": [low_rank, clone(low_rank), *lists[3:]]}[op]
-    extra = {"galore_step_8bit": dict(**LOW_RANK, left=True, lr=torch.tensor(0.1), skipped=torch.tensor(5)),
-             "adam_8bit_": dict(**ADAM, lr=torch.tensor(0.1), skipped=torch.tensor(5)),
-             "adam_8bit_low_rank_": dict(beta1=0.9, beta2=0.999, eps=1e-8, left=True)}[op]
+    lists = {
+        "galore_step_8bit": lists,
+        "adam_8bit_": [low_rank, clone(low_rank), *lists[3:]],
+        "adam_8bit_low_rank_": [low_rank, clone(low_rank), *lists[3:]],
+    }[op]
+    extra = {
+        "galore_step_8bit": dict(**LOW_RANK, left=True, lr=torch.tensor(0.1), skipped=torch.tensor(5)),
+        "adam_8bit_": dict(**ADAM, lr=torch.tensor(0.1), skipped=torch.tensor(5)),
+        "adam_8bit_low_rank_": dict(beta1=0.9, beta2=0.999, eps=1e-8, left=True),
+    }[op]
     lists[1][0].fill_(NAN)
     lists.append([torch.tensor(2.0), torch.tensor(3.0)])
     before = clone(lists)
@@ -282,8 +295,9 @@ def test_no_thread_count_changes_the_bits():
         ops.adam_8bit_([w], [g], *[[x] for x in moments], [torch.tensor(0.0)], lr=torch.tensor(0.1), **ADAM)
         low = torch.randn(40, 700, generator=torch.Generator().manual_seed(2))
         low[3, 5] = INF
-        ops.adam_8bit_low_rank_([low], [low], *[[x] for x in got[3:]], [torch.tensor(1.0)], beta1=0.9, beta2=0.999, eps=1e-8,
-                                left=True)
+        ops.adam_8bit_low_rank_(
+            [low], [low], *[[x] for x in got[3:]], [torch.tensor(1.0)], beta1=0.9, beta2=0.999, eps=1e-8, left=True
+        )
         results.append([w, *moments, low, *got[3:]])
     torch.set_num_threads(before)
     for other in results[1:]:
@@ -294,8 +308,10 @@ def test_no_thread_count_changes_the_bits():
 
 
 def sample_calls():
-    tensors, guards = dict(step=torch.tensor(2.0), lr=torch.tensor(0.1)), dict(grad_scale=torch.tensor(0.5),
-                                                                              found_inf=torch.tensor(0.0))
+    tensors, guards = (
+        dict(step=torch.tensor(2.0), lr=torch.tensor(0.1)),
+        dict(grad_scale=torch.tensor(0.5), found_inf=torch.tensor(0.0)),
+    )
     counted = guards | dict(skipped=torch.tensor(0))
     x = torch.randn(3, 300)
     yield ops.quantize_blockwise.default, [x], dict(signed=True)
@@ -308,8 +324,11 @@ def sample_calls():
         yield ops.galore_step_8bit.tensor, one, tensors | extra
         yield ops.galore_step_8bit.list, [*lists, steps], dict(lr=tensors["lr"], **extra, **counted)
         yield ops.adam_8bit_.default, [low, clone(low), *lists[3:], steps], dict(lr=tensors["lr"], **ADAM, **counted)
-        yield (ops.adam_8bit_low_rank_.default, [clone(low), low, *lists[3:], steps],
-               dict(beta1=0.9, beta2=0.999, eps=1e-8, left=left, **guards))
+        yield (
+            ops.adam_8bit_low_rank_.default,
+            [clone(low), low, *lists[3:], steps],
+            dict(beta1=0.9, beta2=0.999, eps=1e-8, left=left, **guards),
+        )
 
 
 def test_opcheck():
@@ -360,8 +379,12 @@ def test_bad_matrices(name):
 
 
 def test_step_counts_from_one():
-    assert_refused(ops.galore_step_8bit, low_rank_inputs(20, 30, 4, True), dict(step=0, lr=0.1, **LOW_RANK, left=True),
-                   "galore_step_8bit: step counts from 1, got 0")
+    assert_refused(
+        ops.galore_step_8bit,
+        low_rank_inputs(20, 30, 4, True),
+        dict(step=0, lr=0.1, **LOW_RANK, left=True),
+        "galore_step_8bit: step counts from 1, got 0",
+    )
 
 
 BAD_LISTS = {

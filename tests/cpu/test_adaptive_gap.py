@@ -32,9 +32,30 @@ def test_overlap_is_that_of_subspaces():
 def refresh(basis, grad, gap, queue, countdown=0, lr=0.1, threshold=0.4, most=100):
     """One step of refresh_.full on a matrix with a gap of its own; (countdown, gap, queue) after it."""
     countdown, gap, queue = torch.tensor(countdown), torch.tensor(gap), torch.tensor(queue)
-    ops.refresh_.full([basis], [grad], [countdown], [], [], [], torch.tensor(lr), left=True, gap=7, first_gaps=[3], seeds=[0],
-                      subspace="svd", moments="keep", basis_scales=[], basis_offsets=[], exp_avg_absmaxes=[],
-                      exp_avg_sq_absmaxes=[], gaps=[gap], overlaps=[queue], cos_threshold=threshold, gamma_proj=2.0, max_gap=most)
+    ops.refresh_.full(
+        [basis],
+        [grad],
+        [countdown],
+        [],
+        [],
+        [],
+        torch.tensor(lr),
+        left=True,
+        gap=7,
+        first_gaps=[3],
+        seeds=[0],
+        subspace="svd",
+        moments="keep",
+        basis_scales=[],
+        basis_offsets=[],
+        exp_avg_absmaxes=[],
+        exp_avg_sq_absmaxes=[],
+        gaps=[gap],
+        overlaps=[queue],
+        cos_threshold=threshold,
+        gamma_proj=2.0,
+        max_gap=most,
+    )
     return countdown.item(), gap.item(), queue.tolist()
 
 
@@ -50,14 +71,17 @@ def test_flipped_vectors_count_as_the_same():
     assert queue == pytest.approx([1, 1], abs=1e-5) and (countdown, gap) == (19, 20)
 
 
-@pytest.mark.parametrize("queue, same, want", [
-    ([NAN, NAN, NAN], True, 10),  # not full yet
-    ([NAN, 1.0, 1.0], True, 20),
-    ([1.0, 0.0, 0.0], True, 10),  # a mean of 1/3
-    ([0.0, 0.3, 0.0], True, 20),  # (0.3 + 0 + 1) / 3
-    ([1.0, 1.0, 1.0], False, 20),  # one stranger among friends
-    ([1.0, 0.0, 1.0], False, 10),
-])
+@pytest.mark.parametrize(
+    "queue, same, want",
+    [
+        ([NAN, NAN, NAN], True, 10),  # not full yet
+        ([NAN, 1.0, 1.0], True, 20),
+        ([1.0, 0.0, 0.0], True, 10),  # a mean of 1/3
+        ([0.0, 0.3, 0.0], True, 20),  # (0.3 + 0 + 1) / 3
+        ([1.0, 1.0, 1.0], False, 20),  # one stranger among friends
+        ([1.0, 0.0, 1.0], False, 10),
+    ],
+)
 def test_the_mean_of_the_queue_decides(queue, same, want):
     basis, other = torch.linalg.qr(torch.randn(40, 8, generator=torch.Generator().manual_seed(3)))[0].split(4, dim=1)
     countdown, gap, now = refresh(basis.contiguous(), gradient(basis if same else other), 10, queue)
@@ -71,8 +95,11 @@ def test_bounded_and_never_shorter():
     assert refresh(basis.clone(), gradient(basis), 130, [1.0])[1] == 130
 
 
-@pytest.mark.parametrize("options, grad", [({"countdown": 3}, None), ({"countdown": -1}, None), ({"lr": 0.0}, None), ({}, NAN),
-                                           ({}, 0.0)], ids=["not due", "first", "rate 0", "not finite", "zero"])
+@pytest.mark.parametrize(
+    "options, grad",
+    [({"countdown": 3}, None), ({"countdown": -1}, None), ({"lr": 0.0}, None), ({}, NAN), ({}, 0.0)],
+    ids=["not due", "first", "rate 0", "not finite", "zero"],
+)
 def test_what_says_nothing(options, grad):
     """No refresh, a first basis, a step that trains nothing, and a basis that was kept for want of a gradient."""
     basis = orthonormal(40, 4)
@@ -100,8 +127,9 @@ def test_gaps_double_while_the_subspace_stays(quant):
     torch.manual_seed(0)
     param = nn.Parameter(torch.randn(64, 96))
     basis = orthonormal(64, 4)
-    optimizer = QGaLoreAdamW8bit([{"params": [param], "rank": 4, "update_proj_gap": 2, "queue_size": 3, "quant": quant,
-                                   "max_update_proj_gap": 12}], lr=1e-3)
+    optimizer = QGaLoreAdamW8bit(
+        [{"params": [param], "rank": 4, "update_proj_gap": 2, "queue_size": 3, "quant": quant, "max_update_proj_gap": 12}], lr=1e-3
+    )
     noise = lambda: 1e-3 * torch.randn(64, 96)  # noqa: E731  so that each refresh changes some bytes
     run(optimizer, param, 1, lambda _: basis @ torch.randn(4, 96) + noise())
     state = optimizer.state[param]
@@ -112,7 +140,7 @@ def test_gaps_double_while_the_subspace_stays(quant):
         if due:
             history.append(state["gap"].item())
     assert history[:7] == [2, 2, 4, 8, 12, 12, 12]
-    described, = optimizer.refreshes().values()
+    (described,) = optimizer.refreshes().values()
     assert described["gap"] == 12 and described["countdown"] == state["countdown"]
     assert described["overlaps"] == pytest.approx([1, 1, 1], abs=0.05)
 
@@ -122,15 +150,16 @@ def test_gaps_stay_where_the_subspace_moves():
     param = nn.Parameter(torch.randn(64, 96))
     optimizer = QGaLoreAdamW8bit([{"params": [param], "rank": 2, "update_proj_gap": 2, "queue_size": 2}], lr=1e-3)
     run(optimizer, param, 30, lambda step: orthonormal(64, 2, seed=step) @ torch.randn(2, 96))
-    described, = optimizer.refreshes().values()
+    (described,) = optimizer.refreshes().values()
     assert described["gap"] == 2 and max(described["overlaps"]) < 0.4
 
 
 def test_each_matrix_has_its_own():
     torch.manual_seed(0)
     still, moving = nn.Parameter(torch.randn(64, 96)), nn.Parameter(torch.randn(64, 96))
-    optimizer = QGaLoreAdamW8bit([{"params": [("still", still), ("moving", moving)], "rank": 2, "update_proj_gap": 2,
-                                   "queue_size": 2}], lr=1e-3)
+    optimizer = QGaLoreAdamW8bit(
+        [{"params": [("still", still), ("moving", moving)], "rank": 2, "update_proj_gap": 2, "queue_size": 2}], lr=1e-3
+    )
     basis = orthonormal(64, 2)
     for step in range(20):
         still.grad = basis @ torch.randn(2, 96)
@@ -145,7 +174,9 @@ def test_sketched_refreshes_adapt_too():
     torch.manual_seed(0)
     param = nn.Parameter(torch.randn(64, 96))
     basis = orthonormal(64, 4)
-    optimizer = QGaLoreAdamW8bit([{"params": [param], "rank": 4, "update_proj_gap": 2, "queue_size": 2, "refresh": "next"}], lr=1e-3)
+    optimizer = QGaLoreAdamW8bit(
+        [{"params": [param], "rank": 4, "update_proj_gap": 2, "queue_size": 2, "refresh": "next"}], lr=1e-3
+    )
     run(optimizer, param, 1, lambda _: basis @ torch.randn(4, 96))
     assert optimizer.state[param]["overlaps"].isnan().all()
     run(optimizer, param, 20, lambda _: basis @ torch.randn(4, 96))
@@ -163,16 +194,41 @@ def test_other_methods_may_adapt_and_fixed_gaps_say_nothing():
     assert optimizer.state[param]["gap"] == 16 and optimizer.state[param]["countdown"] == 0
     fixed = GaLoreAdamW([{"params": [param], "rank": 4}])
     run(fixed, param, 1, lambda _: torch.ones(64, 96))
-    described, = fixed.refreshes().values()
+    (described,) = fixed.refreshes().values()
     assert described == {"countdown": 0}  # its first gap is one step
 
 
-@pytest.mark.parametrize("gap, queue, message", [
-    (torch.tensor(1.0), torch.zeros(2), r"gaps\[0\] must be a 0-dim int64 tensor on the CPU, got shape \(\), torch.float32 on cpu"),
-    (torch.tensor(1), torch.zeros(2).double(), r"overlaps\[0\] must be a vector of float32, got shape \(2,\), torch.float64"),
-])
+@pytest.mark.parametrize(
+    "gap, queue, message",
+    [
+        (
+            torch.tensor(1.0),
+            torch.zeros(2),
+            r"gaps\[0\] must be a 0-dim int64 tensor on the CPU, got shape \(\), torch.float32 on cpu",
+        ),
+        (torch.tensor(1), torch.zeros(2).double(), r"overlaps\[0\] must be a vector of float32, got shape \(2,\), torch.float64"),
+    ],
+)
 def test_refused_lists(gap, queue, message):
     with pytest.raises(RuntimeError, match=message):
-        ops.refresh_.full([orthonormal(20, 2)], [torch.randn(20, 30)], [torch.tensor(0)], [], [], [], torch.tensor(0.1), left=True,
-                          gap=7, first_gaps=[3], seeds=[0], subspace="svd", moments="keep", basis_scales=[], basis_offsets=[],
-                          exp_avg_absmaxes=[], exp_avg_sq_absmaxes=[], gaps=[gap], overlaps=[queue])
+        ops.refresh_.full(
+            [orthonormal(20, 2)],
+            [torch.randn(20, 30)],
+            [torch.tensor(0)],
+            [],
+            [],
+            [],
+            torch.tensor(0.1),
+            left=True,
+            gap=7,
+            first_gaps=[3],
+            seeds=[0],
+            subspace="svd",
+            moments="keep",
+            basis_scales=[],
+            basis_offsets=[],
+            exp_avg_absmaxes=[],
+            exp_avg_sq_absmaxes=[],
+            gaps=[gap],
+            overlaps=[queue],
+        )

@@ -81,13 +81,17 @@ def test_csv_has_the_same_rows(capsys, tmp_path):
     assert float(rows[0]["gemm_gflop_per_s.float32"]) == 100.0
 
 
-@pytest.mark.parametrize("op, wrong", [
-    ("project", lambda grad, basis, *, left: 1.01 * torch.ops.lowrank.project(grad, basis, left=left)),
-    ("project", lambda grad, basis, *, left: torch.ops.lowrank.project(grad, basis, left=left).fill_(torch.nan)),
-    ("galore_step", lambda *tensors, **hyper: None),
-    ("subspace_iteration", lambda grad, basis, **arguments: (basis, torch.ones(basis.shape[1]))),
-    ("subspace_iteration", lambda grad, basis, **arguments: (2 * basis, torch.ones(basis.shape[1]))),
-], ids=["a percent off", "nan", "does nothing", "an old basis", "not orthonormal"])
+@pytest.mark.parametrize(
+    "op, wrong",
+    [
+        ("project", lambda grad, basis, *, left: 1.01 * torch.ops.lowrank.project(grad, basis, left=left)),
+        ("project", lambda grad, basis, *, left: torch.ops.lowrank.project(grad, basis, left=left).fill_(torch.nan)),
+        ("galore_step", lambda *tensors, **hyper: None),
+        ("subspace_iteration", lambda grad, basis, **arguments: (basis, torch.ones(basis.shape[1]))),
+        ("subspace_iteration", lambda grad, basis, **arguments: (2 * basis, torch.ones(basis.shape[1]))),
+    ],
+    ids=["a percent off", "nan", "does nothing", "an old basis", "not orthonormal"],
+)
 def test_a_wrong_kernel_gets_no_speed(capsys, monkeypatch, tmp_path, op, wrong):
     path = tmp_path / "rows.json"
     monkeypatch.setattr(kernels, "serving", lambda case: ("broken", wrong))
@@ -102,24 +106,28 @@ def test_a_wrong_kernel_gets_no_speed(capsys, monkeypatch, tmp_path, op, wrong):
     assert "wrong" in out
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--shape", "12"], "not MxN"),
-    (["--shape", "12x0"], "not MxN"),
-    (["--shape", "8x6", "--rank", "7"], "--rank 7 is too large for shape 8x6: at most 6"),
-    (["--rank", "0"], "not a positive integer"),
-    (["--op", "project", "--base", "svd"], "valid: reference, gemm"),
-    (["--dtype", "fp8"], "'fp32', 'bf16', 'fp16'"),
-    (["--model", "gpt-2"], "'llama-60m'"),
-    (["--device", "tpu"], "valid: cpu"),
-    (["--op", "projekt"], "invalid choice: 'projekt'"),
-    (["--seconds", "-1"], "not a number of seconds"),
-    (["--op", "project", "--backend", "triton"], "--backend triton: serves none of these ops on cpu"),
-    (["--json", "missing/rows.json"], "missing/rows.json"),
-    (["--csv", "."], "cannot write"),
-    (["--plot", "missing/plot.png"], "missing/plot.png"),
-    (["--plot", "plot.xyz"], "--plot plot.xyz: unknown format; valid: ."),
-    (["--compare", "missing/old.json"], "missing/old.json: cannot read it"),
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--shape", "12"], "not MxN"),
+        (["--shape", "12x0"], "not MxN"),
+        (["--shape", "8x6", "--rank", "7"], "--rank 7 is too large for shape 8x6: at most 6"),
+        (["--rank", "0"], "not a positive integer"),
+        (["--op", "project", "--base", "svd"], "valid: reference, gemm"),
+        (["--dtype", "fp8"], "'fp32', 'bf16', 'fp16'"),
+        (["--model", "gpt-2"], "'llama-60m'"),
+        (["--device", "tpu"], "valid: cpu"),
+        (["--op", "projekt"], "invalid choice: 'projekt'"),
+        (["--seconds", "-1"], "not a number of seconds"),
+        (["--op", "project", "--backend", "triton"], "--backend triton: serves none of these ops on cpu"),
+        (["--json", "missing/rows.json"], "missing/rows.json"),
+        (["--csv", "."], "cannot write"),
+        (["--plot", "missing/plot.png"], "missing/plot.png"),
+        (["--plot", "plot.xyz"], "--plot plot.xyz: unknown format; valid: ."),
+        (["--compare", "missing/old.json"], "missing/old.json: cannot read it"),
+    ],
+    ids=" ".join,
+)
 def test_bad_input(capsys, monkeypatch, tmp_path, argv, message):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, "kernels", *argv)
@@ -141,8 +149,7 @@ def test_a_slow_oracle_is_timed_once():
     trial.check()
     for _ in range(3):
         trial.time(timing.Timer("cpu"), seconds=0)
-    assert {name: len(passes) for name, passes in trial.passes.items()} == {
-        serving(trial.case)[0]: 3, "reference": 1, "gemm": 3}
+    assert {name: len(passes) for name, passes in trial.passes.items()} == {serving(trial.case)[0]: 3, "reference": 1, "gemm": 3}
     spreads = {row["variant"]: row["spread"] for row in trial.rows(CEILINGS)}
     assert spreads.pop("reference") is None and min(spreads.values()) > 0
 
@@ -156,8 +163,7 @@ def test_a_pass_that_would_end_late_is_left_out(capsys, monkeypatch, tmp_path, l
     argv = ["--device", "cpu", "--op", "project", "--shape", "8x6", "--rank", "2", "--side", "left", "--json", str(path)]
     code, out, err = run(capsys, "kernels", *argv)
     assert code == 0 and ("2 of 3 passes" in out) == (passes == 2)
-    assert {row["samples"] for row in json.loads(path.read_text()) if row["variant"] != "reference"} == {
-        kernels.ROUNDS * passes}
+    assert {row["samples"] for row in json.loads(path.read_text()) if row["variant"] != "reference"} == {kernels.ROUNDS * passes}
 
 
 def test_kernels_without_bitsandbytes(capsys, monkeypatch, tmp_path):
@@ -185,8 +191,9 @@ def _rewritten(path, **changes):
     path.write_text(json.dumps(rows))
 
 
-@pytest.mark.parametrize("old, spread, verdict, code", [
-    (1e-9, 0.1, "regression", 1), (1e3, 0.1, "faster", 0), (1e-9, 1e12, "noise", 0)])
+@pytest.mark.parametrize(
+    "old, spread, verdict, code", [(1e-9, 0.1, "regression", 1), (1e3, 0.1, "faster", 0), (1e-9, 1e12, "noise", 0)]
+)
 def test_compare(capsys, measured, tmp_path, old, spread, verdict, code):
     path, argv = measured
     _rewritten(path, median_s=old, spread=spread, ratio=None)
@@ -212,9 +219,17 @@ def test_compare_allows_for_a_machine_that_slows_down(capsys, tmp_path, others, 
     assert [row["new_over_old"] for row in rows[:2]] == [1.6, 1.05]
 
 
-@pytest.mark.parametrize("change, before, after, verdict", [
-    (1.5, 1.0, 1.02, "noise"), (1.5, 1.0, 1.4, "regression"), (1.5, 1.0, None, "regression"), (0.6, 1.0, 0.98, "noise"),
-    (0.6, 1.0, 0.7, "faster"), (1.0, 1.0, 1.5, "noise")])
+@pytest.mark.parametrize(
+    "change, before, after, verdict",
+    [
+        (1.5, 1.0, 1.02, "noise"),
+        (1.5, 1.0, 1.4, "regression"),
+        (1.5, 1.0, None, "regression"),
+        (0.6, 1.0, 0.98, "noise"),
+        (0.6, 1.0, 0.7, "faster"),
+        (1.0, 1.0, 1.5, "noise"),
+    ],
+)
 def test_a_change_that_the_base_made_too_is_noise(change, before, after, verdict):
     assert compare.verdict(change, {"spread": 0.1, "ratio": after}, {"spread": 0.1, "ratio": before}) == verdict
 
@@ -242,9 +257,16 @@ def test_compare_optimizers(capsys, tmp_path):
     assert code == 2 and "no row in common" in err
 
 
-@pytest.mark.parametrize("content, message", [
-    ("{", "it is not JSON"), ("[]", "it does not hold rows"), ('[{"op": "project"}]', "it does not hold rows"),
-    (b"\xff\xfe", "it is not JSON")], ids=["half", "empty", "other rows", "bytes"])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "it is not JSON"),
+        ("[]", "it does not hold rows"),
+        ('[{"op": "project"}]', "it does not hold rows"),
+        (b"\xff\xfe", "it is not JSON"),
+    ],
+    ids=["half", "empty", "other rows", "bytes"],
+)
 def test_compare_with_no_rows(capsys, measured, content, message):
     path, argv = measured
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -273,8 +295,22 @@ def test_plots(capsys, tmp_path):
         path = tmp_path / f"plot.{form}"
         run_kernels(capsys, "--op", "project", "refresh_keys_", "--shape", "8x6", "--rank", "2", "--plot", str(path))
         assert path.read_bytes().startswith(start)
-        run(capsys, "optimizers", "--shape", "24x16", "--rank", "4", "--optimizers", "lowrank,gemms", "--steps", "2",
-            "--device", "cpu", "--plot", str(path))
+        run(
+            capsys,
+            "optimizers",
+            "--shape",
+            "24x16",
+            "--rank",
+            "4",
+            "--optimizers",
+            "lowrank,gemms",
+            "--steps",
+            "2",
+            "--device",
+            "cpu",
+            "--plot",
+            str(path),
+        )
         assert path.read_bytes().startswith(start)
 
 
@@ -282,7 +318,7 @@ def test_the_roofline_is_drawn_from_the_rows():
     pytest.importorskip("matplotlib")
     row = {"op": "project", "variant": "C++", "check": "ok", "gb_per_s": 2.0, "gflop_per_s": 50.0, "roofline": 0.5}
     rows = [row, row | {"gflop_per_s": 40.0}, row | {"op": "back_project_", "gflop_per_s": 49.0}]
-    axes, = plot.roofline(rows, {**CEILINGS, **machine.describe("cpu")}).axes
+    (axes,) = plot.roofline(rows, {**CEILINGS, **machine.describe("cpu")}).axes
     served = axes.lines[0].get_xydata().tolist()
     assert served == [[25.0, 50.0], [20.0, 40.0], [24.5, 49.0]]
     ceiling = axes.lines[-1].get_xydata()
@@ -310,13 +346,22 @@ def test_cases_of_a_model_are_its_distinct_shapes():
     args = parser.parse_args(["--op", "project", "adamw_step", "--model", "llama-60m", "--rank", "64", "128"])
     found = [(c.op, c.m, c.n, c.rank, c.left) for c in kernels.cases(args)]
     sizes = [(512, 512), (1376, 512), (512, 1376)]
-    assert found == ([("project", m, n, r, left) for m, n in sizes for r in (64, 128) for left in (True, False)]
-                     + [("adamw_step", m, n, None, None) for m, n in sizes])
+    assert found == (
+        [("project", m, n, r, left) for m, n in sizes for r in (64, 128) for left in (True, False)]
+        + [("adamw_step", m, n, None, None) for m, n in sizes]
+    )
 
 
 def test_matrices_of_models():
-    assert [shape for shape in shapes.matrices("llama-70b")[:7]] == [
-        (8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)]
+    assert list(shapes.matrices("llama-70b")[:7]) == [
+        (8192, 8192),
+        (1024, 8192),
+        (1024, 8192),
+        (8192, 8192),
+        (28672, 8192),
+        (28672, 8192),
+        (8192, 28672),
+    ]
     assert len(shapes.matrices("llama-65b")) == 7 * 80 and (17920, 6656) in shapes.matrices("llama-30b")
     assert len(shapes.matrices("llama-7b")) == 224
     assert set(shapes.matrices("llama-7b")) == {(4096, 4096), (11008, 4096), (4096, 11008)}
@@ -359,7 +404,7 @@ def test_interleave_runs_every_variant_once_a_round():
     timer = timing.Timer("cpu")
     times = timer.interleave({name: lambda name=name: calls.append(name) for name in "ab"}, seconds=0, at_least=5, warmup=1)
     assert [len(t) for t in times.values()] == [5, 5]
-    assert all(set(calls[i:i + 2]) == {"a", "b"} for i in range(2, len(calls), 2))
+    assert all(set(calls[i : i + 2]) == {"a", "b"} for i in range(2, len(calls), 2))
 
 
 def steal(monkeypatch, disturbed):
@@ -379,8 +424,10 @@ def test_disturbed_rounds_are_replaced(monkeypatch):
     assert times == {"a": [2, 4, 6]} and timer.quiet
 
 
-@pytest.mark.parametrize("quiet, passes, disturbed", [
-    ([True, True, True], 3, False), ([False, True, True], 2, False), ([False, True, False], 3, True), ([False], 1, True)])
+@pytest.mark.parametrize(
+    "quiet, passes, disturbed",
+    [([True, True, True], 3, False), ([False, True, True], 2, False), ([False, True, False], 3, True), ([False], 1, True)],
+)
 def test_disturbed_passes_are_left_out_if_two_others_are_there(monkeypatch, quiet, passes, disturbed):
     trial = kernels.Trial(Case("project", 8, 6, 2, torch.float32, True, "cpu"))
     trial.check()
@@ -408,9 +455,27 @@ def test_cycle_needs_a_whole_gap_and_forgives_what_happens_once():
 def test_optimizers(capsys, tmp_path):
     path = tmp_path / "rows.json"
     names = [name for name in optimizers.CONTENDERS if not optimizers.why_missing(name) and not name.startswith("torchao")]
-    code, out, err = run(capsys, "optimizers", "--shape", "24x16", "16x24", "--rank", "4", "--gap", "3", "--base",
-                         "adamw-fused", "--device", "cpu", "--steps", "4", "--optimizers", ",".join(names),
-                         "--json", str(path))
+    code, out, err = run(
+        capsys,
+        "optimizers",
+        "--shape",
+        "24x16",
+        "16x24",
+        "--rank",
+        "4",
+        "--gap",
+        "3",
+        "--base",
+        "adamw-fused",
+        "--device",
+        "cpu",
+        "--steps",
+        "4",
+        "--optimizers",
+        ",".join(names),
+        "--json",
+        str(path),
+    )
     assert (code, err) == (0, "")
     rows = {row["optimizer"]: row for row in json.loads(path.read_text())}
     ours = rows["lowrank"]
@@ -433,17 +498,47 @@ def test_optimizers(capsys, tmp_path):
 def test_states_in_fewer_bits_are_smaller(capsys, tmp_path):
     path = tmp_path / "rows.json"
     names = ("q-galore", "galore8bit", "lowrank", "adamw-fused")
-    code, out, err = run(capsys, "optimizers", "--shape", "320x256", "--rank", "16", "--steps", "1", "--device", "cpu",
-                         "--optimizers", ",".join(names), "--json", str(path))
+    code, out, err = run(
+        capsys,
+        "optimizers",
+        "--shape",
+        "320x256",
+        "--rank",
+        "16",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+        "--optimizers",
+        ",".join(names),
+        "--json",
+        str(path),
+    )
     sizes = {row["optimizer"]: row["state_bytes"] for row in json.loads(path.read_text())}
     assert code == 0 and sorted(names, key=sizes.get) == list(names) and len(set(sizes.values())) == 4
 
 
 def test_a_refresh_is_amortised_over_a_gap_that_the_steps_do_not_cover(capsys, tmp_path):
     path = tmp_path / "rows.json"
-    code, out, err = run(capsys, "optimizers", "--shape", "24x16", "--rank", "4", "--gap", "50", "--steps", "2",
-                         "--device", "cpu", "--optimizers", "lowrank", "--json", str(path))
-    row, = json.loads(path.read_text())
+    code, out, err = run(
+        capsys,
+        "optimizers",
+        "--shape",
+        "24x16",
+        "--rank",
+        "4",
+        "--gap",
+        "50",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+        "--optimizers",
+        "lowrank",
+        "--json",
+        str(path),
+    )
+    (row,) = json.loads(path.read_text())
     assert row["worst_s"] is None and row["base"] == "lowrank"
     assert row["amortised_s"] == pytest.approx(row["median_s"] + row["refresh_s"] / 50)
 
@@ -471,8 +566,25 @@ def test_the_state_of_a_tensor_subclass_is_that_of_its_parts():
 def test_galore_torch_shows_its_refresh_only_with_its_svd(capsys, tmp_path, svd):
     pytest.importorskip("galore_torch")
     path = tmp_path / "rows.json"
-    code, out, err = run(capsys, "optimizers", "--shape", "24x16", "--rank", "4", "--gap", "2", "--device", "cpu",
-                         "--steps", "4", "--optimizers", "galore-torch,lowrank", "--json", str(path), *["--svd"] * svd)
+    code, out, err = run(
+        capsys,
+        "optimizers",
+        "--shape",
+        "24x16",
+        "--rank",
+        "4",
+        "--gap",
+        "2",
+        "--device",
+        "cpu",
+        "--steps",
+        "4",
+        "--optimizers",
+        "galore-torch,lowrank",
+        "--json",
+        str(path),
+        *["--svd"] * svd,
+    )
     assert code == 0
     rows = {row["optimizer"]: row for row in json.loads(path.read_text())}
     shown = [rows["galore-torch"][key] is not None for key in ("first_s", "worst_s", "amortised_s")]
@@ -509,12 +621,16 @@ def test_a_base_that_is_not_installed_says_how_to_install_it(capsys, monkeypatch
         assert err.count("\n") == 1 and "pip install galore-torch" in err
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--optimizers", "lowrank,adma"], "unknown 'adma'; valid: lowrank, "),
-    (["--shape", "8x8", "--rank", "9", "--optimizers", "lowrank"], "--rank 9 is too large for shape 8x8"),
-    (["--model", "llama-70b"], "'llama-7b'"),
-    (["--optimizers", "lowrank", "--csv", "missing/rows.csv"], "cannot write"),
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--optimizers", "lowrank,adma"], "unknown 'adma'; valid: lowrank, "),
+        (["--shape", "8x8", "--rank", "9", "--optimizers", "lowrank"], "--rank 9 is too large for shape 8x8"),
+        (["--model", "llama-70b"], "'llama-7b'"),
+        (["--optimizers", "lowrank", "--csv", "missing/rows.csv"], "cannot write"),
+    ],
+    ids=" ".join,
+)
 def test_bad_input_of_optimizers(capsys, monkeypatch, tmp_path, argv, message):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, "optimizers", *argv)
@@ -525,10 +641,14 @@ def test_bad_input_of_optimizers(capsys, monkeypatch, tmp_path, argv, message):
 def test_floors_exit_1_on_a_miss(capsys, monkeypatch, tmp_path):
     pytest.importorskip("galore_torch")
     path = tmp_path / "floors.json"
-    monkeypatch.setattr(floors, "FLOORS", [
-        Floor("a time over its base", "<= 1.15x", 1.15, lambda timer: 1.1, at_least=False),
-        Floor("a speedup", ">= 1.8x faster", 1.8, lambda timer: 1.5, at_least=True),
-    ])
+    monkeypatch.setattr(
+        floors,
+        "FLOORS",
+        [
+            Floor("a time over its base", "<= 1.15x", 1.15, lambda timer: 1.1, at_least=False),
+            Floor("a speedup", ">= 1.8x faster", 1.8, lambda timer: 1.5, at_least=True),
+        ],
+    )
     code, out, err = run(capsys, "floors", "--json", str(path))
     assert code == 1 and "1 of 2 floors missed" in err
     assert "1.10x  ok" in out and "1.50x  MISSED" in out
@@ -537,9 +657,11 @@ def test_floors_exit_1_on_a_miss(capsys, monkeypatch, tmp_path):
 
 def test_floors_of_large_runs_wait_for_all(capsys, monkeypatch):
     pytest.importorskip("galore_torch")
-    monkeypatch.setattr(floors, "FLOORS", [
-        Floor("a large run", "<= 12 GiB", 12.0, lambda timer: 13.0, at_least=False, form="{:.2f} GiB", long=True,
-              speed=False)])
+    monkeypatch.setattr(
+        floors,
+        "FLOORS",
+        [Floor("a large run", "<= 12 GiB", 12.0, lambda timer: 13.0, at_least=False, form="{:.2f} GiB", long=True, speed=False)],
+    )
     code, out, _ = run(capsys, "floors")
     assert code == 0 and "not measured: --all" in out
     code, out, _ = run(capsys, "floors", "--all")
@@ -561,9 +683,16 @@ def test_a_processor_is_held_to_the_floors_of_its_class(capsys, monkeypatch):
     assert not any("memory" in what or "energy" in what or "bytes of" in what for what in changed)
 
 
-@pytest.mark.parametrize("capability, flags, name", [
-    ("AVX512", "avx2 avx512f avx512_vnni", floor.WIDE), ("AVX512", "avx2 avx512f", "AVX-512 without VNNI"),
-    ("AVX2", "avx2 avx_vnni", "AVX2"), ("AVX2", "avx2 avx512_vnni", "AVX2"), ("DEFAULT", "neon", "DEFAULT")])
+@pytest.mark.parametrize(
+    "capability, flags, name",
+    [
+        ("AVX512", "avx2 avx512f avx512_vnni", floor.WIDE),
+        ("AVX512", "avx2 avx512f", "AVX-512 without VNNI"),
+        ("AVX2", "avx2 avx_vnni", "AVX2"),
+        ("AVX2", "avx2 avx512_vnni", "AVX2"),
+        ("DEFAULT", "neon", "DEFAULT"),
+    ],
+)
 def test_the_class_of_a_processor(monkeypatch, capability, flags, name):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(floor.Path, "read_text", lambda self: f"flags : {flags}\n")
@@ -581,14 +710,18 @@ def test_floors_are_chosen_by_their_line(capsys, monkeypatch, tmp_path):
     pytest.importorskip("galore_torch")
     code, out, _ = run(capsys, "floors", "--list")
     assert code == 0 and [line.partition("  ")[0] for line in out.splitlines()] == [floor.what for floor in floors.FLOORS]
-    monkeypatch.setattr(floors, "FLOORS", [
-        Floor("slow", "<= 1x", 1.0, lambda timer: 1 / 0, at_least=False),
-        Floor("Worst kernel", ">= 70%", 0.7, lambda timer: (0.8, "project left"), at_least=True, names=True),
-    ])
+    monkeypatch.setattr(
+        floors,
+        "FLOORS",
+        [
+            Floor("slow", "<= 1x", 1.0, lambda timer: 1 / 0, at_least=False),
+            Floor("Worst kernel", ">= 70%", 0.7, lambda timer: (0.8, "project left"), at_least=True, names=True),
+        ],
+    )
     path = tmp_path / "floors.json"
     code, out, err = run(capsys, "floors", "--only", "worst", "--json", str(path))
     assert code == 0 and "slow" not in out and "project left" in out
-    row, = json.loads(path.read_text())
+    (row,) = json.loads(path.read_text())
     assert (row["figure"], row["of"], row["command"]) == (0.8, "project left", "lowrank bench floors --only 'Worst kernel'")
     code, out, err = run(capsys, "floors", "--only", "nothing")
     assert code == 2 and err.count("\n") == 1 and "--only nothing" in err
@@ -604,7 +737,8 @@ def test_the_worst_kernel_of_each_shape(monkeypatch):
     monkeypatch.setattr(machine, "SQUARE", 8)
     timer = timing.Timer("cpu")
     (least_bytes, bytes_of), (least_products, products_of) = (
-        roofline.worst(timer, bound, limit) for bound, limit in (("bytes", 0.0), ("products", 1e9)))
+        roofline.worst(timer, bound, limit) for bound, limit in (("bytes", 0.0), ("products", 1e9))
+    )
     rows = roofline._rows(timer)
     assert {row["op"] for row in rows} == {name for name, op in OPS.items() if not op.other} - {*roofline.OWN}
     assert {row["bound"] for row in rows} == {"bytes", "products"} and all(row["roofline"] > 0 for row in rows)

@@ -50,8 +50,15 @@ def test_a_dry_run_goes_through_all_phases(monkeypatch, tmp_path):
     assert [(row["phase"], row["verdict"]) for row in summary["phases"]] == [(name, "ok") for name in command.PHASES], summary
     assert code == 0 and summary["dry_run"]
     assert {path.name for path in out.iterdir()} == {
-        "summary.json", "facts.jsonl", "smoke.jsonl", "lane.txt", "kernels.jsonl", "training.jsonl", "sanitizer.txt",
-        "counters.txt"}
+        "summary.json",
+        "facts.jsonl",
+        "smoke.jsonl",
+        "lane.txt",
+        "kernels.jsonl",
+        "training.jsonl",
+        "sanitizer.txt",
+        "counters.txt",
+    }
     facts_name_who_serves_and_who_is_missing(read(out / "facts.jsonl"))
     smoke_has_every_op_on_every_side(read(out / "smoke.jsonl"))
     kernels_has_every_op_and_its_peers(read(out / "kernels.jsonl"))
@@ -138,8 +145,14 @@ def test_a_part_that_raises_is_written_and_the_rest_goes_on(tmp_path):
         raise Skipped("not installed")
 
     with pytest.raises(Failed, match="2 of 4 failed: broken, wrong"):
-        setting(tmp_path).each({"broken": lambda: 1 / 0, "absent": skip, "wrong": lambda: [{"check": "wrong: error 1"}],
-                                "good": lambda: [{"check": "ok"}, {"check": None}]})
+        setting(tmp_path).each(
+            {
+                "broken": lambda: 1 / 0,
+                "absent": skip,
+                "wrong": lambda: [{"check": "wrong: error 1"}],
+                "good": lambda: [{"check": "ok"}, {"check": None}],
+            }
+        )
     rows = read(setting(tmp_path).rows)
     assert [row["part"] for row in rows if "part" in row] == ["broken", "absent", "wrong", "good", "good"]
     assert "ZeroDivisionError" in rows[1]["failed"] and "1 / 0" in rows[1]["traceback"]
@@ -162,17 +175,24 @@ def card(monkeypatch, *, capability=(9, 0), memory=80 << 30, there=True):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=memory))
 
 
-@pytest.mark.parametrize("found, words, message", [
-    ({"there": False}, [], "no CUDA device here; --dry-run"),
-    ({"capability": (7, 5)}, [], "Abacus 3000 has compute capability 7.5; the kernels need 8.0 or later"),
-    ({"memory": 12 << 30}, ["--only", "facts", "training"], "training needs 23 GiB of memory, Abacus 3000 has 12.0 GiB; "
-                                                            "--only facts fits"),
-    ({}, ["--out", "."], "--out .: it exists already"),
-    ({}, ["--out", "/dev/null/out"], "--out /dev/null/out: cannot make it"),
-    ({}, ["--only", "nothing"], "'facts', 'lane', 'smoke'"),
-    ({}, ["--ops", "nothing"], "'galore_step'"),
-    ({}, ["--seconds", "soon"], "not a number of seconds"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "found, words, message",
+    [
+        ({"there": False}, [], "no CUDA device here; --dry-run"),
+        ({"capability": (7, 5)}, [], "Abacus 3000 has compute capability 7.5; the kernels need 8.0 or later"),
+        (
+            {"memory": 12 << 30},
+            ["--only", "facts", "training"],
+            "training needs 23 GiB of memory, Abacus 3000 has 12.0 GiB; --only facts fits",
+        ),
+        ({}, ["--out", "."], "--out .: it exists already"),
+        ({}, ["--out", "/dev/null/out"], "--out /dev/null/out: cannot make it"),
+        ({}, ["--only", "nothing"], "'facts', 'lane', 'smoke'"),
+        ({}, ["--ops", "nothing"], "'galore_step'"),
+        ({}, ["--seconds", "soon"], "not a number of seconds"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_bad_input(capsys, monkeypatch, tmp_path, found, words, message):
     monkeypatch.chdir(tmp_path)
     card(monkeypatch, **found)

@@ -6,8 +6,15 @@ import pytest
 
 from lowrank_sys import cli
 
-TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "vocab_size": 256}
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
 
 
 @pytest.fixture
@@ -17,8 +24,22 @@ def flags(tmp_path):
     for i in range(20):
         (tmp_path / "text" / f"{i}.txt").write_text(f"{i}: " + "the quick brown fox jumps over the lazy dog. " * 20)
     return ["bench", "train", "--model", str(tmp_path / "tiny.json"), "--out", str(tmp_path / "runs")], [
-        "--", "--data", str(tmp_path / "text"), "--steps", "3", "--batch-size", "2", "--seq-len", "16", "--rank", "4",
-        "--eval-tokens", "64", "--eval-steps", "1"]
+        "--",
+        "--data",
+        str(tmp_path / "text"),
+        "--steps",
+        "3",
+        "--batch-size",
+        "2",
+        "--seq-len",
+        "16",
+        "--rank",
+        "4",
+        "--eval-tokens",
+        "64",
+        "--eval-steps",
+        "1",
+    ]
 
 
 def test_a_run_for_each_seed(flags, tmp_path, capsys):
@@ -26,7 +47,7 @@ def test_a_run_for_each_seed(flags, tmp_path, capsys):
     outputs = ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png")]
     argv = [*command, "--methods", "galore", "--seeds", "0,1", *outputs, *rest]
     assert cli.main(argv) == 0
-    row, = json.loads((tmp_path / "rows.json").read_text())
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
     summaries = [json.loads((tmp_path / "runs" / f"tiny-galore-{seed}" / "summary.json").read_text()) for seed in (0, 1)]
     assert row["method"] == "galore" and row["losses"] == [summary["val_loss"] for summary in summaries]
     assert row["val_loss"] == pytest.approx(sum(row["losses"]) / 2) and row["val_loss_deviation"] > 0
@@ -41,12 +62,15 @@ def test_a_run_for_each_seed(flags, tmp_path, capsys):
     assert "holds another run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change, message", [
-    (["--methods", "galore,adma"], "--methods: unknown 'adma'"),
-    (["--seeds", "0,x"], "--seeds: got '0,x'"),
-    (["--", "--seed", "3"], "--seed: lowrank bench train sets it itself"),
-    (["--methods", "galore", "--", "--rank", "0"], "ended with code 2"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--methods", "galore,adma"], "--methods: unknown 'adma'"),
+        (["--seeds", "0,x"], "--seeds: got '0,x'"),
+        (["--", "--seed", "3"], "--seed: lowrank bench train sets it itself"),
+        (["--methods", "galore", "--", "--rank", "0"], "ended with code 2"),
+    ],
+)
 def test_bad_input(flags, change, message, capsys):
     code = cli.main([*flags[0], *change])
     assert code in (1, 2) and message in capsys.readouterr().err

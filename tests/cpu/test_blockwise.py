@@ -55,7 +55,7 @@ def test_map_follows_its_definition(signed):
 @SIGNS
 def test_no_bin_of_sixteen_bits_has_two_midpoints(signed):
     """What lets a table entry hold the bin's only midpoint, over all bins."""
-    positive = midpoints(signed)[127 if signed else 0:]
+    positive = midpoints(signed)[127 if signed else 0 :]
     tops = bits(positive) >> 16
     assert len(positive) == (128 if signed else 255) and (tops.diff() > 0).all()
 
@@ -73,7 +73,7 @@ def encode(y, signed):
     rows = torch.cat([torch.ones(len(rows), 1), rows], dim=1).contiguous()
     codes, absmax = ops.quantize_blockwise(rows, signed=signed)
     assert (absmax == 1).all() and (codes[:, 0] == 255).all()
-    return codes[:, 1:].reshape(-1)[:len(y)]
+    return codes[:, 1:].reshape(-1)[: len(y)]
 
 
 def nearest(y, signed):
@@ -95,8 +95,14 @@ def assert_nearest(y, signed):
 def test_nearest_code_around_every_midpoint(signed):
     between = midpoints(signed)
     up, down = torch.tensor(INF), torch.tensor(-INF)
-    near = [between, between.nextafter(up), between.nextafter(down), between.nextafter(up).nextafter(up),
-            between.nextafter(down).nextafter(down), dynamic_map(signed)]
+    near = [
+        between,
+        between.nextafter(up),
+        between.nextafter(down),
+        between.nextafter(up).nextafter(up),
+        between.nextafter(down).nextafter(down),
+        dynamic_map(signed),
+    ]
     assert_nearest(torch.cat(near), signed)
     codes = torch.arange(255)
     assert torch.equal(encode(between, signed).long(), codes)
@@ -134,12 +140,25 @@ def test_against_oracle(shape, dtype, signed):
     # Half of the widest gap of the map, as a share of absmax.
     error = (back - (x if signed else x.clamp(min=0)).float()).abs().view(-1)
     widest = dynamic_map(signed).diff().max() / 2 if not signed else 1 - 0.9929687
-    assert (error <= (widest + 2.0**-22) * absmax.repeat_interleave(256)[:x.numel()]).all()
+    assert (error <= (widest + 2.0**-22) * absmax.repeat_interleave(256)[: x.numel()]).all()
 
 
 @SIGNS
-@pytest.mark.parametrize("value, want", [(0.0, 0.0), (-0.0, 0.0), (1e-39, 0.0), (-1.1754942e-38, 0.0), (NAN, NAN), (INF, NAN),
-                                         (-INF, NAN), (1.17549435e-38, None), (torch.finfo(torch.float32).max, None), (2.0**126, None)])
+@pytest.mark.parametrize(
+    "value, want",
+    [
+        (0.0, 0.0),
+        (-0.0, 0.0),
+        (1e-39, 0.0),
+        (-1.1754942e-38, 0.0),
+        (NAN, NAN),
+        (INF, NAN),
+        (-INF, NAN),
+        (1.17549435e-38, None),
+        (torch.finfo(torch.float32).max, None),
+        (2.0**126, None),
+    ],
+)
 def test_extreme_blocks(value, want, signed):
     """Each block stands alone; zeros and denormals store zeros, a block that is not finite decodes to NaN."""
     x = torch.ones(3, 256)
@@ -152,7 +171,9 @@ def test_extreme_blocks(value, want, signed):
     if want is None:
         assert got[1, 7] == absmax[1] == torch.tensor(value) and (got[1, :7] == 0).all()
     else:
-        assert (codes[1] == (127 if signed else 0)).all() and torch.equal(got[1].nan_to_num(9), torch.full((256,), want).nan_to_num(9))
+        assert (codes[1] == (127 if signed else 0)).all() and torch.equal(
+            got[1].nan_to_num(9), torch.full((256,), want).nan_to_num(9)
+        )
 
 
 @SIGNS
@@ -176,13 +197,16 @@ def test_any_floats(values, extra, signed, seed):
 # Steps
 
 
-@pytest.mark.parametrize("name, args, expected", [
-    ("quantize_blockwise", [torch.zeros(4).double()], "x must be float32, bfloat16 or float16, got torch.float64"),
-    ("quantize_blockwise", [torch.zeros(4, 3).T], "x must be contiguous, got strides (1, 3)"),
-    ("dequantize_blockwise", [torch.zeros(4), torch.zeros(1)], "codes must be torch.uint8, got torch.float32"),
-    ("dequantize_blockwise", [torch.zeros(257, dtype=torch.uint8), torch.zeros(1)], "absmax must have shape (2,), got (1,)"),
-    ("dequantize_blockwise", [torch.zeros(9, dtype=torch.uint8), torch.zeros(1).half()], "absmax must be torch.float32"),
-    ("dequantize_blockwise", [torch.zeros(9, 2, dtype=torch.uint8).T, torch.zeros(1)], "codes must be contiguous"),
-])
+@pytest.mark.parametrize(
+    "name, args, expected",
+    [
+        ("quantize_blockwise", [torch.zeros(4).double()], "x must be float32, bfloat16 or float16, got torch.float64"),
+        ("quantize_blockwise", [torch.zeros(4, 3).T], "x must be contiguous, got strides (1, 3)"),
+        ("dequantize_blockwise", [torch.zeros(4), torch.zeros(1)], "codes must be torch.uint8, got torch.float32"),
+        ("dequantize_blockwise", [torch.zeros(257, dtype=torch.uint8), torch.zeros(1)], "absmax must have shape (2,), got (1,)"),
+        ("dequantize_blockwise", [torch.zeros(9, dtype=torch.uint8), torch.zeros(1).half()], "absmax must be torch.float32"),
+        ("dequantize_blockwise", [torch.zeros(9, 2, dtype=torch.uint8).T, torch.zeros(1)], "codes must be contiguous"),
+    ],
+)
 def test_bad_tensors(name, args, expected):
     assert_refused(getattr(ops, name), args, dict(signed=True), f"{name}: {expected}")

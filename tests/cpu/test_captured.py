@@ -2,15 +2,24 @@
 
 import pytest
 import torch
+from fuzz.harness import same_bits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fuzz.harness import same_bits
-
 from lowrank_sys.memory.live import READS
 from lowrank_sys.nn import quantize_model
-from lowrank_sys.optim import (APOLLOAdamW, CapturedStep, FiraAdamW, FrugalAdamW, GaLoreAdafactor, GaLoreAdamW,
-                               GaLoreAdamW8bit, GrassAdamW, QGaLoreAdamW8bit, param_groups)
+from lowrank_sys.optim import (
+    APOLLOAdamW,
+    CapturedStep,
+    FiraAdamW,
+    FrugalAdamW,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    GrassAdamW,
+    QGaLoreAdamW8bit,
+    param_groups,
+)
 from lowrank_sys.optim.captured import StepInParts, _expect_same, _given
 
 STEPS, GAP = 30, 13  # two refreshes and more of every matrix
@@ -22,8 +31,8 @@ def build(int8=False):
     return quantize_model(model, group_size=32) if int8 else model
 
 
-def made(model, optimizer=GaLoreAdamW, lr=1e-2, gap=GAP, options={}, **keys):
-    return optimizer(param_groups(model, rank=8, update_proj_gap=gap, **keys), lr=lr, **options)
+def made(model, optimizer=GaLoreAdamW, lr=1e-2, gap=GAP, options=None, **keys):
+    return optimizer(param_groups(model, rank=8, update_proj_gap=gap, **keys), lr=lr, **(options or {}))
 
 
 METHODS = {
@@ -62,8 +71,10 @@ def set_gradients(model, step, poison=None):
 
 
 def same(models, optimizers):
-    tensors = [(*model.state_dict().values(), *(v for p in model.parameters() for v in optimizer.state[p].values()))
-               for model, optimizer in zip(models, optimizers)]
+    tensors = [
+        (*model.state_dict().values(), *(v for p in model.parameters() for v in optimizer.state[p].values()))
+        for model, optimizer in zip(models, optimizers)
+    ]
     return all(same_bits(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*tensors, strict=True))
 
 
@@ -138,13 +149,23 @@ def test_the_body_reads_nothing_and_moves_nothing(method):
         torch.ones(()).item()
 
 
-@pytest.mark.parametrize("build_step, message", [
-    (lambda model: torch.optim.AdamW(model.parameters()), "optimizer must be one of lowrank_sys.optim to be captured, got AdamW"),
-    (lambda model: made(model), "optimizer must have all parameters on one CUDA device to be captured, got cpu"),
-    (lambda model: made(model, options={"per_layer": "accumulate"}), "must have per_layer=None to be captured, got Accumulate"),
-    (lambda model: made(model, options={"per_layer": "in_backward"}), "must have per_layer=None to be captured, got InBackward"),
-    (lambda model: made(model, options={"nonfinite": "raise"}), "must have nonfinite='skip' to be captured, got 'raise'"),
-], ids=["peer", "cpu", "accumulate", "in_backward", "raise"])
+@pytest.mark.parametrize(
+    "build_step, message",
+    [
+        (
+            lambda model: torch.optim.AdamW(model.parameters()),
+            "optimizer must be one of lowrank_sys.optim to be captured, got AdamW",
+        ),
+        (lambda model: made(model), "optimizer must have all parameters on one CUDA device to be captured, got cpu"),
+        (lambda model: made(model, options={"per_layer": "accumulate"}), "must have per_layer=None to be captured, got Accumulate"),
+        (
+            lambda model: made(model, options={"per_layer": "in_backward"}),
+            "must have per_layer=None to be captured, got InBackward",
+        ),
+        (lambda model: made(model, options={"nonfinite": "raise"}), "must have nonfinite='skip' to be captured, got 'raise'"),
+    ],
+    ids=["peer", "cpu", "accumulate", "in_backward", "raise"],
+)
 def test_what_cannot_be_captured(build_step, message):
     with pytest.raises(ValueError, match=message) as error:
         CapturedStep(build_step(build()))
@@ -178,11 +199,17 @@ def grown(model, optimizer):
     optimizer.add_param_group({"params": [("more", nn.Parameter(torch.zeros(3)))]})
 
 
-@pytest.mark.parametrize("change, message", [
-    (replaced, r"the gradient of 0.weight moved .* zero_grad\(set_to_none=False\)"), (dropped, "the gradient of .* is gone"),
-    (moved, "the weight of 2.weight moved"), (decayed, "weight_decay of group 1 was 0.0 when the step was captured, got 0.5"),
-    (grown, "began with 6 parameters, got 7"),
-], ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (replaced, r"the gradient of 0.weight moved .* zero_grad\(set_to_none=False\)"),
+        (dropped, "the gradient of .* is gone"),
+        (moved, "the weight of 2.weight moved"),
+        (decayed, "weight_decay of group 1 was 0.0 when the step was captured, got 0.5"),
+        (grown, "began with 6 parameters, got 7"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
 def test_what_changed_since_the_capture_is_named(change, message):
     model = build()
     optimizer = made(model)

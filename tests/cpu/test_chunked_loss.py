@@ -143,7 +143,8 @@ def test_labels_that_do_not_count():
     hidden, weight, _, labels = inputs(bias=False)
     other = torch.where(labels == -100, 3, labels)
     assert chunked_loss(hidden, weight, torch.where(labels == -100, V + 5, labels), ignore_index=V + 5) == chunked_loss(
-        hidden, weight, labels)
+        hidden, weight, labels
+    )
     assert chunked_loss(hidden, weight, other) != chunked_loss(hidden, weight, labels)
     nothing = torch.full_like(labels, -100)
     assert chunked_loss(hidden, weight, nothing).isnan()  # as torch's
@@ -231,8 +232,9 @@ def test_bad_input_is_named():
 
 def llama(dtype=torch.float32, **changes):
     torch.manual_seed(0)
-    made = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=V,
-                       use_cache=False, **changes)
+    made = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=V, use_cache=False, **changes
+    )
     return AutoModelForCausalLM.from_config(made, dtype=dtype)
 
 

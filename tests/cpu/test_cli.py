@@ -31,16 +31,20 @@ def test_python_m_lowrank_sys_is_the_command():
         assert all(name in (done.stdout or done.stderr) for name in cli.COMMANDS)
 
 
-@pytest.mark.parametrize("argv, listed", [
-    (["nonsense"], cli.COMMANDS),
-    ([], cli.COMMANDS),
-    (["info", "--nonsense"], ["--json"]),
-    (["bench"], ["kernels", "optimizers", "floors"]),
-    (["bench", "kernels", "--nonsense"], ["--op", "--shape", "--base"]),
-    (["bench", "kernels", "--op", "nonsense"], ["galore_step", "subspace_iteration"]),
-    (["train", "--method", "nonsense"], ["adamw", "galore"]),
-    (["train", "--nonsense"], ["--method", "--model"]),
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv, listed",
+    [
+        (["nonsense"], cli.COMMANDS),
+        ([], cli.COMMANDS),
+        (["info", "--nonsense"], ["--json"]),
+        (["bench"], ["kernels", "optimizers", "floors"]),
+        (["bench", "kernels", "--nonsense"], ["--op", "--shape", "--base"]),
+        (["bench", "kernels", "--op", "nonsense"], ["galore_step", "subspace_iteration"]),
+        (["train", "--method", "nonsense"], ["adamw", "galore"]),
+        (["train", "--nonsense"], ["--method", "--model"]),
+    ],
+    ids=" ".join,
+)
 def test_bad_input_is_one_line_that_lists_what_is_valid(capsys, argv, listed):
     code, out, err = run(capsys, *argv)
     assert code == 2
@@ -59,8 +63,10 @@ def test_an_error_the_user_can_act_on_has_its_own_exit_code(capsys, monkeypatch)
 
 
 def test_help_imports_nothing_heavy_but_torch():
-    code = ("import sys\nfrom lowrank_sys import cli\ncli.main(['--help'])\ncli.main(['train', '--help'])\n"
-            "print([m for m in ('transformers', 'datasets', 'matplotlib', 'rich', 'galore_torch') if m in sys.modules])")
+    code = (
+        "import sys\nfrom lowrank_sys import cli\ncli.main(['--help'])\ncli.main(['train', '--help'])\n"
+        "print([m for m in ('transformers', 'datasets', 'matplotlib', 'rich', 'galore_torch') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.endswith("[]\n")
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-
 from fuzz import FUZZ
 from fuzz.harness import Draw, overload, replace, same_bits, tensors_of
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lowrank_sys import _ops
 from lowrank_sys.optim import GaLoreAdamW, param_groups
@@ -99,8 +98,12 @@ def test_a_list_op_is_compiled_once(op):
     for call in (torch.compile(run, fullgraph=True, backend=counter), run):
         values, skipped = {name: replace(value, torch.clone) for name, value in arguments.items()}, torch.tensor(0)
         for i in range(12):
-            guards = {"lr": torch.tensor(1e-2 / (i + 1)), "grad_scale": torch.tensor(1.0 + i),
-                      "found_inf": torch.tensor(float(i == 7)), "skipped": skipped}
+            guards = {
+                "lr": torch.tensor(1e-2 / (i + 1)),
+                "grad_scale": torch.tensor(1.0 + i),
+                "found_inf": torch.tensor(float(i == 7)),
+                "skipped": skipped,
+            }
             call(values, {name: guards[name] for name in guards.keys() & known})
         states.append(tensors_of(list(values.values())))
     assert counter.frame_count == 1

@@ -110,9 +110,7 @@ def test_tokenizer(tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
     made.save_pretrained(tmp_path / "tokenizer")
-    corpus = data.load(
-        str(write_files(tmp_path / "text", texts())), seq_len=T, tokenizer=str(tmp_path / "tokenizer")
-    )
+    corpus = data.load(str(write_files(tmp_path / "text", texts())), seq_len=T, tokenizer=str(tmp_path / "tokenizer"))
     assert corpus.vocab == len(vocab) and corpus.train.dtype == torch.int32
     both = torch.cat([corpus.train, corpus.valid])
     assert len(both) == 100 * 31 and (both == 1).sum() == 100 and not (both == 0).any()

@@ -18,8 +18,9 @@ WIDTHS = (1, 2, 3, 7, 64, 97, 300)
 def matrix(d):
     """D by its definition."""
     i, k = torch.arange(d, dtype=torch.float64)[:, None], torch.arange(d, dtype=torch.float64)
-    return torch.cos(math.pi * (2 * i + 1) * k / (2 * d)) * torch.where(k == 0, (torch.ones(1).double() / d).sqrt(),
-                                                                        (torch.full((1,), 2.0).double() / d).sqrt())
+    return torch.cos(math.pi * (2 * i + 1) * k / (2 * d)) * torch.where(
+        k == 0, (torch.ones(1).double() / d).sqrt(), (torch.full((1,), 2.0).double() / d).sqrt()
+    )
 
 
 def transform_norms(grad, left, norm):
@@ -97,14 +98,20 @@ def test_any_shape(channels, d, left, norm, data):
     torch.testing.assert_close(norms.double(), transform_norms(grad, left, norm)[indices.long()], rtol=2e-6, atol=2e-5)
 
 
-@pytest.mark.parametrize("call, expected", [
-    (lambda: ops.dct_select(torch.zeros(20, 30), rank=21, left=True), "dct_select: rank must be at most m = 20 for left=True, got 21"),
-    (lambda: ops.dct_select(torch.zeros(20, 30), rank=0, left=True), "rank must be at least 1, got 0"),
-    (lambda: ops.dct_select(torch.zeros(20, 30), rank=2, left=True, norm=3), "norm must be 1 or 2, got 3"),
-    (lambda: ops.dct_select(torch.zeros(20), rank=2, left=True), "grad must be a matrix (m, n), got shape (20,)"),
-    (lambda: ops.dct_columns(torch.zeros(3), d=4), "dct_columns: indices must be torch.int32, got torch.float32"),
-    (lambda: ops.dct_columns(torch.zeros(3, dtype=torch.int32), d=0), "d must be at least 1, got 0"),
-])
+@pytest.mark.parametrize(
+    "call, expected",
+    [
+        (
+            lambda: ops.dct_select(torch.zeros(20, 30), rank=21, left=True),
+            "dct_select: rank must be at most m = 20 for left=True, got 21",
+        ),
+        (lambda: ops.dct_select(torch.zeros(20, 30), rank=0, left=True), "rank must be at least 1, got 0"),
+        (lambda: ops.dct_select(torch.zeros(20, 30), rank=2, left=True, norm=3), "norm must be 1 or 2, got 3"),
+        (lambda: ops.dct_select(torch.zeros(20), rank=2, left=True), "grad must be a matrix (m, n), got shape (20,)"),
+        (lambda: ops.dct_columns(torch.zeros(3), d=4), "dct_columns: indices must be torch.int32, got torch.float32"),
+        (lambda: ops.dct_columns(torch.zeros(3, dtype=torch.int32), d=0), "d must be at least 1, got 0"),
+    ],
+)
 def test_bad_arguments(call, expected):
     with pytest.raises(RuntimeError) as caught:
         call()

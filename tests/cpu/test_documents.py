@@ -59,11 +59,20 @@ def arrow(rows, kind):
 
 
 TABLES = {
-    "rows.jsonl": lines(ROWS), "rows.ndjson": lines(ROWS), "array.json": array(ROWS), "lines.json": lines(ROWS),
-    "utf16.jsonl": lines(ROWS).decode().encode("utf-16"), "rows.csv": delimited(ROWS), "semicolon.csv": delimited(ROWS, ";"),
-    "marked.csv": delimited(ROWS, mark="\ufeff"), "rows.tsv": delimited(ROWS, "\t"), "ROWS.CSV": delimited(ROWS),
-    "rows.parquet": parquet(ROWS), "renamed.txt": parquet(ROWS),
-    "rows.arrow": arrow(ROWS, pyarrow.ipc.new_file), "stream.arrow": arrow(ROWS, pyarrow.ipc.new_stream),
+    "rows.jsonl": lines(ROWS),
+    "rows.ndjson": lines(ROWS),
+    "array.json": array(ROWS),
+    "lines.json": lines(ROWS),
+    "utf16.jsonl": lines(ROWS).decode().encode("utf-16"),
+    "rows.csv": delimited(ROWS),
+    "semicolon.csv": delimited(ROWS, ";"),
+    "marked.csv": delimited(ROWS, mark="\ufeff"),
+    "rows.tsv": delimited(ROWS, "\t"),
+    "ROWS.CSV": delimited(ROWS),
+    "rows.parquet": parquet(ROWS),
+    "renamed.txt": parquet(ROWS),
+    "rows.arrow": arrow(ROWS, pyarrow.ipc.new_file),
+    "stream.arrow": arrow(ROWS, pyarrow.ipc.new_stream),
 }
 
 
@@ -137,11 +146,15 @@ def zipped():
 
 
 BINARY = {
-    "a renamed picture": png(), "a tar archive": tar(), "a zip archive": zipped(),
+    "a renamed picture": png(),
+    "a tar archive": tar(),
+    "a zip archive": zipped(),
     "an old PDF": b"%PDF-1.1\n1 0 obj << /Length 9 >>\n" * 9,
     "no zero anywhere": b"\xff\xd8\xff\xe0" + random.Random(1).randbytes(9000).replace(b"\0", b"\1"),
-    "one NUL at the end": b"words " * 50_000 + b"\0", "UTF-16 without a mark": ("words " * 50).encode("utf-16-le"),
-    "UTF-16 of an odd length": "words".encode("utf-16") + b"x", "tokens": struct.pack("<999H", *range(999)),
+    "one NUL at the end": b"words " * 50_000 + b"\0",
+    "UTF-16 without a mark": ("words " * 50).encode("utf-16-le"),
+    "UTF-16 of an odd length": "words".encode("utf-16") + b"x",
+    "tokens": struct.pack("<999H", *range(999)),
     "floats": struct.pack("<500f", *(random.Random(2).random() for _ in range(500))),
     "Shift JIS": "日本語の文章。".encode("shift-jis") * 20,
     "a pickle": b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\x01a\x94K\x01s.",
@@ -172,15 +185,25 @@ def test_text_is_text_as_it_is(tmp_path, text):
     assert list(documents.read(str(tmp_path / "a"))) == [western]
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("a.json", b'["a", "b"]', "item 1 is a str, not an object"), ("a.json", b'[{"text": "a"}, {"body": "b"}]', "item 2: no text"),
-    ("a.json", b'{"body": "b"}', "fields: body"), ("a.json", b'[{"text": "a"},]', "is not JSON"), ("a.json", b"7", "is a int"),
-    ("a.json", b'{"text": "a"}\n{"text": 3}\n', "line 2: no text"), ("a.csv", b"id,body\n1,b\n", "fields: id, body"),
-    ("a.csv", b"id,text\n1,a\n2\n", "line 3: no text"), ("a.csv", b'id,text\n1,"a"b\n', "no table"),
-    ("a.csv", b"text\n" + b"ok\n" * 99 + b"\xff\n", "no table of UTF-8 text"), ("a.arrow", b"words", "it is not Arrow"),
-    ("a.parquet", parquet(["a"])[:-4], "it is not Parquet"), ("a.parquet", parquet([None]), "no text"),
-    ("a.arrow", arrow(["a"], pyarrow.ipc.new_file)[:-30], "it is not Arrow"),
-])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.json", b'["a", "b"]', "item 1 is a str, not an object"),
+        ("a.json", b'[{"text": "a"}, {"body": "b"}]', "item 2: no text"),
+        ("a.json", b'{"body": "b"}', "fields: body"),
+        ("a.json", b'[{"text": "a"},]', "is not JSON"),
+        ("a.json", b"7", "is a int"),
+        ("a.json", b'{"text": "a"}\n{"text": 3}\n', "line 2: no text"),
+        ("a.csv", b"id,body\n1,b\n", "fields: id, body"),
+        ("a.csv", b"id,text\n1,a\n2\n", "line 3: no text"),
+        ("a.csv", b'id,text\n1,"a"b\n', "no table"),
+        ("a.csv", b"text\n" + b"ok\n" * 99 + b"\xff\n", "no table of UTF-8 text"),
+        ("a.arrow", b"words", "it is not Arrow"),
+        ("a.parquet", parquet(["a"])[:-4], "it is not Parquet"),
+        ("a.parquet", parquet([None]), "no text"),
+        ("a.arrow", arrow(["a"], pyarrow.ipc.new_file)[:-30], "it is not Arrow"),
+    ],
+)
 def test_bad_tables_are_one_line(tmp_path, name, content, words):
     path = tmp_path / name
     with pytest.raises(CommandError) as caught:
@@ -217,9 +240,9 @@ def word_tokenizer(folder, vocab, **special):
     return str(folder)
 
 
-@pytest.mark.parametrize("vocab, size", [
-    ({"<unk>": 0, "a": 1, "b": 900}, 901), ({"<unk>": 5, "a": 6, "b": 7}, 8), ({"<unk>": 0, "a": 1, "b": 2}, 3),
-])
+@pytest.mark.parametrize(
+    "vocab, size", [({"<unk>": 0, "a": 1, "b": 900}, 901), ({"<unk>": 5, "a": 6, "b": 7}, 8), ({"<unk>": 0, "a": 1, "b": 2}, 3)]
+)
 def test_a_vocabulary_covers_every_id(tmp_path, vocab, size):
     (tmp_path / "a.txt").write_text("a b c " * 50)
     corpus = data.load(str(tmp_path / "a.txt"), seq_len=8, tokenizer=word_tokenizer(tmp_path / "t", vocab, unk_token="<unk>"))

@@ -14,8 +14,14 @@ OLD = {
     "hqq": {"quantization_config": {"quant_method": "hqq", "quant_config": {}}},
     "of lowrank_sys": {"quantization_config": {"quant_method": "lowrank_int8", "group_size": 64}},
 }
-SMALL = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "vocab_size": 256}
+SMALL = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 256,
+}
 
 
 @pytest.mark.parametrize("kind", OLD)
@@ -43,8 +49,19 @@ def test_final_says_what_the_weights_are(tmp_path, weights):
 
     (tmp_path / "config.json").write_text(json.dumps({**SMALL, **OLD["compressed-tensors"]}))
     (tmp_path / "a.txt").write_text("some words to train on " * 50)
-    words = {"model": tmp_path / "config.json", "method": "galore", "rank": 4, "steps": 1, "batch-size": 1, "seq-len": 16,
-             "eval-tokens": 32, "device": "cpu", "data": tmp_path / "a.txt", "out": tmp_path / "run", "weights": weights}
+    words = {
+        "model": tmp_path / "config.json",
+        "method": "galore",
+        "rank": 4,
+        "steps": 1,
+        "batch-size": 1,
+        "seq-len": 16,
+        "eval-tokens": 32,
+        "device": "cpu",
+        "data": tmp_path / "a.txt",
+        "out": tmp_path / "run",
+        "weights": weights,
+    }
     assert cli.main(["train", *(str(word) for name, value in words.items() for word in (f"--{name}", value))]) == 0
     final = tmp_path / "run" / "final"
     kept = json.loads((final / "config.json").read_text()).get("quantization_config")

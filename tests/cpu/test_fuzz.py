@@ -16,13 +16,23 @@ from lowrank_sys import _ops, backends, reference
 
 DEFAULT = 25
 COUNT = int(os.environ.get("LOWRANK_FUZZ", DEFAULT))
-SETTINGS = settings(max_examples=COUNT, derandomize=COUNT <= DEFAULT, deadline=None, database=None, print_blob=False,
-                    suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink))
+SETTINGS = settings(
+    max_examples=COUNT,
+    derandomize=COUNT <= DEFAULT,
+    deadline=None,
+    database=None,
+    print_blob=False,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate, Phase.shrink),
+)
 
 
 # Who serves an op: what a CPU user gets, and the oracle itself, which serves where nothing is built.
-SERVED = {op: {row.implementation: overload(op) for row in backends.table() if (row.op, row.device) == (op, "cpu")}
-          | ({"reference": reference.IMPLEMENTATIONS[op]} if op in reference.IMPLEMENTATIONS else {}) for op in FUZZ}
+SERVED = {
+    op: {row.implementation: overload(op) for row in backends.table() if (row.op, row.device) == (op, "cpu")}
+    | ({"reference": reference.IMPLEMENTATIONS[op]} if op in reference.IMPLEMENTATIONS else {})
+    for op in FUZZ
+}
 
 
 def test_every_op_is_fuzzed():

@@ -45,8 +45,10 @@ def test_a_shard_has_its_rows_of_the_whole():
 
 
 def test_seed_refresh_and_parameter_count():
-    bases = [gaussian_basis(64, 8, seed=s, step=t, parameter=p) for s, t, p in ((1, 1, 1), (2, 1, 1), (1 << 32 | 1, 1, 1),
-                                                                               (1, 2, 1), (1, 1, 2))]
+    bases = [
+        gaussian_basis(64, 8, seed=s, step=t, parameter=p)
+        for s, t, p in ((1, 1, 1), (2, 1, 1), (1 << 32 | 1, 1, 1), (1, 2, 1), (1, 1, 2))
+    ]
     assert all(not torch.equal(a, b) for i, a in enumerate(bases) for b in bases[:i])
 
 
@@ -88,8 +90,11 @@ def test_products_against_oracle(shape, dtype, left):
     grad, param = torch.randn(m, n, generator=draw).to(dtype), torch.randn(m, n, generator=draw).to(dtype)
     kind = dict(**WHICH, left=left, first=37)
     depth = max(1, m if left else n)
-    near(ops.gaussian_project(grad, rank=r, **kind), reference.gaussian.gaussian_project(grad.double(), rank=r, **kind),
-         2.0**-22 * depth / r**0.5 if grad.numel() else 0)
+    near(
+        ops.gaussian_project(grad, rank=r, **kind),
+        reference.gaussian.gaussian_project(grad.double(), rank=r, **kind),
+        2.0**-22 * depth / r**0.5 if grad.numel() else 0,
+    )
     x = torch.randn((r, n) if left else (m, r), generator=draw)
     want = param.double()
     ops.gaussian_back_project_(param, x, alpha=-0.5, beta=0.25, **kind)
@@ -127,8 +132,14 @@ def test_no_thread_count_changes_the_basis():
 
 
 @settings(max_examples=30, deadline=None)
-@given(d=st.integers(1, 200), rank=st.integers(1, 140), first=st.integers(0, 2**40), seed=st.integers(-2**63, 2**63 - 1),
-       step=st.integers(0, 2**32 - 1), parameter=st.integers(0, 2**32 - 1))
+@given(
+    d=st.integers(1, 200),
+    rank=st.integers(1, 140),
+    first=st.integers(0, 2**40),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    step=st.integers(0, 2**32 - 1),
+    parameter=st.integers(0, 2**32 - 1),
+)
 def test_fuzz(d, rank, first, seed, step, parameter):
     which = dict(seed=seed, step=step, parameter=parameter, first=first)
     out = torch.empty(d, rank)
@@ -136,16 +147,39 @@ def test_fuzz(d, rank, first, seed, step, parameter):
     assert torch.equal(out, gaussian_basis(d, rank, **which))
 
 
-@pytest.mark.parametrize("name, args, hyper, expected", [
-    ("gaussian_basis_", [torch.zeros(3)], {}, "gaussian_basis_: out must be a matrix (m, n), got shape (3,)"),
-    ("gaussian_basis_", [torch.zeros(3, 2)], dict(first=-1), "gaussian_basis_: first must be at least 0, got -1"),
-    ("gaussian_project", [torch.zeros(3, 2)], dict(rank=0, left=True), "gaussian_project: rank must be at least 1, got 0"),
-    ("gaussian_project", [torch.zeros(3, 2).double()], dict(rank=1, left=True), "grad must be float32, bfloat16 or float16"),
-    ("gaussian_back_project_", [torch.zeros(3, 2), torch.zeros(4, 3)], dict(left=True), "low_rank must have shape (4, 2), got (4, 3)"),
-    ("gaussian_back_project_", [torch.zeros(3, 2), torch.zeros(3)], dict(left=False), "low_rank must be a matrix (m, r), got shape (3,)"),
-    ("gaussian_back_project_", [torch.zeros(3, 2), torch.zeros(0, 2)], dict(left=True), "rank must be at least 1, got low_rank"),
-    ("gaussian_back_project_", [torch.zeros(3, 2), torch.zeros(4, 2).half()], dict(left=True), "low_rank must be torch.float32"),
-])
+@pytest.mark.parametrize(
+    "name, args, hyper, expected",
+    [
+        ("gaussian_basis_", [torch.zeros(3)], {}, "gaussian_basis_: out must be a matrix (m, n), got shape (3,)"),
+        ("gaussian_basis_", [torch.zeros(3, 2)], dict(first=-1), "gaussian_basis_: first must be at least 0, got -1"),
+        ("gaussian_project", [torch.zeros(3, 2)], dict(rank=0, left=True), "gaussian_project: rank must be at least 1, got 0"),
+        ("gaussian_project", [torch.zeros(3, 2).double()], dict(rank=1, left=True), "grad must be float32, bfloat16 or float16"),
+        (
+            "gaussian_back_project_",
+            [torch.zeros(3, 2), torch.zeros(4, 3)],
+            dict(left=True),
+            "low_rank must have shape (4, 2), got (4, 3)",
+        ),
+        (
+            "gaussian_back_project_",
+            [torch.zeros(3, 2), torch.zeros(3)],
+            dict(left=False),
+            "low_rank must be a matrix (m, r), got shape (3,)",
+        ),
+        (
+            "gaussian_back_project_",
+            [torch.zeros(3, 2), torch.zeros(0, 2)],
+            dict(left=True),
+            "rank must be at least 1, got low_rank",
+        ),
+        (
+            "gaussian_back_project_",
+            [torch.zeros(3, 2), torch.zeros(4, 2).half()],
+            dict(left=True),
+            "low_rank must be torch.float32",
+        ),
+    ],
+)
 def test_bad_arguments(name, args, hyper, expected):
     said = []
     with FakeTensorMode() as mode:

@@ -81,7 +81,9 @@ def ranks(groups):
 
 def test_a_narrow_matrix_is_plain_and_that_is_said_once():
     net = Gated()
-    with pytest.warns(UserWarning, match="2 linear layers are narrower than rank 8 and train in the plain group: gate.weight, empty.weight") as said:
+    with pytest.warns(
+        UserWarning, match="2 linear layers are narrower than rank 8 and train in the plain group: gate.weight, empty.weight"
+    ) as said:
         groups = optim.param_groups(net, rank=8)
     assert len(said) == 1
     assert ranks(groups) == {"up.weight": 8, "down.weight": 8, "gate.weight": None, "empty.weight": None, "empty.bias": None}
@@ -114,10 +116,13 @@ def test_nothing_to_say_where_all_fit():
         optim.param_groups(mlp(), rank=24)
 
 
-@pytest.mark.parametrize("rank, narrow, message", [
-    (25, "plain", r"rank must be at most 24 for 0.weight of shape \(40, 24\), got 25"),
-    (4, "drop", "narrow must be 'plain' or 'own', got 'drop'"),
-])
+@pytest.mark.parametrize(
+    "rank, narrow, message",
+    [
+        (25, "plain", r"rank must be at most 24 for 0.weight of shape \(40, 24\), got 25"),
+        (4, "drop", "narrow must be 'plain' or 'own', got 'drop'"),
+    ],
+)
 def test_bad_arguments(rank, narrow, message):
     with pytest.raises(ValueError, match=message):
         optim.param_groups(mlp(), rank=rank, narrow=narrow)

@@ -9,16 +9,39 @@ from lowrank_sys import optim
 
 ADAM = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 LOW_RANK = {"rank": 4, "update_proj_gap": 3, "seed": 1}
-GALORE = {**LOW_RANK, "scale": 0.25, "quant": False, "int8_gemm": False, "cos_threshold": 0.4, "gamma_proj": 2, "queue_size": 2,
-          "max_update_proj_gap": 6, "proj_type": "std", "subspace": "randomized", "moments": "keep", "refresh": "now"}
+GALORE = {
+    **LOW_RANK,
+    "scale": 0.25,
+    "quant": False,
+    "int8_gemm": False,
+    "cos_threshold": 0.4,
+    "gamma_proj": 2,
+    "queue_size": 2,
+    "max_update_proj_gap": 6,
+    "proj_type": "std",
+    "subspace": "randomized",
+    "moments": "keep",
+    "refresh": "now",
+}
 # Optimizer -> (its arguments, its group keys), each with a value that it takes.
 METHODS = {
     "GaLoreAdamW": (ADAM, GALORE),
     "GaLoreAdamW8bit": ({**ADAM, "min_8bit_size": 0}, GALORE),
     "QGaLoreAdamW8bit": (ADAM, {**GALORE, "quant": True, "quant_n_bit": 4, "quant_group_size": 32}),
-    "GaLoreAdafactor": ({"lr": 1e-2, "eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8, "beta1": 0.9,
-                         "weight_decay": 0.0, "scale_parameter": True, "relative_step": False, "warmup_init": False},
-                        {**LOW_RANK, "scale": 0.25}),
+    "GaLoreAdafactor": (
+        {
+            "lr": 1e-2,
+            "eps": (1e-30, 1e-3),
+            "clip_threshold": 1.0,
+            "decay_rate": -0.8,
+            "beta1": 0.9,
+            "weight_decay": 0.0,
+            "scale_parameter": True,
+            "relative_step": False,
+            "warmup_init": False,
+        },
+        {**LOW_RANK, "scale": 0.25},
+    ),
     "APOLLOAdamW": (ADAM, {**LOW_RANK, "scale": 1.0, "proj": "random", "scale_type": "channel"}),
     "FiraAdamW": (ADAM, {**LOW_RANK, "alpha": 0.25}),
     "FrugalAdamW": (ADAM, {**LOW_RANK, "scale": 1.0, "residual_scale": 1.0}),
@@ -54,10 +77,17 @@ def test_values_that_are_ones(method):
     train(*build(method, *METHODS[method]))
 
 
-@pytest.mark.parametrize("method, key, what", [
-    (method, key, what) for method, parts in METHODS.items() for part in parts for key in part for what in NONSENSE
-    if what != "None" or key not in OPTIONAL
-])
+@pytest.mark.parametrize(
+    "method, key, what",
+    [
+        (method, key, what)
+        for method, parts in METHODS.items()
+        for part in parts
+        for key in part
+        for what in NONSENSE
+        if what != "None" or key not in OPTIONAL
+    ],
+)
 def test_what_is_none_is_refused_by_name(method, key, what):
     arguments, keys = (dict(part) for part in METHODS[method])
     (arguments if key in arguments else keys)[key] = NONSENSE[what]
@@ -73,10 +103,18 @@ def test_a_group_is_checked_as_the_defaults_are(key, value):
             optim.GaLoreAdamW([{"params": [model()[0].weight], **group}], **arguments)
 
 
-@pytest.mark.parametrize("key, value, want", [
-    ("rank", np.int64(4), 4), ("update_proj_gap", np.int32(3), 3), ("scale", np.float32(0.25), 0.25), ("scale", torch.tensor(0.5), 0.5),
-    ("lr", np.float64(0.01), 0.01), ("betas", [0.9, np.float64(0.99)], (0.9, 0.99)), ("weight_decay", np.float32(0.5), 0.5),
-])
+@pytest.mark.parametrize(
+    "key, value, want",
+    [
+        ("rank", np.int64(4), 4),
+        ("update_proj_gap", np.int32(3), 3),
+        ("scale", np.float32(0.25), 0.25),
+        ("scale", torch.tensor(0.5), 0.5),
+        ("lr", np.float64(0.01), 0.01),
+        ("betas", [0.9, np.float64(0.99)], (0.9, 0.99)),
+        ("weight_decay", np.float32(0.5), 0.5),
+    ],
+)
 def test_numbers_of_other_libraries_become_plain(key, value, want):
     arguments, keys = (dict(part) for part in METHODS["GaLoreAdamW"])
     (arguments if key in arguments else keys)[key] = value

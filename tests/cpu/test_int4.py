@@ -103,12 +103,13 @@ def test_a_denormal_range_is_the_minimum():
     assert not packed.any() and not scale.any() and not values.any()
 
 
-@pytest.mark.parametrize("bad", [[torch.nan], [torch.inf], [-torch.inf], [torch.inf, -torch.inf], [FP32_MAX, -FP32_MAX],
-                                 [torch.nan, torch.inf]])
+@pytest.mark.parametrize(
+    "bad", [[torch.nan], [torch.inf], [-torch.inf], [torch.inf, -torch.inf], [FP32_MAX, -FP32_MAX], [torch.nan, torch.inf]]
+)
 def test_a_group_that_cannot_be_kept_is_nan(bad):
     """NaN, infinity, or a range beyond fp32: the group is NaN throughout, its neighbours are not touched."""
     basis = torch.randn(96, 40)
-    basis[[40, 35][:len(bad)], 33] = torch.tensor(bad)
+    basis[[40, 35][: len(bad)], 33] = torch.tensor(bad)
     clean = basis.clone()
     clean[32:64, 33] = 0
     (packed, scale, offset), values = assert_codes(basis, 32)
@@ -119,14 +120,36 @@ def test_a_group_that_cannot_be_kept_is_nan(bad):
     assert torch.equal(packed, want[0]) and all(map(torch.equal, others, want[1:]))
 
 
-HOSTILE = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 2.0**-122, 1.0, -1.0, 1e38, -1e38, FP32_MAX, -FP32_MAX, torch.inf, -torch.inf,
-           torch.nan]
+HOSTILE = [
+    0.0,
+    -0.0,
+    1e-45,
+    -1e-45,
+    1e-38,
+    2.0**-122,
+    1.0,
+    -1.0,
+    1e38,
+    -1e38,
+    FP32_MAX,
+    -FP32_MAX,
+    torch.inf,
+    -torch.inf,
+    torch.nan,
+]
 
 
 @settings(max_examples=150, deadline=None)
-@given(d=st.integers(0, 140), r=st.integers(1, 70), group_size=st.sampled_from((32, 64, 1024)), dtype=st.sampled_from(FLOATS),
-       size=st.sampled_from((1e-42, 1e-30, 1.0, 1e37)), shift=st.sampled_from((0.0, 1.0, -1.0)), seed=st.integers(0, 2**31),
-       hostile=st.lists(st.tuples(st.integers(0, 10**6), st.sampled_from(HOSTILE)), max_size=6))
+@given(
+    d=st.integers(0, 140),
+    r=st.integers(1, 70),
+    group_size=st.sampled_from((32, 64, 1024)),
+    dtype=st.sampled_from(FLOATS),
+    size=st.sampled_from((1e-42, 1e-30, 1.0, 1e37)),
+    shift=st.sampled_from((0.0, 1.0, -1.0)),
+    seed=st.integers(0, 2**31),
+    hostile=st.lists(st.tuples(st.integers(0, 10**6), st.sampled_from(HOSTILE)), max_size=6),
+)
 @example(d=64, r=33, group_size=32, dtype=torch.float32, size=1.0, shift=0.0, seed=0, hostile=[(5, 2.0**-122), (9, torch.nan)])
 def test_codes_of_anything(d, r, group_size, dtype, size, shift, seed, hostile):
     basis = (size * (torch.randn(d, r, generator=torch.Generator().manual_seed(seed)) + 10 * shift)).to(dtype)
@@ -151,8 +174,19 @@ def quantized(d, r, group_size, seed=0):
 
 
 # Odd sizes, more vectors than a panel has and more entries, tiles of 16-bit matrices, and nothing at all.
-PRODUCTS = [(1, 200, 1), (200, 1, 1), (63, 101, 7), (129, 64, 64), (1100, 1030, 5), (700, 640, 300), (2100, 33, 257),
-            (33, 2100, 257), (0, 20, 3), (20, 0, 3), (0, 0, 3)]
+PRODUCTS = [
+    (1, 200, 1),
+    (200, 1, 1),
+    (63, 101, 7),
+    (129, 64, 64),
+    (1100, 1030, 5),
+    (700, 640, 300),
+    (2100, 33, 257),
+    (33, 2100, 257),
+    (0, 20, 3),
+    (20, 0, 3),
+    (0, 0, 3),
+]
 
 
 @SIDES
@@ -187,9 +221,16 @@ def test_back_project_against_oracle(shape, dtype, left, alpha, beta):
 
 
 @settings(max_examples=60, deadline=None)
-@given(m=st.integers(1, 90), n=st.integers(1, 90), r=st.integers(1, 40), group_size=st.sampled_from((32, 64)),
-       dtype=st.sampled_from(FLOATS), left=st.booleans(), seed=st.integers(0, 2**31),
-       bad=st.sampled_from((None, torch.nan, torch.inf)))
+@given(
+    m=st.integers(1, 90),
+    n=st.integers(1, 90),
+    r=st.integers(1, 40),
+    group_size=st.sampled_from((32, 64)),
+    dtype=st.sampled_from(FLOATS),
+    left=st.booleans(),
+    seed=st.integers(0, 2**31),
+    bad=st.sampled_from((None, torch.nan, torch.inf)),
+)
 def test_products_of_anything(m, n, r, group_size, dtype, left, seed, bad):
     """Back and forth; a NaN or an infinity in G reaches its channel of R and no other."""
     int4, b = quantized(m if left else n, r, group_size, seed)
@@ -289,26 +330,35 @@ def test_the_basis_is_never_materialised(left):
 def arguments(left=True):
     """20 x 30, r = 4."""
     packed, scale, offset = ops.quantize_int4(torch.randn(20 if left else 30, 4), group_size=32)
-    return {"param": torch.randn(20, 30), "low_rank": torch.randn((4, 30) if left else (20, 4)), "packed": packed,
-            "scale": scale, "offset": offset}
+    return {
+        "param": torch.randn(20, 30),
+        "low_rank": torch.randn((4, 30) if left else (20, 4)),
+        "packed": packed,
+        "scale": scale,
+        "offset": offset,
+    }
 
 
 PROJECT, BACK = "project_int4", "back_project_int4_"
 BAD = {
     "param 1-dim": (BACK, {"param": torch.zeros(3)}, "param must be a matrix (m, n), got shape (3,)"),
-    "param fp64": (BACK, {"param": torch.zeros(20, 30).double()},
-                   "param must be float32, bfloat16 or float16, got torch.float64"),
+    "param fp64": (BACK, {"param": torch.zeros(20, 30).double()}, "param must be float32, bfloat16 or float16, got torch.float64"),
     "param strided": (BACK, {"param": torch.zeros(30, 20).T}, "param must be contiguous, got strides (1, 20)"),
     "low_rank shape": (BACK, {"low_rank": torch.zeros(4, 29)}, "low_rank must have shape (4, 30), got (4, 29)"),
     "low_rank bf16": (BACK, {"low_rank": torch.zeros(4, 30).bfloat16()}, "low_rank must be torch.float32, got torch.bfloat16"),
     "grad int": (PROJECT, {"param": torch.zeros(20, 30).int()}, "grad must be float32, bfloat16 or float16, got torch.int32"),
-    "grad of the other side": (PROJECT, {"param": torch.zeros(30, 20)},
-                               "packed must have shape (r, 15) for vectors of 30 entries, got (4, 10)"),
-    "packed shape": (PROJECT, {"packed": torch.zeros(4, 9).byte()},
-                     "packed must have shape (r, 10) for vectors of 20 entries, got (4, 9)"),
+    "grad of the other side": (
+        PROJECT,
+        {"param": torch.zeros(30, 20)},
+        "packed must have shape (r, 15) for vectors of 30 entries, got (4, 10)",
+    ),
+    "packed shape": (
+        PROJECT,
+        {"packed": torch.zeros(4, 9).byte()},
+        "packed must have shape (r, 10) for vectors of 20 entries, got (4, 9)",
+    ),
     "packed 1-dim": (PROJECT, {"packed": torch.zeros(40).byte()}, "packed must have shape (r, 10)"),
-    "packed of rank 0": (PROJECT, {"packed": torch.zeros(0, 10).byte()},
-                         "rank must be at least 1, got packed of shape (0, 10)"),
+    "packed of rank 0": (PROJECT, {"packed": torch.zeros(0, 10).byte()}, "rank must be at least 1, got packed of shape (0, 10)"),
     "packed int8": (PROJECT, {"packed": torch.zeros(4, 10).char()}, "packed must be torch.uint8, got torch.int8"),
     "packed strided": (BACK, {"packed": torch.zeros(10, 4).byte().T}, "packed must be contiguous, got strides (1, 4)"),
     "scale shape": (PROJECT, {"scale": torch.zeros(4, 2)}, "scale must have shape (4, 1), got (4, 2)"),
@@ -338,18 +388,23 @@ def test_bad_group_sizes(group_size):
     assert_refused(ops.back_project_int4_, [param, low_rank, *int4], extra | {"left": True}, expected)
 
 
-@pytest.mark.parametrize("basis, expected", [
-    (torch.zeros(3), "quantize_int4: basis must be a matrix (m, n), got shape (3,)"),
-    (torch.zeros(3, 0), "quantize_int4: rank must be at least 1, got basis of shape (3, 0)"),
-    (torch.zeros(3, 4).double(), "quantize_int4: basis must be float32, bfloat16 or float16, got torch.float64"),
-    (torch.zeros(3, 4).T, "quantize_int4: basis must be contiguous, got strides (1, 4)"),
-])
+@pytest.mark.parametrize(
+    "basis, expected",
+    [
+        (torch.zeros(3), "quantize_int4: basis must be a matrix (m, n), got shape (3,)"),
+        (torch.zeros(3, 0), "quantize_int4: rank must be at least 1, got basis of shape (3, 0)"),
+        (torch.zeros(3, 4).double(), "quantize_int4: basis must be float32, bfloat16 or float16, got torch.float64"),
+        (torch.zeros(3, 4).T, "quantize_int4: basis must be contiguous, got strides (1, 4)"),
+    ],
+)
 def test_bad_bases(basis, expected):
     assert_refused(ops.quantize_int4, [basis], {}, expected)
 
 
-@pytest.mark.parametrize("d, expected", [(-1, "d must be at least 0, got -1"),
-                                         (22, "packed must have shape (r, 11) for vectors of 22 entries, got (4, 10)")])
+@pytest.mark.parametrize(
+    "d, expected",
+    [(-1, "d must be at least 0, got -1"), (22, "packed must have shape (r, 11) for vectors of 22 entries, got (4, 10)")],
+)
 def test_bad_lengths(d, expected):
     int4 = list(arguments().values())[2:]
     assert_refused(ops.dequantize_int4, int4, {"d": d, "group_size": 32}, f"dequantize_int4: {expected}")

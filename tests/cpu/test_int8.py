@@ -40,8 +40,10 @@ def hostile(m, n, dtype, seed=0):
 
 
 def same(got, want):
-    return all(a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7)) and torch.equal(a.isnan(), b.isnan())
-               for a, b in zip(got, want))
+    return all(
+        a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7)) and torch.equal(a.isnan(), b.isnan())
+        for a, b in zip(got, want)
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -89,9 +91,16 @@ def test_updates_are_the_oracles(shape, dtype):
     """Small, large and hostile steps, and decay: codes and scales to the bit, wherever the first element lies in its 8."""
     m, n, group_size = shape
     got, want = both(randn(m, n), group_size)
-    for step, (size, decay, values, offset) in enumerate([
-            (1e-3, 1.0, randn, 0), (1e-2, 0.99, randn, 5), (3.0, 1.0, hostile, 2**35 - 16), (0.0, 0.4, randn, 8),
-            (1e3, 1.0, randn, 1), (1.0, 0.0, hostile, 0)]):
+    for step, (size, decay, values, offset) in enumerate(
+        [
+            (1e-3, 1.0, randn, 0),
+            (1e-2, 0.99, randn, 5),
+            (3.0, 1.0, hostile, 2**35 - 16),
+            (0.0, 0.4, randn, 8),
+            (1e3, 1.0, randn, 1),
+            (1.0, 0.0, hostile, 0),
+        ]
+    ):
         update = values(m, n, seed=step, dtype=dtype)
         call = dict(alpha=-size, decay=decay, seed=-9, step=step, parameter=2**32 - 1, offset=offset, group_size=group_size)
         assert ops.int8_update_(*got, update, **call) is None
@@ -103,10 +112,20 @@ def test_updates_are_the_oracles(shape, dtype):
     assert same(got, want)
 
 
-@given(seed=st.integers(-(2**63), 2**63 - 1), step=st.integers(0, 2**32 - 1), parameter=st.integers(0, 2**32 - 1),
-       offset=st.integers(0, 2**40), m=st.integers(1, 5), n=st.integers(1, 400), group_size=st.sampled_from([32, 256, 1024]),
-       alpha=st.floats(-100, 100), decay=st.floats(-2, 2), dtype=st.sampled_from(FLOATS), scale=st.integers(-40, 38),
-       odd=st.lists(st.sampled_from([math.nan, math.inf, -math.inf, 3e38, 1e-44, 0.0]), max_size=3))
+@given(
+    seed=st.integers(-(2**63), 2**63 - 1),
+    step=st.integers(0, 2**32 - 1),
+    parameter=st.integers(0, 2**32 - 1),
+    offset=st.integers(0, 2**40),
+    m=st.integers(1, 5),
+    n=st.integers(1, 400),
+    group_size=st.sampled_from([32, 256, 1024]),
+    alpha=st.floats(-100, 100),
+    decay=st.floats(-2, 2),
+    dtype=st.sampled_from(FLOATS),
+    scale=st.integers(-40, 38),
+    odd=st.lists(st.sampled_from([math.nan, math.inf, -math.inf, 3e38, 1e-44, 0.0]), max_size=3),
+)
 @settings(max_examples=150, deadline=None)
 def test_fuzz(seed, step, parameter, offset, m, n, group_size, alpha, decay, dtype, scale, odd):
     got, want = both(randn(m, n, seed=step) * 10.0**scale, group_size)
@@ -122,8 +141,12 @@ def test_fuzz(seed, step, parameter, offset, m, n, group_size, alpha, decay, dty
     assert known.isfinite().all()
 
 
-@given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=80), group_size=st.sampled_from([32, 64]),
-       stored=st.lists(st.integers(0, 2**32 - 1), min_size=3, max_size=3), step=st.integers(0, 1000))
+@given(
+    bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=80),
+    group_size=st.sampled_from([32, 64]),
+    stored=st.lists(st.integers(0, 2**32 - 1), min_size=3, max_size=3),
+    step=st.integers(0, 1000),
+)
 @settings(max_examples=150, deadline=None)
 def test_fuzz_of_bit_patterns(bits, stored, group_size, step):
     """Any fp32 as weight, as update and as scale, and any code, -128 and scales below 0 included."""
@@ -299,17 +322,29 @@ def test_numbers_may_be_tensors():
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("bias", [None, *FLOATS], ids=str)
-@pytest.mark.parametrize("shape, lead", [((5, 700, 256), (3, 4)), ((33, 100, 64), (1,)), ((700, 1030, 128), (1030,)),
-                                         ((1, 1, 32), ()), ((300, 64, 32), (0,)), ((20, 0, 256), (3,)), ((0, 20, 32), (2, 2))],
-                         ids=str)
+@pytest.mark.parametrize(
+    "shape, lead",
+    [
+        ((5, 700, 256), (3, 4)),
+        ((33, 100, 64), (1,)),
+        ((700, 1030, 128), (1030,)),
+        ((1, 1, 32), ()),
+        ((300, 64, 32), (0,)),
+        ((20, 0, 256), (3,)),
+        ((0, 20, 32), (2, 2)),
+    ],
+    ids=str,
+)
 def test_linear_against_oracle(shape, lead, bias, dtype):
     m, n, group_size = shape
     weight = ops.quantize_int8(randn(m, n), group_size=group_size)
     x, dy = randn(*lead, n, seed=1, dtype=dtype), randn(*lead, m, seed=2, dtype=dtype)
     b = None if bias is None else randn(m, seed=3, dtype=bias)
     w = ops.dequantize_int8(*weight, group_size=group_size).double()
-    for got, a, matrix, add in ((ops.int8_linear(x, *weight, b, group_size=group_size), x, w.T, b),
-                                (ops.int8_linear_backward(dy, *weight, group_size=group_size), dy, w, None)):
+    for got, a, matrix, add in (
+        (ops.int8_linear(x, *weight, b, group_size=group_size), x, w.T, b),
+        (ops.int8_linear_backward(dy, *weight, group_size=group_size), dy, w, None),
+    ):
         want = a.double() @ matrix + (0 if add is None else add.double())
         assert got.dtype == dtype and got.shape == want.shape
         # One rounding of the result, and one of fp32 for each root of the depth.
@@ -359,8 +394,13 @@ BAD = [
     (("quantize_int8", dict(weight=torch.zeros(3))), "weight must be a matrix (m, n), got shape (3,)"),
     (("quantize_int8", dict(weight=torch.zeros(3, 4).int())), "weight must be float32, bfloat16 or float16, got torch.int32"),
     (("quantize_int8", dict(weight=torch.zeros(3, 4).T)), "weight must be contiguous, got strides (1, 4)"),
-    *((("quantize_int8", dict(weight=torch.zeros(3, 4), group_size=size)),
-       f"group_size must be a power of two from 32 to 1024, got {size}") for size in (-256, 0, 16, 48, 2048)),
+    *(
+        (
+            ("quantize_int8", dict(weight=torch.zeros(3, 4), group_size=size)),
+            f"group_size must be a power of two from 32 to 1024, got {size}",
+        )
+        for size in (-256, 0, 16, 48, 2048)
+    ),
     (call("dequantize_int8", group_size=0), "group_size must be a power of two from 32 to 1024, got 0"),
     (call("dequantize_int8", dtype=torch.float64), "dtype must be float32, bfloat16 or float16, got torch.float64"),
     (call("dequantize_int8", codes=torch.zeros(6, 1, 2).char()), "codes must be a matrix (m, n), got shape (6, 1, 2)"),

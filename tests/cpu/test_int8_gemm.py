@@ -11,8 +11,16 @@ from refusals import clone
 from test_native_ops import FLOATS, LOW_RANK, inputs, memory, skipping, untouched
 
 from lowrank_sys import backends, reference
-from lowrank_sys.optim import (APOLLOAdamW, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GrassAdamW, InBackward, QGaLoreAdamW8bit,
-                               param_groups)
+from lowrank_sys.optim import (
+    APOLLOAdamW,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    GrassAdamW,
+    InBackward,
+    QGaLoreAdamW8bit,
+    param_groups,
+)
 from lowrank_sys.reference.int8_gemm import quantized
 
 ops = torch.ops.lowrank
@@ -25,8 +33,12 @@ native = pytest.mark.skipif(bool(backends.NATIVE_MISSING), reason=f"no native bu
 
 def same(a, b):
     """Equal, NaN equal to NaN."""
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(
-        a.nan_to_num(9.0), b.nan_to_num(9.0))
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0))
+    )
 
 
 def test_codes_of_a_group():

@@ -12,7 +12,7 @@ from lowrank_sys.memory.live import LiveStorages
 from lowrank_sys.optim import GaLoreAdamW
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_optim import OPTIMIZERS, adamw, backward, build  # noqa: E402
+from test_optim import OPTIMIZERS, adamw, backward, build
 
 EACH = pytest.mark.parametrize("name", OPTIMIZERS)
 

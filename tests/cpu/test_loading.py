@@ -42,8 +42,12 @@ def train(net, optimizer, steps=2):
 
 
 def contents(optimizer):
-    return copy.deepcopy([optimizer.state_dict()["state"], [{key: value for key, value in group.items() if key != "params"}
-                                                             for group in optimizer.param_groups]])
+    return copy.deepcopy(
+        [
+            optimizer.state_dict()["state"],
+            [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups],
+        ]
+    )
 
 
 def equal(a, b):

@@ -61,8 +61,18 @@ class Case:
         gradient = self.low_rank(form) if projected else self.grad
         op = getattr(getattr(served, f"{'subspace' if projected else 'galore'}_step_8bit"), form)
         options = {} if form == "list" else {"group_size": self.group_size}
-        op([param], [gradient], *([x] for x in basis), *([x] for x in moments), [step], lr=torch.tensor(lr), left=self.left,
-           **HYPER, **options, **guards)
+        op(
+            [param],
+            [gradient],
+            *([x] for x in basis),
+            *([x] for x in moments),
+            [step],
+            lr=torch.tensor(lr),
+            left=self.left,
+            **HYPER,
+            **options,
+            **guards,
+        )
         return [param, *moments, step]
 
 
@@ -148,8 +158,16 @@ def test_a_list_is_its_matrices_one_by_one(left):
     want = [case.run("int4") for case in cases]
     got = [[case.param.clone(), *clone(case.moments), case.step.clone()] for case in cases]
     columns = [list(column) for column in zip(*got)]
-    ops.galore_step_8bit.int4(columns[0], [case.grad for case in cases], *map(list, zip(*(case.int4 for case in cases))),
-                              *columns[1:], lr=torch.tensor(0.1), left=left, group_size=64, **HYPER)
+    ops.galore_step_8bit.int4(
+        columns[0],
+        [case.grad for case in cases],
+        *map(list, zip(*(case.int4 for case in cases))),
+        *columns[1:],
+        lr=torch.tensor(0.1),
+        left=left,
+        group_size=64,
+        **HYPER,
+    )
     for a, b in zip(got, want):
         assert all(map(same, a, b))
 
@@ -183,7 +201,8 @@ def test_no_thread_count_changes_moments_given_r(form, left):
 @pytest.mark.parametrize("form", ["list", "int4"])
 def test_thread_counts_round_the_products_of_a_step_alone(form, left):
     """On another number of threads torch's GEMM may give R other last bits, and a moment the neighbour of its code."""
-    first, *others = on_threads(lambda case=Case(600, 515, 40, left): case.run(form))
+    case = Case(600, 515, 40, left)
+    first, *others = on_threads(lambda: case.run(form))
     for other in others:
         assert_neighbours(first, other)
 
@@ -197,8 +216,11 @@ def calls():
             op = getattr(getattr(ops, f"{'subspace' if projected else 'galore'}_step_8bit"), form)
             gradient = case.low_rank(form) if projected else case.grad
             options = {} if form == "list" else {"group_size": 64}
-            yield (op, ([case.param], [gradient], *([x] for x in basis), *moments, [case.step]),
-                   dict(lr=torch.tensor(0.1), left=False, **HYPER, **options, **guards))
+            yield (
+                op,
+                ([case.param], [gradient], *([x] for x in basis), *moments, [case.step]),
+                dict(lr=torch.tensor(0.1), left=False, **HYPER, **options, **guards),
+            )
 
 
 def test_opcheck():
@@ -213,7 +235,12 @@ def test_every_op_is_served_natively():
 
 
 BAD = {
-    "packed shape": ("int4", 2, torch.zeros(4, 9, dtype=torch.uint8), "basis must have shape (r, 10) for vectors of 20 entries, got (4, 9)"),
+    "packed shape": (
+        "int4",
+        2,
+        torch.zeros(4, 9, dtype=torch.uint8),
+        "basis must have shape (r, 10) for vectors of 20 entries, got (4, 9)",
+    ),
     "packed type": ("int4", 2, torch.zeros(4, 10), "basis must be torch.uint8, got torch.float32"),
     "basis_scale shape": ("int4", 3, torch.zeros(4, 2), "basis_scale must have shape (4, 1), got (4, 2)"),
     "basis_offset type": ("int4", 4, torch.zeros(4, 1).half(), "basis_offset must be torch.float32, got torch.float16"),
@@ -236,25 +263,47 @@ def test_bad_arguments(name, projected):
     lists[place] = [value]
     op = f"{'subspace' if projected else 'galore'}_step_8bit"
     options = {} if form == "list" else {"group_size": 64}
-    assert_refused(getattr(getattr(ops, op), form), lists, dict(lr=torch.tensor(0.1), left=True, **HYPER, **options), f"{op}: {expected}",
-                   oracle=getattr(getattr(_Oracle, op), form))
+    assert_refused(
+        getattr(getattr(ops, op), form),
+        lists,
+        dict(lr=torch.tensor(0.1), left=True, **HYPER, **options),
+        f"{op}: {expected}",
+        oracle=getattr(getattr(_Oracle, op), form),
+    )
 
 
-@pytest.mark.parametrize("gradient, expected", [
-    (torch.zeros(4, 29), "low_rank_grad must have shape (4, 30), got (4, 29)"),
-    (torch.zeros(4, 30).bfloat16(), "low_rank_grad must be torch.float32, got torch.bfloat16")])
+@pytest.mark.parametrize(
+    "gradient, expected",
+    [
+        (torch.zeros(4, 29), "low_rank_grad must have shape (4, 30), got (4, 29)"),
+        (torch.zeros(4, 30).bfloat16(), "low_rank_grad must be torch.float32, got torch.bfloat16"),
+    ],
+)
 def test_bad_low_rank_gradients(gradient, expected):
     case = Case(20, 30, 4, True)
     lists = [[case.param], [gradient], *([x] for x in case.int4), *([x] for x in case.moments), [case.step]]
-    assert_refused(ops.subspace_step_8bit.int4, lists, dict(lr=torch.tensor(0.1), left=True, group_size=64, **HYPER),
-                   f"subspace_step_8bit: {expected}", oracle=reference.subspace_step_8bit_int4)
+    assert_refused(
+        ops.subspace_step_8bit.int4,
+        lists,
+        dict(lr=torch.tensor(0.1), left=True, group_size=64, **HYPER),
+        f"subspace_step_8bit: {expected}",
+        oracle=reference.subspace_step_8bit_int4,
+    )
     lists[3] = []
-    assert_refused(ops.subspace_step_8bit.int4, lists, dict(lr=torch.tensor(0.1), left=True, group_size=64, **HYPER),
-                   "subspace_step_8bit: basis_scales must have 1 tensors like params, got 0")
+    assert_refused(
+        ops.subspace_step_8bit.int4,
+        lists,
+        dict(lr=torch.tensor(0.1), left=True, group_size=64, **HYPER),
+        "subspace_step_8bit: basis_scales must have 1 tensors like params, got 0",
+    )
 
 
 def test_group_size_is_checked():
     case = Case(20, 30, 4, True)
     lists = [[case.param], [case.grad], *([x] for x in case.int4), *([x] for x in case.moments), [case.step]]
-    assert_refused(ops.galore_step_8bit.int4, lists, dict(lr=torch.tensor(0.1), left=True, group_size=48, **HYPER),
-                   "galore_step_8bit: group_size must be a power of two from 32 to 1024, got 48")
+    assert_refused(
+        ops.galore_step_8bit.int4,
+        lists,
+        dict(lr=torch.tensor(0.1), left=True, group_size=48, **HYPER),
+        "galore_step_8bit: group_size must be a power of two from 32 to 1024, got 48",
+    )

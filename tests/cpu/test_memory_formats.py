@@ -1,4 +1,4 @@
-"""Weights whose memory is not laid out by rows train as in torch's AdamW, whenever they came to be so, in a state of logical order."""
+"""Weights whose memory is not laid out by rows train as in torch's AdamW, whenever they came so, in a state of logical order."""
 
 import copy
 
@@ -19,8 +19,10 @@ def volumes():
     return nn.Sequential(nn.Conv3d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 8, 8))
 
 
-NETS = {"channels_last": (convolutions, torch.channels_last, (2, 4, 8, 8)),
-        "channels_last_3d": (volumes, torch.channels_last_3d, (2, 2, 4, 4, 4))}
+NETS = {
+    "channels_last": (convolutions, torch.channels_last, (2, 4, 8, 8)),
+    "channels_last_3d": (volumes, torch.channels_last_3d, (2, 2, 4, 4, 4)),
+}
 
 
 def adamw(params):
@@ -80,9 +82,18 @@ def test_the_format_may_change_between_save_and_load():
     assert_close(net, other)
 
 
-@pytest.mark.parametrize("cls, options", [(optim.GaLoreAdamW, {}), (optim.GaLoreAdamW8bit, {"min_8bit_size": 0}), (optim.FiraAdamW, {}),
-                                          (optim.FrugalAdamW, {}), (optim.APOLLOAdamW, {}), (optim.GrassAdamW, {})],
-                         ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    "cls, options",
+    [
+        (optim.GaLoreAdamW, {}),
+        (optim.GaLoreAdamW8bit, {"min_8bit_size": 0}),
+        (optim.FiraAdamW, {}),
+        (optim.FrugalAdamW, {}),
+        (optim.APOLLOAdamW, {}),
+        (optim.GrassAdamW, {}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
 @pytest.mark.parametrize("keys", [{}, {"rank": 3}], ids=["plain", "low-rank"])
 def test_a_transposed_matrix(cls, options, keys):
     weight = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))

@@ -15,12 +15,16 @@ def saved(tmp_path, config):
     return str(tmp_path / "model" / "config.json")
 
 
-@pytest.mark.parametrize("config", [
-    LlamaConfig(**SMALL, vocab_size=300, pad_token_id=300, bos_token_id=1, eos_token_id=[2, 400]),
-    LlamaConfig(**SMALL, vocab_size=300, pad_token_id=-1, bos_token_id=128000, eos_token_id=128001),
-    Phi3Config(**SMALL, vocab_size=300),
-    GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=300),
-], ids=["pad and one end", "negative", "phi3", "gpt2"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SMALL, vocab_size=300, pad_token_id=300, bos_token_id=1, eos_token_id=[2, 400]),
+        LlamaConfig(**SMALL, vocab_size=300, pad_token_id=-1, bos_token_id=128000, eos_token_id=128001),
+        Phi3Config(**SMALL, vocab_size=300),
+        GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=300),
+    ],
+    ids=["pad and one end", "negative", "phi3", "gpt2"],
+)
 def test_foreign_special_tokens_are_forgotten(tmp_path, config):
     read = models.config(saved(tmp_path, config))
     ids = {key: value for key, value in vars(read).items() if key.endswith("_token_id") and value is not None}

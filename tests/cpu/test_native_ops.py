@@ -29,14 +29,20 @@ def inputs(m, n, r, left, dtype=torch.float32, grad_dtype=None, basis_dtype=torc
     generator = torch.Generator().manual_seed(seed)
     d, shape = (m, (r, n)) if left else (n, (m, r))
     basis = torch.randn(d, r, generator=generator) / max(d, 1) ** 0.5
-    return [torch.randn(m, n, generator=generator).to(dtype), torch.randn(m, n, generator=generator).to(grad_dtype or dtype),
-            basis.to(basis_dtype), torch.randn(shape, generator=generator), torch.rand(shape, generator=generator) + 0.1]
+    return [
+        torch.randn(m, n, generator=generator).to(dtype),
+        torch.randn(m, n, generator=generator).to(grad_dtype or dtype),
+        basis.to(basis_dtype),
+        torch.randn(shape, generator=generator),
+        torch.rand(shape, generator=generator) + 0.1,
+    ]
 
 
 def assert_near(got, want, tolerance):
     error = (got.double() - want.double()).abs()
     assert got.shape == want.shape and not (error > tolerance).any() and torch.equal(got.isnan(), want.isnan()), (
-        f"off by {error.max()}, allowed {torch.as_tensor(tolerance).max()}")
+        f"off by {error.max()}, allowed {torch.as_tensor(tolerance).max()}"
+    )
 
 
 def product_error(a, b):
@@ -107,8 +113,11 @@ def test_subspace_step_against_oracle(dtype, left):
 def test_project_and_norms_against_oracle(shape, dtype, left):
     _, grad, basis, _, _ = inputs(*shape, left, dtype)
     b = basis.double()
-    assert_near(ops.project(grad, basis, left=left), reference.project(grad.double(), b, left=left),
-                product_error(b.T, grad) if left else product_error(grad, b))
+    assert_near(
+        ops.project(grad, basis, left=left),
+        reference.project(grad.double(), b, left=left),
+        product_error(b.T, grad) if left else product_error(grad, b),
+    )
     want = reference.channel_norms(grad.double(), left=left)
     assert_near(ops.channel_norms(grad, left=left), want, 2.0**-20 * want)
 
@@ -340,13 +349,16 @@ def test_bad_lists(name, op):
     assert_refused(getattr(ops, op), lists, hyper, expected)
 
 
-@pytest.mark.parametrize("name, args, hyper, expected", [
-    ("project", (torch.zeros(3), torch.zeros(3, 2)), dict(left=True), "project: grad must be a matrix (m, n), got shape (3,)"),
-    ("project", (torch.zeros(3, 4), torch.zeros(4, 2)), dict(left=True), "basis must have shape (m = 3, r) for left=True"),
-    ("back_project_", (torch.zeros(3, 4), torch.zeros(2, 3), torch.zeros(3, 2)), dict(left=True), "low_rank must have shape"),
-    ("back_project_", (torch.zeros(3, 4), torch.zeros(2, 4).half(), torch.zeros(3, 2)), dict(left=True), "got torch.float16"),
-    ("channel_norms", (torch.zeros(3, 4).double(),), dict(left=True), "grad must be float32, bfloat16 or float16"),
-])
+@pytest.mark.parametrize(
+    "name, args, hyper, expected",
+    [
+        ("project", (torch.zeros(3), torch.zeros(3, 2)), dict(left=True), "project: grad must be a matrix (m, n), got shape (3,)"),
+        ("project", (torch.zeros(3, 4), torch.zeros(4, 2)), dict(left=True), "basis must have shape (m = 3, r) for left=True"),
+        ("back_project_", (torch.zeros(3, 4), torch.zeros(2, 3), torch.zeros(3, 2)), dict(left=True), "low_rank must have shape"),
+        ("back_project_", (torch.zeros(3, 4), torch.zeros(2, 4).half(), torch.zeros(3, 2)), dict(left=True), "got torch.float16"),
+        ("channel_norms", (torch.zeros(3, 4).double(),), dict(left=True), "grad must be float32, bfloat16 or float16"),
+    ],
+)
 def test_bad_products(name, args, hyper, expected):
     assert_refused(getattr(ops, name), list(args), hyper, expected)
 
@@ -379,7 +391,7 @@ def test_opcheck():
 
 
 def test_every_op_is_served_natively():
-    for op, args, hyper in sample_calls():
+    for op, *_ in sample_calls():
         name = str(op).removeprefix("lowrank.").removesuffix(".default")
         assert {row.implementation for row in backends.table() if (row.op, row.device) == (name, "cpu")} == {"C++"}
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from family import FAMILY
 from torch import nn
 
-from family import FAMILY
 from lowrank_sys.optim import GaLoreAdafactor, GaLoreAdamW, param_groups
 
 VOCAB = 50
@@ -99,12 +99,20 @@ def test_state_is_tensors_and_plain_numbers():
     assert linear["exp_avg"].shape == linear["exp_avg_sq"].shape == (96, 16)
     assert "basis" not in optimizer.state[model.head.weight]
     assert optimizer.state_bytes() == sum(
-        v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
+        v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)
+    )
 
 
-@pytest.mark.parametrize("proj_type, wide, tall", [
-    ("std", True, False), ("reverse_std", False, True), ("left", True, True), ("right", False, False),
-    ("short-moments", False, True)])
+@pytest.mark.parametrize(
+    "proj_type, wide, tall",
+    [
+        ("std", True, False),
+        ("reverse_std", False, True),
+        ("left", True, True),
+        ("right", False, False),
+        ("short-moments", False, True),
+    ],
+)
 def test_side(proj_type, wide, tall):
     params = [nn.Parameter(torch.randn(shape)) for shape in ((20, 40), (40, 20), (20, 20))]
     optimizer = GaLoreAdamW([{"params": params, "rank": 20, "proj_type": proj_type}])
@@ -123,8 +131,9 @@ def test_side(proj_type, wide, tall):
 def test_a_rank_as_large_as_a_side_is_full_rank(subspace, proj_type):
     """Cold and warm refreshes leave no room to oversample; the basis is square or spans the whole row or column space."""
     params = [nn.Parameter(torch.randn(shape)) for shape in ((20, 40), (40, 20), (20, 20), (1, 20))]
-    groups = [{"params": [p], "rank": min(p.shape), "proj_type": proj_type, "subspace": subspace, "update_proj_gap": 2}
-              for p in params]
+    groups = [
+        {"params": [p], "rank": min(p.shape), "proj_type": proj_type, "subspace": subspace, "update_proj_gap": 2} for p in params
+    ]
     optimizer = GaLoreAdamW(groups, lr=1e-2)
     for _ in range(5):
         before = [p.detach().clone() for p in params]
@@ -155,7 +164,7 @@ def test_refreshes_are_staggered(count, gap):
     history = [refreshed(optimizer, params) for _ in range(2 * gap)]
     assert max(map(len, history)) == math.ceil(count / gap)
     for start in (0, gap):
-        assert sorted(sum(history[start:start + gap], [])) == list(range(count))
+        assert sorted(sum(history[start : start + gap], [])) == list(range(count))
 
 
 def test_svd_refreshes_as_the_reference():
@@ -203,8 +212,9 @@ def test_moments_at_a_refresh(moments):
 @pytest.mark.parametrize("proj_type", ["left", "right"])
 def test_gradient_that_is_not_finite(bad, proj_type):
     matrix, vector = nn.Parameter(torch.randn(12, 8)), nn.Parameter(torch.randn(5))
-    optimizer = GaLoreAdamW([{"params": [vector]}, {"params": [matrix], "rank": 4, "proj_type": proj_type}],
-                            lr=1e-2, weight_decay=0.1)
+    optimizer = GaLoreAdamW(
+        [{"params": [vector]}, {"params": [matrix], "rank": 4, "proj_type": proj_type}], lr=1e-2, weight_decay=0.1
+    )
     for p in (matrix, vector):
         p.grad = torch.randn_like(p)
     optimizer.step()
@@ -333,26 +343,29 @@ def test_gradient_with_other_strides():
     assert torch.equal(a[1].weight, b[1].weight)
 
 
-@pytest.mark.parametrize("keys, message", [
-    ({"rank": 49}, r"rank must be at most 48 for 1.weight of shape \(96, 48\), got 49"),
-    ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
-    ({"proj_type": "full"}, "proj_type must be one of std, reverse_std, left, right, short-moments, got 'full'"),
-    ({"subspace": "pca"}, "subspace must be one of randomized, svd, got 'pca'"),
-    ({"moments": "drop"}, "moments must be one of keep, reset, rotate, got 'drop'"),
-    ({"update_proj_gap": 0}, "update_proj_gap must be an integer of at least 1, got 0"),
-    ({"lr": -1.0}, "lr must be a number of at least 0 or a 0-dim tensor, got -1.0"),
-    ({"options": {"betas": (0.9, 1.0)}}, r"betas\[1\] must be in \[0, 1\), got 1.0"),
-    ({"options": {"nonfinite": "ignore"}}, "nonfinite must be 'skip' or 'raise', got 'ignore'"),
-    ({"gap": 3}, "keys of the low-rank group must be among .*, got gap"),
-])
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"rank": 49}, r"rank must be at most 48 for 1.weight of shape \(96, 48\), got 49"),
+        ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
+        ({"proj_type": "full"}, "proj_type must be one of std, reverse_std, left, right, short-moments, got 'full'"),
+        ({"subspace": "pca"}, "subspace must be one of randomized, svd, got 'pca'"),
+        ({"moments": "drop"}, "moments must be one of keep, reset, rotate, got 'drop'"),
+        ({"update_proj_gap": 0}, "update_proj_gap must be an integer of at least 1, got 0"),
+        ({"lr": -1.0}, "lr must be a number of at least 0 or a 0-dim tensor, got -1.0"),
+        ({"options": {"betas": (0.9, 1.0)}}, r"betas\[1\] must be in \[0, 1\), got 1.0"),
+        ({"options": {"nonfinite": "ignore"}}, "nonfinite must be 'skip' or 'raise', got 'ignore'"),
+        ({"gap": 3}, "keys of the low-rank group must be among .*, got gap"),
+    ],
+)
 def test_bad_arguments(keys, message):
     with pytest.raises(ValueError, match=message):
         adamw(build(), **keys)
 
 
-@pytest.mark.parametrize("weight, message", [
-    (torch.zeros(4, 6, dtype=torch.float64), "weight must be float32, bfloat16 or float16, got torch.float64"),
-])
+@pytest.mark.parametrize(
+    "weight, message", [(torch.zeros(4, 6, dtype=torch.float64), "weight must be float32, bfloat16 or float16, got torch.float64")]
+)
 @pytest.mark.parametrize("keys", [{}, {"rank": 2}], ids=["plain", "low-rank"])
 def test_a_weight_that_cannot_be_kept(weight, message, keys):
     with pytest.raises(ValueError, match=message):
@@ -371,9 +384,15 @@ def test_state_of_another_model_is_refused():
     optimizer = adamw(model)
     backward(model, 0)
     optimizer.step()
-    other = GaLoreAdamW(param_groups(nn.Sequential(nn.Embedding(9, 32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32),
-                                                   nn.LayerNorm(32), nn.Linear(32, 9, bias=True)), rank=8,
-                                     target_modules=["1", "3"]))
+    other = GaLoreAdamW(
+        param_groups(
+            nn.Sequential(
+                nn.Embedding(9, 32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 9, bias=True)
+            ),
+            rank=8,
+            target_modules=["1", "3"],
+        )
+    )
     with pytest.raises(ValueError, match="does not fit a parameter of shape"):
         other.load_state_dict(optimizer.state_dict())
 

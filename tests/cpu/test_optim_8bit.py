@@ -12,8 +12,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from lowrank_sys import reference
 from lowrank_sys.memory import ledger
 from lowrank_sys.memory.live import LiveStorages
-from lowrank_sys.optim import (GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, InBackward, LowRankOptimizer, QGaLoreAdamW8bit,
-                               param_groups)
+from lowrank_sys.optim import (
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    InBackward,
+    LowRankOptimizer,
+    QGaLoreAdamW8bit,
+    param_groups,
+)
 from lowrank_sys.optim.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from lowrank_sys.reference.subspace import svd_basis
 from lowrank_sys.subspace.basis import load
@@ -77,11 +84,29 @@ def test_the_loop_of_the_oracle(proj_type, quant):
     start, wd, betas = torch.randn(m, n), 0.1, (0.9, 0.999)
     param = nn.Parameter(start.clone())
     optimizer = QGaLoreAdamW8bit(
-        [{"params": [param], "rank": r, "update_proj_gap": 3, "subspace": "svd", "proj_type": proj_type, "quant": quant,
-          "quant_group_size": 32, "cos_threshold": None, "scale": SCALE}], lr=LR, betas=betas, weight_decay=wd, min_8bit_size=0)
+        [
+            {
+                "params": [param],
+                "rank": r,
+                "update_proj_gap": 3,
+                "subspace": "svd",
+                "proj_type": proj_type,
+                "quant": quant,
+                "quant_group_size": 32,
+                "cos_threshold": None,
+                "scale": SCALE,
+            }
+        ],
+        lr=LR,
+        betas=betas,
+        weight_decay=wd,
+        min_8bit_size=0,
+    )
     w, basis, low_rank = start.clone(), None, (r, n) if left else (m, r)
-    moments = [*(torch.zeros(low_rank, dtype=torch.uint8) for _ in "mv"), *(torch.zeros(-(-low_rank[0] * low_rank[1] // 256))
-                                                                             for _ in "mv")]
+    moments = [
+        *(torch.zeros(low_rank, dtype=torch.uint8) for _ in "mv"),
+        *(torch.zeros(-(-low_rank[0] * low_rank[1] // 256)) for _ in "mv"),
+    ]
     for step in range(8):
         grad = torch.randn(m, n) + 3 * torch.randn(m, 1) @ torch.randn(1, n)
         param.grad = grad.clone()
@@ -93,7 +118,8 @@ def test_the_loop_of_the_oracle(proj_type, quant):
         g = basis.T @ grad if left else grad @ basis
         # beta1 m + (1 - beta1) g in fp32 from decoded codes, encoded again; the update comes from before that
         x = reference.blockwise.Moments(*moments, torch.float32).adam(
-            g, torch.ones_like(g, dtype=torch.bool), step=step + 1, beta1=betas[0], beta2=betas[1], eps=1e-8)
+            g, torch.ones_like(g, dtype=torch.bool), step=step + 1, beta1=betas[0], beta2=betas[1], eps=1e-8
+        )
         w = (1 - LR * wd) * w - LR * SCALE * (basis @ x if left else x @ basis.T)
         # A neighbouring code of a moment, where sums differ in their last bits, is 2% of an update at most.
         assert (param - w).abs().max() < 0.02 * LR * SCALE * (step + 1)
@@ -143,8 +169,11 @@ def test_four_micro_batches_are_one_batch(cls):
     1% of what training moves leaves room for that, and for none of the ways of accumulating that are wrong."""
     one, four, whole = build(), build(), build()
     start = copy.deepcopy(one.state_dict())
-    optimizers = [optimizer_of(cls, one, "accumulate"), optimizer_of(cls, four, "accumulate"),
-                  optimizer_of(cls, whole, refresh="next")]
+    optimizers = [
+        optimizer_of(cls, one, "accumulate"),
+        optimizer_of(cls, four, "accumulate"),
+        optimizer_of(cls, whole, refresh="next"),
+    ]
     for model, optimizer, micro in zip((one, four, whole), optimizers, (1, 4, 4)):
         train(model, optimizer, range(6), micro)
     for key, s in start.items():
@@ -209,7 +238,8 @@ def test_what_operators_allocated_is_what_the_ledger_says(name):
         sums = optimizer.memory()
         assert live.bytes == first == sums["total"] - sums["weights"]
         assert sum(t.numel() * t.element_size() for _, t, in_state in ledger.entries(optimizer) if in_state) == (
-            optimizer.state_bytes())
+            optimizer.state_bytes()
+        )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
@@ -217,8 +247,9 @@ def test_what_operators_allocated_is_what_the_ledger_says(name):
 def test_gradient_that_is_not_finite(bad, proj_type):
     torch.manual_seed(0)
     matrix = nn.Parameter(torch.randn(60, 70))
-    optimizer = QGaLoreAdamW8bit([{"params": [matrix], "rank": 4, "proj_type": proj_type, "subspace": "svd"}], lr=LR,
-                                 min_8bit_size=0)
+    optimizer = QGaLoreAdamW8bit(
+        [{"params": [matrix], "rank": 4, "proj_type": proj_type, "subspace": "svd"}], lr=LR, min_8bit_size=0
+    )
     matrix.grad = torch.randn_like(matrix)
     optimizer.step()
     before, stored = matrix.detach().clone(), copy.deepcopy(optimizer.state[matrix])
@@ -237,8 +268,9 @@ def test_gradient_that_is_not_finite(bad, proj_type):
 def test_a_refresh_on_a_gradient_that_is_not_finite_keeps_the_bytes():
     """Of a basis in INT4 too, which rounding it again could move; and its moments, gap and queue."""
     param = nn.Parameter(torch.randn(300, 70))
-    optimizer = QGaLoreAdamW8bit([{"params": [param], "rank": 8, "update_proj_gap": 1, "moments": "rotate", "proj_type": "left"}],
-                                 min_8bit_size=0)
+    optimizer = QGaLoreAdamW8bit(
+        [{"params": [param], "rank": 8, "update_proj_gap": 1, "moments": "rotate", "proj_type": "left"}], min_8bit_size=0
+    )
     param.grad = torch.randn_like(param)
     optimizer.step()
     before = copy.deepcopy(optimizer.state[param])
@@ -287,8 +319,9 @@ def test_the_state_goes_through_bitsandbytes():
 
 def test_one_graph_for_all_steps():
     compiled, eager = build(), build()
-    optimizers = [QGaLoreAdamW8bit(groups(m, update_proj_gap=3), lr=torch.tensor(LR), min_8bit_size=SMALLEST)
-                  for m in (compiled, eager)]
+    optimizers = [
+        QGaLoreAdamW8bit(groups(m, update_proj_gap=3), lr=torch.tensor(LR), min_8bit_size=SMALLEST) for m in (compiled, eager)
+    ]
     counter = CompileCounterWithBackend("eager")
     torch._dynamo.reset()
     step = torch.compile(optimizers[0].step, fullgraph=True, backend=counter)
@@ -302,16 +335,24 @@ def test_one_graph_for_all_steps():
     assert_same(compiled, eager)
 
 
-@pytest.mark.parametrize("cls, keys, options, message", [
-    (QGaLoreAdamW8bit, {"quant_n_bit": 8}, {}, "quant_n_bit must be 4, got 8"),
-    (QGaLoreAdamW8bit, {"quant_group_size": 100}, {}, "quant_group_size must be a power of two from 32 to 1024, got 100"),
-    (QGaLoreAdamW8bit, {"cos_threshold": 1.5}, {}, r"cos_threshold must be a number in \[0, 1\] or None, got 1.5"),
-    (QGaLoreAdamW8bit, {"gamma_proj": 0.5}, {}, "gamma_proj must be a number of at least 1, got 0.5"),
-    (QGaLoreAdamW8bit, {"queue_size": 0}, {}, "queue_size must be an integer of at least 1, got 0"),
-    (QGaLoreAdamW8bit, {"max_update_proj_gap": 3}, {}, "max_update_proj_gap must be an integer of at least update_proj_gap = 4, got 3"),
-    (GaLoreAdamW8bit, {}, {"min_8bit_size": -1}, "min_8bit_size must be an integer of at least 0, got -1"),
-    (GaLoreAdamW8bit, {}, {"betas": (0.9, 1.0)}, r"betas\[1\] must be in \[0, 1\), got 1.0"),
-])
+@pytest.mark.parametrize(
+    "cls, keys, options, message",
+    [
+        (QGaLoreAdamW8bit, {"quant_n_bit": 8}, {}, "quant_n_bit must be 4, got 8"),
+        (QGaLoreAdamW8bit, {"quant_group_size": 100}, {}, "quant_group_size must be a power of two from 32 to 1024, got 100"),
+        (QGaLoreAdamW8bit, {"cos_threshold": 1.5}, {}, r"cos_threshold must be a number in \[0, 1\] or None, got 1.5"),
+        (QGaLoreAdamW8bit, {"gamma_proj": 0.5}, {}, "gamma_proj must be a number of at least 1, got 0.5"),
+        (QGaLoreAdamW8bit, {"queue_size": 0}, {}, "queue_size must be an integer of at least 1, got 0"),
+        (
+            QGaLoreAdamW8bit,
+            {"max_update_proj_gap": 3},
+            {},
+            "max_update_proj_gap must be an integer of at least update_proj_gap = 4, got 3",
+        ),
+        (GaLoreAdamW8bit, {}, {"min_8bit_size": -1}, "min_8bit_size must be an integer of at least 0, got -1"),
+        (GaLoreAdamW8bit, {}, {"betas": (0.9, 1.0)}, r"betas\[1\] must be in \[0, 1\), got 1.0"),
+    ],
+)
 def test_bad_arguments(cls, keys, options, message):
     with pytest.raises(ValueError, match=message):
         cls(groups(build(), **keys), **options)
@@ -335,7 +376,12 @@ def test_state_of_another_model_is_refused():
     model = build()
     optimizer = optimizer_of(QGaLoreAdamW8bit, model)
     steps_of(model, optimizer, [0])
-    other = QGaLoreAdamW8bit(param_groups(nn.Sequential(nn.Embedding(9, 32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32),
-                                                        nn.LayerNorm(32), nn.Linear(32, 9)), rank=8, target_modules=["1", "3"]))
+    other = QGaLoreAdamW8bit(
+        param_groups(
+            nn.Sequential(nn.Embedding(9, 32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 9)),
+            rank=8,
+            target_modules=["1", "3"],
+        )
+    )
     with pytest.raises(ValueError, match="does not fit a parameter of shape"):
         other.load_state_dict(optimizer.state_dict())

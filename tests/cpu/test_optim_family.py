@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from family import FAMILY
 from torch import nn
 
-from family import FAMILY
 from lowrank_sys.optim import APOLLOAdamW, FiraAdamW, FrugalAdamW, GrassAdamW, InBackward, param_groups
 from lowrank_sys.reference.gaussian import gaussian_basis
 
@@ -40,8 +40,9 @@ def draw(param, step):
 
 
 def snapshot(optimizer):
-    return copy.deepcopy([[p.data for group in optimizer.param_groups for p in group["params"]],
-                          list(optimizer.state_dict()["state"].values())])
+    return copy.deepcopy(
+        [[p.data for group in optimizer.param_groups for p in group["params"]], list(optimizer.state_dict()["state"].values())]
+    )
 
 
 def assert_same(before, after):
@@ -82,8 +83,9 @@ class Written:
 @pytest.mark.parametrize("scale_type", ["channel", "tensor"])
 @pytest.mark.parametrize("proj", ["random", "svd"])
 def test_apollo_is_its_formula(proj_type, scale_type, proj):
-    param, optimizer = matrix(APOLLOAdamW, proj_type=proj_type, scale_type=scale_type, proj=proj, scale=4.0,
-                              options={"weight_decay": 0.1})
+    param, optimizer = matrix(
+        APOLLOAdamW, proj_type=proj_type, scale_type=scale_type, proj=proj, scale=4.0, options={"weight_decay": 0.1}
+    )
     left = proj_type == "left"
     rule, w, seen = Written(left), param.detach().double(), []
     for step in range(7):
@@ -128,8 +130,13 @@ def test_fira_is_its_formula(proj_type, alpha):
 @SIDES
 @pytest.mark.parametrize("rule_name", ["sign_sgd", "sgd"])
 def test_frugal_is_its_formula(proj_type, rule_name):
-    param, optimizer = matrix(FrugalAdamW, proj_type=proj_type, residual_scale=0.5, subspace="svd",
-                              options={"inactive_update_rule": rule_name, "eps": EPS})
+    param, optimizer = matrix(
+        FrugalAdamW,
+        proj_type=proj_type,
+        residual_scale=0.5,
+        subspace="svd",
+        options={"inactive_update_rule": rule_name, "eps": EPS},
+    )
     rule, w = Written(proj_type == "left"), param.detach().double()
     for step in range(7):
         if step % 3 == 0:
@@ -163,8 +170,7 @@ def test_grass_moves_the_rows_of_largest_norm(proj_type):
         assert torch.equal(moved, kept)
         if since == 1:  # of fresh moments, Adam's step is the sign
             rows = param.grad.index_select(axis, kept).sign()
-            torch.testing.assert_close(param.detach().index_select(axis, kept),
-                                       before.index_select(axis, kept) - 1e-2 * 0.5 * rows)
+            torch.testing.assert_close(param.detach().index_select(axis, kept), before.index_select(axis, kept) - 1e-2 * 0.5 * rows)
     assert "row_scale" not in state
 
 
@@ -172,7 +178,7 @@ def test_grass_draws_rows_by_seed_step_and_matrix():
     def run(seed):
         params, optimizer = matrix(GrassAdamW, shape=(60, 40), count=2, subspace="sample", seed=seed)
         drawn = []
-        for step in range(5):
+        for _ in range(5):
             for p in params:
                 p.grad = draw(p, 0)
             optimizer.step()
@@ -330,7 +336,7 @@ def test_rate_0_is_no_refresh(name):
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     weights = [p.detach().clone() for p in net.parameters()]
-    for step in range(2):
+    for _ in range(2):
         net.zero_grad()
         for p in net.parameters():
             p.grad = torch.zeros_like(p)
@@ -357,19 +363,23 @@ def test_compiles_without_a_break(name):
     assert all(map(torch.equal, nets[0].parameters(), nets[1].parameters()))
 
 
-@pytest.mark.parametrize("cls, keys, message", [
-    (APOLLOAdamW, {"proj": "gaussian"}, "proj must be one of random, svd, got 'gaussian'"),
-    (APOLLOAdamW, {"scale_type": "row"}, "scale_type must be one of channel, tensor, got 'row'"),
-    (APOLLOAdamW, {"moments": "rotate"}, "moments must be one of keep, reset with proj='random', got 'rotate'"),
-    (APOLLOAdamW, {"scale": -1.0}, "scale must be a number of at least 0, got -1.0"),
-    (FiraAdamW, {"alpha": float("nan")}, "alpha must be a number of at least 0, got nan"),
-    (FrugalAdamW, {"residual_scale": "1"}, "residual_scale must be a number of at least 0, got '1'"),
-    (FrugalAdamW, {"options": {"inactive_update_rule": "no"}}, "inactive_update_rule must be one of sign_sgd, sgd, got 'no'"),
-    (GrassAdamW, {"subspace": "randomized"}, "subspace must be one of top, sample, sample_replace, got 'randomized'"),
-    (GrassAdamW, {"moments": "rotate"}, "moments must be one of keep, reset, got 'rotate'"),
-    (GrassAdamW, {"refresh": "next"}, "refresh must be one of now, got 'next'"),
-    (GrassAdamW, {"options": {"betas": (1.0, 0.9)}}, r"betas\[0\] must be in \[0, 1\), got 1.0"),
-], ids=str)
+@pytest.mark.parametrize(
+    "cls, keys, message",
+    [
+        (APOLLOAdamW, {"proj": "gaussian"}, "proj must be one of random, svd, got 'gaussian'"),
+        (APOLLOAdamW, {"scale_type": "row"}, "scale_type must be one of channel, tensor, got 'row'"),
+        (APOLLOAdamW, {"moments": "rotate"}, "moments must be one of keep, reset with proj='random', got 'rotate'"),
+        (APOLLOAdamW, {"scale": -1.0}, "scale must be a number of at least 0, got -1.0"),
+        (FiraAdamW, {"alpha": float("nan")}, "alpha must be a number of at least 0, got nan"),
+        (FrugalAdamW, {"residual_scale": "1"}, "residual_scale must be a number of at least 0, got '1'"),
+        (FrugalAdamW, {"options": {"inactive_update_rule": "no"}}, "inactive_update_rule must be one of sign_sgd, sgd, got 'no'"),
+        (GrassAdamW, {"subspace": "randomized"}, "subspace must be one of top, sample, sample_replace, got 'randomized'"),
+        (GrassAdamW, {"moments": "rotate"}, "moments must be one of keep, reset, got 'rotate'"),
+        (GrassAdamW, {"refresh": "next"}, "refresh must be one of now, got 'next'"),
+        (GrassAdamW, {"options": {"betas": (1.0, 0.9)}}, r"betas\[0\] must be in \[0, 1\), got 1.0"),
+    ],
+    ids=str,
+)
 def test_bad_arguments(cls, keys, message):
     with pytest.raises(ValueError, match=message):
         matrix(cls, **keys)

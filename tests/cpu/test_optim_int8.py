@@ -9,8 +9,16 @@ from torch import nn
 
 from lowrank_sys import reference
 from lowrank_sys.nn import QuantLinear, dequantize_model, quantize_model
-from lowrank_sys.optim import (APOLLOAdamW, FiraAdamW, FrugalAdamW, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GrassAdamW,
-                               QGaLoreAdamW8bit)
+from lowrank_sys.optim import (
+    APOLLOAdamW,
+    FiraAdamW,
+    FrugalAdamW,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    GrassAdamW,
+    QGaLoreAdamW8bit,
+)
 
 LR = 1e-2
 CASES = {
@@ -84,15 +92,32 @@ def test_the_step_is_the_oracle_of_its_parts(quant, left):
     layer = QuantLinear.from_linear(nn.Linear(90, 70, bias=False), 32)
     r, scale, wd = 8, 0.25, 0.1
     optimizer = QGaLoreAdamW8bit(
-        [{"params": [layer.weight], "rank": r, "subspace": "svd", "proj_type": "left" if left else "right", "quant": quant,
-          "quant_group_size": 32, "scale": scale}], lr=LR, weight_decay=wd)
+        [
+            {
+                "params": [layer.weight],
+                "rank": r,
+                "subspace": "svd",
+                "proj_type": "left" if left else "right",
+                "quant": quant,
+                "quant_group_size": 32,
+                "scale": scale,
+            }
+        ],
+        lr=LR,
+        weight_decay=wd,
+    )
     w = layer.weight
     old = reference.dequantize_int8(w.codes, w.scale, group_size=32)
     w.grad = torch.randn(70, 90) + 3 * torch.randn(70, 1) @ torch.randn(1, 90)
     optimizer.step()
     state = optimizer.state[w]
-    basis = state["basis"] if not quant else reference.dequantize_int4(
-        state["basis"], state["basis_scale"], state["basis_offset"], d=70 if left else 90, group_size=32)
+    basis = (
+        state["basis"]
+        if not quant
+        else reference.dequantize_int4(
+            state["basis"], state["basis_scale"], state["basis_offset"], d=70 if left else 90, group_size=32
+        )
+    )
     low_rank = basis.T @ w.grad if left else w.grad @ basis
     x = low_rank / (low_rank.abs() + 1e-8)  # Adam's first step
     want = (1 - LR * wd) * old - LR * scale * (basis @ x if left else x @ basis.T)

@@ -8,8 +8,22 @@ import weakref
 import pytest
 import torch
 from small_model import (
-    CLOSE, EACH, LR, MODES, VOCAB, assert_same, backward, bases, build, clip_by_torch, coefficients, galore, groups,
-    loss_of, tokens, train,
+    CLOSE,
+    EACH,
+    LR,
+    MODES,
+    VOCAB,
+    assert_same,
+    backward,
+    bases,
+    build,
+    clip_by_torch,
+    coefficients,
+    galore,
+    groups,
+    loss_of,
+    tokens,
+    train,
 )
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -44,10 +58,14 @@ class DenseTensorsAlive(TorchDispatchMode):
 def test_one_dense_gradient_is_alive_at_a_time(per_layer, most):
     """Through backward and step; with whole gradients there are as many as matrices."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(VOCAB, 24), *(m for _ in range(2) for m in (nn.Linear(24, 40, bias=False), nn.Tanh(),
-                          nn.Linear(40, 24, bias=False), nn.Tanh())), nn.Linear(24, VOCAB))
-    optimizer = GaLoreAdamW(param_groups(model, rank=4, target_modules=["1", "3", "5", "7"], update_proj_gap=3), lr=LR,
-                            per_layer=per_layer)
+    model = nn.Sequential(
+        nn.Embedding(VOCAB, 24),
+        *(m for _ in range(2) for m in (nn.Linear(24, 40, bias=False), nn.Tanh(), nn.Linear(40, 24, bias=False), nn.Tanh())),
+        nn.Linear(24, VOCAB),
+    )
+    optimizer = GaLoreAdamW(
+        param_groups(model, rank=4, target_modules=["1", "3", "5", "7"], update_proj_gap=3), lr=LR, per_layer=per_layer
+    )
     matrices = [model[i].weight for i in (1, 3, 5, 7)]
     for step in range(6):
         loss = loss_of(model, tokens(step))
@@ -150,7 +168,7 @@ def test_a_matrix_without_a_gradient_is_left_alone(mode):
     x = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
     narrow = Branch()
     optimizer = GaLoreAdamW(param_groups(narrow, rank=4, update_proj_gap=2), lr=LR, weight_decay=0.1, per_layer=MODES[mode]())
-    for step, wide in enumerate((True, False, False, True)):
+    for wide in (True, False, False, True):
         before = narrow.one.weight.detach().clone()
         countdown = optimizer.state[narrow.one.weight].get("countdown", torch.tensor(0)).clone()
         narrow(x, wide).square().mean().backward()
@@ -175,8 +193,11 @@ class Shared(nn.Module):
     def forward(self, ids):
         x = self.embed(ids)
         for block in (self.first, self.second, self.third):
-            x = x + (torch.tanh(block(x)) if self.how is None else checkpoint(
-                lambda x, block=block: torch.tanh(block(x)), x, use_reentrant=self.how == "reentrant"))
+            x = x + (
+                torch.tanh(block(x))
+                if self.how is None
+                else checkpoint(lambda x, block=block: torch.tanh(block(x)), x, use_reentrant=self.how == "reentrant")
+            )
         return self.head(x)
 
 
@@ -250,12 +271,15 @@ def test_nothing_is_kept_alive(mode):
     assert all(ref() is None for ref in refs)
 
 
-@pytest.mark.parametrize("per_layer, keys, message", [
-    ("backward", {}, "per_layer must be None, accumulate, in_backward, an Accumulate or an InBackward, got 'backward'"),
-    ("accumulate", {"refresh": "now"}, "refresh must be 'next' with per_layer='accumulate', got 'now'"),
-    ("accumulate", {"subspace": "svd"}, "subspace must be randomized with refresh='next', got 'svd'"),
-    (None, {"refresh": "later"}, "refresh must be one of now, next, got 'later'"),
-])
+@pytest.mark.parametrize(
+    "per_layer, keys, message",
+    [
+        ("backward", {}, "per_layer must be None, accumulate, in_backward, an Accumulate or an InBackward, got 'backward'"),
+        ("accumulate", {"refresh": "now"}, "refresh must be 'next' with per_layer='accumulate', got 'now'"),
+        ("accumulate", {"subspace": "svd"}, "subspace must be randomized with refresh='next', got 'svd'"),
+        (None, {"refresh": "later"}, "refresh must be one of now, next, got 'later'"),
+    ],
+)
 def test_bad_arguments(per_layer, keys, message):
     with pytest.raises(ValueError, match=message):
         galore(build(), per_layer, **keys)

@@ -20,16 +20,52 @@ def text(tmp_path_factory):
 
 
 def command(text, out, *more):
-    return cli.main([
-        "train", "--model", "llama-1m", "--rank", "8", "--steps", "4", "--batch-size", "2", "--seq-len", "32",
-        "--update-proj-gap", "2", "--eval-steps", "4", "--save-steps", "2", "--eval-tokens", "128", "--device", "cpu",
-        "--warmup-steps", "1", "--data", str(text), "--out", str(out), *more])
+    return cli.main(
+        [
+            "train",
+            "--model",
+            "llama-1m",
+            "--rank",
+            "8",
+            "--steps",
+            "4",
+            "--batch-size",
+            "2",
+            "--seq-len",
+            "32",
+            "--update-proj-gap",
+            "2",
+            "--eval-steps",
+            "4",
+            "--save-steps",
+            "2",
+            "--eval-tokens",
+            "128",
+            "--device",
+            "cpu",
+            "--warmup-steps",
+            "1",
+            "--data",
+            str(text),
+            "--out",
+            str(out),
+            *more,
+        ]
+    )
 
 
-@pytest.mark.parametrize("flags", [
-    ["--per-layer", "accumulate", "--gradient-accumulation-steps", "2"], ["--per-layer", "in_backward"],
-    ["--method", "q-galore", "--per-layer", "accumulate", "--accumulate-dtype", "bf16"], ["--method", "q-galore", "--dtype", "bf16"],
-    ["--method", "galore8bit", "--per-layer", "in_backward"], ["--method", "adamw8bit"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--per-layer", "accumulate", "--gradient-accumulation-steps", "2"],
+        ["--per-layer", "in_backward"],
+        ["--method", "q-galore", "--per-layer", "accumulate", "--accumulate-dtype", "bf16"],
+        ["--method", "q-galore", "--dtype", "bf16"],
+        ["--method", "galore8bit", "--per-layer", "in_backward"],
+        ["--method", "adamw8bit"],
+    ],
+    ids=" ".join,
+)
 def test_lowrank_train(text, tmp_path, flags):
     assert command(text, tmp_path / "run", *flags) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -45,15 +81,21 @@ def test_lowrank_train(text, tmp_path, flags):
     assert (tmp_path / "again" / "final" / "model.safetensors").read_bytes() == weights
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--per-layer", "twice"], "--per-layer: unknown 'twice'; valid: accumulate, in_backward"),
-    (["--per-layer", "accumulate", "--accumulate-dtype", "fp16"], "--accumulate-dtype: unknown 'fp16'; valid: fp32, bf16"),
-    (["--accumulate-dtype", "bf16"], "--accumulate-dtype bf16 needs --per-layer accumulate"),
-    (["--per-layer", "in_backward", "--gradient-accumulation-steps", "2"], "use --per-layer accumulate"),
-    (["--per-layer", "accumulate", "--method", "adamw8bit"], "--per-layer needs a method with low-rank gradients, got --method adamw8bit"),
-    (["--per-layer", "accumulate", "--method", "adamw"], "--per-layer needs a method with low-rank gradients"),
-    (["--per-layer", "accumulate", "--method", "galore-adafactor"], "needs a rule that can start from R"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--per-layer", "twice"], "--per-layer: unknown 'twice'; valid: accumulate, in_backward"),
+        (["--per-layer", "accumulate", "--accumulate-dtype", "fp16"], "--accumulate-dtype: unknown 'fp16'; valid: fp32, bf16"),
+        (["--accumulate-dtype", "bf16"], "--accumulate-dtype bf16 needs --per-layer accumulate"),
+        (["--per-layer", "in_backward", "--gradient-accumulation-steps", "2"], "use --per-layer accumulate"),
+        (
+            ["--per-layer", "accumulate", "--method", "adamw8bit"],
+            "--per-layer needs a method with low-rank gradients, got --method adamw8bit",
+        ),
+        (["--per-layer", "accumulate", "--method", "adamw"], "--per-layer needs a method with low-rank gradients"),
+        (["--per-layer", "accumulate", "--method", "galore-adafactor"], "needs a rule that can start from R"),
+    ],
+)
 def test_bad_flags(text, tmp_path, capsys, flags, message):
     assert command(text, tmp_path / "run", *flags) == 2
     assert message in capsys.readouterr().err

@@ -9,8 +9,7 @@ from lowrank_sys.reference.philox import philox, random16
 VECTORS = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
 ]
 
 
@@ -30,8 +29,12 @@ def test_an_element_has_its_bits_wherever_the_range_begins():
 
 def test_seed_step_parameter_and_the_high_word_of_the_index_count():
     one = random16(0, 64, seed=1, step=1, parameter=1)
-    for other in (random16(0, 64, seed=1 << 32 | 1, step=1, parameter=1), random16(0, 64, seed=1, step=2, parameter=1),
-                  random16(0, 64, seed=1, step=1, parameter=2), random16(8 << 32, 64, seed=1, step=1, parameter=1)):
+    for other in (
+        random16(0, 64, seed=1 << 32 | 1, step=1, parameter=1),
+        random16(0, 64, seed=1, step=2, parameter=1),
+        random16(0, 64, seed=1, step=1, parameter=2),
+        random16(8 << 32, 64, seed=1, step=1, parameter=1),
+    ):
         assert not torch.equal(one, other)
 
 

@@ -96,8 +96,13 @@ def matrix(m, n, r, left, dtype):
     torch.manual_seed(0)
     low_rank = (r, n) if left else (m, r)
     basis = torch.linalg.qr(torch.randn(m if left else n, r))[0].to(dtype)
-    return (torch.randn(m, n).to(dtype), torch.randn(m, n).to(dtype), basis.contiguous(), torch.zeros(low_rank),
-            torch.zeros(low_rank))
+    return (
+        torch.randn(m, n).to(dtype),
+        torch.randn(m, n).to(dtype),
+        basis.contiguous(),
+        torch.zeros(low_rank),
+        torch.zeros(low_rank),
+    )
 
 
 def expected(op, *args, **kwargs):
@@ -116,7 +121,7 @@ def test_scratch_formulas_are_what_the_allocator_sees(shape, left, dtype):
     low_rank = torch.randn_like(m)
     step = (ops.subspace_step.default, param, low_rank, basis, m, v)
     assert allocated(*step, step=1, scale=1.0, left=left, **ADAM) == expected(*step, step=1, scale=1.0, left=left, **ADAM)
-    for call in ((ops.project.default, grad, basis), (ops.back_project_.default, param, low_rank, basis),):
+    for call in ((ops.project.default, grad, basis), (ops.back_project_.default, param, low_rank, basis)):
         assert allocated(*call, left=left) == expected(*call, left=left)
     assert allocated(ops.channel_norms.default, grad, left=left) == expected(ops.channel_norms.default, grad, left=left)
 
@@ -147,8 +152,10 @@ def test_scratch_formulas_of_low_precision_ops(shape, left, dtype):
         ((ops.qgalore_step.default, *int8, grad, basis, None, None, *stored), step | stream),
         ((ops.qgalore_subspace_step.default, *int8, x, *int4, *stored), step | stream),
         ((ops.apollo_int8_step.default, *int8, grad, basis, m, v, torch.tensor(0.5)), step | stream),
-        ((ops.apollo_int8_step.list, [int8[0]], [int8[1]], [grad], [basis], [m], [v], [], [torch.tensor(0.0)]),
-         step | dict(seed=1, parameters=[0], lr=torch.tensor(0.1))),
+        (
+            (ops.apollo_int8_step.list, [int8[0]], [int8[1]], [grad], [basis], [m], [v], [], [torch.tensor(0.0)]),
+            step | dict(seed=1, parameters=[0], lr=torch.tensor(0.1)),
+        ),
     ]
     for call, keys in calls:
         keys = {key: value for key, value in keys.items() if key != "step" or not str(call[0]).endswith("list")}
@@ -165,8 +172,13 @@ def test_scratch_of_a_list_is_kept_from_matrix_to_matrix(dtype):
     op = torch.ops.lowrank.galore_step.list
     seen, said = allocated(op, *lists, steps, **keys), expected(op, *lists, steps, **keys)
     assert seen <= said <= 1.25 * seen  # the parts are largest at different matrices
-    plain = ([p.clone() for p in lists[0]], lists[1], [torch.zeros(p.shape) for p in lists[0]],
-             [torch.zeros(p.shape) for p in lists[0]], steps)
+    plain = (
+        [p.clone() for p in lists[0]],
+        lists[1],
+        [torch.zeros(p.shape) for p in lists[0]],
+        [torch.zeros(p.shape) for p in lists[0]],
+        steps,
+    )
     op = torch.ops.lowrank.adamw_step.default
     assert allocated(op, *plain, **{**ADAM, "lr": lr}) == expected(op, *plain, **{**ADAM, "lr": lr}) == 0
 
@@ -178,10 +190,12 @@ def test_scratch_of_products_in_int8(dtype, left):
     ops = torch.ops.lowrank
     param, grad, basis, m, v = matrix(*BIG, 24, left, dtype)
     step = dict(step=1, scale=1.0, left=left, **ADAM)
-    for call, keys in [((ops.project.default, grad, basis), dict(left=left)),
-                       ((ops.back_project_.default, param, torch.randn_like(m), basis), dict(left=left)),
-                       ((ops.galore_step.default, param, grad, basis, m, v), step),
-                       ((ops.subspace_step.default, param, torch.randn_like(m), basis, m, v), step)]:
+    for call, keys in [
+        ((ops.project.default, grad, basis), dict(left=left)),
+        ((ops.back_project_.default, param, torch.randn_like(m), basis), dict(left=left)),
+        ((ops.galore_step.default, param, grad, basis, m, v), step),
+        ((ops.subspace_step.default, param, torch.randn_like(m), basis, m, v), step),
+    ]:
         seen, said = allocated(*call, **keys, int8_gemm=True), expected(*call, **keys, int8_gemm=True)
         panels = workspace.int8_panels(24)
         assert seen <= said - panels <= 1.35 * seen, str(call[0])
@@ -194,9 +208,13 @@ def test_scratch_of_int8_weights(t, m, n, dtype):
     torch.manual_seed(0)
     codes, scale = ops.quantize_int8(torch.randn(m, n))
     x, grad_out, bias = torch.randn(t, n).to(dtype), torch.randn(t, m).to(dtype), torch.randn(m).to(dtype)
-    for call in ((ops.int8_linear.default, x, codes, scale), (ops.int8_linear.default, x, codes, scale, bias),
-                 (ops.int8_linear_backward.default, grad_out, codes, scale), (ops.quantize_int8.default, x),
-                 (ops.dequantize_int8.default, codes, scale)):
+    for call in (
+        (ops.int8_linear.default, x, codes, scale),
+        (ops.int8_linear.default, x, codes, scale, bias),
+        (ops.int8_linear_backward.default, grad_out, codes, scale),
+        (ops.quantize_int8.default, x),
+        (ops.dequantize_int8.default, codes, scale),
+    ):
         assert allocated(*call) == expected(*call)
     update = (ops.int8_update_.default, codes, scale, torch.randn(m, n).to(dtype))
     keys = {"alpha": 1e-3, "seed": 1, "step": 1, "parameter": 0}
@@ -219,7 +237,8 @@ def test_an_op_without_a_formula_is_bounded():
     small = 4 * (basis.numel() + 2 * m.numel())
     assert workspace.bound(param, grad, basis, m, v, left=True) == small + 4 * workspace.TILE_ELEMENTS
     assert workspace.bound([param, param[:8]], [grad, grad[:8]], [basis, basis], lr=0.1) == (
-        4 * basis.numel() + 4 * workspace.TILE_ELEMENTS)
+        4 * basis.numel() + 4 * workspace.TILE_ELEMENTS
+    )
     formula = workspace.FORMULAS["galore_step"](param, grad, basis, m, v)
     assert formula <= workspace.bound(param, grad, basis, m, v, left=True)
 
@@ -291,8 +310,11 @@ def plan(monkeypatch, capsys):
     """Run `lowrank plan` with a process baseline of 1 GiB; returns (exit code, stdout, stderr). A run is rehearsed once."""
     monkeypatch.setattr(process, "measure", lambda args: process.Baseline(GIB, GIB, True))
     of_the_plan = ("run", "command", "json", "device_memory", "out")
-    monkeypatch.setattr(planner, "rehearse", lambda args: rehearsed(
-        tuple((name, value) for name, value in sorted(vars(args).items()) if name not in of_the_plan)))
+    monkeypatch.setattr(
+        planner,
+        "rehearse",
+        lambda args: rehearsed(tuple((name, value) for name, value in sorted(vars(args).items()) if name not in of_the_plan)),
+    )
 
     def run(*words, **flags):
         small = {"model": "llama-1m", "batch_size": 4, "seq_len": 64, "rank": 32, "device": "cpu", **flags}
@@ -396,8 +418,10 @@ def test_sizes(text, size):
 def test_a_wrong_size_is_one_error(plan, text):
     code, out, err = plan(f"--device-memory={text}")
     assert (code, out) == (2, "")
-    assert err == (f"lowrank plan: error: --device-memory: got {text!r}; it must be a size above 0 in bytes, KiB, MiB, GiB, "
-                   "TiB or KB, MB, GB, TB, as 24GiB\n")
+    assert err == (
+        f"lowrank plan: error: --device-memory: got {text!r}; it must be a size above 0 in bytes, KiB, MiB, GiB, "
+        "TiB or KB, MB, GB, TB, as 24GiB\n"
+    )
 
 
 @pytest.mark.parametrize("flag, value, part", [

@@ -1,4 +1,4 @@
-"""Steps on INT8 weights: the oracle's bits where products are exact, the parts that they are made of, and what rounding promises."""
+"""Steps on INT8 weights: the oracle's bits where products are exact, the parts they are made of, and what rounding promises."""
 
 import math
 
@@ -19,8 +19,15 @@ BASES = pytest.mark.parametrize("int4", [True, False], ids=["int4", "dense"])
 STEPS = pytest.mark.parametrize("projected", [False, True], ids=["qgalore_step", "qgalore_subspace_step"])
 METHODS = ("qgalore_step", "qgalore_subspace_step", "apollo_int8_step")
 # m, n, r and the groups of the weight and of the basis: one element, short groups, several tiles of either axis, no rows.
-SHAPES = [(1, 1, 1, 32, 32), (33, 100, 5, 64, 32), (70, 300, 9, 256, 64), (1030, 60, 3, 32, 256), (40, 3100, 16, 1024, 256),
-          (0, 20, 2, 32, 32), (20, 0, 2, 32, 32)]
+SHAPES = [
+    (1, 1, 1, 32, 32),
+    (33, 100, 5, 64, 32),
+    (70, 300, 9, 256, 64),
+    (1030, 60, 3, 32, 256),
+    (40, 3100, 16, 1024, 256),
+    (0, 20, 2, 32, 32),
+    (20, 0, 2, 32, 32),
+]
 
 pytestmark = pytest.mark.skipif(bool(backends.NATIVE_MISSING), reason=f"no native build: {backends.NATIVE_MISSING}")
 
@@ -34,8 +41,10 @@ def whole(low, high, *shape, seed=0):
 
 
 def same(got, want):
-    return all(a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7)) and torch.equal(a.isnan(), b.isnan())
-               for a, b in zip(got, want, strict=True))
+    return all(
+        a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7)) and torch.equal(a.isnan(), b.isnan())
+        for a, b in zip(got, want, strict=True)
+    )
 
 
 def low_rank(m, n, r, left):
@@ -69,8 +78,16 @@ def test_bits_of_a_back_projection_are_the_oracles(shape, basis, left):
     got = ops.quantize_int8(weight, group_size=group_size)
     want = [t.clone() for t in got]
     for step, alpha, offset in ((0, 2.0**-14, 0), (1, -(2.0**-6), 3), (2, 3.0, 8), (3, 0.0, 2**40)):
-        call = dict(alpha=alpha, decay=1.0 if alpha == 0 else 0.9, left=left, step=step, offset=offset, group_size=group_size,
-                    basis_group_size=basis_group_size, **STREAM)
+        call = dict(
+            alpha=alpha,
+            decay=1.0 if alpha == 0 else 0.9,
+            left=left,
+            step=step,
+            offset=offset,
+            group_size=group_size,
+            basis_group_size=basis_group_size,
+            **STREAM,
+        )
         again = [t.clone() for t in got]
         reference.back_project_int8_(*want, x, *b, **call)
         ops.back_project_int8_(*got, x, *b, **call)
@@ -92,8 +109,9 @@ def test_a_channel_that_is_left_out_keeps_its_weights(int4, left):
     else:
         x[bad, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     before = codes.clone(), scale.clone()
-    ops.back_project_int8_(codes, scale, x, *b, alpha=1e-4, decay=0.999, left=left, step=1, group_size=64, basis_group_size=32,
-                           **STREAM)
+    ops.back_project_int8_(
+        codes, scale, x, *b, alpha=1e-4, decay=0.999, left=left, step=1, group_size=64, basis_group_size=32, **STREAM
+    )
     out = bad[None, :].expand(m, n) if left else bad[:, None].expand(m, n)
     assert torch.equal(scale, before[1]), "the update is small: scales stay"
     assert torch.equal(codes[out], before[0][out]) and not torch.equal(codes[~out], before[0][~out])
@@ -116,7 +134,9 @@ def test_row_shards_draw_the_bits_of_the_whole(int4):
 class Matrix:
     """Arguments of a step on one matrix, by its schema's names."""
 
-    def __init__(self, op, m, n, r, left, int4=True, group_size=64, basis_group_size=32, dtype=torch.float32, seed=0, limited=False):
+    def __init__(
+        self, op, m, n, r, left, int4=True, group_size=64, basis_group_size=32, dtype=torch.float32, seed=0, limited=False
+    ):
         d, shape = m if left else n, low_rank(m, n, r, left)
         codes, scale = ops.quantize_int8(0.1 * randn(m, n, seed=seed), group_size=group_size)
         basis = torch.linalg.qr(randn(d, r, seed=seed + 1)).Q.contiguous()
@@ -130,11 +150,16 @@ class Matrix:
             self.args |= dict(basis=basis, exp_avg=first, exp_avg_sq=second, limiter=torch.tensor(0.5) if limited else None)
             self.settings = dict(group_size=group_size, scale=1.0)
         else:
-            self.args |= dict(zip(("basis", "basis_scale", "basis_offset"),
-                                  ops.quantize_int4(basis, group_size=basis_group_size) if int4 else (basis, None, None)))
+            self.args |= dict(
+                zip(
+                    ("basis", "basis_scale", "basis_offset"),
+                    ops.quantize_int4(basis, group_size=basis_group_size) if int4 else (basis, None, None),
+                )
+            )
             moments = [reference.quantize_blockwise(x, signed=signed) for x, signed in ((first, True), (second, False))]
-            self.args |= dict(exp_avg=moments[0][0], exp_avg_sq=moments[1][0], exp_avg_absmax=moments[0][1],
-                              exp_avg_sq_absmax=moments[1][1])
+            self.args |= dict(
+                exp_avg=moments[0][0], exp_avg_sq=moments[1][0], exp_avg_absmax=moments[0][1], exp_avg_sq_absmax=moments[1][1]
+            )
             self.settings = dict(group_size=group_size, basis_group_size=basis_group_size, scale=0.25)
         self.op, self.left = op, left
         self.settings |= dict(left=left, **ADAM)
@@ -149,8 +174,9 @@ class Matrix:
         return [value for value in self.args.values() if value is not None]
 
     def step(self, count, lr=1e-2, function=None, seed=-3, parameter=7, **more):
-        (function or getattr(ops, self.op))(*self.args.values(), step=count, lr=lr, seed=seed, parameter=parameter,
-                                            **self.settings, **more)
+        (function or getattr(ops, self.op))(
+            *self.args.values(), step=count, lr=lr, seed=seed, parameter=parameter, **self.settings, **more
+        )
 
     def weight(self):
         return reference.dequantize_int8(self.args["codes"], self.args["weight_scale"], group_size=self.settings["group_size"])
@@ -159,8 +185,15 @@ class Matrix:
 def step_list(matrices, steps, lr=1e-2, seed=-3, parameters=None, function=None, **more):
     columns = [[matrix.args[name] for matrix in matrices] for name in matrices[0].args]
     columns = [[] if column[0] is None else column for column in columns]
-    (function or getattr(ops, matrices[0].op).list)(*columns, steps, lr=torch.tensor(lr, dtype=torch.float64), seed=seed,
-                                                    parameters=parameters or [7] * len(matrices), **matrices[0].settings, **more)
+    (function or getattr(ops, matrices[0].op).list)(
+        *columns,
+        steps,
+        lr=torch.tensor(lr, dtype=torch.float64),
+        seed=seed,
+        parameters=parameters or [7] * len(matrices),
+        **matrices[0].settings,
+        **more,
+    )
 
 
 def assert_near(got, want):
@@ -171,14 +204,19 @@ def assert_near(got, want):
     """
     groups = (got.args["weight_scale"] - want.args["weight_scale"]).abs() <= 1e-4 * want.args["weight_scale"].abs()
     assert groups.double().mean() > 0.97
-    wide = groups.repeat_interleave(got.settings["group_size"], 1)[:, :got.args["codes"].shape[1]]
+    wide = groups.repeat_interleave(got.settings["group_size"], 1)[:, : got.args["codes"].shape[1]]
     difference = (got.args["codes"].int() - want.args["codes"].int()).abs()[wide]
     assert difference.max() <= 1 and (difference > 0).sum() <= 2 + difference.numel() // 200
 
 
 # R is fp32, and APOLLO knows one kind of basis here.
-CALLS = [(op, dtype, int4) for op in METHODS for dtype in FLOATS for int4 in (True, False)
-         if (op != "apollo_int8_step" or int4) and (op != "qgalore_subspace_step" or dtype == torch.float32)]
+CALLS = [
+    (op, dtype, int4)
+    for op in METHODS
+    for dtype in FLOATS
+    for int4 in (True, False)
+    if (op != "apollo_int8_step" or int4) and (op != "qgalore_subspace_step" or dtype == torch.float32)
+]
 
 
 @SIDES
@@ -210,15 +248,29 @@ def test_a_step_is_its_parts(int4, left):
     x = torch.empty_like(r)
     moments = [[a[name]] for name in ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")]
     ops.adam_8bit_low_rank_([r], [x], *moments, [torch.tensor(5.0)], beta1=0.9, beta2=0.999, eps=1e-8, left=left)
-    ops.back_project_int8_(a["codes"], a["weight_scale"], x, *basis, alpha=-1e-2 * 0.25, decay=1 - 1e-2 * 0.1, left=left, seed=-3,
-                           step=5, parameter=7, group_size=64, basis_group_size=size)
+    ops.back_project_int8_(
+        a["codes"],
+        a["weight_scale"],
+        x,
+        *basis,
+        alpha=-1e-2 * 0.25,
+        decay=1 - 1e-2 * 0.1,
+        left=left,
+        seed=-3,
+        step=5,
+        parameter=7,
+        group_size=64,
+        basis_group_size=size,
+    )
     assert same(whole_step.tensors(), parts.tensors())
     # From R it is the other op.
     other = Matrix("qgalore_step", 64, 300, 8, left, int4)
     args = list(other.args.values())
     args[2] = r
     ops.qgalore_subspace_step(*args, step=5, lr=1e-2, **STREAM, **other.settings)
-    assert same([args[0], args[1], *args[6:]], [whole_step.args["codes"], whole_step.args["weight_scale"], *whole_step.tensors()[-4:]])
+    assert same(
+        [args[0], args[1], *args[6:]], [whole_step.args["codes"], whole_step.args["weight_scale"], *whole_step.tensors()[-4:]]
+    )
 
 
 @SIDES
@@ -230,12 +282,14 @@ def test_the_mean_over_random_bits_is_the_step_without_rounding(op, left):
     dense = exact.weight()
     a = exact.args
     if op == "apollo_int8_step":
-        ops.apollo_step(dense, a["grad"], a["basis"], a["exp_avg"], a["exp_avg_sq"], a["limiter"], step=2, lr=1e-2, scale=1.0,
-                        left=left, **ADAM)
+        ops.apollo_step(
+            dense, a["grad"], a["basis"], a["exp_avg"], a["exp_avg_sq"], a["limiter"], step=2, lr=1e-2, scale=1.0, left=left, **ADAM
+        )
     else:
         grad = a["grad"] if "grad" in a else reference.galore.back(a["low_rank_grad"], a["basis"], left)
-        ops.galore_step_8bit(dense, grad, a["basis"], *(a[name] for name in list(a)[-4:]), step=2, lr=1e-2, scale=0.25, left=left,
-                             **ADAM)
+        ops.galore_step_8bit(
+            dense, grad, a["basis"], *(a[name] for name in list(a)[-4:]), step=2, lr=1e-2, scale=0.25, left=left, **ADAM
+        )
     total = torch.zeros_like(dense, dtype=torch.float64)
     for parameter in range(256):
         one = start.copy()
@@ -366,8 +420,14 @@ def changed(op, **change):
 
 def back(**change):
     a = Matrix("qgalore_step", 6, 300, 2, True).args
-    args = dict(codes=a["codes"], scale=a["weight_scale"], low_rank=randn(2, 300), basis=a["basis"], basis_scale=a["basis_scale"],
-                basis_offset=a["basis_offset"])
+    args = dict(
+        codes=a["codes"],
+        scale=a["weight_scale"],
+        low_rank=randn(2, 300),
+        basis=a["basis"],
+        basis_scale=a["basis_scale"],
+        basis_offset=a["basis_offset"],
+    )
     return "back_project_int8_", args | dict(left=True, seed=1, step=1, parameter=0, group_size=64, basis_group_size=32) | change
 
 
@@ -387,12 +447,17 @@ BAD = [
     (back(step=2**32), "step must be from 0 to 2^32 - 1, got 4294967296"),
     (back(parameter=-1), "parameter must be from 0 to 2^32 - 1, got -1"),
     (back(offset=-8), "offset must be at least 0, got -8"),
-    *((changed(op, **{name: value}), message) for op in METHODS for name, value, message in (
-        ("codes", torch.zeros(6, 300), "codes must be torch.int8, got torch.float32"),
-        ("weight_scale", torch.zeros(6, 4), "weight_scale must have shape (6, 5), got (6, 4)"),
-        ("parameter", 2**32, "parameter must be from 0 to 2^32 - 1, got 4294967296"),
-        ("offset", -1, "offset must be at least 0, got -1"),
-        ("step", 0, "step counts from 1, got 0"))),
+    *(
+        (changed(op, **{name: value}), message)
+        for op in METHODS
+        for name, value, message in (
+            ("codes", torch.zeros(6, 300), "codes must be torch.int8, got torch.float32"),
+            ("weight_scale", torch.zeros(6, 4), "weight_scale must have shape (6, 5), got (6, 4)"),
+            ("parameter", 2**32, "parameter must be from 0 to 2^32 - 1, got 4294967296"),
+            ("offset", -1, "offset must be at least 0, got -1"),
+            ("step", 0, "step counts from 1, got 0"),
+        )
+    ),
     (changed("qgalore_step", grad=torch.zeros(6, 299)), "grad must have shape (6, 300), got (6, 299)"),
     (changed("qgalore_step", exp_avg=torch.zeros(2, 300)), "exp_avg must be torch.uint8, got torch.float32"),
     (changed("qgalore_subspace_step", low_rank_grad=torch.zeros(6, 300)), "low_rank_grad must have shape (2, 300), got (6, 300)"),
@@ -421,20 +486,29 @@ def test_bad_arguments(case, expected):
 
 
 @pytest.mark.parametrize("op", METHODS)
-@pytest.mark.parametrize("name, value, expected", [
-    ("parameters", [], "parameters must have 1 numbers, one for each of codes, got 0"),
-    ("offsets", [0, 0], "offsets must have 1 numbers, one for each of codes, got 2"),
-    ("parameters", [-1], "parameter must be from 0 to 2^32 - 1, got -1"),
-    ("found_inf", torch.zeros(2), "found_inf must have one element, got shape (2,)"),
-])
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("parameters", [], "parameters must have 1 numbers, one for each of codes, got 0"),
+        ("offsets", [0, 0], "offsets must have 1 numbers, one for each of codes, got 2"),
+        ("parameters", [-1], "parameter must be from 0 to 2^32 - 1, got -1"),
+        ("found_inf", torch.zeros(2), "found_inf must have one element, got shape (2,)"),
+    ],
+)
 def test_bad_lists(op, name, value, expected):
     matrix = Matrix(op, 6, 300, 2, True)
     before = matrix.copy()
     for function in (getattr(ops, op).list, reference.IMPLEMENTATIONS[f"{op}.list"]):
         with pytest.raises(RuntimeError) as caught:
             columns = [[] if t is None else [t] for t in matrix.args.values()]
-            function(*columns, [torch.tensor(0.0)], lr=torch.tensor(0.1), seed=1, **matrix.settings,
-                     **dict(parameters=[0]) | {name: value})
+            function(
+                *columns,
+                [torch.tensor(0.0)],
+                lr=torch.tensor(0.1),
+                seed=1,
+                **matrix.settings,
+                **dict(parameters=[0]) | {name: value},
+            )
         assert str(caught.value).partition("\n")[0] == f"{op}: {expected}"
     assert same(matrix.tensors(), before.tensors())
 
@@ -452,8 +526,11 @@ def sample_calls():
             yield (op.tensor if tensor else op.default), tuple(matrix.args.values()), numbers | STREAM | matrix.settings
     for name in METHODS:
         matrix = Matrix(name, 6, 300, 2, True, limited=True)
-        yield getattr(ops, name).list, (*([t] for t in matrix.args.values()), [torch.tensor(0.0)]), dict(
-            lr=torch.tensor(0.1), seed=1, parameters=[3], offsets=[8], skipped=torch.tensor(0), **matrix.settings)
+        yield (
+            getattr(ops, name).list,
+            (*([t] for t in matrix.args.values()), [torch.tensor(0.0)]),
+            dict(lr=torch.tensor(0.1), seed=1, parameters=[3], offsets=[8], skipped=torch.tensor(0), **matrix.settings),
+        )
 
 
 @pytest.mark.parametrize("call", sample_calls(), ids=lambda call: str(call[0]))

@@ -175,9 +175,14 @@ def test_moving_and_casting_keep_the_handle():
     quantized, _ = layers()
     weight, codes, scale = quantized.weight, quantized.codes.clone(), quantized.scale.clone()
     quantized(torch.randn(2, 300)).sum().backward()
-    for cast, dtype in ((lambda q: q.half(), torch.float16), (lambda q: q.to(torch.bfloat16), torch.bfloat16),
-                        (lambda q: q.type(torch.float16), torch.float16), (lambda q: q.float(), torch.float32),
-                        (lambda q: q.share_memory(), torch.float32), (lambda q: q.cpu(), torch.float32)):
+    for cast, dtype in (
+        (lambda q: q.half(), torch.float16),
+        (lambda q: q.to(torch.bfloat16), torch.bfloat16),
+        (lambda q: q.type(torch.float16), torch.float16),
+        (lambda q: q.float(), torch.float32),
+        (lambda q: q.share_memory(), torch.float32),
+        (lambda q: q.cpu(), torch.float32),
+    ):
         assert cast(quantized) is quantized
         assert quantized.weight is weight and weight.dtype == weight.grad.dtype == quantized.bias.dtype == dtype
         assert weight.untyped_storage().nbytes() == dtype.itemsize
@@ -207,8 +212,9 @@ def by_torch_save(layer):
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q)), by_torch_save],
-                         ids=["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q)), by_torch_save], ids=["deepcopy", "pickle", "torch.save"]
+)
 def test_copies(duplicate):
     quantized, _ = layers(dtype=torch.bfloat16)
     quantized.weight.requires_grad_(False)
@@ -274,8 +280,10 @@ def test_construction_draws_as_a_linear_layer():
 
 @pytest.mark.parametrize("group_size, got", [(0, "0"), (48, "48"), (-256, "-256"), (2048, "2048"), (256.0, "256.0")])
 def test_group_sizes_that_are_none(group_size, got):
-    for make in (lambda: QuantLinear(300, 70, group_size=group_size),
-                 lambda: QuantLinear.from_linear(nn.Linear(300, 70), group_size)):
+    for make in (
+        lambda: QuantLinear(300, 70, group_size=group_size),
+        lambda: QuantLinear.from_linear(nn.Linear(300, 70), group_size),
+    ):
         with pytest.raises(ValueError, match=f"^group_size must be a power of two from 32 to 1024, got {got}$"):
             make()
 

@@ -13,8 +13,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lowrank_sys.memory import rehearsal
 from lowrank_sys.memory.live import LiveStorages
-from lowrank_sys.nn import (QuantLinear, causal_lm_loss, dequantize_model, is_quantized, quantize_model,
-                            quantized_from_config, quantized_from_pretrained, save_quantized)
+from lowrank_sys.nn import (
+    QuantLinear,
+    causal_lm_loss,
+    dequantize_model,
+    is_quantized,
+    quantize_model,
+    quantized_from_config,
+    quantized_from_pretrained,
+    save_quantized,
+)
 from lowrank_sys.optim import param_groups
 from lowrank_sys.train import models
 
@@ -24,8 +32,18 @@ WIDEST = 64 * 176  # elements of the largest matrix of a layer
 
 
 def config(**changes):
-    return LlamaConfig(**{"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4,
-                          "vocab_size": 96, "use_cache": False, "tie_word_embeddings": False, **changes})
+    return LlamaConfig(
+        **{
+            "hidden_size": 64,
+            "intermediate_size": 176,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "vocab_size": 96,
+            "use_cache": False,
+            "tie_word_embeddings": False,
+            **changes,
+        }
+    )
 
 
 def llama(dtype=torch.float32, seed=0, **changes):
@@ -292,11 +310,15 @@ def test_what_was_read_does_not_depend_on_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("shards", ["10GB", "30KB"])
-@pytest.mark.parametrize("save", [save_quantized, lambda model, folder, **keys: model.save_pretrained(folder, **keys)],
-                         ids=["save_quantized", "save_pretrained"])
+@pytest.mark.parametrize(
+    "save",
+    [save_quantized, lambda model, folder, **keys: model.save_pretrained(folder, **keys)],
+    ids=["save_quantized", "save_pretrained"],
+)
 def test_int8_checkpoints_are_exact(tmp_path, save, shards):
-    model = quantized_from_config(config(attention_bias=True), torch.bfloat16, seed=3, group_size=64,
-                                  target_modules=["mlp", "q_proj"])
+    model = quantized_from_config(
+        config(attention_bias=True), torch.bfloat16, seed=3, group_size=64, target_modules=["mlp", "q_proj"]
+    )
     model.generation_config.max_length = 77
     save(model, tmp_path, max_shard_size=shards)
     with LiveStorages() as live:
@@ -406,11 +428,18 @@ def test_what_does_not_fit_is_named(folder, tmp_path):
     expect(rf"{codes} must have shape \(176, 64\), got \(64, 176\)", {**state, codes: state[codes].T.contiguous()})
     expect(f"{codes} must be torch.int8, got torch.float32", {**state, codes: state[codes].float()})
     expect("config.json has no quantization_config for INT8 weights such as", state, quantization_config=None)
-    expect("weights must be float or INT8 of lowrank_sys, got quantization_config", state,
-           quantization_config={"quant_method": "gptq", "bits": 4})
-    expect("group_size must be a power of two from 32 to 1024, got None", state,
-           quantization_config={"quant_method": "lowrank_int8"})
-    expect(r"model.layers.0.mlp.down_proj.scale must have shape \(64, 3\), got \(64, 6\)", state,
-           quantization_config={"quant_method": "lowrank_int8", "group_size": 64})
+    expect(
+        "weights must be float or INT8 of lowrank_sys, got quantization_config",
+        state,
+        quantization_config={"quant_method": "gptq", "bits": 4},
+    )
+    expect(
+        "group_size must be a power of two from 32 to 1024, got None", state, quantization_config={"quant_method": "lowrank_int8"}
+    )
+    expect(
+        r"model.layers.0.mlp.down_proj.scale must have shape \(64, 3\), got \(64, 6\)",
+        state,
+        quantization_config={"quant_method": "lowrank_int8", "group_size": 64},
+    )
     with pytest.raises(ValueError, match="has no config.json"):
         quantized_from_pretrained(tmp_path)

@@ -52,8 +52,13 @@ class Case:
             basis = torch.tensor([-7, 3, 11, 5])
         else:
             basis = basis.to(basis_dtype)
-        self.tensors = [torch.randn(m, n, generator=draw).to(dtype), torch.randn(m, n, generator=draw).to(grad_dtype or dtype),
-                        basis, torch.randn(shape, generator=draw), torch.rand(shape, generator=draw) + 0.1]
+        self.tensors = [
+            torch.randn(m, n, generator=draw).to(dtype),
+            torch.randn(m, n, generator=draw).to(grad_dtype or dtype),
+            basis,
+            torch.randn(shape, generator=draw),
+            torch.rand(shape, generator=draw) + 0.1,
+        ]
         if self.name != "frugal_step":
             self.tensors.append(None if "free" in method else torch.tensor(0.8))
         if self.name == "fira_step":
@@ -76,7 +81,9 @@ def clone(tensors):
 
 def near(got, want, tolerance):
     error = (got.double() - want.double()).abs()
-    assert got.shape == want.shape and not (error > tolerance).any(), f"off by {error.max()}, allowed {torch.as_tensor(tolerance).max()}"
+    assert got.shape == want.shape and not (error > tolerance).any(), (
+        f"off by {error.max()}, allowed {torch.as_tensor(tolerance).max()}"
+    )
 
 
 def check(case, got, want, before, keep=None):
@@ -92,7 +99,9 @@ def check(case, got, want, before, keep=None):
     if len(got) > 5 and got[5] is not None and not (case.name == "fira_step" and depth <= r):
         near(got[5], want[5], 1e-5 * want[5].abs() * depth**0.5)
     moved = (want[0] - (1 - 0.1 * 0.1) * before[0].double()).abs()
-    bound = ROUNDING[param.dtype] * (2 * want[0].abs() + 2.0**-14) + 4e-6 * (r + depth) ** 0.5 * (moved.max() if moved.numel() else 0)
+    bound = ROUNDING[param.dtype] * (2 * want[0].abs() + 2.0**-14) + 4e-6 * (r + depth) ** 0.5 * (
+        moved.max() if moved.numel() else 0
+    )
     if case.method == "frugal" and param.numel():
         # The sign is free where the residual is within rounding of zero.
         r64 = reference.project(want[1], want[2], left=case.left)
@@ -151,8 +160,15 @@ def test_a_list_is_its_matrices_one_by_one_and_steps_advance_by_one(method, left
     cases, columns, steps = lists(method, left)
     want = [clone(case.tensors) for case in cases]
     skipped = torch.tensor(3)
-    getattr(ops, cases[0].name)(*columns, steps, lr=torch.tensor(0.1), **cases[0].hyper, grad_scale=torch.tensor([0.5]),
-                                found_inf=torch.tensor(0.0), skipped=skipped)
+    getattr(ops, cases[0].name)(
+        *columns,
+        steps,
+        lr=torch.tensor(0.1),
+        **cases[0].hyper,
+        grad_scale=torch.tensor([0.5]),
+        found_inf=torch.tensor(0.0),
+        skipped=skipped,
+    )
     assert [float(step) for step in steps] == [1, 2, 3] and skipped == 3
     for i, (case, tensors) in enumerate(zip(cases, want)):
         tensors[1] *= 0.5
@@ -167,7 +183,9 @@ def test_found_inf_makes_the_step_a_no_op(method):
     cases, columns, steps = lists(method, True)
     columns[1][0].fill_(torch.nan)
     before, skipped = clone(columns), torch.tensor(5)
-    getattr(ops, cases[0].name)(*columns, steps, lr=torch.tensor(0.1), **cases[0].hyper, found_inf=torch.tensor(1.0), skipped=skipped)
+    getattr(ops, cases[0].name)(
+        *columns, steps, lr=torch.tensor(0.1), **cases[0].hyper, found_inf=torch.tensor(1.0), skipped=skipped
+    )
     assert [float(step) for step in steps] == [0, 1, 2] and skipped == 5
     for now, then in zip(columns, before):
         assert all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(now, then))
@@ -302,8 +320,16 @@ def test_a_limiter_lets_the_norm_grow_by_growth():
 
 
 @settings(max_examples=40, deadline=None)
-@given(method=st.sampled_from(list(METHODS)), m=st.integers(1, 90), n=st.integers(1, 90), r=st.integers(1, 20), left=st.booleans(),
-       dtype=st.sampled_from(FLOATS), grad=st.sampled_from(FLOATS), seed=st.integers(0, 1000))
+@given(
+    method=st.sampled_from(list(METHODS)),
+    m=st.integers(1, 90),
+    n=st.integers(1, 90),
+    r=st.integers(1, 20),
+    left=st.booleans(),
+    dtype=st.sampled_from(FLOATS),
+    grad=st.sampled_from(FLOATS),
+    seed=st.integers(0, 1000),
+)
 def test_fuzz(method, m, n, r, left, dtype, grad, seed):
     case = Case(method, m, n, min(r, m if left else n), left, dtype, grad, seed=seed)
     before, want = clone(case.tensors), case.double()
@@ -342,8 +368,10 @@ def test_bad_matrices(name):
         assert message(getattr(ops, case.name), fakes, hyper) == said
 
 
-@pytest.mark.parametrize("method, place, name", [("apollo", 1, "grads"), ("apollo", 5, "limiters"), ("fira-gram", 6, "grams"),
-                                                 ("frugal", 4, "exp_avg_sqs")])
+@pytest.mark.parametrize(
+    "method, place, name",
+    [("apollo", 1, "grads"), ("apollo", 5, "limiters"), ("fira-gram", 6, "grams"), ("frugal", 4, "exp_avg_sqs")],
+)
 def test_bad_lists(method, place, name):
     cases, columns, steps = lists(method, True)
     columns[place].pop()
@@ -353,7 +381,9 @@ def test_bad_lists(method, place, name):
 
 def test_steps_count_from_one():
     case = Case("fira", 20, 30, 4, True)
-    assert message(getattr(ops, case.name), case.tensors, case.hyper | dict(step=0, lr=0.1)) == "fira_step: step counts from 1, got 0"
+    assert (
+        message(getattr(ops, case.name), case.tensors, case.hyper | dict(step=0, lr=0.1)) == "fira_step: step counts from 1, got 0"
+    )
 
 
 @pytest.mark.parametrize("method", ["apollo", "apollo-gaussian", "fira-gram", "frugal"])

@@ -1,4 +1,4 @@
-"""A refresh that meets nothing usable stays due, and is taken at the next step: bases, rows, sketches, any moments, any schedule."""
+"""A refresh that meets nothing usable stays due, and is taken at the next: bases, rows, sketches, all moments, all schedules."""
 
 import pytest
 import torch
@@ -38,8 +38,9 @@ def share(optimizer, param, g):
     state = optimizer.state[param]
     basis = state["basis"]
     if "basis_scale" in state:
-        basis = torch.ops.lowrank.dequantize_int4(basis, state["basis_scale"], state["basis_offset"], d=M if state["left"] else N,
-                                                  group_size=state["group_size"])
+        basis = torch.ops.lowrank.dequantize_int4(
+            basis, state["basis_scale"], state["basis_offset"], d=M if state["left"] else N, group_size=state["group_size"]
+        )
     basis = torch.linalg.qr(basis.float()).Q
     r = basis.T @ g if state["left"] else g @ basis
     return (r.square().sum() / g.square().sum()).item()
@@ -103,7 +104,9 @@ def test_accumulated_sketches():
     """With per_layer='accumulate' the first window overflows; the bases come from the next ones."""
     torch.manual_seed(0)
     net = nn.Linear(N, M, bias=False)
-    optimizer = optim.GaLoreAdamW(optim.param_groups(net, rank=R, update_proj_gap=GAP, refresh="next"), lr=1e-3, per_layer="accumulate")
+    optimizer = optim.GaLoreAdamW(
+        optim.param_groups(net, rank=R, update_proj_gap=GAP, refresh="next"), lr=1e-3, per_layer="accumulate"
+    )
     for step in range(8):
         factor = float("inf") if step < 2 else 1.0
         (net.weight * (factor * gradient(0, step))).sum().backward()

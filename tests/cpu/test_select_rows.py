@@ -53,7 +53,9 @@ def test_selection_is_the_oracles(method, kind, d, r):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(width=32), min_size=1, max_size=40), st.data(), st.sampled_from(METHODS), st.integers(-2**63, 2**63 - 1))
+@given(
+    st.lists(st.floats(width=32), min_size=1, max_size=40), st.data(), st.sampled_from(METHODS), st.integers(-(2**63), 2**63 - 1)
+)
 def test_any_norms(values, data, method, seed):
     norms = torch.tensor(values, dtype=torch.float32)
     r = data.draw(st.integers(1, len(values)))
@@ -147,15 +149,18 @@ def test_exponential_is_the_logarithm():
     assert selection.exponential(torch.tensor([2**32 - 1])) == 0
 
 
-@pytest.mark.parametrize("norms, arguments, expected", [
-    (torch.rand(20), dict(r=21, method="top"), "select_rows: r must be at most the 20 rows that norms has, got 21"),
-    (torch.rand(20), dict(r=0, method="top"), "r must be at least 1, got 0"),
-    (torch.rand(20), dict(r=-1, method="sample"), "r must be at least 1, got -1"),
-    (torch.rand(0), dict(r=1, method="top"), "r must be at most the 0 rows"),
-    (torch.rand(20), dict(r=2, method="best"), "method must be one of top, sample, sample_replace, got best"),
-    (torch.rand(20, 1), dict(r=2, method="top"), "norms must be a vector (d,), got shape (20, 1)"),
-    (torch.rand(20).double(), dict(r=2, method="top"), "norms must be torch.float32, got torch.float64"),
-    (torch.rand(40)[::2], dict(r=2, method="top"), "norms must be contiguous, got strides (2,)"),
-])
+@pytest.mark.parametrize(
+    "norms, arguments, expected",
+    [
+        (torch.rand(20), dict(r=21, method="top"), "select_rows: r must be at most the 20 rows that norms has, got 21"),
+        (torch.rand(20), dict(r=0, method="top"), "r must be at least 1, got 0"),
+        (torch.rand(20), dict(r=-1, method="sample"), "r must be at least 1, got -1"),
+        (torch.rand(0), dict(r=1, method="top"), "r must be at most the 0 rows"),
+        (torch.rand(20), dict(r=2, method="best"), "method must be one of top, sample, sample_replace, got best"),
+        (torch.rand(20, 1), dict(r=2, method="top"), "norms must be a vector (d,), got shape (20, 1)"),
+        (torch.rand(20).double(), dict(r=2, method="top"), "norms must be torch.float32, got torch.float64"),
+        (torch.rand(40)[::2], dict(r=2, method="top"), "norms must be contiguous, got strides (2,)"),
+    ],
+)
 def test_bad_selection(norms, arguments, expected):
     assert_refused(ops.select_rows, [norms], arguments, expected, selection.select_rows)

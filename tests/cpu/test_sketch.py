@@ -12,8 +12,13 @@ def arguments_of_refresh(left, waits=(0, -1, -3, 2), **changes):
     made = [torch.linalg.qr(torch.randn(m if left else n, r))[0].contiguous() for _ in range(count)]
     sketches = [torch.randn((m, 12) if left else (12, n)) if wait in (0, -1) else torch.empty(0) for wait in waits]
     shape = (r, n) if left else (m, r)
-    lists = [made, sketches, [torch.tensor(w) for w in waits], *([torch.rand(shape) for _ in waits] for _ in range(2)),
-             [torch.tensor(5.0) for _ in waits]]
+    lists = [
+        made,
+        sketches,
+        [torch.tensor(w) for w in waits],
+        *([torch.rand(shape) for _ in waits] for _ in range(2)),
+        [torch.tensor(5.0) for _ in waits],
+    ]
     options = {"left": left, "gap": 7, "first_gaps": [3] * count, "seeds": list(range(count)), "moments": "rotate"}
     return (*lists, torch.tensor(0.1)), options | changes
 
@@ -29,12 +34,15 @@ def test_refresh_from_sketch(left):
     torch.library.opcheck(ops.refresh_from_sketch_.default, arguments, options)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"gap": 0}, "gap must be at least 1, got 0"),
-    ({"seeds": [1]}, "seeds must have 4 tensors like bases, got 1"),
-    ({"moments": "drop"}, "moments must be one of keep, reset, rotate, got 'drop'"),
-    ({}, r"sketch must have shape \(12, l\) with l >= rank = 4 for left=True, got \(12, 3\)"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"gap": 0}, "gap must be at least 1, got 0"),
+        ({"seeds": [1]}, "seeds must have 4 tensors like bases, got 1"),
+        ({"moments": "drop"}, "moments must be one of keep, reset, rotate, got 'drop'"),
+        ({}, r"sketch must have shape \(12, l\) with l >= rank = 4 for left=True, got \(12, 3\)"),
+    ],
+)
 def test_refresh_from_sketch_refuses(changes, message):
     arguments, options = arguments_of_refresh(True)
     arguments[1][1] = arguments[1][1][:, :3].contiguous()
@@ -60,8 +68,20 @@ def test_a_sketch_finds_the_subspace(left, dtype):
         torch.testing.assert_close(gram, torch.eye(16), atol=2e-2 if dtype == torch.bfloat16 else 1e-4, rtol=0)
         parts = [ops.project(g, omega, left=not left) for g in (0.3 * grad, 0.7 * grad)]
         new = basis.clone()
-        ops.refresh_from_sketch_([new], [parts[0] + parts[1]], [torch.tensor(0)], [], [], [], torch.tensor(0.1), left=left,
-                                 gap=5, first_gaps=[1], seeds=[3], moments="keep")
+        ops.refresh_from_sketch_(
+            [new],
+            [parts[0] + parts[1]],
+            [torch.tensor(0)],
+            [],
+            [],
+            [],
+            torch.tensor(0.1),
+            left=left,
+            gap=5,
+            first_gaps=[1],
+            seeds=[3],
+            moments="keep",
+        )
         r_ = ops.project(grad.contiguous(), new.float(), left=left)
         return (r_.norm() ** 2 / torch.linalg.svdvals(grad)[:r].square().sum()).item()
 

@@ -29,9 +29,14 @@ def draw(seed=0):
 def inputs(m, n, r, left, dtype=torch.float32, grad_dtype=None, scaled=True, seed=0):
     """param, grad, indices (not sorted), row_scale, exp_avg, exp_avg_sq."""
     g, d, shape = draw(seed), m if left else n, (r, n) if left else (m, r)
-    return [torch.randn(m, n, generator=g).to(dtype), torch.randn(m, n, generator=g).to(grad_dtype or dtype),
-            torch.randperm(d, generator=g)[:r].int(), torch.rand(r, generator=g) + 0.5 if scaled else None,
-            torch.randn(shape, generator=g), torch.rand(shape, generator=g) + 0.1]
+    return [
+        torch.randn(m, n, generator=g).to(dtype),
+        torch.randn(m, n, generator=g).to(grad_dtype or dtype),
+        torch.randperm(d, generator=g)[:r].int(),
+        torch.rand(r, generator=g) + 0.5 if scaled else None,
+        torch.randn(shape, generator=g),
+        torch.rand(shape, generator=g) + 0.1,
+    ]
 
 
 def assert_near(got, want, tolerance):
@@ -197,7 +202,10 @@ def test_bad_channels_keep_their_bits(dtype, left, decay):
     lists = [[args[0]], [args[1]], [args[2]], [], [args[4]], [args[5]], [torch.tensor(4.0)]]
     ops.grass_step(*lists, lr=torch.tensor(0.1), **hyper, skipped=skipped)
     assert skipped == 7 + int(bad.sum()) * args[0].shape[0 if left else 1]
-    channels = lambda x: x[:, bad] if left else x[bad]
+
+    def channels(x):
+        return x[:, bad] if left else x[bad]
+
     for i in (0, 4, 5):
         assert torch.equal(channels(args[i]).view(torch.uint8), channels(before[i]).view(torch.uint8))
         assert args[i].isfinite().all()
@@ -296,8 +304,14 @@ CALLS = {
 
 # Rules that only the step has.
 STEP_ONLY = ("grad shape", "exp_avg_sq shape", "step", "step bool", "step 1-dim")
-BAD_CALLS = [(name, op) for name in BAD for op in CALLS if op == "grass_step" or name not in STEP_ONLY
-             and not (op == "gather_rows" and (name == "index twice" or name.startswith("exp_avg")))]
+BAD_CALLS = [
+    (name, op)
+    for name in BAD
+    for op in CALLS
+    if op == "grass_step"
+    or name not in STEP_ONLY
+    and not (op == "gather_rows" and (name == "index twice" or name.startswith("exp_avg")))
+]
 
 
 @pytest.mark.parametrize("name, op", BAD_CALLS)

@@ -32,7 +32,7 @@ def iterate(grad, basis=None, rank=R, left=True, **options):
 def energy_share(grad, basis, left):
     """Energy of the projection as a share of the best that this rank can hold."""
     g, b = grad.double(), basis.double()
-    best = torch.linalg.svdvals(g)[:b.shape[1]].square().sum()
+    best = torch.linalg.svdvals(g)[: b.shape[1]].square().sum()
     return ((b.T @ g if left else g @ b).square().sum() / best).item()
 
 
@@ -125,15 +125,18 @@ def test_half_precision_gradient(dtype, left):
     assert energy_share(grad.float(), basis, left) > 0.99
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"rank": 0}, "rank must be at least 1, got 0"),
-    ({"rank": M + 1}, rf"rank must be at most min\(m, n\) of grad \({M}, {N}\), got {M + 1}"),
-    ({"n_iter": -1}, "n_iter must be at least 0, got -1"),
-    ({"oversample": -1}, "oversample must be at least 0, got -1"),
-    ({"basis": torch.zeros(M, R), "n_iter": 0}, "n_iter must be at least 1, got 0"),
-    ({"basis": torch.zeros(M, R + 1)}, f"basis must have rank = {R} columns, got {R + 1}"),
-    ({"basis": torch.zeros(N, R)}, rf"basis must have shape \(m = {M}, r\)"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"rank": M + 1}, rf"rank must be at most min\(m, n\) of grad \({M}, {N}\), got {M + 1}"),
+        ({"n_iter": -1}, "n_iter must be at least 0, got -1"),
+        ({"oversample": -1}, "oversample must be at least 0, got -1"),
+        ({"basis": torch.zeros(M, R), "n_iter": 0}, "n_iter must be at least 1, got 0"),
+        ({"basis": torch.zeros(M, R + 1)}, f"basis must have rank = {R} columns, got {R + 1}"),
+        ({"basis": torch.zeros(N, R)}, rf"basis must have shape \(m = {M}, r\)"),
+    ],
+)
 def test_bad_input(arguments, message):
     with pytest.raises(RuntimeError, match=message):
         iterate(torch.randn(M, N), **arguments)
@@ -144,15 +147,32 @@ def test_bad_input(arguments, message):
 
 def refresh(state, grad, left, moments, countdown=0):
     basis, m, v, step = state
-    torch.ops.lowrank.refresh_([basis], [grad], [torch.tensor(countdown)], [m], [v], [step], torch.tensor(0.1), left=left, gap=10,
-                               first_gaps=[10], seeds=[0], subspace="randomized", moments=moments)
+    torch.ops.lowrank.refresh_(
+        [basis],
+        [grad],
+        [torch.tensor(countdown)],
+        [m],
+        [v],
+        [step],
+        torch.tensor(0.1),
+        left=left,
+        gap=10,
+        first_gaps=[10],
+        seeds=[0],
+        subspace="randomized",
+        moments=moments,
+    )
 
 
 def trained(left, dtype=torch.float32):
     """basis, exp_avg, exp_avg_sq, step of a matrix in training."""
     shape, generator = (R, N) if left else (M, R), torch.Generator().manual_seed(3)
-    return [iterate(gradient(SPECTRA["power law"]), left=left)[0].to(dtype), torch.randn(shape, generator=generator),
-            torch.rand(shape, generator=generator), torch.tensor(7.0)]
+    return [
+        iterate(gradient(SPECTRA["power law"]), left=left)[0].to(dtype),
+        torch.randn(shape, generator=generator),
+        torch.rand(shape, generator=generator),
+        torch.tensor(7.0),
+    ]
 
 
 @SIDES

@@ -30,8 +30,10 @@ def test_a_reader_that_left_is_no_error(words):
 
 
 def test_much_output_into_a_pipe_that_closes_midway():
-    child = start("import types\ncli.importlib.import_module('lowrank_sys.info').run = "
-                  "lambda args: print('line\\n' * 100_000)\nsys.exit(cli.main(['info']))")
+    child = start(
+        "import types\ncli.importlib.import_module('lowrank_sys.info').run = "
+        "lambda args: print('line\\n' * 100_000)\nsys.exit(cli.main(['info']))"
+    )
     assert child.stdout.readline() == b"line\n"
     child.stdout.close()
     assert child.stderr.read() == b"" and child.wait() == 141
@@ -57,8 +59,10 @@ def test_streams_that_were_closed():
 
 
 def test_names_that_stdout_cannot_spell():
-    code = ("cli.importlib.import_module('lowrank_sys.info').run = lambda args: print('l\\xe4ufe \\udce9')\n"
-            "sys.exit(cli.main(['info']))")
+    code = (
+        "cli.importlib.import_module('lowrank_sys.info').run = lambda args: print('l\\xe4ufe \\udce9')\n"
+        "sys.exit(cli.main(['info']))"
+    )
     child = start(code, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert child.stdout.read() == b"l\\xe4ufe \\udce9\n" and child.wait() == 0
 
@@ -70,8 +74,17 @@ def test_variables_of_a_launcher_of_one_process_are_left():
         assert environ == {"HOME": "/"}
 
 
-@pytest.mark.parametrize("name, value", [("WORLD_SIZE", "0"), ("RANK", "first"), ("LOCAL_RANK", "1.0"), ("LOCAL_WORLD_SIZE", "²"),
-                                         ("WORLD_SIZE", "--1"), ("RANK", "-1")])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("WORLD_SIZE", "0"),
+        ("RANK", "first"),
+        ("LOCAL_RANK", "1.0"),
+        ("LOCAL_WORLD_SIZE", "²"),
+        ("WORLD_SIZE", "--1"),
+        ("RANK", "-1"),
+    ],
+)
 def test_variables_that_are_no_numbers_are_named(name, value):
     environ = {name: value}
     with pytest.raises(CommandError, match=f"^{name}={value}: it must be a whole number"):
@@ -96,8 +109,10 @@ def alone(monkeypatch):
 
 
 def machine(root, files):
-    usual = {"proc/meminfo": f"MemTotal: {64 << 20} kB\nMemFree: 1 kB\nMemAvailable: {32 << 20} kB\n",
-             "proc/self/status": f"Name:\tpython\nVmSize:\t{20 << 20} kB\nVmRSS:\t{2 << 20} kB\nVmData:\t{3 << 20} kB\n"}
+    usual = {
+        "proc/meminfo": f"MemTotal: {64 << 20} kB\nMemFree: 1 kB\nMemAvailable: {32 << 20} kB\n",
+        "proc/self/status": f"Name:\tpython\nVmSize:\t{20 << 20} kB\nVmRSS:\t{2 << 20} kB\nVmData:\t{3 << 20} kB\n",
+    }
     for name, text in {**usual, **files}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(f"{text}\n")
@@ -105,13 +120,17 @@ def machine(root, files):
 
 
 def v2(folder, limit, used, stat="", high="max"):
-    return {f"sys/fs/cgroup/{folder}/{name}": text for name, text in
-            {"memory.max": limit, "memory.current": used, "memory.stat": stat, "memory.high": high}.items()}
+    return {
+        f"sys/fs/cgroup/{folder}/{name}": text
+        for name, text in {"memory.max": limit, "memory.current": used, "memory.stat": stat, "memory.high": high}.items()
+    }
 
 
 def v1(folder, limit, used, stat=""):
-    return {f"sys/fs/cgroup/memory/{folder}/{name}": text for name, text in
-            {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": used, "memory.stat": stat}.items()}
+    return {
+        f"sys/fs/cgroup/memory/{folder}/{name}": text
+        for name, text in {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": used, "memory.stat": stat}.items()
+    }
 
 
 GROUPS = {
@@ -122,9 +141,13 @@ GROUPS = {
     "a path of the host that is not mounted": ({"proc/self/cgroup": "0::/kubepods/pod1", **v2("", 5 * GIB, 2 * GIB)}, 3),
     "over its limit": ({"proc/self/cgroup": "0::/a", **v2("a", GIB, 2 * GIB)}, 0),
     "cached pages, version 2": (
-        {"proc/self/cgroup": "0::/a", **v2("a", 4 * GIB, 4 * GIB, f"anon 1\ninactive_file {2 * GIB}\nactive_file {GIB}")}, 3),
+        {"proc/self/cgroup": "0::/a", **v2("a", 4 * GIB, 4 * GIB, f"anon 1\ninactive_file {2 * GIB}\nactive_file {GIB}")},
+        3,
+    ),
     "cached pages, version 1": (
-        {"proc/self/cgroup": "4:cpu,memory:/a", **v1("a", 4 * GIB, 4 * GIB, f"inactive_file 5\ntotal_inactive_file {2 * GIB}")}, 2),
+        {"proc/self/cgroup": "4:cpu,memory:/a", **v1("a", 4 * GIB, 4 * GIB, f"inactive_file 5\ntotal_inactive_file {2 * GIB}")},
+        2,
+    ),
     "both versions mounted": ({"proc/self/cgroup": "3:memory:/j\n2:cpu:/k\n0::/", **v1("j", 8 * GIB, 2 * GIB), **v1("k", 1, 1)}, 6),
 }
 
@@ -135,11 +158,17 @@ def test_control_groups(tmp_path, alone, name):
     assert machine(tmp_path, files) == right * GIB
 
 
-@pytest.mark.parametrize("variables, right", [
-    ({"SLURM_MEM_PER_NODE": "10240"}, 8), ({"SLURM_MEM_PER_NODE": "0"}, 32), ({"SLURM_MEM_PER_NODE": ""}, 32),
-    ({"SLURM_MEM_PER_CPU": "2048", "SLURM_CPUS_ON_NODE": "3"}, 4), ({"SLURM_MEM_PER_CPU": "3072"}, 1),
-    ({"SLURM_MEM_PER_NODE": "many"}, 32),
-])
+@pytest.mark.parametrize(
+    "variables, right",
+    [
+        ({"SLURM_MEM_PER_NODE": "10240"}, 8),
+        ({"SLURM_MEM_PER_NODE": "0"}, 32),
+        ({"SLURM_MEM_PER_NODE": ""}, 32),
+        ({"SLURM_MEM_PER_CPU": "2048", "SLURM_CPUS_ON_NODE": "3"}, 4),
+        ({"SLURM_MEM_PER_CPU": "3072"}, 1),
+        ({"SLURM_MEM_PER_NODE": "many"}, 32),
+    ],
+)
 def test_slurm_without_control_groups(tmp_path, alone, monkeypatch, variables, right):
     for item in variables.items():
         monkeypatch.setenv(*item)

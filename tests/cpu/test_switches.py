@@ -12,8 +12,9 @@ METHODS = {
     "galore": lambda net: optim.GaLoreAdamW(optim.param_groups(net, rank=4, update_proj_gap=3, moments="rotate"), lr=1e-2),
     "svd": lambda net: optim.GaLoreAdamW(optim.param_groups(net, rank=4, update_proj_gap=3, subspace="svd"), lr=1e-2),
     "next": lambda net: optim.GaLoreAdamW(optim.param_groups(net, rank=4, update_proj_gap=3, refresh="next"), lr=1e-2),
-    "q-galore": lambda net: optim.QGaLoreAdamW8bit(optim.param_groups(net, rank=4, update_proj_gap=3, quant_group_size=32), lr=1e-2,
-                                                   min_8bit_size=0),
+    "q-galore": lambda net: optim.QGaLoreAdamW8bit(
+        optim.param_groups(net, rank=4, update_proj_gap=3, quant_group_size=32), lr=1e-2, min_8bit_size=0
+    ),
     "adafactor": lambda net: optim.GaLoreAdafactor(optim.param_groups(net, rank=4, update_proj_gap=3)),
     "apollo": lambda net: optim.APOLLOAdamW(optim.param_groups(net, rank=4, update_proj_gap=3), lr=1e-2),
     "fira": lambda net: optim.FiraAdamW(optim.param_groups(net, rank=4, update_proj_gap=3), lr=1e-2),
@@ -78,13 +79,17 @@ def test_a_clipped_norm_is_the_same(switch):
     assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets)))
 
 
-@pytest.mark.parametrize("call", [
-    lambda g: torch.ops.lowrank.subspace_iteration(g, None, rank=8, left=True),
-    lambda g: torch.ops.lowrank.newton_schulz(g),
-    lambda g: (torch.ops.lowrank.row_norms(g, left=True),),
-    lambda g: torch.ops.lowrank.quantize_blockwise(g, signed=True),
-    lambda g: reference.quantize_int8(g),
-], ids=["subspace_iteration", "newton_schulz", "row_norms", "quantize_blockwise", "quantize_int8"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda g: torch.ops.lowrank.subspace_iteration(g, None, rank=8, left=True),
+        lambda g: torch.ops.lowrank.newton_schulz(g),
+        lambda g: (torch.ops.lowrank.row_norms(g, left=True),),
+        lambda g: torch.ops.lowrank.quantize_blockwise(g, signed=True),
+        lambda g: reference.quantize_int8(g),
+    ],
+    ids=["subspace_iteration", "newton_schulz", "row_norms", "quantize_blockwise", "quantize_int8"],
+)
 def test_ops_inside_autocast(call):
     g = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     wanted = call(g)

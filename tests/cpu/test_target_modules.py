@@ -14,8 +14,9 @@ FLAGS = ["--steps", "2", "--batch-size", "2", "--seq-len", "16", "--eval-tokens"
 @pytest.fixture
 def model(tmp_path):
     """One layer of width 32: k_proj and v_proj have 16 outputs."""
-    LlamaConfig(vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                num_key_value_heads=1).save_pretrained(tmp_path)
+    LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    ).save_pretrained(tmp_path)
     (tmp_path / "text.txt").write_text("low-rank gradients " * 500)
     return tmp_path / "config.json"
 

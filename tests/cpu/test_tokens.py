@@ -68,8 +68,14 @@ def test_damaged_tokens_are_made_anew(text, kept):
     right = data.load(str(text), seq_len=T).digest()
     [file] = [path for path in kept.iterdir() if path.suffix != ".json"]
     about = file.with_suffix(".json")
-    for damaged, content in ((file, b"\7" + file.read_bytes()[1:]), (file, file.read_bytes()[:-5]), (file, b""), (about, b"{"),
-                             (about, b"[]"), (about, json.dumps({"state": None}).encode())):
+    for damaged, content in (
+        (file, b"\7" + file.read_bytes()[1:]),
+        (file, file.read_bytes()[:-5]),
+        (file, b""),
+        (about, b"{"),
+        (about, b"[]"),
+        (about, json.dumps({"state": None}).encode()),
+    ):
         damaged.write_bytes(content)
         assert data.load(str(text), seq_len=T).digest() == right
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lowrank_sys import cli
 from lowrank_sys.nn import quantize_model
-from lowrank_sys.optim import QGaLoreAdamW8bit, param_groups
+from lowrank_sys.optim import QGaLoreAdamW8bit
 from lowrank_sys.train import models, report, trainer
 from lowrank_sys.train.record import read_rows
 
@@ -159,9 +159,32 @@ def test_int8_weights_are_made_once_and_never_copied(tmp_path):
     text = tmp_path / "text.py"
     text.write_bytes(Path(argparse.__file__).read_bytes())
     with Copies() as copies:
-        code = cli.main(["train", "--model", "llama-1m", "--method", "q-galore", "--rank", "8", "--steps", "2", "--batch-size", "1",
-                         "--seq-len", "16", "--eval-tokens", "16", "--device", "cpu", "--as-given", "--data", str(text),
-                         "--out", str(tmp_path / "run")])
+        code = cli.main(
+            [
+                "train",
+                "--model",
+                "llama-1m",
+                "--method",
+                "q-galore",
+                "--rank",
+                "8",
+                "--steps",
+                "2",
+                "--batch-size",
+                "1",
+                "--seq-len",
+                "16",
+                "--eval-tokens",
+                "16",
+                "--device",
+                "cpu",
+                "--as-given",
+                "--data",
+                str(text),
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
     assert code == 0
     assert copies.made == 14  # linear layers
     assert copies.copied == 0

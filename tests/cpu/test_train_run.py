@@ -17,7 +17,7 @@ from lowrank_sys import cli
 from lowrank_sys.train import command, models
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_checkpoint import flip, full_disk  # noqa: E402
+from test_checkpoint import flip, full_disk
 
 SMALL = {
     "--model": "llama-1m", "--method": "galore", "--rank": "8", "--steps": "8", "--batch-size": "2", "--seq-len": "32",
@@ -310,7 +310,9 @@ def test_products_in_int8(text, tmp_path, capsys):
     ours, other = weights(tmp_path / "run"), weights(tmp_path / "fp32")
     assert any(not torch.equal(ours[name], other[name]) for name in ours)
     fails(capsys, flags(text, tmp_path, "--int8-gemm", method="adamw"), 2, "--int8-gemm needs a method with low-rank gradients")
-    fails(capsys, flags(text, tmp_path / "no", "--int8-gemm", method="galore8bit"), 2, "int8_gemm must be False for GaLoreAdamW8bit")
+    fails(
+        capsys, flags(text, tmp_path / "no", "--int8-gemm", method="galore8bit"), 2, "int8_gemm must be False for GaLoreAdamW8bit"
+    )
 
 
 def test_every_flag_is_bound_or_free_for_a_resume():

@@ -67,12 +67,19 @@ def test_a_permutation_permutes_and_flipped_signs_flip(left):
 def test_an_orthogonal_subspace_forgets(left):
     eye = torch.eye(D)
     m, v = moments(left)
-    rotate(m, v, eye[:, :R].contiguous(), eye[:, R:2 * R].contiguous(), left=left)
+    rotate(m, v, eye[:, :R].contiguous(), eye[:, R : 2 * R].contiguous(), left=left)
     assert not m.any() and not v.any()
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 12), st.integers(0, 20), st.integers(1, 8), st.booleans(), st.integers(0, 10**6), st.sampled_from([1e-30, 1.0, 1e15]))
+@given(
+    st.integers(1, 12),
+    st.integers(0, 20),
+    st.integers(1, 8),
+    st.booleans(),
+    st.integers(0, 10**6),
+    st.sampled_from([1e-30, 1.0, 1e15]),
+)
 def test_second_moments_stay_nonnegative(d, n, r, left, seed, size):
     generator = torch.Generator().manual_seed(seed)
     old, new = (torch.randn(d, r, generator=generator) for _ in range(2))
@@ -82,14 +89,17 @@ def test_second_moments_stay_nonnegative(d, n, r, left, seed, size):
     assert (v >= 0).all() and m.isfinite().all()
 
 
-@pytest.mark.parametrize("change, expected", [
-    (dict(old=torch.zeros(D, R + 1)), "rotate_moments_: old must have shape (d, r = 6) for left=True, got (30, 7)"),
-    (dict(new=torch.zeros(D + 1, R)), "new must have shape (30, 6), got (31, 6)"),
-    (dict(exp_avg_sq=torch.zeros(R, N + 1)), "exp_avg_sq must have shape (6, 50), got (6, 51)"),
-    (dict(exp_avg=torch.zeros(R, N).double()), "exp_avg must be torch.float32, got torch.float64"),
-    (dict(old=torch.zeros(D, R).int()), "old must be float32, bfloat16 or float16, got torch.int32"),
-    (dict(exp_avg=torch.zeros(R)), "exp_avg must be a matrix, got shape (6,)"),
-])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (dict(old=torch.zeros(D, R + 1)), "rotate_moments_: old must have shape (d, r = 6) for left=True, got (30, 7)"),
+        (dict(new=torch.zeros(D + 1, R)), "new must have shape (30, 6), got (31, 6)"),
+        (dict(exp_avg_sq=torch.zeros(R, N + 1)), "exp_avg_sq must have shape (6, 50), got (6, 51)"),
+        (dict(exp_avg=torch.zeros(R, N).double()), "exp_avg must be torch.float32, got torch.float64"),
+        (dict(old=torch.zeros(D, R).int()), "old must be float32, bfloat16 or float16, got torch.int32"),
+        (dict(exp_avg=torch.zeros(R)), "exp_avg must be a matrix, got shape (6,)"),
+    ],
+)
 def test_bad_arguments(change, expected):
     a = dict(zip(("exp_avg", "exp_avg_sq"), moments(True))) | dict(old=orthonormal(1), new=orthonormal(2)) | change
     before = a["exp_avg"].clone()

@@ -67,8 +67,14 @@ def test_adam_8bit_is_that_of_the_cpu(w_dtype, g_dtype):
     other = [on_gpu(values) for values in lists]
     for values, device in ((lists, "cpu"), (other, "cuda")):
         skipped = torch.tensor(0, device=device)
-        ops.adam_8bit_(*values, lr=torch.tensor(0.1, device=device), **HYPER, grad_scale=torch.tensor(0.5, device=device),
-                       found_inf=torch.tensor(0.0, device=device), skipped=skipped)
+        ops.adam_8bit_(
+            *values,
+            lr=torch.tensor(0.1, device=device),
+            **HYPER,
+            grad_scale=torch.tensor(0.5, device=device),
+            found_inf=torch.tensor(0.0, device=device),
+            skipped=skipped,
+        )
         assert skipped.item() == sum(int((~g.isfinite()).sum()) for g in gs)
     for a, b in zip(lists, other):
         assert all(map(same, a, b))
@@ -84,8 +90,16 @@ def test_low_rank_adam_8bit_is_that_of_the_cpu(shape, dtype, left):
     other = on_gpu(moments)
     updates = [torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype, device="cuda")]
     for gradient, update, values in ((r, updates[0], moments), (r.cuda(), updates[1], other)):
-        ops.adam_8bit_low_rank_([gradient], [update], *[[x] for x in values], [torch.tensor(3.0, device=update.device)],
-                                beta1=0.9, beta2=0.999, eps=1e-8, left=left)
+        ops.adam_8bit_low_rank_(
+            [gradient],
+            [update],
+            *[[x] for x in values],
+            [torch.tensor(3.0, device=update.device)],
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            left=left,
+        )
     assert all(map(same, moments, other)) and same(*updates)
 
 
@@ -117,8 +131,9 @@ def test_galore_step_8bit(form, dtype, left):
         # tf32x3 sums differ in the last bits of fp32; few values lie so near to a midpoint.
         assert apart.max() <= 1 and (apart != 0).sum() <= 0.005 * apart.numel()
     moved = (want[0] - param.double()).abs().max().item()
-    torch.testing.assert_close(got[0].cpu().double(), want[0], rtol=torch.finfo(dtype).eps,
-                               atol=moved * (1e-4 if dtype == torch.float32 else 0.01))
+    torch.testing.assert_close(
+        got[0].cpu().double(), want[0], rtol=torch.finfo(dtype).eps, atol=moved * (1e-4 if dtype == torch.float32 else 0.01)
+    )
 
 
 @SIDES

@@ -5,8 +5,18 @@ import torch
 from torch import nn
 
 from lowrank_sys.nn import quantize_model
-from lowrank_sys.optim import (APOLLOAdamW, CapturedStep, FiraAdamW, FrugalAdamW, GaLoreAdafactor, GaLoreAdamW,
-                               GaLoreAdamW8bit, GrassAdamW, QGaLoreAdamW8bit, param_groups)
+from lowrank_sys.optim import (
+    APOLLOAdamW,
+    CapturedStep,
+    FiraAdamW,
+    FrugalAdamW,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    GrassAdamW,
+    QGaLoreAdamW8bit,
+    param_groups,
+)
 
 WIDTH, STEPS, GAP = 256, 30, 11
 

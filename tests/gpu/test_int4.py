@@ -43,8 +43,7 @@ def case(m, n, r, group_size, left, dtype):
 
 @SIDES
 @TYPES
-@pytest.mark.parametrize("shape", [(700, 1500, 96, 256), (301, 257, 5, 32), (1024, 4096, 128, 64), (512, 640, 300, 1024)],
-                         ids=str)
+@pytest.mark.parametrize("shape", [(700, 1500, 96, 256), (301, 257, 5, 32), (1024, 4096, 128, 64), (512, 640, 300, 1024)], ids=str)
 def test_products(shape, dtype, left):
     grad, low_rank, int4, basis = case(*shape, left, dtype)
     extra = {"left": left, "group_size": shape[3]}

@@ -31,8 +31,10 @@ def test_the_bits_of_the_oracle(shape, dtype):
     got = ops.quantize_int8(weight.cuda(), group_size=group_size)
     assert same(got, want)
     for out in (None, *FLOATS):
-        assert same([ops.dequantize_int8(*got, group_size=group_size, dtype=out)],
-                    [reference.dequantize_int8(*want, group_size=group_size, dtype=out)])
+        assert same(
+            [ops.dequantize_int8(*got, group_size=group_size, dtype=out)],
+            [reference.dequantize_int8(*want, group_size=group_size, dtype=out)],
+        )
     for step, (size, offset) in enumerate([(1e-2, 0), (1e-2, 3), (10.0, 8), (0.0, 0)]):
         update = randn(m, n, seed=step, dtype=dtype)
         update[:1, :1] = torch.inf

@@ -65,7 +65,9 @@ def matrix(op, m, n, r, left, seed=0):
     args = [*reference.quantize_int8(0.1 * randn(m, n, seed=seed)), randn(m, n, seed=seed + 4, dtype=BF16)]
     if op == "apollo_int8_step":
         return [*args, basis, first, second, torch.tensor(0.5)]
-    (m_codes, m_absmax), (v_codes, v_absmax) = (reference.quantize_blockwise(x, signed=s) for x, s in ((first, True), (second, False)))
+    (m_codes, m_absmax), (v_codes, v_absmax) = (
+        reference.quantize_blockwise(x, signed=s) for x, s in ((first, True), (second, False))
+    )
     return [*args, *reference.quantize_int4(basis), m_codes, v_codes, m_absmax, v_absmax]
 
 
@@ -80,15 +82,26 @@ def test_lists_against_the_oracle(op, left):
     for which, function in (("want", reference.IMPLEMENTATIONS[f"{op}.list"]), ("got", getattr(ops, op).list)):
         device = "cuda" if which == "got" else "cpu"
         steps, skipped = [torch.tensor(float(i), device=device) for i in (0, 4, 9)], torch.tensor(0, device=device)
-        function(*lists[which], steps, lr=torch.tensor(0.1, device=device), seed=1, parameters=[1, 2, 16], offsets=[0, 3, 64],
-                 grad_scale=torch.tensor(0.5, device=device), found_inf=torch.tensor(0.0, device=device), skipped=skipped,
-                 scale=1.0, left=left, **HYPER)
+        function(
+            *lists[which],
+            steps,
+            lr=torch.tensor(0.1, device=device),
+            seed=1,
+            parameters=[1, 2, 16],
+            offsets=[0, 3, 64],
+            grad_scale=torch.tensor(0.5, device=device),
+            found_inf=torch.tensor(0.0, device=device),
+            skipped=skipped,
+            scale=1.0,
+            left=left,
+            **HYPER,
+        )
         results[which] = [*(step.item() for step in steps), skipped.item()]
     assert results["got"] == results["want"]
     for got, want, got_scale, want_scale in zip(lists["got"][0], lists["want"][0], lists["got"][1], lists["want"][1]):
         close = (got_scale.cpu() - want_scale).abs() <= 1e-4 * want_scale.abs()
         assert close.double().mean() > 0.97
-        difference = (got.cpu().int() - want.int()).abs()[close.repeat_interleave(256, 1)[:, :want.shape[1]]]
+        difference = (got.cpu().int() - want.int()).abs()[close.repeat_interleave(256, 1)[:, : want.shape[1]]]
         assert difference.max() <= 1 and (difference > 0).sum() <= 2 + difference.numel() // 200
 
 

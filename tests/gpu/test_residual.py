@@ -42,8 +42,13 @@ class Step:
         if method == "apollo-gaussian":
             basis = torch.tensor([-7, 3, 11, 5], device="cuda")
         low = (r, n) if left else (m, r)
-        self.tensors = [normal(m, n, seed=seed, dtype=dtype), normal(m, n, seed=seed + 2, dtype=dtype), basis,
-                        0.1 * normal(*low, seed=seed + 3), 0.01 + 0.1 * normal(*low, seed=seed + 4).abs()]
+        self.tensors = [
+            normal(m, n, seed=seed, dtype=dtype),
+            normal(m, n, seed=seed + 2, dtype=dtype),
+            basis,
+            0.1 * normal(*low, seed=seed + 3),
+            0.01 + 0.1 * normal(*low, seed=seed + 4).abs(),
+        ]
         self.limiter = [] if self.name == "frugal_step" else [torch.tensor(0.8, device="cuda")]
         self.hyper = {**HYPER, **extra, "left": left}
 
@@ -104,8 +109,12 @@ def test_gaussian_products(shape, dtype, left):
     on_host = torch.empty(d, r, dtype=dtype)
     ops.gaussian_basis_(on_host, first=37, **WHICH)
     assert torch.equal(out.cpu(), on_host)  # the same bits on every device
-    close(ops.gaussian_project(grad, rank=r, **where), reference.gaussian_project(grad.double(), rank=r, **where), rtol=1e-5,
-          atol=1e-5 * d**0.5)
+    close(
+        ops.gaussian_project(grad, rank=r, **where),
+        reference.gaussian_project(grad.double(), rank=r, **where),
+        rtol=1e-5,
+        atol=1e-5 * d**0.5,
+    )
     want = param.double()
     reference.gaussian_back_project_(want, low_rank.double(), alpha=-0.5, beta=0.75, **where)
     ops.gaussian_back_project_(param, low_rank, alpha=-0.5, beta=0.75, **where)

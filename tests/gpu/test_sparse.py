@@ -23,7 +23,14 @@ def inputs(m, n, r, left, dtype, seed=0):
         return torch.randn(size, generator=draw, device="cuda")
 
     indices = torch.randperm(d, generator=draw, device="cuda")[:r].int()
-    return [normal(m, n).to(dtype), normal(m, n).to(dtype), indices, normal(r).abs() + 0.5, normal(*shape), 0.1 + normal(*shape).abs()]
+    return [
+        normal(m, n).to(dtype),
+        normal(m, n).to(dtype),
+        indices,
+        normal(r).abs() + 0.5,
+        normal(*shape),
+        0.1 + normal(*shape).abs(),
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -50,7 +57,9 @@ def test_step(shape, dtype, left, decay):
     step, lr, skipped = torch.tensor(2.0), torch.tensor(2**-7), torch.tensor(0)
     hyper, move = {**HYPER, "weight_decay": decay, "left": left}, torch.Tensor.cuda
     counts = move(skipped)
-    ops.grass_step(*[[x] for x in args], [move(step)], lr=move(lr), skipped=counts, grad_scale=torch.ones(1, device="cuda"), **hyper)
+    ops.grass_step(
+        *[[x] for x in args], [move(step)], lr=move(lr), skipped=counts, grad_scale=torch.ones(1, device="cuda"), **hyper
+    )
     ops.grass_step(*[[x] for x in want], [step], lr=lr, skipped=skipped, **hyper)
     assert counts.item() == skipped.item() == (m if left else n)
     for got, expected in zip((args[4], args[5], args[0]), (want[4], want[5], want[0])):

@@ -33,7 +33,7 @@ def test_table_over_all_bins(signed):
     values, bins = torch.empty(256), torch.empty(_host.BINS, dtype=torch.uint32)
     _host.codebook(signed=signed, values=values.numpy(), bins=bins.numpy())
     assert torch.equal(values, dynamic_map(signed))
-    between = midpoints(signed)[127 if signed else 0:].view(torch.int32).long()
+    between = midpoints(signed)[127 if signed else 0 :].view(torch.int32).long()
     tops = _host.FIRST_BIN + torch.arange(_host.BINS)
     assert tops[-1] << 16 == torch.tensor(1.0).view(torch.int32)
     assert (between >= tops[0] << 16).all(), "values below the table are nearest to 0"
@@ -95,13 +95,22 @@ def test_adam_8bit_is_that_of_the_op(w_dtype, g_dtype):
     moments = stored(n)
     want = [w.clone(), *(x.clone() for x in moments)]
     step, skipped = torch.tensor(4.0), torch.tensor(0)
-    ops.adam_8bit_([want[0]], [g], *[[x] for x in want[1:]], [step], lr=torch.tensor(0.01), **HYPER,
-                   grad_scale=torch.tensor(0.5), skipped=skipped)
+    ops.adam_8bit_(
+        [want[0]],
+        [g],
+        *[[x] for x in want[1:]],
+        [step],
+        lr=torch.tensor(0.01),
+        **HYPER,
+        grad_scale=torch.tensor(0.5),
+        skipped=skipped,
+    )
     adam = _host.AdamStep(**HYPER, scale=1.0, lr=torch.tensor(0.01).item(), step=5.0)
     for threads, vector in RUNS:
         got = [w.clone(), *(x.clone() for x in moments)]
-        left_out = _host.adam_8bit(threads, vector, array(got[0]), name(w_dtype), array(g), name(g_dtype), *map(array, got[1:]),
-                                   0.5, adam)
+        left_out = _host.adam_8bit(
+            threads, vector, array(got[0]), name(w_dtype), array(g), name(g_dtype), *map(array, got[1:]), 0.5, adam
+        )
         assert left_out == skipped == 258
         assert all(map(same, got, want)), (threads, vector)
 
@@ -117,8 +126,17 @@ def test_low_rank_adam_8bit_is_that_of_the_op(left, shape, bad):
     for x in moments[:2]:
         x.resize_(shape)
     want, update = [x.clone() for x in moments], torch.empty(shape)
-    ops.adam_8bit_low_rank_([r], [update], *[[x] for x in want], [torch.tensor(5.0)], beta1=0.9, beta2=0.999, eps=1e-8,
-                            left=left, grad_scale=torch.tensor(0.5))
+    ops.adam_8bit_low_rank_(
+        [r],
+        [update],
+        *[[x] for x in want],
+        [torch.tensor(5.0)],
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        left=left,
+        grad_scale=torch.tensor(0.5),
+    )
     adam = _host.AdamStep(**HYPER, scale=1.0, lr=0.0, step=5.0)
     for threads, vector in RUNS:
         got, x = [y.clone() for y in moments], torch.empty(shape)

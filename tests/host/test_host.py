@@ -66,8 +66,16 @@ def test_rounding_is_torchs(dtype):
     every = every[every.isfinite()].sort().values
     middle = (every[1:].double() + every[:-1].double()).mul(0.5).float()
     bits = torch.randint(-(2**31), 2**31 - 1, (2**20,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
-    x = torch.cat([every, middle, middle.nextafter(torch.tensor(torch.inf)), middle.nextafter(torch.tensor(-torch.inf)),
-                   bits.view(torch.float32), torch.tensor([torch.inf, -torch.inf, 65519.9, 65520.0, 3.4e38])])
+    x = torch.cat(
+        [
+            every,
+            middle,
+            middle.nextafter(torch.tensor(torch.inf)),
+            middle.nextafter(torch.tensor(-torch.inf)),
+            bits.view(torch.float32),
+            torch.tensor([torch.inf, -torch.inf, 65519.9, 65520.0, 3.4e38]),
+        ]
+    )
     got = torch.empty(len(x), dtype=dtype)
     _host.narrow(x.numpy(), name(dtype), array(got))
     want = x.to(dtype)
@@ -91,14 +99,16 @@ def test_adamw_is_that_of_the_op(w_dtype, g_dtype):
     m, v = torch.randn(n), torch.rand(n)
     step, skipped = torch.tensor(4.0), torch.tensor(0)
     want = [w.clone(), m.clone(), v.clone()]
-    torch.ops.lowrank.adamw_step([want[0]], [g], [want[1]], [want[2]], [step], lr=torch.tensor(0.01), **HYPER,
-                                 grad_scale=torch.tensor(0.5), skipped=skipped)
+    torch.ops.lowrank.adamw_step(
+        [want[0]], [g], [want[1]], [want[2]], [step], lr=torch.tensor(0.01), **HYPER, grad_scale=torch.tensor(0.5), skipped=skipped
+    )
     adam = _host.AdamStep(**HYPER, scale=1.0, lr=torch.tensor(0.01).item(), step=5.0)
     for threads in THREADS:
         for vector in (1, 8):
             got = [w.clone(), m.clone(), v.clone()]
-            left_out = _host.adamw(threads, vector, array(got[0]), name(w_dtype), array(g), name(g_dtype), array(got[1]),
-                                   array(got[2]), 0.5, adam)
+            left_out = _host.adamw(
+                threads, vector, array(got[0]), name(w_dtype), array(g), name(g_dtype), array(got[1]), array(got[2]), 0.5, adam
+            )
             assert left_out == skipped == 2
             assert all(map(torch.equal, got, want)), (threads, vector)
 
@@ -112,8 +122,20 @@ def test_low_rank_adam_is_that_of_the_op(left, shape):
     basis, param = torch.zeros(rank, rank), torch.zeros(shape)
     step, skipped = torch.tensor(4.0), torch.tensor(0)
     want = [m.clone(), v.clone()]
-    torch.ops.lowrank.subspace_step.list([param], [r], [basis], [want[0]], [want[1]], [step], lr=torch.tensor(0.01), **HYPER,
-                                         scale=0.25, left=left, grad_scale=torch.tensor(0.5), skipped=skipped)
+    torch.ops.lowrank.subspace_step.list(
+        [param],
+        [r],
+        [basis],
+        [want[0]],
+        [want[1]],
+        [step],
+        lr=torch.tensor(0.01),
+        **HYPER,
+        scale=0.25,
+        left=left,
+        grad_scale=torch.tensor(0.5),
+        skipped=skipped,
+    )
     adam = _host.AdamStep(**HYPER, scale=0.25, lr=torch.tensor(0.01).item(), step=5.0)
     for threads in THREADS:
         got, x, ok = [m.clone(), v.clone()], torch.empty(shape), torch.empty(channels, dtype=torch.uint8)

@@ -44,9 +44,21 @@ def test_norm_ratios_are_those_of_the_op(left, shape):
     rank, channels = shape if left else shape[::-1]
     step, skipped, hyper = torch.tensor(4.0), torch.tensor(0), dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
     want = [m.clone(), v.clone()]
-    torch.ops.lowrank.apollo_step.list([torch.zeros(shape)], [r], [torch.eye(rank)], [want[0]], [want[1]], [], [step],
-                                       lr=torch.tensor(0.01), **hyper, scale=1.0, left=left, grad_scale=torch.tensor(0.5),
-                                       skipped=skipped)
+    torch.ops.lowrank.apollo_step.list(
+        [torch.zeros(shape)],
+        [r],
+        [torch.eye(rank)],
+        [want[0]],
+        [want[1]],
+        [],
+        [step],
+        lr=torch.tensor(0.01),
+        **hyper,
+        scale=1.0,
+        left=left,
+        grad_scale=torch.tensor(0.5),
+        skipped=skipped,
+    )
     # NaN in one entry of G reaches its whole channel of R.
     if left:
         r[:, -1] = torch.nan
@@ -56,8 +68,20 @@ def test_norm_ratios_are_those_of_the_op(left, shape):
     for threads in THREADS:
         got, x, low = [m.clone(), v.clone()], torch.empty(shape), r.clone()
         sums, ok = [torch.empty(channels) for _ in range(2)], torch.empty(channels, dtype=torch.uint8)
-        left_out = _host.ratio(threads, left, low.numpy(), got[0].numpy(), got[1].numpy(), x.numpy(), sums[0].numpy(),
-                               sums[1].numpy(), torch.ones(channels).numpy(), ok.numpy(), 0.5, adam)
+        left_out = _host.ratio(
+            threads,
+            left,
+            low.numpy(),
+            got[0].numpy(),
+            got[1].numpy(),
+            x.numpy(),
+            sums[0].numpy(),
+            sums[1].numpy(),
+            torch.ones(channels).numpy(),
+            ok.numpy(),
+            0.5,
+            adam,
+        )
         assert left_out * rank == skipped == rank
         assert all(map(torch.equal, got, want)), threads
         good = ok.bool()
@@ -83,8 +107,20 @@ def test_a_move_has_the_same_bits_on_any_threads(dtype, columns, sign):
     results = []
     for threads in THREADS:
         results.append(w.clone())
-        _host.move(threads, columns, sign, array(results[-1]), name(dtype), array(g), name(dtype), back.numpy(), inside.numpy(),
-                   c.numpy(), 0.9, -0.1)
+        _host.move(
+            threads,
+            columns,
+            sign,
+            array(results[-1]),
+            name(dtype),
+            array(g),
+            name(dtype),
+            back.numpy(),
+            inside.numpy(),
+            c.numpy(),
+            0.9,
+            -0.1,
+        )
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     assert torch.equal(results[0][wide.isnan().expand_as(w)], w[wide.isnan().expand_as(w)])
     torch.testing.assert_close(results[0], want, atol=1e-6, rtol=torch.finfo(dtype).eps)

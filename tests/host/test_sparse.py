@@ -42,14 +42,40 @@ def test_grass_step_is_that_of_the_op(left, w_dtype, g_dtype, wide):
     g[indices[2] if left else 4, 5 if left else indices[3]] = torch.nan
     m, v, scale = torch.randn(shape), torch.rand(shape), torch.rand(9) + 0.5
     want, step, skipped = [w.clone(), m.clone(), v.clone()], torch.tensor(4.0), torch.tensor(0)
-    torch.ops.lowrank.grass_step([want[0]], [g], [indices], [scale], [want[1]], [want[2]], [step], lr=torch.tensor(0.01), **HYPER,
-                                 left=left, grad_scale=torch.tensor(0.5), skipped=skipped)
+    torch.ops.lowrank.grass_step(
+        [want[0]],
+        [g],
+        [indices],
+        [scale],
+        [want[1]],
+        [want[2]],
+        [step],
+        lr=torch.tensor(0.01),
+        **HYPER,
+        left=left,
+        grad_scale=torch.tensor(0.5),
+        skipped=skipped,
+    )
     adam = _host.AdamStep(**HYPER, lr=torch.tensor(0.01).item(), step=5.0)
     for threads in THREADS:
         for vector in (1, 8) if wide % 32 == 0 else (1,):
             got, ok = [w.clone(), m.clone(), v.clone()], torch.empty(wide, dtype=torch.uint8)
-            left_out = _host.grass_step(threads, vector, left, array(got[0]), name(w.dtype), array(g), name(g.dtype), array(indices),
-                                        array(scale), array(got[1]), array(got[2]), array(ok), 0.5, adam)
+            left_out = _host.grass_step(
+                threads,
+                vector,
+                left,
+                array(got[0]),
+                name(w.dtype),
+                array(g),
+                name(g.dtype),
+                array(indices),
+                array(scale),
+                array(got[1]),
+                array(got[2]),
+                array(ok),
+                0.5,
+                adam,
+            )
             assert left_out * (33 if left else wide) == skipped
             assert all(map(torch.equal, got, want)), (threads, vector)
 

@@ -51,7 +51,7 @@ GUARD = 64
 def guarded(tensor):
     """A copy of `tensor` inside a larger buffer of sevens; returns (view, buffer)."""
     buffer = torch.full((tensor.numel() + 2 * GUARD,), 7, dtype=tensor.dtype, device=tensor.device)
-    view = buffer[GUARD:GUARD + tensor.numel()].view(tensor.shape)
+    view = buffer[GUARD : GUARD + tensor.numel()].view(tensor.shape)
     view.copy_(tensor)
     return view, buffer
 
@@ -91,8 +91,17 @@ class Case:
         """Run the oracle's step on the fp64 copies."""
         want = self.wants
         function = reference.galore_step if gradient == "grad" else reference.subspace_step
-        function(want["param"], want[gradient] * grad_scale, want["basis"], want["exp_avg"], want["exp_avg_sq"], step=step,
-                 lr=lr, left=self.left, **HYPER)
+        function(
+            want["param"],
+            want[gradient] * grad_scale,
+            want["basis"],
+            want["exp_avg"],
+            want["exp_avg_sq"],
+            step=step,
+            lr=lr,
+            left=self.left,
+            **HYPER,
+        )
 
     def check_guards(self):
         for name, buffer in self.buffers.items():
@@ -107,8 +116,9 @@ class Case:
         moved = (self.wants["param"] - before.double().cpu()).abs().max().item() if before.numel() else 0.0
         # One rounding of the weight, and the update's own precision: fp32 sums, or X in the basis' 16-bit type.
         relative = 2e-6 * self.r**0.5 if self.basis.dtype == torch.float32 else torch.finfo(self.basis.dtype).eps
-        assert_close("param", self.param, self.wants["param"], rtol=torch.finfo(self.param.dtype).eps,
-                     atol=max(relative * moved, 1e-7))
+        assert_close(
+            "param", self.param, self.wants["param"], rtol=torch.finfo(self.param.dtype).eps, atol=max(relative * moved, 1e-7)
+        )
         self.check_guards()
 
 
@@ -118,15 +128,22 @@ def assert_close(name, got, want, *, rtol, atol):
     bad = ~((got - want).abs() <= atol + rtol * want.abs()) & ~(got.isnan() & want.isnan()) & (got != want)
     if bad.any():
         first = tuple(bad.nonzero()[0].tolist())
-        raise AssertionError(f"{name}: {int(bad.sum())} of {bad.numel()} differ, largest {(got - want).abs().max():.3g}; "
-                             f"first at {first}: {got[first]:.9g}, expected {want[first]:.9g}")
+        raise AssertionError(
+            f"{name}: {int(bad.sum())} of {bad.numel()} differ, largest {(got - want).abs().max():.3g}; "
+            f"first at {first}: {got[first]:.9g}, expected {want[first]:.9g}"
+        )
 
 
 @pytest.fixture
 def lane(device):
     """What the tests share."""
-    return types.SimpleNamespace(device=device, hyper=HYPER, interpreted=INTERPRETED, assert_close=assert_close,
-                                 case=lambda *args, **kwargs: Case(device, *args, **kwargs))
+    return types.SimpleNamespace(
+        device=device,
+        hyper=HYPER,
+        interpreted=INTERPRETED,
+        assert_close=assert_close,
+        case=lambda *args, **kwargs: Case(device, *args, **kwargs),
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -5,15 +5,24 @@ import torch
 
 from lowrank_sys import reference
 from lowrank_sys.kernels import configs, traffic
-from lowrank_sys.kernels.blockwise import (galore_step_8bit, galore_step_8bit_int4, galore_step_8bit_list,
-                                           subspace_step_8bit_int4, subspace_step_8bit_list)
+from lowrank_sys.kernels.blockwise import (
+    galore_step_8bit,
+    galore_step_8bit_int4,
+    galore_step_8bit_list,
+    subspace_step_8bit_int4,
+    subspace_step_8bit_list,
+)
 from lowrank_sys.reference.blockwise import dynamic_map
 
 ops = torch.ops.lowrank
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
-FORMS = {(False, None): galore_step_8bit_list, (False, 32): galore_step_8bit_int4, (True, None): subspace_step_8bit_list,
-         (True, 32): subspace_step_8bit_int4}
+FORMS = {
+    (False, None): galore_step_8bit_list,
+    (False, 32): galore_step_8bit_int4,
+    (True, None): subspace_step_8bit_list,
+    (True, 32): subspace_step_8bit_int4,
+}
 EACH_FORM = pytest.mark.parametrize("form", FORMS, ids=["from G", "from G int4", "from R", "from R int4"])
 MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
 
@@ -56,14 +65,22 @@ def options(form):
 
 def oracle(lane, case, *, step, grad_scale=1.0):
     want = case.wants
-    reference.galore_step_8bit(want["param"], want["grad"] * grad_scale, want["basis"], *(want[name] for name in MOMENTS),
-                               step=step, lr=1e-2, left=case.left, **lane.hyper)
+    reference.galore_step_8bit(
+        want["param"],
+        want["grad"] * grad_scale,
+        want["basis"],
+        *(want[name] for name in MOMENTS),
+        step=step,
+        lr=1e-2,
+        left=case.left,
+        **lane.hyper,
+    )
 
 
 def check(lane, case, before):
     """Codes are the oracle's, or few neighbours where R differs in its last bits; weights as in the other steps."""
     want = case.wants
-    for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+    for name in ("exp_avg", "exp_avg_sq"):
         codes = getattr(case, name).cpu().int() - want[name].int()
         assert codes.numel() == 0 or codes.abs().max() <= 1, name
         # 255 midpoints with fp32 rounding errors of sums of depth 100 around them: a few in a thousand values.
@@ -95,9 +112,17 @@ def test_list(lane, form, left):
     befores = [case.param.clone() for case in cases]
     steps = [torch.tensor(float(i), device=lane.device) for i in (0, 4, 9)]
     skipped = torch.zeros((), dtype=torch.int64, device=lane.device)
-    FORMS[form](*lists(cases, form), steps, lr=torch.tensor(1e-2), left=left, **options(form),
-                grad_scale=torch.tensor([0.5], device=lane.device), found_inf=torch.zeros((), device=lane.device),
-                skipped=skipped, **lane.hyper)
+    FORMS[form](
+        *lists(cases, form),
+        steps,
+        lr=torch.tensor(1e-2),
+        left=left,
+        **options(form),
+        grad_scale=torch.tensor([0.5], device=lane.device),
+        found_inf=torch.zeros((), device=lane.device),
+        skipped=skipped,
+        **lane.hyper,
+    )
     assert [step.item() for step in steps] == [1.0, 5.0, 10.0] and skipped.item() == 0
     for case, before, step in zip(cases, befores, steps):
         oracle(lane, case, step=step.item(), grad_scale=0.5)
@@ -117,8 +142,15 @@ def test_nonfinite(lane, form, left):
         grad[(3, channel) if left else (channel, 3)] = float("nan")
     case.put("grad", grad)
     skipped = torch.zeros((), dtype=torch.int64, device=lane.device)
-    FORMS[form](*lists([case], form), [torch.tensor(2.0, device=lane.device)], lr=torch.tensor(1e-2), left=left,
-                skipped=skipped, **options(form), **lane.hyper)
+    FORMS[form](
+        *lists([case], form),
+        [torch.tensor(2.0, device=lane.device)],
+        lr=torch.tensor(1e-2),
+        left=left,
+        skipped=skipped,
+        **options(form),
+        **lane.hyper,
+    )
     oracle(lane, case, step=3)
     check(lane, case, before)
     assert skipped.item() == 2 * (60 if left else 70)
@@ -139,8 +171,16 @@ def test_found_inf(lane, form, left):
     arguments = lists([case], form)
     before = [tensor.clone() for tensor in tensors(case)]
     step, skipped = torch.tensor(4.0, device=lane.device), torch.zeros((), dtype=torch.int64, device=lane.device)
-    FORMS[form](*arguments, [step], lr=torch.tensor(1e-2, device=lane.device), left=left, skipped=skipped,
-                found_inf=torch.ones(1, device=lane.device), **options(form), **lane.hyper)
+    FORMS[form](
+        *arguments,
+        [step],
+        lr=torch.tensor(1e-2, device=lane.device),
+        left=left,
+        skipped=skipped,
+        found_inf=torch.ones(1, device=lane.device),
+        **options(form),
+        **lane.hyper,
+    )
     assert step.item() == 4.0 and skipped.item() == 0
     for i in (0, 3, 4, 5, 6):
         assert torch.equal(tensors(case)[i], before[i])
@@ -156,8 +196,10 @@ def test_traffic(lane, meter, left, monkeypatch):
     scalars, first, second = meter.launches
     assert scalars.kernel == "scalars_kernel"
     kind = {"left": left, "basis": BF16, "card": card}
-    wanted = (traffic.project(208, 144, 16, grad=BF16, **kind),
-              traffic.back_project(208, 144, 16, param=BF16, low_rank=BF16, **kind))
+    wanted = (
+        traffic.project(208, 144, 16, grad=BF16, **kind),
+        traffic.back_project(208, 144, 16, param=BF16, low_rank=BF16, **kind),
+    )
     for launch, rows in zip((first, second), wanted):
         for name in launch.counts:
             if name not in ("scalars", "counters"):

@@ -60,6 +60,6 @@ def test_split_does_not_matter(lane, monkeypatch, left):
 def test_the_basis_is_never_in_memory(lane, meter, left):
     case = lane.case(200, 150, 20, left)
     gaussian.gaussian_project(case.grad, rank=20, left=left, first=3, **WHICH)
-    launch, = meter.launches
+    (launch,) = meter.launches
     assert (launch.counts["grad"]["loaded"] == 1).all() and set(launch.counts) <= {"grad", "out", "partials", "counters"}
     assert (launch.counts["out"]["stored"] == 1).all()

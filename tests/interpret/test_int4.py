@@ -13,8 +13,15 @@ from lowrank_sys.kernels.scalars import advance
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 # Odd lengths, single rows, several groups in a tile and several tiles in a group, one and two tiles of the rank.
-SHAPES = [(63, 100, 5, 32), (1, 70, 3, 64), (70, 1, 1, 32), (300, 80, 16, 256), (144, 160, 128, 32), (40, 257, 130, 32),
-          (96, 96, 16, 1024)]
+SHAPES = [
+    (63, 100, 5, 32),
+    (1, 70, 3, 64),
+    (70, 1, 1, 32),
+    (300, 80, 16, 256),
+    (144, 160, 128, 32),
+    (40, 257, 130, 32),
+    (96, 96, 16, 1024),
+]
 
 
 def case_of(lane, m, n, r, group_size, left, param=FP32, grad=FP32, seed=0):
@@ -35,7 +42,7 @@ def test_project(lane, shape, dtype, left):
     got = project_int4(case.grad, *basis[:3], left=left, group_size=basis.group_size)
     want = reference.project(case.wants["grad"], case.wants["basis"], left=left)
     assert got.dtype == FP32
-    lane.assert_close("R", got, want, rtol=1e-6, atol=4e-7 * case.basis.shape[0]**0.5)
+    lane.assert_close("R", got, want, rtol=1e-6, atol=4e-7 * case.basis.shape[0] ** 0.5)
     case.check_guards()
 
 
@@ -79,9 +86,19 @@ def test_a_step_of_two_matrices_with_adam_as_the_epilogue(lane, dtype, left):
     hyper = {key: value for key, value in lane.hyper.items() if key != "eps"}
     scalars, _ = advance([torch.full((), 2.0, device=lane.device) for _ in range(2)], lr=1e-2, **hyper)
     updates = [torch.empty_like(case.exp_avg) for case in cases]
-    launch_project([case.grad for case in cases], bases, updates, left=left, counters=counters_of(lane.device),
-                   exp_avgs=[case.exp_avg for case in cases], exp_avg_sqs=[case.exp_avg_sq for case in cases], scalars=scalars,
-                   beta1=0.9, beta2=0.999, eps=1e-8)
+    launch_project(
+        [case.grad for case in cases],
+        bases,
+        updates,
+        left=left,
+        counters=counters_of(lane.device),
+        exp_avgs=[case.exp_avg for case in cases],
+        exp_avg_sqs=[case.exp_avg_sq for case in cases],
+        scalars=scalars,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+    )
     launch_back_project([case.param for case in cases], updates, bases, scalars, left=left, step=True)
     for case, first in zip(cases, before):
         case.oracle(step=3)

@@ -14,8 +14,16 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 EPS = {FP32: 2.0**-24, BF16: 2.0**-8, FP16: 2.0**-11}
 # (t, m, n, group_size): one element, odd sizes and short groups, whole tiles, several tiles of each axis, and so deep that the
 # sum is split, along n and along m.
-SHAPES = [(1, 1, 1, 32), (7, 33, 50, 32), (3, 20, 301, 64), (64, 64, 256, 256), (130, 144, 160, 32), (129, 80, 144, 128),
-          (20, 24, 1601, 256), (70, 1616, 48, 32)]
+SHAPES = [
+    (1, 1, 1, 32),
+    (7, 33, 50, 32),
+    (3, 20, 301, 64),
+    (64, 64, 256, 256),
+    (130, 144, 160, 32),
+    (129, 80, 144, 128),
+    (20, 24, 1601, 256),
+    (70, 1616, 48, 32),
+]
 
 
 def inputs(device, t, m, n, group_size, dtype):
@@ -114,7 +122,7 @@ def test_realistic_shapes_by_formula(dtype):
 
 @pytest.mark.parametrize("t, splits", [(1, 4), (256, 4), (2048, 1)])
 def test_few_rows_fill_an_h100(t, splits):
-    """4096 x 4096 has 32 tiles of outputs: parts of their sums keep 128 of 132 multiprocessors busy, and the weight is read once."""
+    """4096 x 4096 has 32 tiles of outputs: parts of sums keep 128 of 132 multiprocessors busy, and the weight is read once."""
     plan = configs.plan_int8_linear(t, 4096, 4096, back=False, dtype=BF16, group_size=256, card=configs.Target(90, 132))
     assert (plan.tiles, plan.splits) == (32 * -(-t // 256), splits)
     rows = traffic.int8_linear(t, 4096, 4096, back=False, dtype=BF16, group_size=256, card=configs.Target(90, 132))
@@ -125,8 +133,9 @@ def test_the_parts_stay_within_the_planned_scratch():
     """On every card, for few rows and for many."""
     for arch, multiprocessors in ((80, 108), (86, 82), (90, 132), (100, 148), (120, 170)):
         for t, m, n, dtype in itertools.product((1, 60, 256, 700, 2048), (48, 1000, 4096), (4096, 11008), (BF16, FP32)):
-            plan = configs.plan_int8_linear(t, m, n, back=False, dtype=dtype, group_size=256,
-                                            card=configs.Target(arch, multiprocessors))
+            plan = configs.plan_int8_linear(
+                t, m, n, back=False, dtype=dtype, group_size=256, card=configs.Target(arch, multiprocessors)
+            )
             held = 4 * plan.splits * t * m if plan.splits > 1 else 0
             rows, codes = torch.empty(t, n, dtype=dtype, device="meta"), torch.empty(m, n, dtype=torch.int8, device="meta")
             assert held <= workspace.FORMULAS["int8_linear"](rows, codes, None, cuda=True)

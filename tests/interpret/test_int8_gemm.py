@@ -35,7 +35,7 @@ def test_codes_are_the_oracles(lane, meter, columns, dtype, left):
     want = want.flatten(1)[:, :depth]
     usable = scale.isfinite().repeat_interleave(256, 1)[:, :depth]
     assert torch.equal(codes.double()[usable], want[usable])
-    launch, = meter.launches
+    (launch,) = meter.launches
     for name, row in traffic.quantize_int8(*codes.shape, dtype=dtype).items():
         assert meter.bytes(launch, name) == row, name
 
@@ -101,8 +101,15 @@ def test_bad_channels_and_lists(lane, card, left):
     (cases[1].grad if left else cases[1].grad.T)[5, 9] = torch.nan
     steps, skipped = [torch.zeros((), device=lane.device) for _ in cases], torch.tensor(0, device=lane.device)
     before = [case.param.clone() for case in cases]
-    galore_step_list(*map(list, zip(*(case.tensors() for case in cases))), steps, lr=torch.tensor(1e-2), left=left,
-                     int8_gemm=True, skipped=skipped, **lane.hyper)
+    galore_step_list(
+        *map(list, zip(*(case.tensors() for case in cases))),
+        steps,
+        lr=torch.tensor(1e-2),
+        left=left,
+        int8_gemm=True,
+        skipped=skipped,
+        **lane.hyper,
+    )
     assert skipped == cases[1].param.shape[0 if left else 1]
     for i, case in enumerate(cases):
         moved = (case.param != before[i]).any(0 if left else 1)

@@ -14,11 +14,32 @@ from lowrank_sys.kernels.project import project
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 # Odd sizes, single rows and columns, every tile of the rank and two of them, r = min(m, n).
-SHAPES = [(63, 100, 1), (63, 100, 16), (63, 100, 63), (129, 64, 17), (129, 64, 64), (1, 70, 1), (70, 1, 1), (257, 40, 33),
-          (140, 150, 130), (144, 160, 128), (140, 160, 144), (1, 64, 16), (1000, 20, 4), (20, 1000, 4)]
+SHAPES = [
+    (63, 100, 1),
+    (63, 100, 16),
+    (63, 100, 63),
+    (129, 64, 17),
+    (129, 64, 64),
+    (1, 70, 1),
+    (70, 1, 1),
+    (257, 40, 33),
+    (140, 150, 130),
+    (144, 160, 128),
+    (140, 160, 144),
+    (1, 64, 16),
+    (1000, 20, 4),
+    (20, 1000, 4),
+]
 # Types of weight, gradient and basis.
-DTYPES = [(BF16, BF16, BF16), (BF16, BF16, FP32), (FP32, BF16, BF16), (FP16, FP16, FP16), (FP32, FP32, BF16),
-          (FP16, BF16, FP16), (BF16, FP32, FP32)]
+DTYPES = [
+    (BF16, BF16, BF16),
+    (BF16, BF16, FP32),
+    (FP32, BF16, BF16),
+    (FP16, FP16, FP16),
+    (FP32, FP32, BF16),
+    (FP16, BF16, FP16),
+    (BF16, FP32, FP32),
+]
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 
 
@@ -66,7 +87,7 @@ def test_project(lane, shape, dtypes, left):
     got = project(case.grad, case.basis, left=left)
     want = reference.project(case.wants["grad"], case.wants["basis"], left=left)
     assert got.dtype == FP32
-    lane.assert_close("R", got, want, rtol=1e-6, atol=4e-7 * case.basis.shape[0]**0.5)
+    lane.assert_close("R", got, want, rtol=1e-6, atol=4e-7 * case.basis.shape[0] ** 0.5)
     case.check_guards()
 
 
@@ -147,9 +168,16 @@ def test_list(lane, projected, basis, left):
     skipped = torch.zeros((), dtype=torch.int64, device=lane.device)
     function = subspace_step_list if projected else galore_step_list
     for _ in range(2):
-        function(*map(list, zip(*(case.tensors(gradient) for case in cases))), steps, lr=torch.tensor(1e-2),
-                 left=left, grad_scale=torch.tensor([0.5], device=lane.device), found_inf=torch.zeros((), device=lane.device),
-                 skipped=skipped, **lane.hyper)
+        function(
+            *map(list, zip(*(case.tensors(gradient) for case in cases))),
+            steps,
+            lr=torch.tensor(1e-2),
+            left=left,
+            grad_scale=torch.tensor([0.5], device=lane.device),
+            found_inf=torch.zeros((), device=lane.device),
+            skipped=skipped,
+            **lane.hyper,
+        )
     assert [step.item() for step in steps] == [2.0, 6.0, 11.0]
     assert skipped.item() == 0
     for case, first in zip(cases, (1, 5, 10)):
@@ -169,11 +197,11 @@ def test_matrices_of_one_shape_share_launches(lane, monkeypatch, projected, left
     function, one = (subspace_step_list, subspace_step) if projected else (galore_step_list, galore_step)
     counts = []
     launch = galore.launch_back_project
-    monkeypatch.setattr(galore, "launch_back_project",
-                        lambda params, *args, **kwargs: (counts.append(len(params)), launch(params, *args, **kwargs)))
+    monkeypatch.setattr(
+        galore, "launch_back_project", lambda params, *args, **kwargs: (counts.append(len(params)), launch(params, *args, **kwargs))
+    )
     steps = [torch.tensor(float(i), device=lane.device) for i in range(11)]
-    function(*map(list, zip(*(case.tensors(gradient) for case in cases))), steps, lr=torch.tensor(1e-2), left=left,
-             **lane.hyper)
+    function(*map(list, zip(*(case.tensors(gradient) for case in cases))), steps, lr=torch.tensor(1e-2), left=left, **lane.hyper)
     assert counts == [8, 2, 1]
     for i, (case, other) in enumerate(zip(cases, alone)):
         one(*other.tensors(gradient), step=i + 1, lr=torch.tensor(1e-2), left=left, **lane.hyper)
@@ -192,8 +220,15 @@ def test_found_inf(lane, projected, left):
     tensors = [tensor.clone() for tensor in case.tensors(gradient)]
     step, skipped = torch.tensor(4.0, device=lane.device), torch.zeros((), dtype=torch.int64, device=lane.device)
     function = subspace_step_list if projected else galore_step_list
-    function(*([tensor] for tensor in case.tensors(gradient)), [step], lr=torch.tensor(1e-2, device=lane.device), left=left,
-             found_inf=torch.ones(1, device=lane.device), skipped=skipped, **lane.hyper)
+    function(
+        *([tensor] for tensor in case.tensors(gradient)),
+        [step],
+        lr=torch.tensor(1e-2, device=lane.device),
+        left=left,
+        found_inf=torch.ones(1, device=lane.device),
+        skipped=skipped,
+        **lane.hyper,
+    )
     assert step.item() == 4.0 and skipped.item() == 0
     for before, after in zip(tensors[0:1] + tensors[3:], (case.param, case.exp_avg, case.exp_avg_sq)):
         assert torch.equal(before, after)
@@ -201,13 +236,22 @@ def test_found_inf(lane, projected, left):
 
 # At r > 128 an overflow of a finite full gradient may skip a part of its channel's moments only: left out.
 NAN, INF = float("nan"), float("inf")
-NONFINITE = [(5, FP32, NAN), (5, FP32, INF), (5, FP32, -INF), (5, FP32, 2.0**66), (5, BF16, NAN), (130, FP32, NAN),
-             (130, BF16, -INF)]
+NONFINITE = [
+    (5, FP32, NAN),
+    (5, FP32, INF),
+    (5, FP32, -INF),
+    (5, FP32, 2.0**66),
+    (5, BF16, NAN),
+    (130, FP32, NAN),
+    (130, BF16, -INF),
+]
 
 
 @SIDES
-@pytest.mark.parametrize("projected, r, dtype, value", [(False, *row) for row in NONFINITE]
-                         + [(True, *row) for row in [*NONFINITE, (130, FP32, 2.0**66)]])
+@pytest.mark.parametrize(
+    "projected, r, dtype, value",
+    [(False, *row) for row in NONFINITE] + [(True, *row) for row in [*NONFINITE, (130, FP32, 2.0**66)]],
+)
 def test_nonfinite(lane, projected, r, dtype, value, left):
     """A channel that is not usable keeps its moments and its weights to the bit, and is counted; the others step."""
     gradient = "low_rank" if projected else "grad"
@@ -221,8 +265,9 @@ def test_nonfinite(lane, projected, r, dtype, value, left):
     before = [tensor.clone() for tensor in case.tensors(gradient)]
     step, skipped = torch.tensor(2.0, device=lane.device), torch.zeros((), dtype=torch.int64, device=lane.device)
     function = subspace_step_list if projected else galore_step_list
-    function(*([tensor] for tensor in case.tensors(gradient)), [step], lr=torch.tensor(1e-2), left=left, skipped=skipped,
-             **lane.hyper)
+    function(
+        *([tensor] for tensor in case.tensors(gradient)), [step], lr=torch.tensor(1e-2), left=left, skipped=skipped, **lane.hyper
+    )
     case.oracle(gradient, step=3)
     case.check(before[0])
     assert skipped.item() == len(bad) * (60 if left else 70)
@@ -269,11 +314,14 @@ def test_empty_list(lane):
     galore_step_list([], [], [], [], [], [], lr=torch.tensor(0.1), left=True, **lane.hyper)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"grad": (slice(None), slice(1, None))}, "grad must have shape"),
-    ({"basis": (slice(1, None),)}, "basis must have shape"),
-    ({"exp_avg": (slice(1, None),)}, "exp_avg must have shape"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"grad": (slice(None), slice(1, None))}, "grad must have shape"),
+        ({"basis": (slice(1, None),)}, "basis must have shape"),
+        ({"exp_avg": (slice(1, None),)}, "exp_avg must have shape"),
+    ],
+)
 def test_bad_arguments_are_named(lane, change, message):
     case = lane.case(20, 30, 4, True)
     for tensor, index in change.items():
@@ -283,7 +331,8 @@ def test_bad_arguments_are_named(lane, change, message):
 
 
 def test_every_architecture_has_a_configuration():
-    for arch, n, r, pair in itertools.product((75, 80, 86, 87, 90, 103, 121, 130), (7, 64), (1, 16, 100, 128, 5000),
-                                              ((BF16, BF16), (FP32, BF16))):
+    for arch, n, r, pair in itertools.product(
+        (75, 80, 86, 87, 90, 103, 121, 130), (7, 64), (1, 16, 100, 128, 5000), ((BF16, BF16), (FP32, BF16))
+    ):
         for kernel in ("project", "back_project"):
             assert configs.config_for(arch, kernel, n=n, r=r, dtypes=pair)["num_warps"] in (4, 8)

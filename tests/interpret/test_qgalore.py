@@ -50,8 +50,17 @@ def test_bits_are_the_oracles(lane, shape, kind, left):
     want = reference.quantize_int8(weight, group_size=group_size)
     got = [t.clone().to(lane.device) for t in want]
     for step, alpha, offset in ((0, 2.0**-14, 0), (1, -(2.0**-6), 3), (2, 3.0, 2**40)):
-        call = dict(alpha=alpha, decay=0.9, left=left, seed=-7, step=step, parameter=2**32 - 1, offset=offset,
-                    group_size=group_size, basis_group_size=basis_group_size)
+        call = dict(
+            alpha=alpha,
+            decay=0.9,
+            left=left,
+            seed=-7,
+            step=step,
+            parameter=2**32 - 1,
+            offset=offset,
+            group_size=group_size,
+            basis_group_size=basis_group_size,
+        )
         reference.back_project_int8_(*want, x, *basis, **call)
         qgalore.back_project_int8_(*got, *on(lane.device, (x, *basis)), **call)
         assert same(got, want)
@@ -94,8 +103,9 @@ class Matrix:
             parts = reference.quantize_int4(basis, group_size=32) if int4 else (basis, None, None)
             args |= dict(zip(("basis", "basis_scale", "basis_offset"), parts))
             moments = [reference.quantize_blockwise(x, signed=signed) for x, signed in ((first, True), (second, False))]
-            args |= dict(exp_avg=moments[0][0], exp_avg_sq=moments[1][0], exp_avg_absmax=moments[0][1],
-                         exp_avg_sq_absmax=moments[1][1])
+            args |= dict(
+                exp_avg=moments[0][0], exp_avg_sq=moments[1][0], exp_avg_absmax=moments[0][1], exp_avg_sq_absmax=moments[1][1]
+            )
             self.settings = dict(group_size=group_size, basis_group_size=32, scale=0.25, left=left, **HYPER)
         self.op, self.want = op, args
         self.module = apollo_int8 if op == "apollo_int8_step" else qgalore
@@ -105,15 +115,24 @@ class Matrix:
         """Neighbouring codes, and few of them: a number of up to 127 steps is off by some 127 * 2^-20 of one."""
         same_scale = (self.got["weight_scale"].cpu() - self.want["weight_scale"]).abs() <= 1e-4 * self.want["weight_scale"].abs()
         assert same_scale.double().mean() > 0.97
-        wide = same_scale.repeat_interleave(self.settings["group_size"], 1)[:, :self.want["codes"].shape[1]]
+        wide = same_scale.repeat_interleave(self.settings["group_size"], 1)[:, : self.want["codes"].shape[1]]
         difference = (self.got["codes"].cpu().int() - self.want["codes"].int()).abs()[wide]
         assert difference.max() <= 1 and (difference > 0).sum() <= 2 + difference.numel() // 200
 
 
 @SIDES
-@pytest.mark.parametrize("op, int4, grad", [("qgalore_step", True, BF16), ("qgalore_step", False, FP32), ("qgalore_step", True, FP32),
-                                            ("qgalore_subspace_step", True, FP32), ("apollo_int8_step", False, BF16),
-                                            ("apollo_int8_step", False, FP32)], ids=str)
+@pytest.mark.parametrize(
+    "op, int4, grad",
+    [
+        ("qgalore_step", True, BF16),
+        ("qgalore_step", False, FP32),
+        ("qgalore_step", True, FP32),
+        ("qgalore_subspace_step", True, FP32),
+        ("apollo_int8_step", False, BF16),
+        ("apollo_int8_step", False, FP32),
+    ],
+    ids=str,
+)
 def test_steps(lane, op, int4, grad, left):
     matrix = Matrix(lane, op, 70, 200, 6, left, int4, grad=grad, limited=True)
     before = matrix.want["codes"].clone()
@@ -149,9 +168,18 @@ def test_lists(lane, op, left):
         device = lane.device if which == "got" else "cpu"
         its_steps = [step.clone().to(device) for step in steps]
         skipped = torch.tensor(1, device=device)
-        function(*columns_of(matrices, which), its_steps, lr=torch.tensor(0.1, device=device), seed=-1, parameters=[1, 2, 16],
-                 offsets=[0, 3, 64], grad_scale=torch.tensor([0.5], device=device), found_inf=torch.zeros((), device=device),
-                 skipped=skipped, **matrices[0].settings)
+        function(
+            *columns_of(matrices, which),
+            its_steps,
+            lr=torch.tensor(0.1, device=device),
+            seed=-1,
+            parameters=[1, 2, 16],
+            offsets=[0, 3, 64],
+            grad_scale=torch.tensor([0.5], device=device),
+            found_inf=torch.zeros((), device=device),
+            skipped=skipped,
+            **matrices[0].settings,
+        )
         results[which] = [*(step.item() for step in its_steps), skipped.item()]
     assert results["got"] == results["want"] == [1.0, 5.0, 10.0, 1 + (63 if left else 100)]
     for matrix in matrices:
@@ -167,9 +195,16 @@ def test_lists(lane, op, left):
 def test_found_inf(lane, op):
     matrix = Matrix(lane, op, 40, 64, 5, True)
     step, skipped = torch.tensor(4.0, device=lane.device), torch.zeros((), dtype=torch.int64, device=lane.device)
-    getattr(matrix.module, f"{op}_list")(*columns_of([matrix], "got"), [step], lr=torch.tensor(0.1, device=lane.device), seed=1,
-                                         parameters=[0], found_inf=torch.ones((), device=lane.device), skipped=skipped,
-                                         **matrix.settings)
+    getattr(matrix.module, f"{op}_list")(
+        *columns_of([matrix], "got"),
+        [step],
+        lr=torch.tensor(0.1, device=lane.device),
+        seed=1,
+        parameters=[0],
+        found_inf=torch.ones((), device=lane.device),
+        skipped=skipped,
+        **matrix.settings,
+    )
     assert step == 4 and skipped == 0
     assert same(*([t for t in tensors.values() if t is not None] for tensors in (matrix.got, matrix.want)))
 
@@ -189,11 +224,21 @@ def test_traffic(lane, meter, shape, kind, left):
     m, n, r, group_size, basis_group_size = shape
     x, basis = exact_product(m, n, r, basis_group_size, left, kind)
     got = on(lane.device, reference.quantize_int8(torch.randn(m, n), group_size=group_size))
-    qgalore.back_project_int8_(*got, *on(lane.device, (x, *basis)), left=left, seed=1, step=0, parameter=0, group_size=group_size,
-                               basis_group_size=basis_group_size)
-    launch, = meter.launches
+    qgalore.back_project_int8_(
+        *got,
+        *on(lane.device, (x, *basis)),
+        left=left,
+        seed=1,
+        step=0,
+        parameter=0,
+        group_size=group_size,
+        basis_group_size=basis_group_size,
+    )
+    (launch,) = meter.launches
     basis_type = traffic.Int4(basis_group_size) if kind == "int4" else kind
-    assert_bytes(meter, launch, traffic.back_project_int8(m, n, r, left=left, low_rank=FP32, basis=basis_type, group_size=group_size))
+    assert_bytes(
+        meter, launch, traffic.back_project_int8(m, n, r, left=left, low_rank=FP32, basis=basis_type, group_size=group_size)
+    )
     assert (launch.counts["codes"]["loaded"] == 1).all() and (launch.counts["codes"]["stored"] == 1).all()
 
 

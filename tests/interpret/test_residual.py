@@ -48,19 +48,29 @@ class Step:
 
     def run_list(self, steps, **guards):
         extras = [[] if t is None else [t] for t in self.extras]
-        getattr(residual, f"{self.name}_step_list")(*([t] for t in self.case.tensors()), *extras, steps, lr=torch.tensor(0.1),
-                                                    **self.hyper, **guards)
+        getattr(residual, f"{self.name}_step_list")(
+            *([t] for t in self.case.tensors()), *extras, steps, lr=torch.tensor(0.1), **self.hyper, **guards
+        )
 
     def oracle(self, *, step, grad_scale=1.0):
         want = self.case.wants
-        getattr(oracle, f"{self.name}_step")(want["param"], want["grad"] * grad_scale, want["basis"], want["exp_avg"],
-                                             want["exp_avg_sq"], *self.wants, step=step, lr=0.1, **self.hyper)
+        getattr(oracle, f"{self.name}_step")(
+            want["param"],
+            want["grad"] * grad_scale,
+            want["basis"],
+            want["exp_avg"],
+            want["exp_avg_sq"],
+            *self.wants,
+            step=step,
+            lr=0.1,
+            **self.hyper,
+        )
 
     def check(self, before):
         case = self.case
         depth, dtype = case.param.shape[0 if case.left else 1], case.param.dtype
         for name in ("exp_avg", "exp_avg_sq"):
-            self.lane.assert_close(name, getattr(case, name), case.wants[name], rtol=4e-6, atol=2e-6 * max(1, depth)**0.5)
+            self.lane.assert_close(name, getattr(case, name), case.wants[name], rtol=4e-6, atol=2e-6 * max(1, depth) ** 0.5)
         if self.extras and self.extras[0] is not None:
             self.lane.assert_close("limiter", self.extras[0], self.wants[0], rtol=1e-5, atol=0)
         moved = (case.wants["param"] - before.double().cpu()).abs().max().item()
@@ -106,8 +116,9 @@ def test_list(lane, method, left):
     step = Step(lane, method, 60, 50, 6, left=left)
     before, steps = step.case.param.clone(), [torch.tensor(4.0, device=lane.device)]
     skipped = torch.zeros((), dtype=torch.int64, device=lane.device)
-    step.run_list(steps, grad_scale=torch.tensor([0.5], device=lane.device), found_inf=torch.zeros((), device=lane.device),
-                  skipped=skipped)
+    step.run_list(
+        steps, grad_scale=torch.tensor([0.5], device=lane.device), found_inf=torch.zeros((), device=lane.device), skipped=skipped
+    )
     assert steps[0].item() == 5.0 and skipped.item() == 0
     step.oracle(step=5, grad_scale=0.5)
     step.check(before)
@@ -186,8 +197,16 @@ def test_coefficients_of_many_blocks(lane, per_tensor, limiter):
         kept = None if limiter is None else torch.tensor(limiter * norm, dtype=FP32, device=lane.device)
         divisor = max(norm / (limiter * norm + 1e-8), 1.01) / 1.01 if limiter else 1.0
         counters = counters_of(lane.device)
-        got = residual.launch_coefficients(sums.to(lane.device), kept, scalars.to(lane.device), growth=1.01, front=1.5, behind=2.0,
-                                           per_tensor=per_tensor, counters=counters)
+        got = residual.launch_coefficients(
+            sums.to(lane.device),
+            kept,
+            scalars.to(lane.device),
+            growth=1.01,
+            front=1.5,
+            behind=2.0,
+            per_tensor=per_tensor,
+            counters=counters,
+        )
         want = torch.where(sums[0].isnan(), torch.nan, 1.5 * s * 2.0 * 0.5 / divisor)
         lane.assert_close("coefficients", got, want, rtol=2e-6, atol=0)
         assert not counters.any()

@@ -14,8 +14,14 @@ HYPER = {"lr": 3e-4, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "scale":
 
 def wanted(step, *, lr, beta1, beta2, weight_decay, scale, grad_scale=1.0, active=1.0):
     """The row of one step, in fp64."""
-    return {CORRECTION1: 1 - beta1**step, CORRECTION2: -math.expm1(step * math.log(beta2)), DECAY: 1 - lr * weight_decay,
-            ALPHA: -lr * scale, GRAD_SCALE: grad_scale, ACTIVE: active}
+    return {
+        CORRECTION1: 1 - beta1**step,
+        CORRECTION2: -math.expm1(step * math.log(beta2)),
+        DECAY: 1 - lr * weight_decay,
+        ALPHA: -lr * scale,
+        GRAD_SCALE: grad_scale,
+        ACTIVE: active,
+    }
 
 
 def assert_row(row, want):
@@ -40,8 +46,13 @@ def test_beta_0_needs_no_correction(lane):
 @pytest.mark.parametrize("matrices", [1, 5, 128, 224])
 def test_steps_advance_by_one(lane, matrices):
     steps = [torch.full((), float(i), device=lane.device) for i in range(matrices)]
-    rows, draws = advance(steps, **HYPER | {"lr": torch.tensor(3e-4, device=lane.device)}, draws=True,
-                          grad_scale=torch.tensor([0.5], device=lane.device), found_inf=torch.zeros(1, device=lane.device))
+    rows, draws = advance(
+        steps,
+        **HYPER | {"lr": torch.tensor(3e-4, device=lane.device)},
+        draws=True,
+        grad_scale=torch.tensor([0.5], device=lane.device),
+        found_inf=torch.zeros(1, device=lane.device),
+    )
     assert [step.item() for step in steps] == [i + 1 for i in range(matrices)] == draws.tolist()
     for i, row in enumerate(rows):
         assert_row(row, wanted(i + 1, **HYPER, grad_scale=0.5))
@@ -63,6 +74,6 @@ def test_steps_that_are_no_number_draw_as_0(lane, step):
 
 def test_traffic(lane, meter):
     advance([torch.zeros((), device=lane.device) for _ in range(200)], **HYPER, draws=True)
-    launch, = meter.launches
+    (launch,) = meter.launches
     rows = traffic.scalars(200, step=torch.float32, rate=torch.float64, draws=True)
     assert {name: meter.bytes(launch, name) for name in launch.counts} == rows

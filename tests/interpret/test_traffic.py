@@ -30,8 +30,9 @@ def card(device, monkeypatch):
 
 @SIDES
 @TYPES
-@pytest.mark.parametrize("shape", [(520, 200, 8), (208, 528, 16), (63, 100, 63), (144, 160, 128), (60, 70, 130),
-                                   (160, 144, 144)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(520, 200, 8), (208, 528, 16), (63, 100, 63), (144, 160, 128), (60, 70, 130), (160, 144, 144)], ids=str
+)
 def test_galore_step(lane, meter, card, shape, dtype, left):
     m, n, r = shape
     case = lane.case(m, n, r, left, dtype, dtype, dtype)
@@ -47,8 +48,12 @@ def test_galore_step(lane, meter, card, shape, dtype, left):
         for name, counts in launch.counts.items():
             assert name in ("grad", "param", "partials") or counts["loaded"].size <= max(m, n) * r + 512, name
     total = traffic.galore_step(m, n, r, left=left, param=dtype, grad=dtype, basis=dtype, card=card)
-    counted = sum(sum(meter.bytes(launch, name)) for launch in (first, second) for name in launch.counts
-                  if name not in ("scalars", "counters"))
+    counted = sum(
+        sum(meter.bytes(launch, name))
+        for launch in (first, second)
+        for name in launch.counts
+        if name not in ("scalars", "counters")
+    )
     assert counted == sum(map(sum, total.values()))
 
 
@@ -56,13 +61,16 @@ def test_galore_step(lane, meter, card, shape, dtype, left):
 def test_a_shared_launch_moves_the_bytes_of_its_matrices(lane, meter, card, left):
     cases = [lane.case(208, 528, 16, left, seed=i) for i in range(4)]
     steps = [torch.zeros((), device=lane.device) for _ in cases]
-    galore_step_list(*map(list, zip(*(case.tensors() for case in cases))), steps, lr=torch.tensor(1e-2), left=left,
-                     **lane.hyper)
+    galore_step_list(*map(list, zip(*(case.tensors() for case in cases))), steps, lr=torch.tensor(1e-2), left=left, **lane.hyper)
     _, first, second = meter.launches
     kind = {"left": left, "basis": FP32, "card": card}
-    four = [{name: (4 * loaded, 4 * stored) for name, (loaded, stored) in rows.items()}
-            for rows in (traffic.project(208, 528, 16, grad=FP32, out=FP32, moments=True, **kind),
-                         traffic.back_project(208, 528, 16, param=FP32, low_rank=FP32, **kind))]
+    four = [
+        {name: (4 * loaded, 4 * stored) for name, (loaded, stored) in rows.items()}
+        for rows in (
+            traffic.project(208, 528, 16, grad=FP32, out=FP32, moments=True, **kind),
+            traffic.back_project(208, 528, 16, param=FP32, low_rank=FP32, **kind),
+        )
+    ]
     assert_bytes(meter, first, four[0])
     assert_bytes(meter, second, four[1])
 
@@ -72,7 +80,7 @@ def test_partials_are_used_and_bounded(lane, meter, card, left):
     m, n = (900, 90) if left else (90, 900)
     case = lane.case(m, n, 6, left)
     project(case.grad, case.basis, left=left)
-    launch, = meter.launches
+    (launch,) = meter.launches
     loaded, stored = meter.bytes(launch, "partials")
     assert loaded == stored > 0
     assert loaded + stored <= 0.25 * case.grad.numel() * 4
@@ -98,15 +106,22 @@ def test_back_project(lane, meter, card, left):
     assert_bytes(meter, meter.launches[0], rows)
 
 
-CARDS = [configs.Target(80, 108), configs.Target(86, 84), configs.Target(89, 128), configs.Target(90, 132),
-         configs.Target(100, 148), configs.Target(120, 170)]
+CARDS = [
+    configs.Target(80, 108),
+    configs.Target(86, 84),
+    configs.Target(89, 128),
+    configs.Target(90, 132),
+    configs.Target(100, 148),
+    configs.Target(120, 170),
+]
 
 
 @SIDES
 @TYPES
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: f"sm_{card.arch}")
-@pytest.mark.parametrize("shape", [(4096, 4096, 128), (4096, 11008, 128), (11008, 4096, 128), (1024, 1024, 64),
-                                   (4096, 4096, 1024)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(4096, 4096, 128), (4096, 11008, 128), (11008, 4096, 128), (1024, 1024, 64), (4096, 4096, 1024)], ids=str
+)
 def test_realistic_shapes_by_formula(shape, card, dtype, left):
     m, n, r = shape
     rows = traffic.galore_step(m, n, r, left=left, param=dtype, grad=dtype, basis=dtype, card=card)

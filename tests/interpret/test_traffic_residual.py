@@ -40,10 +40,14 @@ def test_gaussian_products(lane, meter, card, shape, dtype, left):
     gaussian.gaussian_basis_(out, **WHICH, first=3)
     gaussian.gaussian_project(case.grad, rank=r, left=left, first=3, **WHICH)
     gaussian.gaussian_back_project_(case.param, case.low_rank, left=left, first=3, **WHICH)
-    assert_launches(meter, [
-        traffic.gaussian_basis(d, r, out=dtype), traffic.gaussian_project(m, n, r, left=left, grad=dtype, card=card),
-        traffic.gaussian_back_project(m, n, r, left=left, param=dtype, groups=gaussian.groups(3, d)),
-    ])
+    assert_launches(
+        meter,
+        [
+            traffic.gaussian_basis(d, r, out=dtype),
+            traffic.gaussian_project(m, n, r, left=left, grad=dtype, card=card),
+            traffic.gaussian_back_project(m, n, r, left=left, param=dtype, groups=gaussian.groups(3, d)),
+        ],
+    )
 
 
 def numbers(lane):
@@ -57,11 +61,31 @@ def test_apollo(lane, meter, card, shape, how, left):
     case = lane.case(*shape, left, BF16, BF16, BF16)
     basis = torch.tensor([-5, 3, 7, 0], device=lane.device) if how == "gaussian" else case.basis
     limiter = None if how == "free" else torch.tensor(0.8, device=lane.device)
-    residual.apollo_step(case.param, case.grad, basis, case.exp_avg, case.exp_avg_sq, limiter, scale=2.0, left=left,
-                         per_tensor=how == "tensor", **numbers(lane))
-    assert_launches(meter, traffic.apollo_step(
-        *shape, left=left, param=BF16, grad=BF16, basis=None if how == "gaussian" else BF16, card=card,
-        per_tensor=how == "tensor", limited=how != "free"))
+    residual.apollo_step(
+        case.param,
+        case.grad,
+        basis,
+        case.exp_avg,
+        case.exp_avg_sq,
+        limiter,
+        scale=2.0,
+        left=left,
+        per_tensor=how == "tensor",
+        **numbers(lane),
+    )
+    assert_launches(
+        meter,
+        traffic.apollo_step(
+            *shape,
+            left=left,
+            param=BF16,
+            grad=BF16,
+            basis=None if how == "gaussian" else BF16,
+            card=card,
+            per_tensor=how == "tensor",
+            limited=how != "free",
+        ),
+    )
 
 
 @SIDES
@@ -70,8 +94,18 @@ def test_apollo(lane, meter, card, shape, how, left):
 def test_fira(lane, meter, card, shape, gram, left):
     case = lane.case(*shape, left)
     products = case.basis.T @ case.basis if gram else None
-    residual.fira_step(case.param, case.grad, case.basis, case.exp_avg, case.exp_avg_sq,
-                       torch.tensor(0.8, device=lane.device), products, alpha=0.25, left=left, **numbers(lane))
+    residual.fira_step(
+        case.param,
+        case.grad,
+        case.basis,
+        case.exp_avg,
+        case.exp_avg_sq,
+        torch.tensor(0.8, device=lane.device),
+        products,
+        alpha=0.25,
+        left=left,
+        **numbers(lane),
+    )
     assert_launches(meter, traffic.fira_step(*shape, left=left, param=FP32, grad=FP32, basis=FP32, card=card, gram=gram))
 
 

@@ -32,7 +32,7 @@ def backward(tokens):
     """backward(model, step): gradients of the next-token loss on batch `step` of 4 x 64 tokens."""
 
     def run(model, step):
-        batch = tokens[step * 256:(step + 1) * 256].view(4, 64)
+        batch = tokens[step * 256 : (step + 1) * 256].view(4, 64)
         model.zero_grad(set_to_none=True)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()

@@ -35,9 +35,24 @@ def test_teacher_forced(shape, proj, scale_type, scale, front):
         peer.step()
         matrix = peer.state[theirs]["projector"].ortho_matrix
         basis = (matrix if left else matrix.T).contiguous()
-        torch.ops.lowrank.apollo_step.list([ours], [theirs.grad], [basis], [exp_avg], [exp_avg_sq], [limiter], [step],
-                                           lr=torch.tensor(lr), beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=0.0,
-                                           scale=scale, left=left, per_tensor=scale_type == "tensor", scale_front=front)
+        torch.ops.lowrank.apollo_step.list(
+            [ours],
+            [theirs.grad],
+            [basis],
+            [exp_avg],
+            [exp_avg_sq],
+            [limiter],
+            [step],
+            lr=torch.tensor(lr),
+            beta1=betas[0],
+            beta2=betas[1],
+            eps=eps,
+            weight_decay=0.0,
+            scale=scale,
+            left=left,
+            per_tensor=scale_type == "tensor",
+            scale_front=front,
+        )
         assert step == i + 1 == peer.state[theirs]["step"]
         # fp32 sums of 60 terms in another order, as parts of norms and of ratios.
         torch.testing.assert_close(exp_avg, peer.state[theirs]["exp_avg"], rtol=1e-5, atol=1e-5)
@@ -90,8 +105,9 @@ def test_follows_the_peer_for_20_steps(llama, backward, monkeypatch, proj, optio
     plain, low_rank = param_groups(theirs)
     shared_singular_vectors(monkeypatch)
     shared_gaussians(monkeypatch, len(plain["params"]))
-    peer = apollo_torch.APOLLOAdamW([{"params": [p for _, p in plain["params"]]},
-                                     {"params": [p for _, p in low_rank["params"]], **keys}], **hyper)
+    peer = apollo_torch.APOLLOAdamW(
+        [{"params": [p for _, p in plain["params"]]}, {"params": [p for _, p in low_rank["params"]], **keys}], **hyper
+    )
     for step in range(20):
         assert backward(ours, step) == pytest.approx(backward(theirs, step), rel=1e-4)
         optimizer.step()

@@ -25,20 +25,37 @@ def peer(param):
 
 
 def our_step(param, grad, state):
-    ops.adam_8bit_([param], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [state["exp_avg_absmax"]],
-                   [state["exp_avg_sq_absmax"]], [state["step"]], lr=torch.tensor(HYPER["lr"]), beta1=HYPER["betas"][0],
-                   beta2=HYPER["betas"][1], eps=HYPER["eps"], weight_decay=HYPER["weight_decay"])
+    ops.adam_8bit_(
+        [param],
+        [grad],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [state["exp_avg_absmax"]],
+        [state["exp_avg_sq_absmax"]],
+        [state["step"]],
+        lr=torch.tensor(HYPER["lr"]),
+        beta1=HYPER["betas"][0],
+        beta2=HYPER["betas"][1],
+        eps=HYPER["eps"],
+        weight_decay=HYPER["weight_decay"],
+    )
 
 
 def decoded(state):
     """Both moments of one of our states."""
-    return [ops.dequantize_blockwise(state[name], state[f"{name}_absmax"], signed=signed)
-            for name, signed in (("exp_avg", True), ("exp_avg_sq", False))]
+    return [
+        ops.dequantize_blockwise(state[name], state[f"{name}_absmax"], signed=signed)
+        for name, signed in (("exp_avg", True), ("exp_avg_sq", False))
+    ]
 
 
 def their_decoded(state):
-    return [bitsandbytes.functional.dequantize_blockwise(state[f"state{i}"], absmax=state[f"absmax{i}"], code=state[f"qmap{i}"],
-                                                         blocksize=256) for i in (1, 2)]
+    return [
+        bitsandbytes.functional.dequantize_blockwise(
+            state[f"state{i}"], absmax=state[f"absmax{i}"], code=state[f"qmap{i}"], blocksize=256
+        )
+        for i in (1, 2)
+    ]
 
 
 def assert_codes_agree(ours, theirs, signed):
@@ -112,8 +129,13 @@ def test_the_next_step_agrees():
 def test_the_peer_continues_from_ours():
     torch.manual_seed(1)
     weight = torch.randn(SHAPE)
-    ours = {"exp_avg": torch.zeros(SHAPE, dtype=torch.uint8), "exp_avg_sq": torch.zeros(SHAPE, dtype=torch.uint8),
-            "exp_avg_absmax": torch.zeros(52), "exp_avg_sq_absmax": torch.zeros(52), "step": torch.tensor(0.0)}
+    ours = {
+        "exp_avg": torch.zeros(SHAPE, dtype=torch.uint8),
+        "exp_avg_sq": torch.zeros(SHAPE, dtype=torch.uint8),
+        "exp_avg_absmax": torch.zeros(52),
+        "exp_avg_sq_absmax": torch.zeros(52),
+        "step": torch.tensor(0.0),
+    }
     for _ in range(3):
         our_step(weight, torch.randn(SHAPE), ours)
     param = torch.nn.Parameter(weight.clone())
@@ -133,7 +155,7 @@ def test_the_peer_continues_from_ours():
 
 def test_there_and_back_is_the_same_state():
     param, optimizer = trained()
-    theirs = {key: value for key, value in optimizer.state[param].items()}
+    theirs = dict(optimizer.state[param])
     again = to_bitsandbytes(from_bitsandbytes(theirs))
     for key, value in again.items():
         assert torch.equal(value, theirs[key]) if isinstance(value, torch.Tensor) else value == theirs[key], key
@@ -151,13 +173,16 @@ def test_small_tensors_stay_in_fp32():
     assert torch.equal(back["state2"], optimizer.state[param]["state2"]) and back["step"] == 1
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop("state2"), "state2 must be a uint8 or float32 tensor, got NoneType"),
-    (lambda s: s.update(state1=s["state1"].double()), "state1 must be a uint8 or float32 tensor, got torch.float64"),
-    (lambda s: s.update(absmax1=s["absmax1"][:7]), r"absmax1 must be float32 of shape \(52,\), .* got \(7,\)"),
-    (lambda s: s.pop("absmax2"), "absmax2 must be float32 .* got none"),
-    (lambda s: s.update(qmap2=s["qmap1"]), "qmap2 is not the dynamic map of unsigned values"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("state2"), "state2 must be a uint8 or float32 tensor, got NoneType"),
+        (lambda s: s.update(state1=s["state1"].double()), "state1 must be a uint8 or float32 tensor, got torch.float64"),
+        (lambda s: s.update(absmax1=s["absmax1"][:7]), r"absmax1 must be float32 of shape \(52,\), .* got \(7,\)"),
+        (lambda s: s.pop("absmax2"), "absmax2 must be float32 .* got none"),
+        (lambda s: s.update(qmap2=s["qmap1"]), "qmap2 is not the dynamic map of unsigned values"),
+    ],
+)
 def test_other_states_are_refused(change, message):
     param, optimizer = trained(steps=1)
     state = dict(optimizer.state[param])
@@ -176,8 +201,13 @@ def test_trajectories_stay_close():
         grad = param.detach() - 1 + 0.5 * torch.randn(SHAPE)
         param.grad = grad
         if ours is None:
-            ours = {"exp_avg": torch.zeros(SHAPE, dtype=torch.uint8), "exp_avg_sq": torch.zeros(SHAPE, dtype=torch.uint8),
-                    "exp_avg_absmax": torch.zeros(52), "exp_avg_sq_absmax": torch.zeros(52), "step": torch.tensor(0.0)}
+            ours = {
+                "exp_avg": torch.zeros(SHAPE, dtype=torch.uint8),
+                "exp_avg_sq": torch.zeros(SHAPE, dtype=torch.uint8),
+                "exp_avg_absmax": torch.zeros(52),
+                "exp_avg_sq_absmax": torch.zeros(52),
+                "step": torch.tensor(0.0),
+            }
         our_step(weight, grad, ours)
         optimizer.step()
     assert (weight - param.detach()).norm() <= 0.1 * (param.detach() - start).norm()

@@ -37,9 +37,10 @@ def groups(model, **keys):
 
 def peer_groups(model):
     plain, low_rank = groups(model)
-    return [{"params": [p for _, p in plain["params"]]},
-            {"params": [p for _, p in low_rank["params"]], "rank": RANK, "update_proj_gap": GAP, "scale": SCALE,
-             "proj_type": "std"}]
+    return [
+        {"params": [p for _, p in plain["params"]]},
+        {"params": [p for _, p in low_rank["params"]], "rank": RANK, "update_proj_gap": GAP, "scale": SCALE, "proj_type": "std"},
+    ]
 
 
 def peer_adamw(model, **hyper):
@@ -99,8 +100,9 @@ def test_teacher_forced(llama, backward):
         assert_same_update(pairs, before, 1e-5, step)
 
 
-@pytest.mark.parametrize("options", [{}, {"lr": 1e-3, "relative_step": False, "beta1": 0.9, "weight_decay": 0.1}],
-                         ids=["relative step", "first moment"])
+@pytest.mark.parametrize(
+    "options", [{}, {"lr": 1e-3, "relative_step": False, "beta1": 0.9, "weight_decay": 0.1}], ids=["relative step", "first moment"]
+)
 def test_adafactor_teacher_forced(llama, backward, options):
     """The factored second moment divides by the smallest statistics, so free runs part: compare step by step."""
     ours, theirs = llama(), llama()

@@ -58,8 +58,8 @@ Moments8bit moments(Array m, Array v, Array m_absmax, Array v_absmax) {
   return {data<uint8_t>(m), data<uint8_t>(v), data<float>(m_absmax), data<float>(v_absmax)};
 }
 
-int64_t adam(int threads, int vector, Array w, const std::string& w_dtype, Array g, const std::string& g_dtype, Array m,
-             Array v, Array m_absmax, Array v_absmax, float grad_scale, const AdamStep& step) {
+int64_t adam(int threads, int vector, Array w, const std::string& w_dtype, Array g, const std::string& g_dtype, Array m, Array v,
+             Array m_absmax, Array v_absmax, float grad_scale, const AdamStep& step) {
   const Moments8bit stored = moments(m, v, m_absmax, v_absmax);
   std::atomic<int64_t> skipped = 0;
   dispatch(parse(w_dtype), [&](auto w_type) {
@@ -76,11 +76,11 @@ int64_t adam(int threads, int vector, Array w, const std::string& w_dtype, Array
   return skipped;
 }
 
-void low_rank_adam(int threads, int vector, bool left, Array r, Array m, Array v, Array m_absmax, Array v_absmax, Array x,
-                   Array ok, float grad_scale, const AdamStep& step) {
+void low_rank_adam(int threads, int vector, bool left, Array r, Array m, Array v, Array m_absmax, Array v_absmax, Array x, Array ok,
+                   float grad_scale, const AdamStep& step) {
   const Moments8bit stored = moments(m, v, m_absmax, v_absmax);
   const auto* grads = data<float>(r);
-  auto *updates = data<float>(x);
+  auto* updates = data<float>(x);
   auto* flags = data<uint8_t>(ok);
   const int64_t columns = r.shape(1);
   for_blocks(threads, vector, r.size(), [&](const auto& block, auto wide, int64_t i, int n) {

@@ -1,4 +1,5 @@
 #include "../../core/gaussian.h"
+
 #include "bind.h"
 
 namespace lowrank {
@@ -22,8 +23,8 @@ void basis(int threads, int64_t seed, int64_t step, int64_t parameter, int64_t f
 }  // namespace
 
 void bind_gaussian(py::module_& module) {
-  module.def("gaussian_basis", &basis, py::arg("threads"), py::arg("seed"), py::arg("step"), py::arg("parameter"),
-             py::arg("first"), py::arg("out"), py::arg("dtype"));
+  module.def("gaussian_basis", &basis, py::arg("threads"), py::arg("seed"), py::arg("step"), py::arg("parameter"), py::arg("first"),
+             py::arg("out"), py::arg("dtype"));
 }
 
 }  // namespace lowrank

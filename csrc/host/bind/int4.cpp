@@ -1,4 +1,5 @@
 #include "../../core/int4.h"
+
 #include "bind.h"
 
 namespace lowrank {
@@ -16,8 +17,7 @@ Int4 as_int4(Array packed, Array scale, Array offset, int64_t d, int group_size)
   return {data<uint8_t>(packed), data<float>(scale), data<float>(offset), d, packed.shape(0), group_size};
 }
 
-void quantize_int4(int threads, Array basis, const std::string& dtype, Array packed, Array scale, Array offset,
-                   int group_size) {
+void quantize_int4(int threads, Array basis, const std::string& dtype, Array packed, Array scale, Array offset, int group_size) {
   const Int4 to = as_int4(packed, scale, offset, basis.shape(0), group_size);
   dispatch(parse(dtype), [&](auto type) {
     const auto* from = data<typename decltype(type)::type>(basis);

@@ -1,4 +1,5 @@
 #include "../../core/int8.h"
+
 #include "bind.h"
 
 namespace lowrank {
@@ -54,8 +55,8 @@ void dequantize(int threads, int vector, Array codes, Array scale, Array dense, 
 }
 
 // Returns how many groups have a new scale.
-int64_t update(int threads, int vector, Array codes, Array scale, Array dense, const std::string& dtype, float alpha,
-               float decay, uint64_t seed, uint32_t step, uint32_t parameter, uint64_t offset, int group_size) {
+int64_t update(int threads, int vector, Array codes, Array scale, Array dense, const std::string& dtype, float alpha, float decay,
+               uint64_t seed, uint32_t step, uint32_t parameter, uint64_t offset, int group_size) {
   const Int8Matrix w = matrix(codes, scale, group_size);
   void* values = data<void>(dense);
   alignas(16) uint16_t bits[kLargestGroup + 16];
@@ -64,11 +65,11 @@ int64_t update(int threads, int vector, Array codes, Array scale, Array dense, c
     const auto* x = static_cast<const typename decltype(type)::type*>(values);
     each_group(block, w, codes.shape(0), [&](const auto& b, int64_t element, int64_t i, int n) {
       const uint64_t first = offset + uint64_t(element);
-      const bool is_new = update_group<decltype(v)::value>(
-          b, w.codes + element, w.scale + i, x + element, n, Int8Update{alpha, decay}, [&](const auto& mine) {
-            random_bits(mine, {seed, step, parameter}, first, n, bits);
-            return bits + first % 8;
-          });
+      const bool is_new = update_group<decltype(v)::value>(b, w.codes + element, w.scale + i, x + element, n,
+                                                           Int8Update{alpha, decay}, [&](const auto& mine) {
+                                                             random_bits(mine, {seed, step, parameter}, first, n, bits);
+                                                             return bits + first % 8;
+                                                           });
       if (b.tid == 0) rescaled += is_new;
     });
   });
@@ -82,9 +83,9 @@ void bind_int8(py::module_& module) {
              py::arg("codes"), py::arg("scale"), py::arg("group_size"));
   module.def("dequantize_int8", &dequantize, py::arg("threads"), py::arg("vector"), py::arg("codes"), py::arg("scale"),
              py::arg("dense"), py::arg("dtype"), py::arg("group_size"));
-  module.def("update_int8", &update, py::arg("threads"), py::arg("vector"), py::arg("codes"), py::arg("scale"),
-             py::arg("dense"), py::arg("dtype"), py::arg("alpha"), py::arg("decay"), py::arg("seed"), py::arg("step"),
-             py::arg("parameter"), py::arg("offset"), py::arg("group_size"));
+  module.def("update_int8", &update, py::arg("threads"), py::arg("vector"), py::arg("codes"), py::arg("scale"), py::arg("dense"),
+             py::arg("dtype"), py::arg("alpha"), py::arg("decay"), py::arg("seed"), py::arg("step"), py::arg("parameter"),
+             py::arg("offset"), py::arg("group_size"));
 }
 
 }  // namespace lowrank

@@ -1,4 +1,5 @@
 #include "../../core/norms.h"
+
 #include "bind.h"
 
 namespace lowrank {
@@ -18,8 +19,8 @@ void channel_norms(int threads, int vector, bool columns, Array g, const std::st
           column_norms<1>(block, matrix + c, out + c, high, int(wide - c < kColumns ? wide - c : kColumns), wide);
       } else {
         for (int64_t i = 0; i < high; ++i) {
-          const float norm = vector == 8 ? row_norm<eight>(block, matrix + i * wide, wide)
-                                         : row_norm<1>(block, matrix + i * wide, wide);
+          const float norm =
+              vector == 8 ? row_norm<eight>(block, matrix + i * wide, wide) : row_norm<1>(block, matrix + i * wide, wide);
           if (block.tid == 0) out[i] = norm;
         }
       }

@@ -1,4 +1,5 @@
 #include "../../core/philox.h"
+
 #include "bind.h"
 
 namespace lowrank {

@@ -1,4 +1,5 @@
 #include "../../core/residual.h"
+
 #include "bind.h"
 
 namespace lowrank {
@@ -27,8 +28,8 @@ int64_t ratio(int threads, bool columns, Array r, Array m, Array v, Array x, Arr
 }
 
 // coefficients: one a column, or one a row.
-void move(int threads, bool columns, bool sign, Array w, const std::string& w_dtype, Array g, const std::string& g_dtype, Array back,
-          Array inside, Array coefficients, float decay, float alpha) {
+void move(int threads, bool columns, bool sign, Array w, const std::string& w_dtype, Array g, const std::string& g_dtype,
+          Array back, Array inside, Array coefficients, float decay, float alpha) {
   const int64_t high = w.shape(0), wide = w.shape(1);
   const float *c = data<float>(coefficients), *b = data<float>(back), *in = data<float>(inside);
   dispatch(parse(w_dtype), [&](auto w_type) {
@@ -37,8 +38,8 @@ void move(int threads, bool columns, bool sign, Array w, const std::string& w_dt
       const auto* grads = data<typename decltype(g_type)::type>(g);
       run_block(threads, [&](const auto& block) {
         for (int64_t i = 0; i < high; ++i)
-          move_row(block, weights + i * wide, grads + i * wide, b + i * wide, sign ? in + i * wide : nullptr,
-                   columns ? c : nullptr, columns ? 0.0f : c[i], wide, decay, alpha);
+          move_row(block, weights + i * wide, grads + i * wide, b + i * wide, sign ? in + i * wide : nullptr, columns ? c : nullptr,
+                   columns ? 0.0f : c[i], wide, decay, alpha);
       });
     });
   });
@@ -49,9 +50,8 @@ void move(int threads, bool columns, bool sign, Array w, const std::string& w_dt
 void bind_residual(py::module_& module) {
   module.def("ratio", &ratio, py::arg("threads"), py::arg("columns"), py::arg("r"), py::arg("m"), py::arg("v"), py::arg("x"),
              py::arg("r_squares"), py::arg("n_squares"), py::arg("norms"), py::arg("ok"), py::arg("grad_scale"), py::arg("step"));
-  module.def("move", &move, py::arg("threads"), py::arg("columns"), py::arg("sign"), py::arg("w"), py::arg("w_dtype"),
-             py::arg("g"), py::arg("g_dtype"), py::arg("back"), py::arg("inside"), py::arg("coefficients"), py::arg("decay"),
-             py::arg("alpha"));
+  module.def("move", &move, py::arg("threads"), py::arg("columns"), py::arg("sign"), py::arg("w"), py::arg("w_dtype"), py::arg("g"),
+             py::arg("g_dtype"), py::arg("back"), py::arg("inside"), py::arg("coefficients"), py::arg("decay"), py::arg("alpha"));
 }
 
 }  // namespace lowrank

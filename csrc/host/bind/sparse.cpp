@@ -11,8 +11,16 @@ void select_rows(int threads, const std::string& method, Array norms, uint64_t s
   const Method how = method == "top" ? Method::top : method == "sample" ? Method::sample : Method::sample_replace;
   std::vector<uint64_t> keys(d), shares(d);
   std::vector<int32_t> counts(d), draws(r);
-  const RowSelection selection{how,           data<float>(norms), d,           r, keys.data(), shares.data(), counts.data(),
-                               draws.data(), data<int32_t>(indices), data<float>(scale)};
+  const RowSelection selection{how,
+                               data<float>(norms),
+                               d,
+                               r,
+                               keys.data(),
+                               shares.data(),
+                               counts.data(),
+                               draws.data(),
+                               data<int32_t>(indices),
+                               data<float>(scale)};
   const RandomStream stream{seed, step, parameter};
   run_block(threads, [&](const auto& block) {
     if (how == Method::sample_replace) return select_by_draws(block, selection, stream);
@@ -83,11 +91,11 @@ void add_to_row(int threads, int vector, Array w, const std::string& dtype, Arra
 }  // namespace
 
 void bind_sparse(py::module_& module) {
-  module.def("select_rows", &select_rows, py::arg("threads"), py::arg("method"), py::arg("norms"), py::arg("seed"),
-             py::arg("step"), py::arg("parameter"), py::arg("indices"), py::arg("scale"));
-  module.def("grass_step", &grass_step, py::arg("threads"), py::arg("vector"), py::arg("left"), py::arg("w"),
-             py::arg("w_dtype"), py::arg("g"), py::arg("g_dtype"), py::arg("indices"), py::arg("scale"), py::arg("m"),
-             py::arg("v"), py::arg("ok"), py::arg("grad_scale"), py::arg("step"));
+  module.def("select_rows", &select_rows, py::arg("threads"), py::arg("method"), py::arg("norms"), py::arg("seed"), py::arg("step"),
+             py::arg("parameter"), py::arg("indices"), py::arg("scale"));
+  module.def("grass_step", &grass_step, py::arg("threads"), py::arg("vector"), py::arg("left"), py::arg("w"), py::arg("w_dtype"),
+             py::arg("g"), py::arg("g_dtype"), py::arg("indices"), py::arg("scale"), py::arg("m"), py::arg("v"), py::arg("ok"),
+             py::arg("grad_scale"), py::arg("step"));
   module.def("gather_row", &gather_one_row, py::arg("threads"), py::arg("vector"), py::arg("source"), py::arg("dtype"),
              py::arg("out"), py::arg("scale"));
   module.def("add_row", &add_to_row, py::arg("threads"), py::arg("vector"), py::arg("w"), py::arg("dtype"), py::arg("x"),

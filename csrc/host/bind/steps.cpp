@@ -5,8 +5,8 @@
 namespace lowrank {
 namespace {
 
-int64_t adamw(int threads, int vector, Array w, const std::string& w_dtype, Array g, const std::string& g_dtype, Array m,
-              Array v, float grad_scale, const AdamStep& step) {
+int64_t adamw(int threads, int vector, Array w, const std::string& w_dtype, Array g, const std::string& g_dtype, Array m, Array v,
+              float grad_scale, const AdamStep& step) {
   std::atomic<int64_t> skipped = 0;
   dispatch(parse(w_dtype), [&](auto w_type) {
     dispatch(parse(g_dtype), [&](auto g_type) {

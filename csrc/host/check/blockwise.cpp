@@ -77,8 +77,7 @@ void low_rank(const char* name, bool left, int64_t rows, int64_t columns) {
     });
     for_blocks(threads, n, [&](const auto& block, int64_t i, int count) {
       adam_8bit_block<1>(block, Codebooks{kSigned, kUnsigned}, &r[i], IntoUpdate<float>{&x[i]},
-                         at_block(state.moments(), i / kBlock), count, 0.5f, kStep,
-                         channel_flags(ok.data(), i, columns, left));
+                         at_block(state.moments(), i / kBlock), count, 0.5f, kStep, channel_flags(ok.data(), i, columns, left));
     });
     Result result;
     result.add(x), result.add(ok), state.add_to(result);

@@ -1,6 +1,5 @@
 // The vectors of csrc/cpu/blockwise.cpp against the block algorithms of core: built for one instruction set, the same bytes.
 #include "../../cpu/blockwise.cpp"
-
 #include "check.h"
 
 namespace lowrank {
@@ -40,9 +39,9 @@ void adam(const char* name, DType dtype, int64_t numel, float scale, double beta
         blockwise_table.adam({DType::f32, dtype, vectors.w.data(), g.data(), vectors.moments(), numel, scale, s}, 0, blocks);
     int64_t expected = 0;
     for (int64_t i = 0; i < blocks; ++i)
-      expected += adam_8bit_block<1>(OneThread{nullptr}, kBooks, g.data() + i * kBlock,
-                                     IntoWeights<float>{core.w.data() + i * kBlock}, at_block(core.moments(), i),
-                                     length(i, numel), scale, s, EveryChannel{});
+      expected +=
+          adam_8bit_block<1>(OneThread{nullptr}, kBooks, g.data() + i * kBlock, IntoWeights<float>{core.w.data() + i * kBlock},
+                             at_block(core.moments(), i), length(i, numel), scale, s, EveryChannel{});
     expect(skipped == expected && vectors == core, name);
   }
 }

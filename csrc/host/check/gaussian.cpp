@@ -1,4 +1,5 @@
 #include "../../core/gaussian.h"
+
 #include "check.h"
 
 namespace lowrank {

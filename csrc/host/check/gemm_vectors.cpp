@@ -1,9 +1,8 @@
 // The products of csrc/cpu/gemm.cpp against plain loops in its order of sums, on this instruction set: the same bits, by one
 // thread or by several.
-#include "../../cpu/gemm.cpp"
-
 #include <thread>
 
+#include "../../cpu/gemm.cpp"
 #include "check.h"
 
 namespace lowrank {
@@ -21,8 +20,7 @@ float sum(int64_t depth, int64_t block, const F& f) {
   return total;
 }
 
-void expect_same(const char* name, const char* what, int threads, const std::vector<float>& got,
-                 const std::vector<float>& want) {
+void expect_same(const char* name, const char* what, int threads, const std::vector<float>& got, const std::vector<float>& want) {
   for (size_t i = 0; i < got.size(); ++i) {
     if (float_bits(got[i]) == float_bits(want[i]) || (std::isnan(got[i]) && std::isnan(want[i]))) continue;
     std::printf("%s, %s, %d threads: element %zu is %g, not %g\n", name, what, threads, i, double(got[i]), double(want[i]));

@@ -1,4 +1,5 @@
 #include "../../core/int4.h"
+
 #include "check.h"
 
 namespace lowrank {

@@ -1,4 +1,5 @@
 #include "../../core/int8.h"
+
 #include "check.h"
 
 namespace lowrank {

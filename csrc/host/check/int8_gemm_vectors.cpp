@@ -1,6 +1,5 @@
 // The tiles of csrc/cpu/int8_gemm.cpp against core, number by number: built for one instruction set, the same bits.
 #include "../../cpu/int8_gemm.cpp"
-
 #include "check.h"
 
 namespace lowrank {
@@ -74,8 +73,7 @@ void expect_same(const char* name, const char* what, const std::vector<float>& g
 
 // Every way in which a product is made, of operands whose channels are columns or rows.
 template <class A, class B>
-void products(const char* name, DType a_type, DType b_type, int64_t p, int64_t q, int64_t depth, bool a_columns,
-              bool b_columns) {
+void products(const char* name, DType a_type, DType b_type, int64_t p, int64_t q, int64_t depth, bool a_columns, bool b_columns) {
   auto a_values = random<A>(p * depth, 1);
   auto b_values = random<B>(q * depth, 2);
   if (p * depth > 700) a_values[700] = from_float<A>(INFINITY);

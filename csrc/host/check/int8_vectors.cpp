@@ -1,6 +1,5 @@
 // The vectors of csrc/cpu/int8.cpp against the block algorithms of core: built for one instruction set, the same bytes.
 #include "../../cpu/int8.cpp"
-
 #include "check.h"
 
 namespace lowrank {
@@ -23,8 +22,8 @@ void update(const char* name, DType dtype, int64_t rows, int64_t columns, int gr
   for (uint32_t step = 0; step < 6; ++step) {
     const Int8Update u{step == 3 ? 0.0f : step == 4 ? 3.0f : -0.01f, step == 5 ? 0.3f : 1.0f};
     const RandomStream stream{0x123456789abcdefu, step, 77};
-    rescaled[0] += int8_table.update(matrix(0), {dtype, steps.data(), columns}, {0, 0, rows, columns}, {u, stream, offset}, 0,
-                                     rows * groups);
+    rescaled[0] +=
+        int8_table.update(matrix(0), {dtype, steps.data(), columns}, {0, 0, rows, columns}, {u, stream, offset}, 0, rows * groups);
     const Int8Matrix w = matrix(1);
     for (int64_t i = 0; i < rows * groups; ++i) {
       const int64_t column = i % groups * group_size, element = i / groups * columns + column;

@@ -1,4 +1,5 @@
 #include "../../core/norms.h"
+
 #include "check.h"
 
 namespace lowrank {

@@ -1,4 +1,5 @@
 #include "../../core/residual.h"
+
 #include "check.h"
 
 namespace lowrank {

@@ -15,7 +15,8 @@ void selection(const char* name, Method method, int64_t d, int64_t r) {
     std::vector<uint64_t> keys(d), shares(d);
     std::vector<int32_t> counts(d), draws(r), indices(r);
     std::vector<float> scale(r);
-    const RowSelection s{method, norms.data(), d, r, keys.data(), shares.data(), counts.data(), draws.data(), indices.data(), scale.data()};
+    const RowSelection s{method,       norms.data(),   d,           r, keys.data(), shares.data(), counts.data(),
+                         draws.data(), indices.data(), scale.data()};
     const RandomStream stream{3, 4, 5};
     run_block(threads, [&](const auto& block) {
       if (method == Method::sample_replace) return select_by_draws(block, s, stream);
@@ -45,8 +46,10 @@ void grass(const char* name, bool left, int64_t high, int64_t wide, int count) {
     for (int j = count - 1; j > 0; --j) owner[indices[j]] = uint32_t(j);
     const auto scale = std::vector<float>(count, 1.5f);
     std::vector<uint8_t> ok(wide);
-    const Grass<W, G> step{w.data(), g.data(), m.data(), v.data(), wide, {indices.data(), scale.data(), owner.data(), count, size},
-                           0.5f, adam_step(0.9, 0.999, 1e-8, 0.1, 0.25, 1e-2, 3)};
+    const Grass<W, G> step{w.data(), g.data(),
+                           m.data(), v.data(),
+                           wide,     {indices.data(), scale.data(), owner.data(), count, size},
+                           0.5f,     adam_step(0.9, 0.999, 1e-8, 0.1, 0.25, 1e-2, 3)};
     std::vector<float> low_rank(moments);
     run_block(threads, [&](const auto& block) {
       for (int64_t i = 0; !left && i < high; ++i) {

@@ -1,4 +1,5 @@
 #include "../../core/store.h"
+
 #include "check.h"
 
 namespace lowrank {

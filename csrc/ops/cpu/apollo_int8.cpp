@@ -37,11 +37,10 @@ void apollo_plain(const Tensor& codes, const Tensor& weight_scale, const Tensor&
          1.0f, apollo_scaling(scale, per_tensor, scale_front, growth), buffers);
 }
 
-void apollo_tensor(const Tensor& codes, const Tensor& weight_scale, const Tensor& grad, const Tensor& basis,
-                   const Tensor& exp_avg, const Tensor& exp_avg_sq, const std::optional<Tensor>& limiter, const Tensor& step,
-                   const Tensor& lr, double beta1, double beta2, double eps, double weight_decay, double scale, bool left,
-                   int64_t seed, int64_t parameter, bool per_tensor, bool scale_front, double growth, int64_t offset,
-                   int64_t group_size) {
+void apollo_tensor(const Tensor& codes, const Tensor& weight_scale, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg,
+                   const Tensor& exp_avg_sq, const std::optional<Tensor>& limiter, const Tensor& step, const Tensor& lr,
+                   double beta1, double beta2, double eps, double weight_decay, double scale, bool left, int64_t seed,
+                   int64_t parameter, bool per_tensor, bool scale_front, double growth, int64_t offset, int64_t group_size) {
   const Int8Weight weight{codes, weight_scale, group_size, seed, parameter, offset};
   check_apollo_int8(weight, grad, basis, exp_avg, exp_avg_sq, limiter, left);
   const double count = number_of(kOp, "step", step, codes), rate = number_of(kOp, "lr", lr, codes);

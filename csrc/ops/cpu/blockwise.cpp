@@ -6,12 +6,12 @@
 
 namespace lowrank {
 
-int64_t adam_8bit_low_rank(const Tensor& r, const Stored& moments, const Tensor& x, std::vector<uint8_t>& ok,
-                           const AdamStep& step, float grad_scale, bool left) {
+int64_t adam_8bit_low_rank(const Tensor& r, const Stored& moments, const Tensor& x, std::vector<uint8_t>& ok, const AdamStep& step,
+                           float grad_scale, bool left) {
   const int64_t rows = r.size(0), columns = r.size(1), count = blocks(r.sizes());
   ok.assign(left ? columns : rows, 1);
-  LowRankAdam8bit adam{data<float>(r), storage(x), data<void>(x), moments.pointers(), nullptr, rows, columns, left,
-                       grad_scale, step};
+  LowRankAdam8bit adam{data<float>(r), storage(x), data<void>(x), moments.pointers(), nullptr,
+                       rows,           columns,    left,          grad_scale,         step};
   parallel(count, kBlock, [&](int64_t begin, int64_t end) { blockwise_kernels().mark_channels(adam, ok.data(), begin, end); });
   const int64_t skipped = std::count(ok.begin(), ok.end(), 0);
   if (skipped > 0) adam.ok = ok.data();
@@ -102,22 +102,21 @@ void back_project_on(const Int4Basis& basis, const Tensor& param, const Tensor& 
 
 // `gradient` is R if `projected`, else G. Returns how many weights were left out.
 template <class Basis>
-int64_t low_rank_step(const Tensor& param, const Tensor& gradient, const Basis& basis, const Stored& moments,
-                      const AdamStep& step, float grad_scale, bool projected, bool left, Workspace& work) {
+int64_t low_rank_step(const Tensor& param, const Tensor& gradient, const Basis& basis, const Stored& moments, const AdamStep& step,
+                      float grad_scale, bool projected, bool left, Workspace& work) {
   const Tensor x = work.low_rank.matrix(moments.exp_avg.size(0), moments.exp_avg.size(1));
   if (!projected) project_on(basis, x, gradient, left, work);
   std::vector<uint8_t> ok;
   const int64_t skipped = adam_8bit_low_rank(projected ? gradient : x, moments, x, ok, step, grad_scale, left);
-  if (skipped < int64_t(ok.size()))
-    back_project_on(basis, param, x, left, step, skipped > 0 ? ok.data() : nullptr, work);
+  if (skipped < int64_t(ok.size())) back_project_on(basis, param, x, left, step, skipped > 0 ? ok.data() : nullptr, work);
   return skipped * param.size(left ? 0 : 1);
 }
 
 constexpr const char *kGalore = "galore_step_8bit", *kSubspace = "subspace_step_8bit";
 
-void galore_step_8bit(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg,
-                      const Tensor& exp_avg_sq, const Tensor& exp_avg_absmax, const Tensor& exp_avg_sq_absmax, int64_t step,
-                      double lr, double beta1, double beta2, double eps, double weight_decay, double scale, bool left) {
+void galore_step_8bit(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                      const Tensor& exp_avg_absmax, const Tensor& exp_avg_sq_absmax, int64_t step, double lr, double beta1,
+                      double beta2, double eps, double weight_decay, double scale, bool left) {
   const Stored moments{exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax};
   const DenseBasis dense{basis};
   check_low_rank_step_8bit(kGalore, param, grad, dense, moments, false, left);
@@ -144,9 +143,8 @@ void galore_step_8bit_tensor(const Tensor& param, const Tensor& grad, const Tens
 
 // The list forms; `basis_of(i)` is a DenseBasis or an Int4Basis, and the lists that it is made of have been checked.
 template <class BasisOf>
-void step_list(const char* op, const Tensors& params, const Tensors& gradients, const BasisOf& basis_of,
-               const StoredLists& moments, const Tensors& steps, const Tensor& lr, const Hyper& hyper, const Guards& guards,
-               bool projected, bool left) {
+void step_list(const char* op, const Tensors& params, const Tensors& gradients, const BasisOf& basis_of, const StoredLists& moments,
+               const Tensors& steps, const Tensor& lr, const Hyper& hyper, const Guards& guards, bool projected, bool left) {
   moments.check_lengths(op, "params", params);
   check_length(op, "steps", steps, "params", params);
   check_guards(op, params, steps, lr, guards);
@@ -171,9 +169,10 @@ void step_list_dense(const Tensors& params, const Tensors& gradients, const Tens
   const char* op = projected ? kSubspace : kGalore;
   check_length(op, projected ? "low_rank_grads" : "grads", gradients, "params", params);
   check_length(op, "bases", bases, "params", params);
-  step_list(op, params, gradients, [&](size_t i) { return DenseBasis{bases[i]}; },
-            {exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes}, steps, lr, {beta1, beta2, eps, weight_decay, scale},
-            {grad_scale, found_inf, skipped}, projected, left);
+  step_list(
+      op, params, gradients, [&](size_t i) { return DenseBasis{bases[i]}; },
+      {exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes}, steps, lr, {beta1, beta2, eps, weight_decay, scale},
+      {grad_scale, found_inf, skipped}, projected, left);
 }
 
 template <bool projected>
@@ -188,10 +187,10 @@ void step_list_int4(const Tensors& params, const Tensors& gradients, const Tenso
   check_length(op, "bases", bases, "params", params);
   check_length(op, "basis_scales", basis_scales, "params", params);
   check_length(op, "basis_offsets", basis_offsets, "params", params);
-  step_list(op, params, gradients,
-            [&](size_t i) { return Int4Basis{bases[i], basis_scales[i], basis_offsets[i], group_size}; },
-            {exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes}, steps, lr, {beta1, beta2, eps, weight_decay, scale},
-            {grad_scale, found_inf, skipped}, projected, left);
+  step_list(
+      op, params, gradients, [&](size_t i) { return Int4Basis{bases[i], basis_scales[i], basis_offsets[i], group_size}; },
+      {exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes}, steps, lr, {beta1, beta2, eps, weight_decay, scale},
+      {grad_scale, found_inf, skipped}, projected, left);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank, CPU, library) {

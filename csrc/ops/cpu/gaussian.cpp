@@ -12,9 +12,8 @@ constexpr int64_t kPanelElements = 1 << 17;
 void make_rows(const Matrix& out, const GaussianBasis& basis, int64_t first, int64_t last) {
   if (first == last) return;
   const int64_t low = first / kGroup, high = (last - 1) / kGroup + 1;
-  parallel(high - low, kGroup * basis.rank, [&](int64_t begin, int64_t end) {
-    gaussian_kernels().rows(out, basis, first, last, low + begin, low + end);
-  });
+  parallel(high - low, kGroup * basis.rank,
+           [&](int64_t begin, int64_t end) { gaussian_kernels().rows(out, basis, first, last, low + begin, low + end); });
 }
 
 // Calls f(panel, row, rows) on panels of the basis; `row` counts from the first.

@@ -29,8 +29,7 @@ Tensor dequantize(const Tensor& packed, const Tensor& scale, const Tensor& offse
   return basis;
 }
 
-Tensor project(const Tensor& grad, const Tensor& packed, const Tensor& scale, const Tensor& offset, bool left,
-               int64_t group_size) {
+Tensor project(const Tensor& grad, const Tensor& packed, const Tensor& scale, const Tensor& offset, bool left, int64_t group_size) {
   check_project_int4("project_int4", grad, packed, scale, offset, left, group_size);
   const Tensor r = empty(int4_low_rank_shape(grad, packed, left));
   Scratch panel, tile;
@@ -38,8 +37,8 @@ Tensor project(const Tensor& grad, const Tensor& packed, const Tensor& scale, co
   return r;
 }
 
-void back_project(const Tensor& param, const Tensor& low_rank, const Tensor& packed, const Tensor& scale,
-                  const Tensor& offset, double alpha, double beta, bool left, int64_t group_size) {
+void back_project(const Tensor& param, const Tensor& low_rank, const Tensor& packed, const Tensor& scale, const Tensor& offset,
+                  double alpha, double beta, bool left, int64_t group_size) {
   check_back_project_int4("back_project_int4_", param, low_rank, packed, scale, offset, left, group_size);
   Scratch panel, tile;
   const Int4 basis = as_int4(packed, scale, offset, param.size(left ? 0 : 1), group_size);

@@ -22,9 +22,7 @@ void for_panels(const Int4& basis, int64_t first, int64_t count, Scratch& scratc
       const int64_t high = std::min(vectors, basis.r - v), wide = std::min(entries, count - i);
       const Tensor panel = scratch.matrix(high, wide);
       float* to = data<float>(panel);
-      parallel(high, wide, [&](int64_t begin, int64_t end) {
-        int4_kernels().unpack(basis, to, v, first + i, wide, begin, end);
-      });
+      parallel(high, wide, [&](int64_t begin, int64_t end) { int4_kernels().unpack(basis, to, v, first + i, wide, begin, end); });
       f(panel, v, i);
     }
   }
@@ -50,9 +48,8 @@ void project_int4_into(const Tensor& r, const Tensor& grad, const Int4& basis, b
   } else if (storage(grad) == DType::f32) {
     add(grad, 0, 0);
   } else {
-    for_tiles(grad.size(0), grad.size(1), [&](int64_t i, int64_t j, int64_t rows, int64_t columns) {
-      add(widened(grad, i, j, rows, columns, tile), i, j);
-    });
+    for_tiles(grad.size(0), grad.size(1),
+              [&](int64_t i, int64_t j, int64_t rows, int64_t columns) { add(widened(grad, i, j, rows, columns, tile), i, j); });
   }
 }
 
@@ -63,8 +60,7 @@ void back_project_int4_tile(const Tensor& w, int64_t row, int64_t column, const 
     const int64_t vectors = b.size(0), entries = b.size(1);
     const double kept = v == 0 ? beta : 1.0;
     if (left) {
-      multiply_into(block(w, i, 0, entries, columns), transposed(b, 0, vectors), part(x, v, column, vectors, columns), kept,
-                    alpha);
+      multiply_into(block(w, i, 0, entries, columns), transposed(b, 0, vectors), part(x, v, column, vectors, columns), kept, alpha);
     } else {
       multiply_into(block(w, 0, i, rows, entries), part(x, row, v, rows, vectors), b, kept, alpha);
     }

@@ -14,9 +14,8 @@ std::tuple<Tensor, Tensor> quantize_int8(const Tensor& weight, int64_t group_siz
   const Tensor codes = empty({m, n}, aoti_torch_dtype_int8()), scale = empty({m, (n + group_size - 1) / group_size});
   const Matrix dense{storage(weight), data<void>(weight), n};
   const Int8Matrix w = as_int8(codes, scale, group_size);
-  parallel(m * w.groups(), group_size, [&](int64_t begin, int64_t end) {
-    int8_kernels().quantize(dense, w, {0, 0, m, n}, begin, end);
-  });
+  parallel(m * w.groups(), group_size,
+           [&](int64_t begin, int64_t end) { int8_kernels().quantize(dense, w, {0, 0, m, n}, begin, end); });
   return {codes, scale};
 }
 
@@ -29,8 +28,8 @@ Tensor dequantize_int8(const Tensor& codes, const Tensor& scale, int64_t group_s
   return out;
 }
 
-void update(const Tensor& codes, const Tensor& scale, const Tensor& update, double alpha, double decay, int64_t seed,
-            uint32_t step, int64_t parameter, int64_t offset, int64_t group_size) {
+void update(const Tensor& codes, const Tensor& scale, const Tensor& update, double alpha, double decay, int64_t seed, uint32_t step,
+            int64_t parameter, int64_t offset, int64_t group_size) {
   const Int8Step at{{float(alpha), float(decay)}, {uint64_t(seed), step, uint32_t(parameter)}, uint64_t(offset)};
   update_int8_tile(as_int8(codes, scale, group_size), {0, 0, codes.size(0), codes.size(1)},
                    {storage(update), data<void>(update), codes.size(1)}, at);
@@ -44,9 +43,8 @@ void int8_update_plain(const Tensor& codes, const Tensor& scale, const Tensor& d
   update(codes, scale, dense, alpha, decay, seed, uint32_t(step), parameter, offset, group_size);
 }
 
-void int8_update_tensor(const Tensor& codes, const Tensor& scale, const Tensor& dense, const Tensor& alpha,
-                        const Tensor& decay, int64_t seed, const Tensor& step, int64_t parameter, int64_t offset,
-                        int64_t group_size) {
+void int8_update_tensor(const Tensor& codes, const Tensor& scale, const Tensor& dense, const Tensor& alpha, const Tensor& decay,
+                        int64_t seed, const Tensor& step, int64_t parameter, int64_t offset, int64_t group_size) {
   constexpr const char* op = "int8_update_";
   check_int8_update(codes, scale, dense, group_size);
   const std::pair<const char*, const Tensor&> numbers[] = {{"alpha", alpha}, {"decay", decay}, {"step", step}};
@@ -116,8 +114,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, co
               const Tensor dense_t = transposed(dense, 0, count);
               if (!b) return multiply(y, a, dense_t);
               const Tensor start = view(*b, first, y.size(0), count, 0, 1);
-              STABLE_TORCH_ERROR_CODE_CHECK(
-                  aoti_torch_cpu_addmm_out(y.get(), start.get(), a.get(), dense_t.get(), 1, 1));
+              STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), start.get(), a.get(), dense_t.get(), 1, 1));
             });
   return out;
 }

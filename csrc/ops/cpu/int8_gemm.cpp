@@ -19,9 +19,7 @@ Int8Operand quantized(const Int8Source& from, bool rows, Scratch& scratch) {
   to.codes = reinterpret_cast<uint8_t*>(memory);
   to.scale = reinterpret_cast<float*>(memory + channels * to.width());
   to.sum = rows ? reinterpret_cast<int32_t*>(to.scale + channels) : nullptr;
-  parallel(parts, kInt8Block * to.width(), [&](int64_t begin, int64_t end) {
-    int8_gemm_kernels().quantize(from, to, begin, end);
-  });
+  parallel(parts, kInt8Block * to.width(), [&](int64_t begin, int64_t end) { int8_gemm_kernels().quantize(from, to, begin, end); });
   return to;
 }
 
@@ -36,13 +34,11 @@ void project_int8_gemm(const Tensor& r, const Tensor& grad, const Tensor& basis,
   const Int8Operand b = quantized(source_of(basis, true), left, work.basis);
   const Int8Source g = source_of(grad, left);
   if (left) {
-    parallel((g.channels + kInt8Block - 1) / kInt8Block, kInt8Block * g.depth, [&](int64_t begin, int64_t end) {
-      int8_gemm_kernels().project_columns(b, g, out, begin, end);
-    });
+    parallel((g.channels + kInt8Block - 1) / kInt8Block, kInt8Block * g.depth,
+             [&](int64_t begin, int64_t end) { int8_gemm_kernels().project_columns(b, g, out, begin, end); });
   } else {
-    parallel((g.channels + kInt8Rows - 1) / kInt8Rows, kInt8Rows * g.depth, [&](int64_t begin, int64_t end) {
-      int8_gemm_kernels().project_rows(g, b, out, begin, end);
-    });
+    parallel((g.channels + kInt8Rows - 1) / kInt8Rows, kInt8Rows * g.depth,
+             [&](int64_t begin, int64_t end) { int8_gemm_kernels().project_rows(g, b, out, begin, end); });
   }
 }
 
@@ -57,9 +53,8 @@ void back_project_int8_gemm(const Tensor& param, const Tensor& x, const Tensor& 
                       left ? ok : nullptr,
                       float(beta),
                       float(alpha)};
-  parallel((param.size(0) + kInt8Rows - 1) / kInt8Rows, kInt8Rows * param.size(1), [&](int64_t begin, int64_t end) {
-    int8_gemm_kernels().back(back, begin, end);
-  });
+  parallel((param.size(0) + kInt8Rows - 1) / kInt8Rows, kInt8Rows * param.size(1),
+           [&](int64_t begin, int64_t end) { int8_gemm_kernels().back(back, begin, end); });
 }
 
 }  // namespace lowrank

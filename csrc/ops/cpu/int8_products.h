@@ -16,7 +16,7 @@ void dequantize_int8_tile(const Int8Matrix& w, const Int8Tile& tile, const Matri
 void update_int8_tile(const Int8Matrix& w, const Int8Tile& tile, const Matrix& dense, const Int8Step& step);
 
 // The same with c o dense as the update: one c a row of the tile, or else a column (the other is null). NaN leaves out a channel.
-void update_int8_scaled(const Int8Matrix& w, const Int8Tile& tile, const Matrix& dense, const float* by_row,
-                        const float* by_column, const Int8Step& step);
+void update_int8_scaled(const Int8Matrix& w, const Int8Tile& tile, const Matrix& dense, const float* by_row, const float* by_column,
+                        const Int8Step& step);
 
 }  // namespace lowrank

@@ -6,9 +6,7 @@
 namespace lowrank {
 namespace {
 
-Int4 int4_of(const AnyBasis& basis, int64_t d) {
-  return as_int4(basis.basis, *basis.scale, *basis.offset, d, basis.group_size);
-}
+Int4 int4_of(const AnyBasis& basis, int64_t d) { return as_int4(basis.basis, *basis.scale, *basis.offset, d, basis.group_size); }
 
 // Calls f(row, column, rows, columns) on tiles that end with a group of their rows.
 template <class F>
@@ -21,8 +19,8 @@ void for_int8_tiles(int64_t m, int64_t n, const F& f) {
 
 }  // namespace
 
-void back_project_int8_into(const Int8Matrix& w, int64_t m, const Tensor& x, const AnyBasis& basis, bool left,
-                            const Int8Step& step, Int8Workspace& work) {
+void back_project_int8_into(const Int8Matrix& w, int64_t m, const Tensor& x, const AnyBasis& basis, bool left, const Int8Step& step,
+                            Int8Workspace& work) {
   const int64_t n = w.columns, r = basis.rank();
   if (m == 0 || n == 0) return;
   const auto each_tile = [&](const auto& product) {
@@ -62,8 +60,8 @@ void back_project(const Tensor& codes, const Tensor& scale, const Tensor& x, con
 
 void back_project_plain(const Tensor& codes, const Tensor& scale, const Tensor& low_rank, const Tensor& basis,
                         const std::optional<Tensor>& basis_scale, const std::optional<Tensor>& basis_offset, double alpha,
-                        double decay, bool left, int64_t seed, int64_t step, int64_t parameter, int64_t offset,
-                        int64_t group_size, int64_t basis_group_size) {
+                        double decay, bool left, int64_t seed, int64_t step, int64_t parameter, int64_t offset, int64_t group_size,
+                        int64_t basis_group_size) {
   const AnyBasis b{basis, basis_scale, basis_offset, basis_group_size};
   check_back_project_int8(codes, scale, low_rank, b, left, group_size);
   check_int8_numbers(kBack, alpha, decay, step);
@@ -72,9 +70,9 @@ void back_project_plain(const Tensor& codes, const Tensor& scale, const Tensor& 
 }
 
 void back_project_tensor(const Tensor& codes, const Tensor& scale, const Tensor& low_rank, const Tensor& basis,
-                         const std::optional<Tensor>& basis_scale, const std::optional<Tensor>& basis_offset,
-                         const Tensor& alpha, const Tensor& decay, bool left, int64_t seed, const Tensor& step,
-                         int64_t parameter, int64_t offset, int64_t group_size, int64_t basis_group_size) {
+                         const std::optional<Tensor>& basis_scale, const std::optional<Tensor>& basis_offset, const Tensor& alpha,
+                         const Tensor& decay, bool left, int64_t seed, const Tensor& step, int64_t parameter, int64_t offset,
+                         int64_t group_size, int64_t basis_group_size) {
   const AnyBasis b{basis, basis_scale, basis_offset, basis_group_size};
   check_back_project_int8(codes, scale, low_rank, b, left, group_size);
   const double a = number_of(kBack, "alpha", alpha, codes), d = number_of(kBack, "decay", decay, codes);

@@ -41,9 +41,18 @@ void ratio(Channels& c, const LowRankGradient& t, const Tensor& r, const Tensor*
              : norm_kernels().rows(g, n, c.gradient_norms.data(), begin, end);
     });
   }
-  const Ratio a{data<float>(r), data<float>(t.exp_avg), data<float>(t.exp_avg_sq), x ? data<float>(*x) : nullptr,
-                c.r_squares.data(), c.n_squares.data(), limited ? c.gradient_norms.data() : nullptr, c.ok.data(),
-                r.size(0), r.size(1), grad_scale, step};
+  const Ratio a{data<float>(r),
+                data<float>(t.exp_avg),
+                data<float>(t.exp_avg_sq),
+                x ? data<float>(*x) : nullptr,
+                c.r_squares.data(),
+                c.n_squares.data(),
+                limited ? c.gradient_norms.data() : nullptr,
+                c.ok.data(),
+                r.size(0),
+                r.size(1),
+                grad_scale,
+                step};
   std::atomic<int64_t> skipped = 0;
   parallel(t.channels(), t.left ? r.size(0) : r.size(1), [&](int64_t begin, int64_t end) {
     skipped += (t.left ? residual_kernels().ratio_columns : residual_kernels().ratio_rows)(a, begin, end);
@@ -88,8 +97,15 @@ void move(const Matrices& t, const Tensor& basis, const Tensor* x, const Tensor*
   };
   const float *by_row = t.left ? nullptr : c.coefficients.data(), *by_column = t.left ? c.coefficients.data() : nullptr;
   const auto run = [&](int64_t i, int64_t j, int64_t rows, int64_t columns, const float* back, const float* within) {
-    const Move a{from(t.param, i, j), from(t.grad, i, j), back, within,
-                 by_row ? by_row + i : nullptr, by_column ? by_column + j : nullptr, columns, decay, rate};
+    const Move a{from(t.param, i, j),
+                 from(t.grad, i, j),
+                 back,
+                 within,
+                 by_row ? by_row + i : nullptr,
+                 by_column ? by_column + j : nullptr,
+                 columns,
+                 decay,
+                 rate};
     parallel(rows, columns, [&](int64_t begin, int64_t end) { residual_kernels().move(a, begin, end); });
   };
   if (x == nullptr) {
@@ -141,8 +157,8 @@ Channels apollo_channels(const LowRankGradient& t, const std::optional<Tensor>& 
 
 namespace {
 
-int64_t apollo(const Matrices& t, const std::optional<Tensor>& limiter, const AdamStep& step, float grad_scale,
-               const Scaling& how, Buffers& buffers) {
+int64_t apollo(const Matrices& t, const std::optional<Tensor>& limiter, const AdamStep& step, float grad_scale, const Scaling& how,
+               Buffers& buffers) {
   const Channels c = apollo_channels(t.low_rank(), limiter, step, grad_scale, how, buffers);
   move(t, t.basis, nullptr, nullptr, c, step.decay, corrected(step), buffers);
   return c.skipped * t.depth();
@@ -184,8 +200,15 @@ int64_t frugal(const Matrices& t, const AdamStep& step, float grad_scale, double
   const Tensor basis = as_fp32(t.basis, buffers.work.basis);
   project_into(r, t.grad, basis, t.left, buffers.work.tile);
   Channels c(t.channels());
-  const LowRankAdam adam{data<float>(r), data<float>(t.exp_avg), data<float>(t.exp_avg_sq), data<float>(x), c.ok.data(),
-                         rows,           columns,                grad_scale,                step};
+  const LowRankAdam adam{data<float>(r),
+                         data<float>(t.exp_avg),
+                         data<float>(t.exp_avg_sq),
+                         data<float>(x),
+                         c.ok.data(),
+                         rows,
+                         columns,
+                         grad_scale,
+                         step};
   std::atomic<int64_t> skipped = 0;
   parallel(t.channels(), t.left ? rows : columns, [&](int64_t begin, int64_t end) {
     skipped += (t.left ? step_kernels().adam_columns : step_kernels().adam_rows)(adam, begin, end);
@@ -227,8 +250,8 @@ void apollo_plain(const Tensor& param, const Tensor& grad, const Tensor& basis, 
   check_apollo_step(param, grad, basis, exp_avg, exp_avg_sq, limiter, left);
   const AdamStep at = Hyper{beta1, beta2, eps, weight_decay}.at(count_of("apollo_step", step), lr);
   Buffers buffers;
-  apollo({param, grad, basis, exp_avg, exp_avg_sq, left}, limiter, at, 1.0f,
-         apollo_scaling(scale, per_tensor, scale_front, growth), buffers);
+  apollo({param, grad, basis, exp_avg, exp_avg_sq, left}, limiter, at, 1.0f, apollo_scaling(scale, per_tensor, scale_front, growth),
+         buffers);
 }
 
 void apollo_tensor(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg, const Tensor& exp_avg_sq,
@@ -252,9 +275,7 @@ void apollo_list(const Tensors& params, const Tensors& grads, const Tensors& bas
   for_list(
       "apollo_step", params, grads, bases, exp_avgs, exp_avg_sqs, {{"limiters", &limiters}}, steps, lr,
       {grad_scale, found_inf, skipped},
-      [&](size_t i) {
-        check_apollo_step(params[i], grads[i], bases[i], exp_avgs[i], exp_avg_sqs[i], entry(limiters, i), left);
-      },
+      [&](size_t i) { check_apollo_step(params[i], grads[i], bases[i], exp_avgs[i], exp_avg_sqs[i], entry(limiters, i), left); },
       [&](size_t i, double step, double rate, float factor) {
         return apollo({params[i], grads[i], bases[i], exp_avgs[i], exp_avg_sqs[i], left}, entry(limiters, i), hyper.at(step, rate),
                       factor, how, buffers);
@@ -309,8 +330,8 @@ void frugal_plain(const Tensor& param, const Tensor& grad, const Tensor& basis, 
 }
 
 void frugal_tensor(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                   const Tensor& step, const Tensor& lr, double beta1, double beta2, double eps, double weight_decay,
-                   double scale, double residual_scale, bool sign, bool left) {
+                   const Tensor& step, const Tensor& lr, double beta1, double beta2, double eps, double weight_decay, double scale,
+                   double residual_scale, bool sign, bool left) {
   check_galore_step("frugal_step", param, grad, basis, exp_avg, exp_avg_sq, left);
   const double count = number_of("frugal_step", "step", step, param), rate = number_of("frugal_step", "lr", lr, param);
   Buffers buffers;
@@ -327,9 +348,7 @@ void frugal_list(const Tensors& params, const Tensors& grads, const Tensors& bas
   const Hyper hyper{beta1, beta2, eps, weight_decay};
   for_list(
       "frugal_step", params, grads, bases, exp_avgs, exp_avg_sqs, {}, steps, lr, {grad_scale, found_inf, skipped},
-      [&](size_t i) {
-        check_galore_step("frugal_step", params[i], grads[i], bases[i], exp_avgs[i], exp_avg_sqs[i], left);
-      },
+      [&](size_t i) { check_galore_step("frugal_step", params[i], grads[i], bases[i], exp_avgs[i], exp_avg_sqs[i], left); },
       [&](size_t i, double step, double rate, float factor) {
         return frugal({params[i], grads[i], bases[i], exp_avgs[i], exp_avg_sqs[i], left}, hyper.at(step, rate), factor, scale,
                       residual_scale, sign, buffers);

@@ -41,11 +41,18 @@ std::tuple<Tensor, Tensor> select_rows(const Tensor& norms, int64_t r, std::stri
   const bool draws = how == Method::sample_replace;
   std::vector<uint64_t> keys(d), shares(draws ? d : 0);
   std::vector<int32_t> counts(draws ? d : 0), drawn(draws ? r : 0);
-  const RowSelection selection{how,           data<float>(norms), d,           r, keys.data(), shares.data(), counts.data(),
-                               drawn.data(), data<int32_t>(indices), data<float>(scale)};
+  const RowSelection selection{how,
+                               data<float>(norms),
+                               d,
+                               r,
+                               keys.data(),
+                               shares.data(),
+                               counts.data(),
+                               drawn.data(),
+                               data<int32_t>(indices),
+                               data<float>(scale)};
   const RandomStream stream{uint64_t(seed), uint32_t(step), uint32_t(parameter)};
-  if (!draws)
-    parallel(d, 16, [&](int64_t begin, int64_t end) { sparse_kernels().keys(selection, stream, begin, end); });
+  if (!draws) parallel(d, 16, [&](int64_t begin, int64_t end) { sparse_kernels().keys(selection, stream, begin, end); });
   sparse_kernels().select(selection, stream);
   return {indices, scale};
 }
@@ -86,14 +93,20 @@ int64_t run(const Tensor& param, const Tensor& grad, const Tensor& indices, cons
   const bool decays = step.decay != 1.0f;
   std::vector<uint8_t> ok(left && decays ? n : 0);
   const SelectedRows rows{data<int32_t>(indices), scale_data(row_scale), owner.data(), r, left ? m : n};
-  const GrassStep grass{matrix_of(param), matrix_of(grad), data<float>(exp_avg), data<float>(exp_avg_sq), n, rows,
-                        grad_scale,       step,            ok.empty() ? nullptr : ok.data()};
+  const GrassStep grass{matrix_of(param),
+                        matrix_of(grad),
+                        data<float>(exp_avg),
+                        data<float>(exp_avg_sq),
+                        n,
+                        rows,
+                        grad_scale,
+                        step,
+                        ok.empty() ? nullptr : ok.data()};
   std::atomic<int64_t> skipped = 0;
   parallel(left ? n : m, left || !decays ? r : n, [&](int64_t begin, int64_t end) {
     skipped += (left ? sparse_kernels().grass_columns : sparse_kernels().grass_rows)(grass, begin, end);
   });
-  if (left && decays)
-    parallel(m, n, [&](int64_t begin, int64_t end) { sparse_kernels().decay_rows(grass, begin, end); });
+  if (left && decays) parallel(m, n, [&](int64_t begin, int64_t end) { sparse_kernels().decay_rows(grass, begin, end); });
   return skipped * (left ? m : n);
 }
 

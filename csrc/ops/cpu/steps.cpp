@@ -15,13 +15,12 @@ struct Products {
 
 // One step from the projected gradient r; x, which may be r, gets the Adam update. Returns the number of weights left out.
 int64_t step_from(const Tensor& param, const Tensor& r, const Tensor& x, const Tensor& basis, const Tensor& exp_avg,
-                  const Tensor& exp_avg_sq, const AdamStep& step, float grad_scale, const Products& products,
-                  Workspace& work) {
+                  const Tensor& exp_avg_sq, const AdamStep& step, float grad_scale, const Products& products, Workspace& work) {
   const bool left = products.left;
   const int64_t rows = r.size(0), columns = r.size(1), channels = left ? columns : rows;
   std::vector<uint8_t> ok(channels);
-  const LowRankAdam adam{data<float>(r), data<float>(exp_avg), data<float>(exp_avg_sq), data<float>(x), ok.data(),
-                         rows,           columns,              grad_scale,              step};
+  const LowRankAdam adam{
+      data<float>(r), data<float>(exp_avg), data<float>(exp_avg_sq), data<float>(x), ok.data(), rows, columns, grad_scale, step};
   std::atomic<int64_t> skipped = 0;
   parallel(channels, left ? rows : columns, [&](int64_t begin, int64_t end) {
     skipped += (left ? step_kernels().adam_columns : step_kernels().adam_rows)(adam, begin, end);
@@ -38,14 +37,13 @@ int64_t step_from(const Tensor& param, const Tensor& r, const Tensor& x, const T
 struct Galore {
   static constexpr const char* name = "galore_step";
 
-  static void check(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg,
-                    const Tensor& exp_avg_sq, bool left) {
+  static void check(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                    bool left) {
     check_galore_step(name, param, grad, basis, exp_avg, exp_avg_sq, left);
   }
 
-  static int64_t run(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg,
-                     const Tensor& exp_avg_sq, const AdamStep& step, float grad_scale, const Products& products,
-                     Workspace& work) {
+  static int64_t run(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                     const AdamStep& step, float grad_scale, const Products& products, Workspace& work) {
     const Tensor r = work.low_rank.matrix(exp_avg.size(0), exp_avg.size(1));
     if (products.int8_gemm) {
       project_int8_gemm(r, grad, basis, products.left, work);
@@ -65,9 +63,8 @@ struct Subspace {
     check_subspace_step(name, param, &low_rank_grad, basis, exp_avg, exp_avg_sq, left);
   }
 
-  static int64_t run(const Tensor& param, const Tensor& r, const Tensor& basis, const Tensor& exp_avg,
-                     const Tensor& exp_avg_sq, const AdamStep& step, float grad_scale, const Products& products,
-                     Workspace& work) {
+  static int64_t run(const Tensor& param, const Tensor& r, const Tensor& basis, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                     const AdamStep& step, float grad_scale, const Products& products, Workspace& work) {
     const Tensor x = work.low_rank.matrix(r.size(0), r.size(1));
     return step_from(param, r, x, basis, exp_avg, exp_avg_sq, step, grad_scale, products, work);
   }
@@ -75,8 +72,8 @@ struct Subspace {
 
 template <class Op>
 void step_plain(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay, double scale,
-                bool left, bool int8_gemm) {
+                int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay, double scale, bool left,
+                bool int8_gemm) {
   Op::check(param, grad, basis, exp_avg, exp_avg_sq, left);
   if (step < 1) fail(Op::name, "step counts from 1, got ", step);
   const Hyper hyper{beta1, beta2, eps, weight_decay, scale};
@@ -85,9 +82,9 @@ void step_plain(const Tensor& param, const Tensor& grad, const Tensor& basis, co
 }
 
 template <class Op>
-void step_tensor(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg,
-                 const Tensor& exp_avg_sq, const Tensor& step, const Tensor& lr, double beta1, double beta2, double eps,
-                 double weight_decay, double scale, bool left, bool int8_gemm) {
+void step_tensor(const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                 const Tensor& step, const Tensor& lr, double beta1, double beta2, double eps, double weight_decay, double scale,
+                 bool left, bool int8_gemm) {
   Op::check(param, grad, basis, exp_avg, exp_avg_sq, left);
   expect_scalar(Op::name, "step", step, place_of(param));
   expect_scalar(Op::name, "lr", lr, place_of(param));
@@ -132,9 +129,8 @@ void adamw_step(const Tensors& params, const Tensors& grads, const Tensors& exp_
   const Hyper hyper{beta1, beta2, eps, weight_decay, 1.0};
   for (size_t i = 0; i < params.size(); ++i) {
     const float step = *data<float>(steps[i]) += 1.0f;
-    const AdamW adam{storage(params[i]),       storage(grads[i]),         data<void>(params[i]),
-                     data<void>(grads[i]),     data<float>(exp_avgs[i]),  data<float>(exp_avg_sqs[i]),
-                     grad_scale_of(guards),    hyper.at(step, rate)};
+    const AdamW adam{storage(params[i]),       storage(grads[i]),           data<void>(params[i]), data<void>(grads[i]),
+                     data<float>(exp_avgs[i]), data<float>(exp_avg_sqs[i]), grad_scale_of(guards), hyper.at(step, rate)};
     std::atomic<int64_t> left_out = 0;
     parallel(params[i].numel(), 1, [&](int64_t begin, int64_t end) { left_out += step_kernels().adamw(adam, begin, end); });
     count_skipped(guards, left_out);

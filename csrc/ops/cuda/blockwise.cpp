@@ -1,7 +1,8 @@
 // torch.ops.lowrank on CUDA: blockwise 8-bit codes, and Adam on them. The products of galore_step_8bit are Triton's.
+#include "../../cuda/blockwise.h"
+
 #include <utility>
 
-#include "../../cuda/blockwise.h"
 #include "../blockwise.h"
 #include "tensors.h"
 
@@ -53,10 +54,10 @@ void adam_8bit(const Tensors& params, const Tensors& grads, const Tensors& exp_a
       });
 }
 
-void adam_8bit_low_rank(const Tensors& low_rank_grads, const Tensors& updates, const Tensors& exp_avgs,
-                        const Tensors& exp_avg_sqs, const Tensors& exp_avg_absmaxes, const Tensors& exp_avg_sq_absmaxes,
-                        const Tensors& steps, double beta1, double beta2, double eps, bool left,
-                        const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+void adam_8bit_low_rank(const Tensors& low_rank_grads, const Tensors& updates, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+                        const Tensors& exp_avg_absmaxes, const Tensors& exp_avg_sq_absmaxes, const Tensors& steps, double beta1,
+                        double beta2, double eps, bool left, const std::optional<Tensor>& grad_scale,
+                        const std::optional<Tensor>& found_inf) {
   const StoredLists moments{exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes};
   check_adam_8bit_low_rank(low_rank_grads, updates, moments, steps, grad_scale, found_inf);
   if (low_rank_grads.empty()) return;
@@ -75,9 +76,13 @@ void adam_8bit_low_rank(const Tensors& low_rank_grads, const Tensors& updates, c
       [&](size_t i) {
         const Tensor& r = low_rank_grads[i];
         uint8_t* const first = std::exchange(ok, ok + r.size(left ? 1 : 0));
-        return LowRankAdam8bitList::Item{static_cast<const float*>(r.data_ptr()), updates[i].data_ptr(),
-                                         moments.at(i).pointers(), static_cast<const float*>(steps[i].data_ptr()), first,
-                                         r.size(0), r.size(1)};
+        return LowRankAdam8bitList::Item{static_cast<const float*>(r.data_ptr()),
+                                         updates[i].data_ptr(),
+                                         moments.at(i).pointers(),
+                                         static_cast<const float*>(steps[i].data_ptr()),
+                                         first,
+                                         r.size(0),
+                                         r.size(1)};
       },
       [&](DType x, const LowRankAdam8bitList& list) {
         STD_CUDA_CHECK(launch_mark_channels(list, scalars, stream));

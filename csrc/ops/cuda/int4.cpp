@@ -15,8 +15,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& basis, int64_t group_s
   const Place place = place_of(basis);
   const Tensor packed = empty({r, (d + 1) / 2}, place, aoti_torch_dtype_uint8());
   const Tensor scale = empty(scales, place), offset = empty(scales, place);
-  STD_CUDA_CHECK(launch_quantize_int4(storage(basis), basis.data_ptr(), as_int4(packed, scale, offset, d, group_size),
-                                      current_stream(basis)));
+  STD_CUDA_CHECK(
+      launch_quantize_int4(storage(basis), basis.data_ptr(), as_int4(packed, scale, offset, d, group_size), current_stream(basis)));
   return {packed, scale, offset};
 }
 

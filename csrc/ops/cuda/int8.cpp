@@ -16,8 +16,8 @@ std::tuple<Tensor, Tensor> quantize_int8(const Tensor& weight, int64_t group_siz
   const Place place = place_of(weight);
   const Tensor codes = empty({m, n}, place, aoti_torch_dtype_int8());
   const Tensor scale = empty({m, (n + group_size - 1) / group_size}, place);
-  STD_CUDA_CHECK(launch_quantize_int8(storage(weight), weight.data_ptr(), as_int8(codes, scale, group_size), m,
-                                      current_stream(weight)));
+  STD_CUDA_CHECK(
+      launch_quantize_int8(storage(weight), weight.data_ptr(), as_int8(codes, scale, group_size), m, current_stream(weight)));
   return {codes, scale};
 }
 
@@ -33,8 +33,8 @@ Tensor dequantize_int8(const Tensor& codes, const Tensor& scale, int64_t group_s
 
 void update(const Tensor& codes, const Tensor& scale, const Tensor& dense, const Int8Scalars& scalars, int64_t group_size) {
   const DeviceGuard guard(codes.get_device_index());
-  STD_CUDA_CHECK(launch_update_int8(storage(dense), as_int8(codes, scale, group_size), dense.data_ptr(), scalars,
-                                    codes.size(0), current_stream(codes)));
+  STD_CUDA_CHECK(launch_update_int8(storage(dense), as_int8(codes, scale, group_size), dense.data_ptr(), scalars, codes.size(0),
+                                    current_stream(codes)));
 }
 
 Number known(double value) { return {Number::Type::host, nullptr, value}; }
@@ -48,9 +48,8 @@ void int8_update_plain(const Tensor& codes, const Tensor& scale, const Tensor& d
          {known(alpha), known(decay), known(double(step)), uint64_t(seed), uint64_t(offset), uint32_t(parameter)}, group_size);
 }
 
-void int8_update_tensor(const Tensor& codes, const Tensor& scale, const Tensor& dense, const Tensor& alpha,
-                        const Tensor& decay, int64_t seed, const Tensor& step, int64_t parameter, int64_t offset,
-                        int64_t group_size) {
+void int8_update_tensor(const Tensor& codes, const Tensor& scale, const Tensor& dense, const Tensor& alpha, const Tensor& decay,
+                        int64_t seed, const Tensor& step, int64_t parameter, int64_t offset, int64_t group_size) {
   constexpr const char* op = "int8_update_";
   check_int8_update(codes, scale, dense, group_size);
   const auto at = [&](const char* name, const Tensor& t) {

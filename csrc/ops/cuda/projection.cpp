@@ -16,9 +16,7 @@ Tensor channel_norms(const Tensor& grad, bool left) {
   return norms;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lowrank, CUDA, library) {
-  library.impl("channel_norms", TORCH_BOX(&channel_norms));
-}
+STABLE_TORCH_LIBRARY_IMPL(lowrank, CUDA, library) { library.impl("channel_norms", TORCH_BOX(&channel_norms)); }
 
 }  // namespace
 }  // namespace lowrank

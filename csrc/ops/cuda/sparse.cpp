@@ -48,8 +48,8 @@ Tensor gather_rows(const Tensor& grad, const Tensor& indices, const std::optiona
   check_gather_rows(grad, indices, scale);
   const DeviceGuard guard(grad.get_device_index());
   const Tensor out = empty(selected_shape(grad, indices, left), place_of(grad));
-  STD_CUDA_CHECK(launch_gather(storage(grad), grad.data_ptr(), selected(grad, indices, scale, left), data<float>(out),
-                               grad.size(0), grad.size(1), left, current_stream(grad)));
+  STD_CUDA_CHECK(launch_gather(storage(grad), grad.data_ptr(), selected(grad, indices, scale, left), data<float>(out), grad.size(0),
+                               grad.size(1), left, current_stream(grad)));
   return out;
 }
 

@@ -1,5 +1,6 @@
 // torch.ops.lowrank on CUDA: fused optimizer steps.
 #include "../steps.h"
+
 #include "tensors.h"
 
 namespace lowrank {
@@ -31,9 +32,7 @@ void adamw_step(const Tensors& params, const Tensors& grads, const Tensors& exp_
       });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lowrank, CUDA, library) {
-  library.impl("adamw_step", TORCH_BOX(&adamw_step));
-}
+STABLE_TORCH_LIBRARY_IMPL(lowrank, CUDA, library) { library.impl("adamw_step", TORCH_BOX(&adamw_step)); }
 
 }  // namespace
 }  // namespace lowrank

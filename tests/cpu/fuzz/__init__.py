@@ -4,9 +4,35 @@ One module a group of ops, each with a table FUZZ: name in `_ops.SCHEMAS` -> Fuz
 from the schema: guard bands around every tensor, arguments that are not marked as written, and spoiled arguments.
 """
 
-from fuzz import (apollo_int8, blockwise, gaussian, int4, int8, projection, qgalore, residual, schedule, sparse, steps, subspace,
-                  transforms)
+from fuzz import (
+    apollo_int8,
+    blockwise,
+    gaussian,
+    int4,
+    int8,
+    projection,
+    qgalore,
+    residual,
+    schedule,
+    sparse,
+    steps,
+    subspace,
+    transforms,
+)
 
-GROUPS = (projection, int4, steps, subspace, int8, sparse, transforms, blockwise, gaussian, residual, schedule, qgalore,
-          apollo_int8)
+GROUPS = (
+    projection,
+    int4,
+    steps,
+    subspace,
+    int8,
+    sparse,
+    transforms,
+    blockwise,
+    gaussian,
+    residual,
+    schedule,
+    qgalore,
+    apollo_int8,
+)
 FUZZ = {name: entry for group in GROUPS for name, entry in group.FUZZ.items()}

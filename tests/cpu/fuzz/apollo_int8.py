@@ -2,16 +2,15 @@
 
 import torch
 
-from lowrank_sys import reference
-from lowrank_sys.reference import galore
-from lowrank_sys.reference.residual import apollo_update, gaussian_project
-
 from fuzz import residual
 from fuzz.bounds import Near, adam, assert_within, scaled
 from fuzz.harness import Fuzz, replace, same_bits
 from fuzz.projection import product_of
 from fuzz.qgalore import check_weight, filled, sizes, stream
 from fuzz.steps import compare_list, guards, hyper, rate, usable
+from lowrank_sys import reference
+from lowrank_sys.reference import galore
+from lowrank_sys.reference.residual import apollo_update, gaussian_project
 
 NAMES = ("codes", "weight_scale", "grad", "basis", "exp_avg", "exp_avg_sq", "limiter")
 LISTS = ("codes", "weight_scales", "grads", "bases", "exp_avgs", "exp_avg_sqs", "limiters")
@@ -28,8 +27,14 @@ def one_arguments(tensor):
         left, hostile, size = draw.of(True, False), draw.of(False, True), sizes(draw)["group_size"]
         step = draw.of(1, 2, 1000)
         return dict(zip(NAMES, matrix(draw, left, hostile, draw.of(True, False), size))) | dict(
-            step=torch.tensor(step) if tensor else step, lr=rate(draw) if tensor else draw.of(0.1, 1e-3, 0.0), **hyper(draw),
-            left=left, group_size=size, **residual.own("apollo_step", draw), **stream(draw))
+            step=torch.tensor(step) if tensor else step,
+            lr=rate(draw) if tensor else draw.of(0.1, 1e-3, 0.0),
+            **hyper(draw),
+            left=left,
+            group_size=size,
+            **residual.own("apollo_step", draw),
+            **stream(draw),
+        )
 
     return arguments
 
@@ -42,9 +47,17 @@ def list_arguments(draw):
     columns = [[] if column and column[0] is None else column for column in columns]
     drawn = [stream(draw) for _ in range(count)]
     return dict(zip(LISTS, columns)) | dict(
-        steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw), left=left, group_size=size,
-        seed=draw.integer(-(2**63), 2**63 - 1), parameters=[each["parameter"] for each in drawn],
-        offsets=draw.of([], [each["offset"] for each in drawn]), **residual.own("apollo_step", draw), **guards(draw))
+        steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)],
+        lr=rate(draw),
+        **hyper(draw),
+        left=left,
+        group_size=size,
+        seed=draw.integer(-(2**63), 2**63 - 1),
+        parameters=[each["parameter"] for each in drawn],
+        offsets=draw.of([], [each["offset"] for each in drawn]),
+        **residual.own("apollo_step", draw),
+        **guards(draw),
+    )
 
 
 def check_matrix(then, now, before, grad_scale, settings):
@@ -52,9 +65,16 @@ def check_matrix(then, now, before, grad_scale, settings):
     codes, scale, grad, basis, m, v, limiter = then
     left = before["left"]
     axis = 0 if left else 1
-    dense = basis if basis.dtype != torch.int64 else gaussian_project(
-        torch.eye(grad.shape[axis], dtype=torch.float64), rank=m.shape[axis], left=False,
-        **dict(zip(("seed", "step", "parameter", "first"), basis.tolist())))
+    dense = (
+        basis
+        if basis.dtype != torch.int64
+        else gaussian_project(
+            torch.eye(grad.shape[axis], dtype=torch.float64),
+            rank=m.shape[axis],
+            left=False,
+            **dict(zip(("seed", "step", "parameter", "first"), basis.tolist())),
+        )
+    )
     r = scaled(grad_scale, product_of(grad, dense, left), operations=1)
     sure, never = usable(r)
     squares = (r.value.abs() + r.error).square().sum(axis, keepdim=True)
@@ -79,10 +99,17 @@ def check_matrix(then, now, before, grad_scale, settings):
         alpha = -float(rate_)
         low = galore.project(grad.double() * grad_scale, dense.double(), left=left)
         least = low.square().sum(axis).min().sqrt()
-        share = 2.0**-20 * (grad.double() * grad_scale).abs().max() * grad.shape[axis]**0.5 / max(least, 1e-30) + 2.0**-12
+        share = 2.0**-20 * (grad.double() * grad_scale).abs().max() * grad.shape[axis] ** 0.5 / max(least, 1e-30) + 2.0**-12
         error = share * update.abs().max() * torch.ones_like(update)
-    check_weight(then[:2], now[:2], Near(update, error), never.expand_as(codes), alpha=alpha, decay=1 - lr * settings["weight_decay"],
-                 group_size=before["group_size"])
+    check_weight(
+        then[:2],
+        now[:2],
+        Near(update, error),
+        never.expand_as(codes),
+        alpha=alpha,
+        decay=1 - lr * settings["weight_decay"],
+        group_size=before["group_size"],
+    )
     return int(never.sum()) * codes.shape[axis], int((~sure).sum()) * codes.shape[axis]
 
 

@@ -2,15 +2,14 @@
 
 import torch
 
-from lowrank_sys import reference
-from lowrank_sys._ops.blockwise import BLOCK, blocks
-from lowrank_sys.reference.blockwise import dynamic_map
-
 from fuzz.bounds import UNIT, Near, adam, assert_within, decayed, exact, scaled
 from fuzz.harness import FLOATS, Fuzz, exactly, same_bits
 from fuzz.int4 import drawn_int4, group_size
 from fuzz.projection import back_of, drawn_basis, low_rank, product_of
 from fuzz.steps import compare_list, guards, hyper, rate, settings_of, usable
+from lowrank_sys import reference
+from lowrank_sys._ops.blockwise import BLOCK, blocks
+from lowrank_sys.reference.blockwise import dynamic_map
 
 NORMAL = torch.finfo(torch.float32).tiny
 MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
@@ -89,11 +88,14 @@ def check_weights(then, now, update, sure, never, settings):
 def adam_arguments(draw):
     count = draw.of(1, 2, 0)
     shapes = [any_shape(draw) for _ in range(count)]
-    rows = [[draw.values(*shape, dtype=draw.of(*FLOATS)), draw.values(*shape, dtype=draw.of(*FLOATS)), *moments(draw, shape)]
-            for shape in shapes]
+    rows = [
+        [draw.values(*shape, dtype=draw.of(*FLOATS)), draw.values(*shape, dtype=draw.of(*FLOATS)), *moments(draw, shape)]
+        for shape in shapes
+    ]
     columns = [list(column) for column in zip(*rows)] or [[] for _ in range(6)]
     return dict(zip(("params", "grads", *LISTS), columns)) | dict(
-        steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw), **guards(draw))
+        steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw), **guards(draw)
+    )
 
 
 def check_adam(then, now, before, grad_scale, settings):
@@ -122,7 +124,8 @@ def galore_arguments(tensor):
         step = torch.tensor(step, dtype=draw.of(torch.float32, torch.float64, torch.int64)) if tensor else step
         lr = rate(draw) if tensor else draw.of(0.1, 1e-3, 0.0)
         return dict(zip(("param", "grad", "basis", *MOMENTS), matrix(draw, left))) | dict(
-            step=step, lr=lr, **hyper(draw), scale=draw.of(0.25, 1.0, 0.0), left=left)
+            step=step, lr=lr, **hyper(draw), scale=draw.of(0.25, 1.0, 0.0), left=left
+        )
 
     return arguments
 
@@ -137,9 +140,18 @@ def list_arguments(projected, int4):
         left, count, size = draw.of(True, False), draw.of(1, 2, 0), group_size(draw) if int4 else None
         rows = [matrix(draw, left, projected, size) for _ in range(count)]
         lists = [list(column) for column in zip(*rows)] or [[] for _ in columns(projected, int4)]
-        return dict(zip(columns(projected, int4), lists)) | ({"group_size": size} if int4 else {}) | dict(
-            steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw),
-            scale=draw.of(0.25, 1.0, 0.0), left=left, **guards(draw))
+        return (
+            dict(zip(columns(projected, int4), lists))
+            | ({"group_size": size} if int4 else {})
+            | dict(
+                steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)],
+                lr=rate(draw),
+                **hyper(draw),
+                scale=draw.of(0.25, 1.0, 0.0),
+                left=left,
+                **guards(draw),
+            )
+        )
 
     return arguments
 
@@ -180,8 +192,14 @@ def low_rank_arguments(draw):
     columns = [list(column) for column in zip(*rows)] or [[] for _ in range(6)]
     drawn = guards(draw)
     return dict(zip(("low_rank_grads", "updates", *LISTS), columns)) | dict(
-        steps=[torch.tensor(float(draw.of(1, 9))) for _ in range(count)], beta1=draw.of(0.9, 0.0), beta2=draw.of(0.999, 0.5),
-        eps=draw.of(1e-8, 1e-30), left=left, grad_scale=drawn["grad_scale"], found_inf=drawn["found_inf"])
+        steps=[torch.tensor(float(draw.of(1, 9))) for _ in range(count)],
+        beta1=draw.of(0.9, 0.0),
+        beta2=draw.of(0.999, 0.5),
+        eps=draw.of(1e-8, 1e-30),
+        left=left,
+        grad_scale=drawn["grad_scale"],
+        found_inf=drawn["found_inf"],
+    )
 
 
 def compare_low_rank(before, after, result):
@@ -203,14 +221,20 @@ def compare_low_rank(before, after, result):
 
 
 FUZZ = {
-    "quantize_blockwise": Fuzz(lambda draw: dict(x=draw.values(*any_shape(draw), dtype=draw.of(*FLOATS)),
-                                                 signed=draw.of(True, False)), exactly(reference.quantize_blockwise)),
+    "quantize_blockwise": Fuzz(
+        lambda draw: dict(x=draw.values(*any_shape(draw), dtype=draw.of(*FLOATS)), signed=draw.of(True, False)),
+        exactly(reference.quantize_blockwise),
+    ),
     "dequantize_blockwise": Fuzz(dequantize_arguments, exactly(reference.dequantize_blockwise)),
     "adam_8bit_": Fuzz(adam_arguments, compare_list(("params", "grads", *LISTS), check_adam)),
     "adam_8bit_low_rank_": Fuzz(low_rank_arguments, compare_low_rank),
     "galore_step_8bit.tensor": Fuzz(galore_arguments(tensor=True), compare_one),
     "galore_step_8bit": Fuzz(galore_arguments(tensor=False), compare_one),
-    **{f"{'subspace' if projected else 'galore'}_step_8bit.{'int4' if int4 else 'list'}":
-       Fuzz(list_arguments(projected, int4), compare_matrices(projected, int4))
-       for projected in (False, True) for int4 in (False, True)},
+    **{
+        f"{'subspace' if projected else 'galore'}_step_8bit.{'int4' if int4 else 'list'}": Fuzz(
+            list_arguments(projected, int4), compare_matrices(projected, int4)
+        )
+        for projected in (False, True)
+        for int4 in (False, True)
+    },
 }

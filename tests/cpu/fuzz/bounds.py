@@ -68,8 +68,10 @@ def adam(g, m, v, *, step, beta1, beta2, eps, **_):
     new_v = added(scaled(beta2, exact(v)), square)
     mean = scaled(1 / (1 - beta1**step), new_m, operations=3)
     variance = scaled(1 / (1 - beta2**step), new_v, operations=3)
-    low, high = ((variance.value + sign * variance.error).clamp(min=0).sqrt() * (1 + sign * UNIT) + eps * (1 + 2 * sign * UNIT)
-                 for sign in (-1, 1))
+    low, high = (
+        (variance.value + sign * variance.error).clamp(min=0).sqrt() * (1 + sign * UNIT) + eps * (1 + 2 * sign * UNIT)
+        for sign in (-1, 1)
+    )
     update = mean.value / (variance.value.sqrt() + eps)
     corners = torch.stack([(mean.value + sign * mean.error) / bottom for sign in (-1, 1) for bottom in (low, high)])
     error = (corners - update).abs().amax(0) + 4 * UNIT * update.abs() + TINY

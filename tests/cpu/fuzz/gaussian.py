@@ -2,16 +2,19 @@
 
 import torch
 
-from lowrank_sys.reference.gaussian import gaussian_basis, gaussian_basis_
-
 from fuzz.bounds import added, assert_within, exact, scaled
 from fuzz.harness import FLOATS, Fuzz, exactly
 from fuzz.projection import back_of, low_rank, product_of
+from lowrank_sys.reference.gaussian import gaussian_basis, gaussian_basis_
 
 
 def which(draw):
-    return dict(seed=draw.of(0, 1, -5, 2**63 - 1), step=draw.of(0, 1, 2**31), parameter=draw.of(0, 7),
-                first=draw.of(0, 1, 63, 64, 1000, 2**35))
+    return dict(
+        seed=draw.of(0, 1, -5, 2**63 - 1),
+        step=draw.of(0, 1, 2**31),
+        parameter=draw.of(0, 7),
+        first=draw.of(0, 1, 63, 64, 1000, 2**35),
+    )
 
 
 def basis_of(before, d, rank):
@@ -23,8 +26,9 @@ def basis_arguments(draw):
 
 
 def project_arguments(draw):
-    return dict(grad=draw.values(draw.size(), draw.size(), dtype=draw.of(*FLOATS)), rank=draw.size(1, 65),
-                left=draw.of(True, False)) | which(draw)
+    return dict(
+        grad=draw.values(draw.size(), draw.size(), dtype=draw.of(*FLOATS)), rank=draw.size(1, 65), left=draw.of(True, False)
+    ) | which(draw)
 
 
 def compare_project(before, after, result):
@@ -35,8 +39,13 @@ def compare_project(before, after, result):
 
 def back_project_arguments(draw):
     m, n, r, left = draw.size(), draw.size(), draw.size(1, 65), draw.of(True, False)
-    return dict(param=draw.values(m, n, dtype=draw.of(*FLOATS)), low_rank=draw.values(*low_rank(m, n, r, left)),
-                alpha=draw.of(1.0, -0.25, 1e-3), beta=draw.of(1.0, 0.0, 0.5, -2.0), left=left) | which(draw)
+    return dict(
+        param=draw.values(m, n, dtype=draw.of(*FLOATS)),
+        low_rank=draw.values(*low_rank(m, n, r, left)),
+        alpha=draw.of(1.0, -0.25, 1e-3),
+        beta=draw.of(1.0, 0.0, 0.5, -2.0),
+        left=left,
+    ) | which(draw)
 
 
 def compare_back_project(before, after, result):

@@ -1,7 +1,8 @@
 """Random calls of an op: guarded tensors, hostile values, and arguments spoiled one at a time."""
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -10,8 +11,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Around vectors, tiles of 32 columns and 256 virtual lanes; small ones first, because hypothesis shrinks towards the front.
 SIZES = (1, 2, 3, 0, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 129, 255, 256, 257, 300)
-HOSTILE = (0.0, -0.0, 1e-45, -1e-40, 1e-30, -1e-20, 1e10, -1.8e19, 1e20, -1e30, 1e38, 3.4e38, -3.4e38, math.inf, -math.inf,
-           math.nan)
+HOSTILE = (
+    0.0,
+    -0.0,
+    1e-45,
+    -1e-40,
+    1e-30,
+    -1e-20,
+    1e10,
+    -1.8e19,
+    1e20,
+    -1e30,
+    1e38,
+    3.4e38,
+    -3.4e38,
+    math.inf,
+    -math.inf,
+    math.nan,
+)
 SCALES = (1.0, 0.0, 1e-42, 1e-30, 1e-10, 1e6, 1e15, 1e38)
 GUARD = 64
 
@@ -95,14 +112,14 @@ class Guarded:
             return strided(tensor)
         n = tensor.numel()
         buffer = torch.full((n + 2 * GUARD + 1,), 7, dtype=torch.float32).to(tensor.dtype)
-        view = buffer[self.start:self.start + n].view(tensor.shape)
+        view = buffer[self.start : self.start + n].view(tensor.shape)
         view.copy_(tensor)
         self.buffers.append((buffer, n))
         return view
 
     def check(self):
         for buffer, n in self.buffers:
-            edges = torch.cat([buffer[:self.start], buffer[self.start + n:]])
+            edges = torch.cat([buffer[: self.start], buffer[self.start + n :]])
             assert same_bits(edges, torch.full_like(edges, 7)), "written outside of a tensor"
 
 
@@ -167,8 +184,11 @@ def spoiled_tensor(tensor, draw):
 def spoiled(op, arguments, draw):
     """`arguments` with one of them changed, legal or not."""
     kinds = {a.name: str(a.type) for a in overload(op)._schema.arguments}
-    able = [name for name, value in arguments.items()
-            if not (value is None or isinstance(value, torch.dtype) or kinds[name] in ("bool", "float"))]
+    able = [
+        name
+        for name, value in arguments.items()
+        if not (value is None or isinstance(value, torch.dtype) or kinds[name] in ("bool", "float"))
+    ]
     name = draw.of(*able)
     value = arguments[name]
     if isinstance(value, torch.Tensor):
@@ -178,7 +198,7 @@ def spoiled(op, arguments, draw):
     elif isinstance(value, list):
         i = draw.integer(0, len(value) - 1)
         item = spoiled_tensor(value[i], draw) if isinstance(value[i], torch.Tensor) else draw.of(0, -1)
-        value = [*value[:i], item, *value[i + 1:]]
+        value = [*value[:i], item, *value[i + 1 :]]
     else:
         value = "nothing" if isinstance(value, str) else draw.of(0, -1)
     return arguments | {name: value}

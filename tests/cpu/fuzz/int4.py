@@ -2,11 +2,10 @@
 
 import torch
 
-from lowrank_sys.reference import int4 as reference
-
 from fuzz.bounds import assert_within
 from fuzz.harness import FLOATS, Fuzz, exactly
 from fuzz.projection import added_back, low_rank, product_of
+from lowrank_sys.reference import int4 as reference
 
 
 def group_size(draw):
@@ -21,8 +20,12 @@ def drawn_int4(draw, d, r, size=None):
     """Any bytes, with scales and offsets that no quantizer need have made, in groups of `size`."""
     size = size or group_size(draw)
     groups = -(-d // size)
-    return dict(packed=draw.values(r, (d + 1) // 2, hostile=False).mul(100).to(torch.int32).to(torch.uint8),
-                scale=draw.values(r, groups), offset=draw.values(r, groups), group_size=size)
+    return dict(
+        packed=draw.values(r, (d + 1) // 2, hostile=False).mul(100).to(torch.int32).to(torch.uint8),
+        scale=draw.values(r, groups),
+        offset=draw.values(r, groups),
+        group_size=size,
+    )
 
 
 def dequantize_arguments(draw):
@@ -37,8 +40,9 @@ def project_arguments(draw):
 
 def values_of(arguments, matrix):
     d = arguments[matrix].shape[0 if arguments["left"] else 1]
-    return reference.dequantize_int4(arguments["packed"], arguments["scale"], arguments["offset"], d=d,
-                                     group_size=arguments["group_size"])
+    return reference.dequantize_int4(
+        arguments["packed"], arguments["scale"], arguments["offset"], d=d, group_size=arguments["group_size"]
+    )
 
 
 def compare_project(before, after, result):
@@ -48,9 +52,14 @@ def compare_project(before, after, result):
 
 def back_project_arguments(draw):
     m, n, r, left = draw.size(), draw.size(), draw.size(1, 65), draw.of(True, False)
-    return dict(param=draw.values(m, n, dtype=draw.of(*FLOATS)), low_rank=draw.values(*low_rank(m, n, r, left)),
-                **drawn_int4(draw, m if left else n, r), alpha=draw.of(1.0, -0.25, 1e-3), beta=draw.of(1.0, 0.0, 0.5, -2.0),
-                left=left)
+    return dict(
+        param=draw.values(m, n, dtype=draw.of(*FLOATS)),
+        low_rank=draw.values(*low_rank(m, n, r, left)),
+        **drawn_int4(draw, m if left else n, r),
+        alpha=draw.of(1.0, -0.25, 1e-3),
+        beta=draw.of(1.0, 0.0, 0.5, -2.0),
+        left=left,
+    )
 
 
 def compare_back_project(before, after, result):

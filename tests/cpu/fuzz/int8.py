@@ -30,10 +30,15 @@ def dequantize_arguments(draw):
 
 def update_arguments(draw):
     args = weight(draw)
-    return args | dict(update=draw.values(*args["codes"].shape, dtype=draw.of(*FLOATS)), alpha=draw.of(1.0, -0.25, 1e-3, 0.0),
-                       decay=draw.of(1.0, 0.99, 0.0, -2.0), seed=draw.integer(-(2**63), 2**63 - 1),
-                       step=draw.integer(0, 2**32 - 1), parameter=draw.integer(0, 2**32 - 1),
-                       offset=draw.of(0, 8, 1, 5, 2**35 - 16))
+    return args | dict(
+        update=draw.values(*args["codes"].shape, dtype=draw.of(*FLOATS)),
+        alpha=draw.of(1.0, -0.25, 1e-3, 0.0),
+        decay=draw.of(1.0, 0.99, 0.0, -2.0),
+        seed=draw.integer(-(2**63), 2**63 - 1),
+        step=draw.integer(0, 2**32 - 1),
+        parameter=draw.integer(0, 2**32 - 1),
+        offset=draw.of(0, 8, 1, 5, 2**35 - 16),
+    )
 
 
 def update_tensor_arguments(draw):

@@ -2,12 +2,11 @@
 
 import torch
 
+from fuzz.bounds import MAX, TINY, UNIT, Near, added, assert_within, exact, product, scaled
+from fuzz.harness import FLOATS, Fuzz, exactly
 from lowrank_sys import reference
 from lowrank_sys.reference.int8 import LEAST_SCALE, grouped
 from lowrank_sys.reference.int8_gemm import CODES, GROUP, quantized
-
-from fuzz.bounds import MAX, TINY, UNIT, Near, added, assert_within, exact, product, scaled
-from fuzz.harness import FLOATS, Fuzz, exactly
 
 
 def low_rank(m, n, r, left):
@@ -36,11 +35,11 @@ def _back(x, b, left):
 def int8_product(a, b):
     """A Bᵀ in INT8 with its bound: of a, a Near (p, d), any value within its error may be quantised; b is a tensor (q, d)."""
     codes, scale = quantized(b)
-    grouped_b = (codes * scale.double()[..., None]).flatten(1)[:, :b.shape[1]]
+    grouped_b = (codes * scale.double()[..., None]).flatten(1)[:, : b.shape[1]]
     size = grouped(a.value.abs() + a.error, GROUP)
     most = size.amax(2) if size.numel() else size.new_zeros(size.shape[:2])
     # Half a code of the largest scale that a group may have; a group without a scale is zeros.
-    half = (0.5001 * most / CODES + CODES * LEAST_SCALE).repeat_interleave(GROUP, 1)[:, :a.value.shape[1]]
+    half = (0.5001 * most / CODES + CODES * LEAST_SCALE).repeat_interleave(GROUP, 1)[:, : a.value.shape[1]]
     near = product(Near(a.value, a.error + half), exact(grouped_b.T))
     # The product of two scales may overflow beside codes that would cancel, or lose digits where it is subnormal.
     scales = most @ scale.double().T / CODES
@@ -66,8 +65,12 @@ def added_back(param, low_rank, basis, *, alpha, beta, left):
 
 def project_arguments(draw):
     m, n, r, left = draw.size(), draw.size(), draw.size(1, 65), draw.of(True, False)
-    return dict(grad=draw.values(m, n, dtype=draw.of(*FLOATS)), basis=drawn_basis(draw, m if left else n, r), left=left,
-                int8_gemm=draw.of(False, True))
+    return dict(
+        grad=draw.values(m, n, dtype=draw.of(*FLOATS)),
+        basis=drawn_basis(draw, m if left else n, r),
+        left=left,
+        int8_gemm=draw.of(False, True),
+    )
 
 
 def compare_project(before, after, result):
@@ -79,9 +82,15 @@ def compare_project(before, after, result):
 
 def back_project_arguments(draw):
     m, n, r, left = draw.size(), draw.size(), draw.size(1, 65), draw.of(True, False)
-    return dict(param=draw.values(m, n, dtype=draw.of(*FLOATS)), low_rank=draw.values(*low_rank(m, n, r, left)),
-                basis=drawn_basis(draw, m if left else n, r), alpha=draw.of(1.0, -0.25, 1e-3),
-                beta=draw.of(1.0, 0.0, 0.5, -2.0), left=left, int8_gemm=draw.of(False, True))
+    return dict(
+        param=draw.values(m, n, dtype=draw.of(*FLOATS)),
+        low_rank=draw.values(*low_rank(m, n, r, left)),
+        basis=drawn_basis(draw, m if left else n, r),
+        alpha=draw.of(1.0, -0.25, 1e-3),
+        beta=draw.of(1.0, 0.0, 0.5, -2.0),
+        left=left,
+        int8_gemm=draw.of(False, True),
+    )
 
 
 def compare_back_project(before, after, result):

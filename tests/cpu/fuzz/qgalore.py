@@ -2,16 +2,16 @@
 
 import torch
 
-from lowrank_sys import reference
-from lowrank_sys.reference.int8 import LEAST_SCALE, UNIT as RANGE, grouped
-
 from fuzz.blockwise import LISTS, MOMENTS, check_moments, moments
 from fuzz.bounds import MAX, UNIT, Near, added, exact, scaled
-from fuzz.harness import FLOATS, Fuzz, exactly, same_bits
+from fuzz.harness import FLOATS, Fuzz, exactly
 from fuzz.int4 import drawn_int4
 from fuzz.int8 import quantized
 from fuzz.projection import back_of, drawn_basis, product_of
 from fuzz.steps import compare_list, guards, hyper, rate, settings_of, usable
+from lowrank_sys import reference
+from lowrank_sys.reference.int8 import LEAST_SCALE, grouped
+from lowrank_sys.reference.int8 import UNIT as RANGE
 
 NAMES = ("codes", "weight_scale", "{gradient}", "basis", "basis_scale", "basis_offset", *MOMENTS)
 
@@ -29,7 +29,7 @@ def check_weight(before, after, update, never, *, alpha, decay, group_size):
     kept = scale.view(torch.int32) == new_scale.view(torch.int32)
     still = kept[..., None] & (old_code == new_code)
     assert still[never.all(2)].all(), "a group without a usable update changed"
-    old = exact((old_code.float() * scale[..., None]))
+    old = exact(old_code.float() * scale[..., None])
     step = scaled(alpha, Near(value, error))
     whole = added(scaled(decay, old), step)
     # What is left out keeps its value; what may have been is either.
@@ -68,8 +68,9 @@ def dense(basis, scale, offset, d, group_size):
 
 
 def stream(draw):
-    return dict(seed=draw.integer(-(2**63), 2**63 - 1), parameter=draw.integer(0, 2**32 - 1),
-                offset=draw.of(0, 8, 1, 5, 2**35 - 16))
+    return dict(
+        seed=draw.integer(-(2**63), 2**63 - 1), parameter=draw.integer(0, 2**32 - 1), offset=draw.of(0, 8, 1, 5, 2**35 - 16)
+    )
 
 
 def whole_numbers(draw, *shape):
@@ -91,8 +92,16 @@ def back_arguments(tensor):
         numbers = dict(alpha=draw.of(1.0, -0.25, 1e-3, 0.0), decay=draw.of(1.0, 0.99, 0.0, -2.0), step=draw.integer(0, 2**32 - 1))
         if tensor:
             numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
-        return weight | dict(low_rank=low_rank, basis=basis, basis_scale=scale, basis_offset=offset, basis_group_size=size,
-                             left=left, **stream(draw), **numbers)
+        return weight | dict(
+            low_rank=low_rank,
+            basis=basis,
+            basis_scale=scale,
+            basis_offset=offset,
+            basis_group_size=size,
+            left=left,
+            **stream(draw),
+            **numbers,
+        )
 
     return arguments
 
@@ -102,14 +111,25 @@ def _shape(m, n, r, left):
 
 
 def compare_back(before, after, result):
-    b = dense(before["basis"], before["basis_scale"], before["basis_offset"], before["codes"].shape[0 if before["left"] else 1],
-              before["basis_group_size"])
+    b = dense(
+        before["basis"],
+        before["basis_scale"],
+        before["basis_offset"],
+        before["codes"].shape[0 if before["left"] else 1],
+        before["basis_group_size"],
+    )
     x = before["low_rank"]
     if b.abs().sum() + x.abs().sum() < 2.0**20 and torch.equal(b.float(), b.float().round()) and torch.equal(x, x.round()):
         exactly(reference.back_project_int8_)(before, after, result)
     near = back_of(exact(x), b, before["left"])
-    check_weight(*([t["codes"], t["scale"]] for t in (before, after)), near, ~near.value.isfinite(), alpha=float(before["alpha"]),
-                 decay=float(before["decay"]), group_size=before["group_size"])
+    check_weight(
+        *([t["codes"], t["scale"]] for t in (before, after)),
+        near,
+        ~near.value.isfinite(),
+        alpha=float(before["alpha"]),
+        decay=float(before["decay"]),
+        group_size=before["group_size"],
+    )
 
 
 def matrix(draw, left, projected, int4, group_size, basis_group_size):
@@ -140,8 +160,14 @@ def one_arguments(projected, tensor):
         left, step, both = draw.of(True, False), draw.of(1, 2, 1000), sizes(draw)
         step = torch.tensor(step, dtype=draw.of(torch.float32, torch.float64, torch.int64)) if tensor else step
         return dict(zip(names(projected), matrix(draw, left, projected, draw.of(True, False), **both))) | dict(
-            step=step, lr=rate(draw) if tensor else draw.of(0.1, 1e-3, 0.0), **hyper(draw), scale=draw.of(0.25, 1.0, 0.0), left=left,
-            **both, **stream(draw))
+            step=step,
+            lr=rate(draw) if tensor else draw.of(0.1, 1e-3, 0.0),
+            **hyper(draw),
+            scale=draw.of(0.25, 1.0, 0.0),
+            left=left,
+            **both,
+            **stream(draw),
+        )
 
     return arguments
 
@@ -154,10 +180,17 @@ def list_arguments(projected):
         columns = [[] if column and column[0] is None else column for column in columns]
         drawn = [stream(draw) for _ in range(count)]
         return dict(zip(plurals(projected), columns)) | dict(
-            steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw),
-            scale=draw.of(0.25, 1.0, 0.0), left=left, seed=draw.integer(-(2**63), 2**63 - 1), **both,
+            steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)],
+            lr=rate(draw),
+            **hyper(draw),
+            scale=draw.of(0.25, 1.0, 0.0),
+            left=left,
+            seed=draw.integer(-(2**63), 2**63 - 1),
+            **both,
             parameters=[each["parameter"] for each in drawn],
-            offsets=draw.of([], [each["offset"] for each in drawn]), **guards(draw))
+            offsets=draw.of([], [each["offset"] for each in drawn]),
+            **guards(draw),
+        )
 
     return arguments
 
@@ -174,8 +207,15 @@ def check_matrix(then, now, projected, before, grad_scale, settings):
     back = back_of(update, b, left)
     back = Near(back.value, torch.where(sure, back.error, torch.inf))
     lr, scale = settings["lr"], settings["scale"]
-    check_weight(then[:2], now[:2], back, never.expand_as(codes) | ~back.value.isfinite(), alpha=-lr * scale,
-                 decay=1 - lr * settings["weight_decay"], group_size=before["group_size"])
+    check_weight(
+        then[:2],
+        now[:2],
+        back,
+        never.expand_as(codes) | ~back.value.isfinite(),
+        alpha=-lr * scale,
+        decay=1 - lr * settings["weight_decay"],
+        group_size=before["group_size"],
+    )
     return int(never.sum()) * codes.shape[axis], int((~sure).sum()) * codes.shape[axis]
 
 

@@ -3,12 +3,11 @@ no value is hostile (a ratio of norms has no bound that follows from the argumen
 
 import torch
 
-from lowrank_sys.reference import galore, residual
-
-from fuzz.bounds import UNITS, Near, adam, assert_within, exact, scaled
+from fuzz.bounds import UNITS, Near, adam, assert_within, scaled
 from fuzz.harness import FLOATS, Fuzz, replace, same_bits
 from fuzz.projection import low_rank, product_of
 from fuzz.steps import compare_list, guards, hyper, moments, rate, usable
+from lowrank_sys.reference import galore, residual
 
 NAMES = ("param", "grad", "basis", "exp_avg", "exp_avg_sq")
 EXTRAS = {"apollo_step": ("limiter",), "fira_step": ("limiter", "gram"), "frugal_step": ()}
@@ -32,8 +31,11 @@ def matrix(op, draw, left, hostile, limited, gram):
     basis = draw.values(d, r, hostile=False) / max(1, d) ** 0.5
     # A residual that is nothing but rounding has no norm to compare: then the basis spans no more than a part.
     basis = basis.to(draw.of(*FLOATS)) if op != "apollo_step" or draw.of(True, False) else torch.tensor([-7, 3, 11, draw.of(0, 5)])
-    row = [draw.values(m, n, dtype=draw.of(*FLOATS), hostile=hostile), draw.values(m, n, dtype=draw.of(*FLOATS), hostile=hostile),
-           basis]
+    row = [
+        draw.values(m, n, dtype=draw.of(*FLOATS), hostile=hostile),
+        draw.values(m, n, dtype=draw.of(*FLOATS), hostile=hostile),
+        basis,
+    ]
     row += moments(draw, shape) if hostile else [draw.values(*shape, hostile=False), draw.values(*shape, hostile=False).abs() + 0.1]
     if op != "frugal_step":
         row.append(torch.tensor(draw.of(0.0, 0.5)) if limited else None)
@@ -47,8 +49,12 @@ def one_arguments(op, tensor):
         left, hostile = draw.of(True, False), draw.of(False, True)
         step = draw.of(1, 2, 1000)
         return dict(zip(NAMES + EXTRAS[op], matrix(op, draw, left, hostile, draw.of(True, False), draw.of(True, False)))) | dict(
-            step=torch.tensor(step) if tensor else step, lr=rate(draw) if tensor else draw.of(0.1, 1e-3, 0.0), **hyper(draw),
-            left=left, **own(op, draw))
+            step=torch.tensor(step) if tensor else step,
+            lr=rate(draw) if tensor else draw.of(0.1, 1e-3, 0.0),
+            **hyper(draw),
+            left=left,
+            **own(op, draw),
+        )
 
     return arguments
 
@@ -62,8 +68,13 @@ def list_arguments(op):
         columns = [list(column) for column in zip(*rows)] or [[] for _ in names]
         columns = [[] if None in [type(x) if x is not None else None for x in column] else column for column in columns]
         return dict(zip(map(plural, names), columns)) | dict(
-            steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw), left=left,
-            **own(op, draw), **guards(draw))
+            steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)],
+            lr=rate(draw),
+            **hyper(draw),
+            left=left,
+            **own(op, draw),
+            **guards(draw),
+        )
 
     return arguments
 
@@ -72,9 +83,16 @@ def check_matrix(op, before, after, left, grad_scale, settings):
     """One matrix of a step; returns (fewest, most) weights that may have been left out."""
     param, grad, basis, m, v = before[:5]
     axis = 0 if left else 1
-    dense = basis if basis.dtype != torch.int64 else residual.gaussian_project(
-        torch.eye(param.shape[axis], dtype=torch.float64), rank=m.shape[axis], left=False,
-        **dict(zip(("seed", "step", "parameter", "first"), basis.tolist())))
+    dense = (
+        basis
+        if basis.dtype != torch.int64
+        else residual.gaussian_project(
+            torch.eye(param.shape[axis], dtype=torch.float64),
+            rank=m.shape[axis],
+            left=False,
+            **dict(zip(("seed", "step", "parameter", "first"), basis.tolist())),
+        )
+    )
     r = scaled(grad_scale, product_of(grad, dense, left), operations=1)
     sure, never = usable(r)
     squares = (r.value.abs() + r.error).square().sum(axis, keepdim=True)
@@ -89,7 +107,9 @@ def check_matrix(op, before, after, left, grad_scale, settings):
     for place, near in zip((3, 4), adam(g, m, v, **moves)):
         take = sure.expand_as(m)
         assert_within(("exp_avg", "exp_avg_sq")[place - 3], after[place][take], Near(near.value[take], near.error[take]))
-    tame = all(t is None or t.dtype == torch.int64 or (t.isfinite().all() and t.abs().max() < 50) for t in before if t is None or t.numel())
+    tame = all(
+        t is None or t.dtype == torch.int64 or (t.isfinite().all() and t.abs().max() < 50) for t in before if t is None or t.numel()
+    )
     if sure.all() and tame and param.numel() and (v >= 0.1).all() and 0 < abs(grad_scale) < 4:
         check_weights(op, before, after, left, grad_scale, settings, dense)
     return int(never.sum()) * param.shape[axis], int((~sure).sum()) * param.shape[axis]
@@ -117,7 +137,19 @@ def check_weights(op, before, after, left, grad_scale, settings, dense):
 
 
 def settings_of(op, before, step, lr):
-    keys = ("beta1", "beta2", "eps", "weight_decay", "scale", "alpha", "per_tensor", "scale_front", "growth", "residual_scale", "sign")
+    keys = (
+        "beta1",
+        "beta2",
+        "eps",
+        "weight_decay",
+        "scale",
+        "alpha",
+        "per_tensor",
+        "scale_front",
+        "growth",
+        "residual_scale",
+        "sign",
+    )
     return dict(step=float(step), lr=float(lr)) | {key: before[key] for key in keys if key in before}
 
 
@@ -139,8 +171,10 @@ def compare_many(op):
     def compare(before, after, result):
         # A list that is absent as a whole holds nothing in each place.
         count = len(before["params"])
-        full = [{name: arguments[name] or [None] * count if name in names[5:] else arguments[name] for name in arguments}
-                for arguments in (before, after)]
+        full = [
+            {name: arguments[name] or [None] * count if name in names[5:] else arguments[name] for name in arguments}
+            for arguments in (before, after)
+        ]
         stepped = [name for name in names if before[name] or name in names[:5]]
         found = before["found_inf"] is not None and before["found_inf"].item() != 0
         compare_list(stepped if found else names, check_row)(*full, result)

@@ -2,22 +2,25 @@
 
 import torch
 
-from lowrank_sys import _ops
-from lowrank_sys.reference import selection
-from lowrank_sys.subspace.refresh import COLD
-
 from fuzz.harness import FLOATS, Fuzz, same_bits
 from fuzz.projection import low_rank
 from fuzz.subspace import after_step, taken
+from lowrank_sys import _ops
+from lowrank_sys.reference import selection
+from lowrank_sys.subspace.refresh import COLD
 
 STATE = ("exp_avgs", "exp_avg_sqs", "steps")
 
 
 def state(draw, shapes):
-    return dict(exp_avgs=[draw.values(*shape, hostile=False) for shape in shapes],
-                exp_avg_sqs=[draw.values(*shape, hostile=False).abs() for shape in shapes],
-                steps=[torch.tensor(5.0) for _ in shapes], lr=torch.tensor(draw.of(0.1, 0.0)), gap=draw.of(1, 7),
-                moments=draw.of(*_ops.schedule.MOMENTS))
+    return dict(
+        exp_avgs=[draw.values(*shape, hostile=False) for shape in shapes],
+        exp_avg_sqs=[draw.values(*shape, hostile=False).abs() for shape in shapes],
+        steps=[torch.tensor(5.0) for _ in shapes],
+        lr=torch.tensor(draw.of(0.1, 0.0)),
+        gap=draw.of(1, 7),
+        moments=draw.of(*_ops.schedule.MOMENTS),
+    )
 
 
 def keys_arguments(draw):
@@ -55,10 +58,19 @@ def rows_arguments(draw):
         indices.append(torch.arange(rank, dtype=torch.int32))
         shapes.append(low_rank(m, n, rank, left))
     scales = [] if method == "top" else [torch.ones(len(index)) for index in indices]
-    return dict(indices=indices, row_scales=scales, grads=grads, left=left, method=method,
-                countdowns=[torch.tensor(draw.of(0, COLD, 3)) for _ in grads],
-                refreshes=[torch.tensor(draw.of(0, 4)) for _ in grads], first_gaps=[draw.of(1, 4) for _ in grads],
-                seeds=[draw.of(0, 9) for _ in grads], parameters=[draw.of(0, 2) for _ in grads], **state(draw, shapes))
+    return dict(
+        indices=indices,
+        row_scales=scales,
+        grads=grads,
+        left=left,
+        method=method,
+        countdowns=[torch.tensor(draw.of(0, COLD, 3)) for _ in grads],
+        refreshes=[torch.tensor(draw.of(0, 4)) for _ in grads],
+        first_gaps=[draw.of(1, 4) for _ in grads],
+        seeds=[draw.of(0, 9) for _ in grads],
+        parameters=[draw.of(0, 2) for _ in grads],
+        **state(draw, shapes),
+    )
 
 
 def compare_rows(before, after, result):
@@ -71,8 +83,14 @@ def compare_rows(before, after, result):
             norms = torch.ops.lowrank.row_norms(before["grads"][i], left=before["left"])
             done = taken(norms)
         if due and (done or cold):
-            index, rho = selection.select_rows(norms, r=len(index), method=before["method"], seed=before["seeds"][i],
-                                               step=int(before["refreshes"][i]), parameter=before["parameters"][i])
+            index, rho = selection.select_rows(
+                norms,
+                r=len(index),
+                method=before["method"],
+                seed=before["seeds"][i],
+                step=int(before["refreshes"][i]),
+                parameter=before["parameters"][i],
+            )
             scale = scale if scale is None else rho
         assert same_bits(after["indices"][i], index)
         if scale is not None:

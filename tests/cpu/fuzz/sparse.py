@@ -2,21 +2,26 @@
 
 import torch
 
+from fuzz.bounds import TINY, UNIT, Near, adam, exact, scaled
+from fuzz.harness import FLOATS, Fuzz, assert_equal, exactly
+from fuzz.projection import compare_norms, low_rank, norms_arguments
+from fuzz.steps import assert_step, compare_list, guards, hyper, moments, rate, settings_of, usable
 from lowrank_sys import _ops
 from lowrank_sys.reference import selection, sparse
-
-from fuzz.bounds import TINY, UNIT, Near, adam, assert_within, exact, scaled
-from fuzz.harness import FLOATS, Fuzz, assert_equal, exactly
-from fuzz.projection import low_rank, norms_arguments, compare_norms
-from fuzz.steps import assert_step, compare_list, guards, hyper, moments, rate, settings_of, usable
 
 INDICES = "indices"
 
 
 def select_arguments(draw):
     d = draw.size(1)
-    return dict(norms=draw.values(d), r=draw.of(1, d, (d + 1) // 2), method=draw.of(*_ops.sparse.METHODS),
-                seed=draw.of(0, -1, 2**63 - 1), step=draw.of(0, 2**40), parameter=draw.of(0, 2**33))
+    return dict(
+        norms=draw.values(d),
+        r=draw.of(1, d, (d + 1) // 2),
+        method=draw.of(*_ops.sparse.METHODS),
+        seed=draw.of(0, -1, 2**63 - 1),
+        step=draw.of(0, 2**40),
+        parameter=draw.of(0, 2**33),
+    )
 
 
 def compare_select(before, after, result):
@@ -48,8 +53,14 @@ def scatter_arguments(draw):
     left = draw.of(True, False)
     m, n = sizes(draw, left)
     indices, scale = drawn_rows(draw, m if left else n)
-    return dict(param=draw.values(m, n, dtype=draw.of(*FLOATS)), low_rank=draw.values(*low_rank(m, n, len(indices), left)),
-                indices=indices, scale=scale, alpha=draw.of(1.0, -0.25, 1e-3), left=left)
+    return dict(
+        param=draw.values(m, n, dtype=draw.of(*FLOATS)),
+        low_rank=draw.values(*low_rank(m, n, len(indices), left)),
+        indices=indices,
+        scale=scale,
+        alpha=draw.of(1.0, -0.25, 1e-3),
+        left=left,
+    )
 
 
 NAMES = ["param", "grad", "indices", "row_scale", "exp_avg", "exp_avg_sq"]
@@ -61,8 +72,13 @@ def matrix(draw, left, scaled_rows=None):
     indices, scale = drawn_rows(draw, m if left else n)
     if scaled_rows is not None:
         scale = torch.linspace(0.5, 2, len(indices)) if scaled_rows else None
-    return [draw.values(m, n, dtype=draw.of(*FLOATS)), draw.values(m, n, dtype=draw.of(*FLOATS)), indices, scale,
-            *moments(draw, low_rank(m, n, len(indices), left))]
+    return [
+        draw.values(m, n, dtype=draw.of(*FLOATS)),
+        draw.values(m, n, dtype=draw.of(*FLOATS)),
+        indices,
+        scale,
+        *moments(draw, low_rank(m, n, len(indices), left)),
+    ]
 
 
 def one_arguments(tensor):
@@ -70,8 +86,12 @@ def one_arguments(tensor):
         left, step = draw.of(True, False), draw.of(1, 2, 1000, 10**6)
         kind = draw.of(torch.float32, torch.float64, torch.int64)
         return dict(zip(NAMES, matrix(draw, left))) | dict(
-            step=torch.tensor(step, dtype=kind) if tensor else step, lr=rate(draw) if tensor else draw.of(0.1, 1e-3, 0.0),
-            **hyper(draw), scale=draw.of(0.25, 1.0, 0.0), left=left)
+            step=torch.tensor(step, dtype=kind) if tensor else step,
+            lr=rate(draw) if tensor else draw.of(0.1, 1e-3, 0.0),
+            **hyper(draw),
+            scale=draw.of(0.25, 1.0, 0.0),
+            left=left,
+        )
 
     return arguments
 
@@ -82,8 +102,13 @@ def list_arguments(draw):
     if not scaled_rows:
         columns[3] = []
     return dict(zip(COLUMNS, columns)) | dict(
-        steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw),
-        scale=draw.of(0.25, 1.0, 0.0), left=left, **guards(draw))
+        steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)],
+        lr=rate(draw),
+        **hyper(draw),
+        scale=draw.of(0.25, 1.0, 0.0),
+        left=left,
+        **guards(draw),
+    )
 
 
 def times(a, factors):
@@ -118,7 +143,8 @@ def compare_matrices(before, after, result):
     # A list without scales, as rows.
     full = [a if a["row_scales"] else a | {"row_scales": [torch.ones(len(x)) for x in a["indices"]]} for a in (before, after)]
     compare_list(COLUMNS, lambda then, now, b, grad_scale, settings: check_matrix(then, now, b["left"], grad_scale, settings))(
-        *full, result)
+        *full, result
+    )
 
 
 def compare_row_norms(before, after, result):

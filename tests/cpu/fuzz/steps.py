@@ -2,12 +2,11 @@
 
 import torch
 
-from lowrank_sys import reference
-from lowrank_sys.reference.adafactor import adafactor_step
-
 from fuzz.bounds import UNITS, Near, adam, assert_within, decayed, exact, scaled
 from fuzz.harness import FLOATS, Fuzz, replace, same_bits
 from fuzz.projection import back_of, drawn_basis, int8_back_of, low_rank, product_of
+from lowrank_sys import reference
+from lowrank_sys.reference.adafactor import adafactor_step
 
 LIMIT = reference.adam.MAX_GRADIENT
 
@@ -25,8 +24,11 @@ def guards(draw):
     grad_scale = draw.of(None, 0.5, 2.0, 0.0, 1e30, float("inf"), float("nan"))
     found_inf = draw.of(None, 0.0, 0.0, 1.0, float("nan"))
     one = draw.of((), (1,))
-    return dict(grad_scale=None if grad_scale is None else torch.full(one, grad_scale),
-                found_inf=None if found_inf is None else torch.full(one, found_inf), skipped=draw.of(None, torch.tensor(5)))
+    return dict(
+        grad_scale=None if grad_scale is None else torch.full(one, grad_scale),
+        found_inf=None if found_inf is None else torch.full(one, found_inf),
+        skipped=draw.of(None, torch.tensor(5)),
+    )
 
 
 def moments(draw, shape):
@@ -56,7 +58,8 @@ def one_arguments(projected, tensor):
         step = torch.tensor(step, dtype=kind) if tensor else step
         lr = rate(draw) if tensor else draw.of(0.1, 1e-3, 0.0)
         return dict(zip(names(projected), matrix(draw, left, projected))) | dict(
-            step=step, lr=lr, **hyper(draw), scale=draw.of(0.25, 1.0, 0.0), left=left, int8_gemm=draw.of(False, True))
+            step=step, lr=lr, **hyper(draw), scale=draw.of(0.25, 1.0, 0.0), left=left, int8_gemm=draw.of(False, True)
+        )
 
     return arguments
 
@@ -67,8 +70,14 @@ def list_arguments(projected):
         rows = [matrix(draw, left, projected) for _ in range(count)]
         columns = [list(column) for column in zip(*rows)] or [[] for _ in range(5)]
         return dict(zip(map(plural, names(projected)), columns)) | dict(
-            steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw),
-            scale=draw.of(0.25, 1.0, 0.0), left=left, **guards(draw), int8_gemm=draw.of(False, True))
+            steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)],
+            lr=rate(draw),
+            **hyper(draw),
+            scale=draw.of(0.25, 1.0, 0.0),
+            left=left,
+            **guards(draw),
+            int8_gemm=draw.of(False, True),
+        )
 
     return arguments
 
@@ -122,8 +131,7 @@ def settings_of(before, step, lr):
 def compare_one(projected):
     def compare(before, after, result):
         rows = [[arguments[name] for name in names(projected)] for arguments in (before, after)]
-        check_matrix(*rows, projected, before["left"], 1.0, settings_of(before, before["step"], before["lr"]),
-                     before["int8_gemm"])
+        check_matrix(*rows, projected, before["left"], 1.0, settings_of(before, before["step"], before["lr"]), before["int8_gemm"])
 
     return compare
 
@@ -146,6 +154,7 @@ def compare_list(columns, check_row):
             least, most = least + low, most + high
         if before["skipped"] is not None:
             assert least <= after["skipped"] - before["skipped"] <= most
+
     return compare
 
 
@@ -162,7 +171,8 @@ def adamw_arguments(draw):
     tensors = [[*(draw.values(*shape, dtype=draw.of(*FLOATS)) for _ in range(2)), *moments(draw, shape)] for shape in shapes]
     columns = [list(column) for column in zip(*tensors)] or [[] for _ in range(4)]
     return dict(zip(("params", "grads", "exp_avgs", "exp_avg_sqs"), columns)) | dict(
-        steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw), **guards(draw))
+        steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw), **guards(draw)
+    )
 
 
 def check_adamw(then, now, before, grad_scale, settings):
@@ -190,14 +200,29 @@ def adafactor_arguments(draw):
     def statistic(*shape):
         return draw.values(*shape, hostile=False).abs()
 
-    return dict(param=draw.values(*shape, dtype=draw.of(*FLOATS), hostile=hostile and not scale_parameter),
-                grad=draw.values(*shape, dtype=draw.of(*FLOATS), hostile=hostile), basis=basis,
-                exp_avg=draw.of(None, draw.values(*low, hostile=False)), row=statistic(low[0], 1) if factored else None,
-                col=statistic(1, low[1]) if factored else None, exp_avg_sq=None if factored else statistic(*low),
-                step=torch.tensor(float(draw.of(0, 9))), lr=rate(draw), beta1=draw.of(0.9, 0.0), decay_rate=-0.8, eps1=1e-30,
-                eps2=1e-3, clip_threshold=1.0, weight_decay=draw.of(0.0, 0.1), scale=0.25, scale_parameter=scale_parameter,
-                relative_step=draw.of(False, True), warmup_init=draw.of(False, True), left=left,
-                skipped=draw.of(None, torch.tensor(5)))
+    return dict(
+        param=draw.values(*shape, dtype=draw.of(*FLOATS), hostile=hostile and not scale_parameter),
+        grad=draw.values(*shape, dtype=draw.of(*FLOATS), hostile=hostile),
+        basis=basis,
+        exp_avg=draw.of(None, draw.values(*low, hostile=False)),
+        row=statistic(low[0], 1) if factored else None,
+        col=statistic(1, low[1]) if factored else None,
+        exp_avg_sq=None if factored else statistic(*low),
+        step=torch.tensor(float(draw.of(0, 9))),
+        lr=rate(draw),
+        beta1=draw.of(0.9, 0.0),
+        decay_rate=-0.8,
+        eps1=1e-30,
+        eps2=1e-3,
+        clip_threshold=1.0,
+        weight_decay=draw.of(0.0, 0.1),
+        scale=0.25,
+        scale_parameter=scale_parameter,
+        relative_step=draw.of(False, True),
+        warmup_init=draw.of(False, True),
+        left=left,
+        skipped=draw.of(None, torch.tensor(5)),
+    )
 
 
 STATE = ("exp_avg", "row", "col", "exp_avg_sq")
@@ -226,8 +251,11 @@ def compare_adafactor(before, after, result):
     share = (8 * r.error.max() / least).nan_to_num(torch.inf)
     for name in STATE:
         if want[name] is not None:
-            assert_within(name, after[name], Near(want[name].double(), share * want[name].abs().max().double()
-                                                  + torch.zeros(want[name].shape)))
+            assert_within(
+                name,
+                after[name],
+                Near(want[name].double(), share * want[name].abs().max().double() + torch.zeros(want[name].shape)),
+            )
     moved = (want["param"].double() - before["param"].double()).abs().max()
     size = 4 * share * basis.shape[1] ** 0.5 * moved + 2 * UNITS[grad.dtype] * want["param"].double().abs()
     assert_within("param", after["param"], Near(want["param"].double(), size))

@@ -2,12 +2,11 @@
 
 import torch
 
+from fuzz.harness import FLOATS, Fuzz, same_bits
+from fuzz.projection import low_rank
 from lowrank_sys.reference import dequantize_blockwise, dequantize_int4, quantize_blockwise, quantize_int4, transport
 from lowrank_sys.reference.subspace import leading_directions, svd_basis
 from lowrank_sys.subspace.refresh import COLD, randomized_basis
-
-from fuzz.harness import FLOATS, Fuzz, same_bits
-from fuzz.projection import low_rank
 
 ORTHONORMAL = 1e-5  # shifted CholeskyQR reaches a few epsilons times sqrt(r)
 # Squares of G's entries and their sums stay in fp32's range within these.
@@ -24,9 +23,15 @@ def iteration_arguments(draw):
     rank = draw.of(1, min(m, n), (min(m, n) + 1) // 2)
     warm = draw.of(False, True)
     basis = orthonormal(draw, m if left else n, rank) if warm else None
-    return dict(grad=draw.values(m, n, dtype=draw.of(*FLOATS)), basis=basis, rank=rank, left=left,
-                n_iter=draw.of(2, 1, 3) if warm else draw.of(2, 0, 1), oversample=draw.of(None, 0, 1, 400),
-                seed=draw.of(0, 12345))
+    return dict(
+        grad=draw.values(m, n, dtype=draw.of(*FLOATS)),
+        basis=basis,
+        rank=rank,
+        left=left,
+        n_iter=draw.of(2, 1, 3) if warm else draw.of(2, 0, 1),
+        oversample=draw.of(None, 0, 1, 400),
+        seed=draw.of(0, 12345),
+    )
 
 
 def assert_orthonormal(basis):
@@ -45,7 +50,7 @@ def compare_iteration(before, after, result):
         assert old is None or same_bits(basis, old)
     elif LEAST < grad.abs().max() < MOST and before["n_iter"] >= 2:
         energy = (basis.double().T @ grad if left else grad @ basis.double()).square().sum()
-        best = torch.linalg.svdvals(grad)[:before["rank"]].square().sum()
+        best = torch.linalg.svdvals(grad)[: before["rank"]].square().sum()
         # On a flat spectrum two passes tell little apart, but what they find is above the average.
         assert energy >= 0.5 * best
 
@@ -62,19 +67,30 @@ def refresh_arguments(draw):
         exp_avgs.append(draw.values(*shape, hostile=False))
         exp_avg_sqs.append(draw.values(*shape, hostile=False).abs())
     countdowns = [torch.tensor(draw.of(0, COLD, 3)) for _ in range(count)]
-    return dict(bases=bases, grads=grads, countdowns=countdowns, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs,
-                steps=[torch.tensor(5.0) for _ in range(count)], lr=torch.tensor(draw.of(0.1, 0.0)),
-                left=left, gap=draw.of(1, 7), first_gaps=[draw.of(1, 4) for _ in range(count)],
-                seeds=[draw.of(0, 9) for _ in range(count)], subspace=draw.of("randomized", "svd"),
-                moments=draw.of("keep", "reset", "rotate"))
+    return dict(
+        bases=bases,
+        grads=grads,
+        countdowns=countdowns,
+        exp_avgs=exp_avgs,
+        exp_avg_sqs=exp_avg_sqs,
+        steps=[torch.tensor(5.0) for _ in range(count)],
+        lr=torch.tensor(draw.of(0.1, 0.0)),
+        left=left,
+        gap=draw.of(1, 7),
+        first_gaps=[draw.of(1, 4) for _ in range(count)],
+        seeds=[draw.of(0, 9) for _ in range(count)],
+        subspace=draw.of("randomized", "svd"),
+        moments=draw.of("keep", "reset", "rotate"),
+    )
 
 
 def compare_refresh(before, after, result):
     """The schedule in plain Python; a due basis is what the selection gives, and the moments follow `moments`."""
     left, moments = before["left"], before["moments"]
     for i, countdown in enumerate(before["countdowns"].copy()):
-        then, now = ({name: values[name][i] for name in ("bases", "grads", "exp_avgs", "exp_avg_sqs", "steps")}
-                     for values in (before, after))
+        then, now = (
+            {name: values[name][i] for name in ("bases", "grads", "exp_avgs", "exp_avg_sqs", "steps")} for values in (before, after)
+        )
         cold, due = countdown == COLD, countdown <= 0
         basis, done = then["bases"], True
         if due:
@@ -116,8 +132,9 @@ def directions_arguments(draw):
     rank = draw.of(1, min(d, other), (min(d, other) + 1) // 2)
     shape = (rank, other) if left else (other, rank)
     exp_avg = draw.values(*shape, dtype=draw.of(*FLOATS), hostile=draw.of(False, True)) if draw.of(True, False) else None
-    return dict(basis=orthonormal(draw, d, rank).to(draw.of(*FLOATS)), exp_avg=exp_avg, other=other, left=left,
-                seed=draw.of(0, 12345))
+    return dict(
+        basis=orthonormal(draw, d, rank).to(draw.of(*FLOATS)), exp_avg=exp_avg, other=other, left=left, seed=draw.of(0, 12345)
+    )
 
 
 def compare_directions(before, after, result):
@@ -151,8 +168,10 @@ def sketch_arguments(draw):
 def compare_sketch(before, after, result):
     left, moments = before["left"], before["moments"]
     for i, countdown in enumerate(before["countdowns"].copy()):
-        then, now = ({name: values[name][i] for name in ("bases", "sketches", "exp_avgs", "exp_avg_sqs", "steps")}
-                     for values in (before, after))
+        then, now = (
+            {name: values[name][i] for name in ("bases", "sketches", "exp_avgs", "exp_avg_sqs", "steps")}
+            for values in (before, after)
+        )
         wait, basis, sketch = countdown.item(), then["bases"], then["sketches"]
         trains = before["lr"] != 0
         due = trains and wait in (0, COLD)
@@ -184,8 +203,9 @@ def full(plain):
     def arguments(draw):
         drawn = plain(draw)
         bases, size = drawn["bases"], draw.of(256, 32, 1024)
-        lists = {name: [] for name in ("basis_scales", "basis_offsets", "exp_avg_absmaxes", "exp_avg_sq_absmaxes", "gaps",
-                                       "overlaps")}
+        lists = {
+            name: [] for name in ("basis_scales", "basis_offsets", "exp_avg_absmaxes", "exp_avg_sq_absmaxes", "gaps", "overlaps")
+        }
         if draw.of(True, False):
             packed = [quantize_int4(basis, group_size=size) for basis in bases]
             drawn["bases"], lists["basis_scales"], lists["basis_offsets"] = ([p[i] for p in packed] for i in range(3))
@@ -197,8 +217,11 @@ def full(plain):
             lists["gaps"] = [torch.tensor(draw.of(drawn["gap"], 5)) for _ in bases]
             queues = draw.of([NAN, NAN], [NAN, 0.9], [0.1, 0.2], [1.0, 1.0])
             lists["overlaps"] = [torch.tensor(queues) for _ in bases]
-        return drawn | lists | dict(group_size=size, cos_threshold=draw.of(0.4, 0.0, 1.0), gamma_proj=draw.of(2.0, 1.5),
-                                    max_gap=draw.of(9, 100))
+        return (
+            drawn
+            | lists
+            | dict(group_size=size, cos_threshold=draw.of(0.4, 0.0, 1.0), gamma_proj=draw.of(2.0, 1.5), max_gap=draw.of(9, 100))
+        )
 
     return arguments
 
@@ -209,13 +232,18 @@ def decoded(values, before):
     if before["basis_scales"]:
         sizes = before.get("grads") or before["sketches"]
         values["bases"] = [
-            dequantize_int4(*parts, d=2 * parts[0].shape[1] if like.numel() == 0 else like.shape[0 if left else 1],
-                            group_size=before["group_size"])
-            for like, *parts in zip(sizes, values["bases"], values["basis_scales"], values["basis_offsets"])]
+            dequantize_int4(
+                *parts,
+                d=2 * parts[0].shape[1] if like.numel() == 0 else like.shape[0 if left else 1],
+                group_size=before["group_size"],
+            )
+            for like, *parts in zip(sizes, values["bases"], values["basis_scales"], values["basis_offsets"])
+        ]
     for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
         if before[f"{name}_absmaxes"]:
-            values[f"{name}s"] = [dequantize_blockwise(*coded, signed=signed)
-                                  for coded in zip(values[f"{name}s"], values[f"{name}_absmaxes"])]
+            values[f"{name}s"] = [
+                dequantize_blockwise(*coded, signed=signed) for coded in zip(values[f"{name}s"], values[f"{name}_absmaxes"])
+            ]
     return values
 
 
@@ -253,14 +281,15 @@ def compare_full(before, after, result):
         else:
             assert same_bits(got, new.to(old.dtype))
         carried = new is not None and before["moments"] != "keep" and (sketched or not first)
-        for name, absmax in (("exp_avgs", "exp_avg_absmaxes"), ("exp_avg_sqs", "exp_avg_sq_absmaxes")):
+        for name, _ in (("exp_avgs", "exp_avg_absmaxes"), ("exp_avg_sqs", "exp_avg_sq_absmaxes")):
             assert carried or same_bits(before[name][i], after[name][i]), name
             assert before["moments"] != "reset" or not carried or not now[name][i].any(), name
         if carried and before["moments"] == "rotate":
             want = [then[name][i].clone() for name in ("exp_avgs", "exp_avg_sqs")]
             transport.rotate(*want, old, got, left=before["left"])
-            for name, absmax, value, signed in zip(("exp_avgs", "exp_avg_sqs"), ("exp_avg_absmaxes", "exp_avg_sq_absmaxes"), want,
-                                                   (True, False)):
+            for name, absmax, value, signed in zip(
+                ("exp_avgs", "exp_avg_sqs"), ("exp_avg_absmaxes", "exp_avg_sq_absmaxes"), want, (True, False)
+            ):
                 if before[absmax]:
                     assert all(map(same_bits, (after[name][i], after[absmax][i]), quantize_blockwise(value, signed=signed)))
                 else:

@@ -2,19 +2,23 @@
 
 import torch
 
-from lowrank_sys.reference import dct
-
 from fuzz.bounds import UNIT, Near, assert_within, exact, product
 from fuzz.harness import FLOATS, Fuzz, same_bits
 from fuzz.projection import low_rank
+from lowrank_sys.reference import dct
 
 
 def rotate_arguments(draw):
     d, n, r, left = draw.size(0), draw.size(), draw.size(1, 65), draw.of(True, False)
     shape = low_rank(n, n, r, left)
     old = draw.values(d, r, dtype=draw.of(*FLOATS), hostile=False)
-    return dict(exp_avg=draw.values(*shape, hostile=False), exp_avg_sq=draw.values(*shape, hostile=False).abs(), old=old,
-                new=draw.of(draw.values(d, r, dtype=draw.of(*FLOATS), hostile=False), old.clone()), left=left)
+    return dict(
+        exp_avg=draw.values(*shape, hostile=False),
+        exp_avg_sq=draw.values(*shape, hostile=False).abs(),
+        old=old,
+        new=draw.of(draw.values(d, r, dtype=draw.of(*FLOATS), hostile=False), old.clone()),
+        left=left,
+    )
 
 
 def compare_rotate(before, after, result):
@@ -35,8 +39,12 @@ def select_arguments(draw):
     left = draw.of(True, False)
     m, n = draw.size(1 if left else 0), draw.size(0 if left else 1)
     d = m if left else n
-    return dict(grad=draw.values(m, n, dtype=draw.of(*FLOATS), hostile=False), rank=draw.of(1, d, (d + 1) // 2), left=left,
-                norm=draw.of(1, 2))
+    return dict(
+        grad=draw.values(m, n, dtype=draw.of(*FLOATS), hostile=False),
+        rank=draw.of(1, d, (d + 1) // 2),
+        left=left,
+        norm=draw.of(1, 2),
+    )
 
 
 def compare_select(before, after, result):
