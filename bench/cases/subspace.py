@@ -4,7 +4,7 @@ import torch
 
 from lowrank_sys import reference
 from lowrank_sys.bench.cases.case import Op, low_rank, moments, orthonormal, scalars
-from lowrank_sys.reference.subspace import (
+from lowrank_sys.subspace.iteration import (
     MIX,
     basis_from_sketch,
     gaussian,

@@ -3,8 +3,8 @@
 import torch
 
 from lowrank_sys.bench.cases.case import Op, low_rank, moments, orthonormal
-from lowrank_sys.reference import orthogonalize, transport
-from lowrank_sys.reference.dct import column_norms, dct_columns, dct_select
+from lowrank_sys.subspace import orthogonalize, transport
+from lowrank_sys.subspace.dct import column_norms, dct_columns, dct_select
 
 STEPS = 5
 

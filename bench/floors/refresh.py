@@ -9,7 +9,7 @@ from lowrank_sys.bench import kernels, timing
 from lowrank_sys.bench.cases import make
 from lowrank_sys.bench.cases.case import Case
 from lowrank_sys.bench.floors.floor import RANK, SIZE, Floor
-from lowrank_sys.subspace.refresh import randomized_basis
+from lowrank_sys.subspace.select import randomized_basis
 from lowrank_sys.train import data, models
 
 

@@ -23,8 +23,8 @@ from lowrank_sys._ops import (
     orthogonalize,
     projection,
     qgalore,
+    refresh,
     residual,
-    schedule,
     sparse,
     steps,
     subspace,
@@ -47,7 +47,7 @@ _GROUPS = (
     blockwise,
     gaussian,
     residual,
-    schedule,
+    refresh,
     qgalore,
     apollo_int8,
 )

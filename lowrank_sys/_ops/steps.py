@@ -2,7 +2,6 @@
 
 import torch
 
-from lowrank_sys._ops.projection import check_project
 from lowrank_sys._ops.rules import (
     ADAM,
     GUARDS,
@@ -10,7 +9,6 @@ from lowrank_sys._ops.rules import (
     check_lists,
     check_step_and_rate,
     define,
-    expect,
     expect_basis,
     expect_dtype,
     expect_float,
@@ -51,11 +49,6 @@ SCHEMAS = {
     # torch.optim.AdamW's step, element by element; an element whose gradient is not finite is skipped.
     "adamw_step": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     f"Tensor(d!)[] steps, *, Tensor lr, {ADAM}, {GUARDS}) -> ()",
-    # One Adafactor step of a parameter of any shape (no basis) or in a subspace.
-    "adafactor_step": "(Tensor(a!) param, Tensor grad, Tensor? basis, Tensor(b!)? exp_avg, Tensor(c!)? row, Tensor(d!)? col, "
-    "Tensor(e!)? exp_avg_sq, Tensor(f!) step, *, Tensor lr, float beta1, float decay_rate, float eps1, float eps2, "
-    "float clip_threshold, float weight_decay, float scale, bool scale_parameter, bool relative_step, bool warmup_init, "
-    "bool left, Tensor(z!)? skipped=None) -> ()",
 }
 
 
@@ -95,29 +88,6 @@ def check_adamw_step(params, grads, exp_avgs, exp_avg_sqs, steps, lr, guards, op
         for name, moment in ((f"exp_avgs[{i}]", exp_avg), (f"exp_avg_sqs[{i}]", exp_avg_sq)):
             expect_like(op, name, moment, param.shape, param.device)
             expect_dtype(op, name, moment, torch.float32)
-
-
-def check_adafactor_step(param, grad, basis, exp_avg, row, col, exp_avg_sq, step, lr, *, left, skipped, op="adafactor_step"):
-    expect_float(op, "param", param)
-    expect_float(op, "grad", grad)
-    expect_like(op, "param", param, param.shape, param.device)
-    expect_like(op, "grad", grad, param.shape, param.device)
-    shape = param.shape
-    if basis is not None:
-        check_project(grad, basis, left=left, op=op)
-        shape = low_rank_shape(param, basis, left)
-    factored = len(shape) == 2
-    expect(
-        (row is not None) == factored and (col is not None) == factored and (exp_avg_sq is None) == factored,
-        op,
-        lambda: f"row and col are for matrices, exp_avg_sq for other shapes, got a parameter of shape {tuple(param.shape)}",
-    )
-    wanted = {"exp_avg": shape, "exp_avg_sq": shape, "row": (*shape[:1], 1), "col": (1, *shape[1:2])}
-    for name, tensor in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("row", row), ("col", col)):
-        if tensor is not None:
-            expect_like(op, name, tensor, wanted[name], param.device)
-            expect_dtype(op, name, tensor, torch.float32)
-    check_guards(op, [param], [step], lr, None, None, skipped)
 
 
 define(SCHEMAS)
@@ -183,11 +153,6 @@ def _(
     skipped=None,
 ):
     check_adamw_step(params, grads, exp_avgs, exp_avg_sqs, steps, lr, (grad_scale, found_inf, skipped))
-
-
-@fake("adafactor_step")
-def _(param, grad, basis, exp_avg, row, col, exp_avg_sq, step, *, lr, left, skipped=None, **hyper):
-    check_adafactor_step(param, grad, basis, exp_avg, row, col, exp_avg_sq, step, lr, left=left, skipped=skipped)
 
 
 @workspace(*(f"{op}{form}" for op in ("galore_step", "subspace_step") for form in ("", ".tensor", ".list")))

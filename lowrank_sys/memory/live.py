@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowrank_sys import backends, reference
-from lowrank_sys.memory.storages import storages
 from lowrank_sys.memory.workspace import op_name, scratch_bytes
+from lowrank_sys.optim.storages import storages
 from lowrank_sys.subspace import operators
 
 # Where the host reads a value.

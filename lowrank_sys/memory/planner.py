@@ -15,8 +15,8 @@ from typing import Any
 
 from lowrank_sys.cli import CommandError
 from lowrank_sys.memory import allocator, process
-from lowrank_sys.memory.ledger import CATEGORIES
 from lowrank_sys.memory.rehearsal import Rehearsal, rehearse
+from lowrank_sys.optim.ledger import CATEGORIES
 from lowrank_sys.train.command import check
 from lowrank_sys.train.methods import LEAN, settle
 

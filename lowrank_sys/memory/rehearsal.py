@@ -12,8 +12,9 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowrank_sys.memory import allocator, ledger
+from lowrank_sys.memory import allocator
 from lowrank_sys.memory.live import LiveStorages
+from lowrank_sys.optim import ledger
 from lowrank_sys.train import data, methods, models, trainer
 from lowrank_sys.train.methods import settle
 

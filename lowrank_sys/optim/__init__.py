@@ -1,16 +1,16 @@
 """Optimizers: parts that keep state and call ops, composed by LowRankOptimizer; every method is a short preset."""
 
 from lowrank_sys.optim.accumulate import Accumulate
-from lowrank_sys.optim.apollo import APOLLOAdamW
 from lowrank_sys.optim.captured import CapturedStep
-from lowrank_sys.optim.fira import FiraAdamW
-from lowrank_sys.optim.frugal import FrugalAdamW
-from lowrank_sys.optim.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
-from lowrank_sys.optim.grass import GrassAdamW
 from lowrank_sys.optim.groups import param_groups
 from lowrank_sys.optim.in_backward import InBackward
+from lowrank_sys.optim.methods.apollo import APOLLOAdamW
+from lowrank_sys.optim.methods.fira import FiraAdamW
+from lowrank_sys.optim.methods.frugal import FrugalAdamW
+from lowrank_sys.optim.methods.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from lowrank_sys.optim.methods.grass import GrassAdamW
+from lowrank_sys.optim.methods.qgalore import QGaLoreAdamW8bit
 from lowrank_sys.optim.optimizer import LowRankOptimizer
-from lowrank_sys.optim.qgalore import QGaLoreAdamW8bit
 
 __all__ = [
     "APOLLOAdamW",

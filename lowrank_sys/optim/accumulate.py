@@ -48,7 +48,7 @@ class Accumulate(Hooked):
             self.serve(weight)
 
     def check(self, optimizer):
-        if not optimizer.residual.starts_from_low_rank(optimizer.inner):
+        if not optimizer.pipeline.from_low_rank:
             raise ValueError(f"per_layer='accumulate' needs a rule that can start from R, got {type(optimizer).__name__}")
 
     def attach(self, optimizer, group, names):
@@ -67,7 +67,7 @@ class Accumulate(Hooked):
             if weight not in where:
                 raise ValueError(f"{name} is not a parameter of the model")
         for weight in list(group["params"]):
-            left, shape = optimizer.subspace.low_rank_shape(group, weight)
+            _, shape = optimizer.pipeline.subspace.low_rank_shape(group, weight)
             coefficient = self.coefficients[weight] = coefficient_like(shape, self.dtype, weight.device)
             path, _, name = where[weight].rpartition(".")
             owner = self.model.get_submodule(path)
@@ -106,16 +106,15 @@ class Accumulate(Hooked):
                 if key in group:
                     group[key] = [group[key][i] for i in kept]
 
-    def _take(self, optimizer, weight, grad):
-        if not optimizer.state[weight]:
-            optimizer._init_state(weight)
-        state, coefficient = optimizer.state[weight], self.coefficients[weight]
+    def use(self, optimizer, weight, grad):
+        state, coefficient, subspace = optimizer.state_of(weight), self.coefficients[weight], optimizer.pipeline.subspace
+        group = optimizer.group_of(weight)
         if weight not in self._window:
-            self._open(optimizer, weight, coefficient, state)
-        sketch, left = self._window[weight], state["left"]
-        low_rank = optimizer.subspace.project(optimizer._group_of(weight), grad, state)
+            self._open(optimizer, group, weight, coefficient, state)
+        sketch = self._window[weight]
+        low_rank = subspace.project(group, grad, state)
         if sketch is not None:
-            sketch.add(optimizer.subspace.sketch(grad, sketch.omega, left), coefficient.grad)
+            sketch.add(subspace.sketch(grad, sketch.omega, state["left"]), coefficient.grad)
         if coefficient.grad is None:
             coefficient.grad = low_rank.to(self.dtype)
         else:
@@ -123,12 +122,12 @@ class Accumulate(Hooked):
         if sketch is not None:
             sketch.version = coefficient.grad._version
 
-    def _open(self, optimizer, weight, coefficient, state):
+    def _open(self, optimizer, group, weight, coefficient, state):
         """The first gradient of this weight since the last step."""
         expect_one_process()
         self._expect_new(weight, coefficient)
         self._fit(optimizer, weight, coefficient, state)
-        omega = optimizer.subspace.sketch_directions(weight, state)
+        omega = optimizer.pipeline.directions(group, weight, state)
         self._window[weight] = None if omega is None else _Sketch(omega)
 
     def _expect_new(self, weight, coefficient):
@@ -141,7 +140,7 @@ class Accumulate(Hooked):
     def _fit(self, optimizer, weight, coefficient, state):
         """A model that was moved, cast or copied carries its coefficients along as full tensors; a loaded state may have
         another rank."""
-        shape = optimizer.subspace.shape_of(weight, state)
+        shape = optimizer.pipeline.subspace.shape_of(weight, state)
         if (coefficient.shape, coefficient.dtype, coefficient.device) != (shape, self.dtype, weight.device) or (
             coefficient.untyped_storage().nbytes() > coefficient.element_size()
         ):
@@ -159,19 +158,23 @@ class Accumulate(Hooked):
         super().begin(optimizer)
         for weight, coefficient in self.coefficients.items():
             if weight.grad is not None:  # put there by hand
-                self._hook(weight)
+                self.take(weight)
             elif weight not in self._window:
                 self._expect_new(weight, coefficient)
 
-    def low_rank_step(self, optimizer, group, params, grads, states, lr, left, guards):
+    projected = True
+
+    def step(self, optimizer, batch, lr):
+        if not batch.projected:
+            return super().step(optimizer, batch, lr)
         if self.dtype == torch.float32:
-            optimizer._subspace_step(group, params, grads, states, lr, left, guards)
+            optimizer.pipeline.update(batch, lr)
         else:
-            for param, grad, state in zip(params, grads, states):  # one fp32 copy at a time
-                optimizer._subspace_step(group, [param], [grad.float()], [state], lr, left, guards)
-        sketches = [self._window.get(param) for param in params]
-        sketches = [None if sketch is None else sketch.total for sketch in sketches]
-        optimizer.subspace.refresh_from_sketches(group, sketches, states, lr, left)
+            for one in batch.one_by_one(lambda low_rank: low_rank.float()):  # one fp32 copy at a time
+                optimizer.pipeline.update(one, lr)
+        windows = [self._window.get(param) for param in batch.params]
+        batch.sketches = [None if window is None else window.total for window in windows]
+        optimizer.pipeline.renew(batch, lr)
 
     def clip(self, optimizer, max_norm):
         self.begin(optimizer)

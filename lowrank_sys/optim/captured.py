@@ -4,7 +4,7 @@ import torch
 
 from lowrank_sys.optim.names import name_of
 from lowrank_sys.optim.optimizer import LowRankOptimizer
-from lowrank_sys.optim.store import weight_store
+from lowrank_sys.optim.weight import weight_store
 
 # Group keys that a graph does not hold: what it reads anew at every step, and what others note there.
 NOT_CAPTURED = ("params", "param_names", "lr", "initial_lr")
@@ -25,18 +25,19 @@ class StepInParts:
         self._found_inf = torch.zeros((), device=device)
         self._grad_scale = torch.ones((), device=device)
         self._guarded = False
-        self._sketches = []
+        self._batches = []
 
-    def before(self, found_inf=None, grad_scale=None):
-        """Refresh what is due; found_inf, grad_scale: a GradScaler's, None without one."""
+    def before(self, grad_scale=None, found_inf=None):
+        """Refresh what is due; grad_scale, found_inf: a GradScaler's, None without one."""
         optimizer = self._optimizer
         optimizer.gradients.begin(optimizer)
-        optimizer._init_state()
-        self._fill(found_inf, grad_scale)
-        self._sketches = [optimizer.gradients.before(optimizer, *batch) for *batch, _ in self._batches() if "rank" in batch[0]]
+        self._fill(grad_scale, found_inf)
+        self._batches = list(optimizer.all_batches(*((self._grad_scale, self._found_inf) if self._guarded else ())))
+        for group, batch in self._batches:
+            optimizer.pipeline.choose(batch, optimizer.rate(group))
 
-    def _fill(self, found_inf, grad_scale):
-        rates = [self._optimizer._rate(group) for group in self._optimizer.param_groups]
+    def _fill(self, grad_scale, found_inf):
+        rates = [self._optimizer.rate(group) for group in self._optimizer.param_groups]
         while len(self._rates) < len(rates):
             self._rates.append(torch.empty_like(rates[len(self._rates)], device=self._device))
         self._guarded = found_inf is not None or grad_scale is not None
@@ -48,26 +49,20 @@ class StepInParts:
             else:
                 mine.fill_(value.item())  # a number of the host's: a copy from there would wait
 
-    def _batches(self):
-        return self._optimizer._step_batches(*((self._found_inf, self._grad_scale) if self._guarded else ()))
-
     def body(self):
         """Step all that has a gradient, on the bases that are there."""
         optimizer = self._optimizer
         rates = {id(group): rate for group, rate in zip(optimizer.param_groups, self._rates)}
-        for group, params, grads, states, _, left, guards in self._batches():
-            if "rank" in group:
-                optimizer.gradients.update(optimizer, group, params, grads, states, rates[id(group)], left, guards)
-            else:
-                optimizer.gradients.plain_step(optimizer, group, params, grads, states, rates[id(group)], guards)
+        # made anew: the reciprocal of the scale is part of what is captured
+        for group, batch in optimizer.all_batches(*((self._grad_scale, self._found_inf) if self._guarded else ())):
+            optimizer.pipeline.update(batch, rates[id(group)])
 
     def after(self):
         """With refresh='next' choose the bases of the next step."""
-        optimizer, sketches = self._optimizer, iter(self._sketches)
-        for group, _, _, states, lr, left, _ in self._batches():
-            if "rank" in group:
-                optimizer.gradients.after(optimizer, group, next(sketches), states, lr, left)
-        self._sketches = []
+        optimizer = self._optimizer
+        for group, batch in self._batches:
+            optimizer.pipeline.renew(batch, optimizer.rate(group))
+        self._batches = []
         optimizer.gradients.finish(optimizer)
 
 
@@ -128,7 +123,7 @@ class CapturedStep:
         """
         if closure is not None:
             raise ValueError("closure must be None for a captured step: call backward() before it")
-        guards = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        guards = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         given = _given(self.optimizer, guards)
         with torch.cuda.device(self._device):
             if self._captured is None:

@@ -29,34 +29,14 @@ class AtStep:
         """[(parameter, gradient)] of what has one."""
         return [(p, p.grad) for p in group["params"] if p.grad is not None]
 
+    projected = False  # whether `of` gives R for a group with a rank
+
     def begin(self, optimizer):
         """A step begins."""
 
-    def plain_step(self, optimizer, group, params, grads, states, lr, guards):
-        optimizer._plain_step(group, params, grads, states, lr, guards)
-
-    def low_rank_step(self, optimizer, group, params, grads, states, lr, left, guards):
-        sketches = self.before(optimizer, group, params, grads, states, lr, left)
-        self.update(optimizer, group, params, grads, states, lr, left, guards)
-        self.after(optimizer, group, sketches, states, lr, left)
-
-    def before(self, optimizer, group, params, grads, states, lr, left):
-        """Choose the bases that the step uses, with refresh='now'; with 'next' take and return the sketches that `after` needs."""
-        subspace = optimizer.subspace
-        if group["refresh"] == "now":
-            subspace.refresh(group, grads, states, lr, left)
-            return None
-        omegas = [subspace.sketch_directions(p, s) for p, s in zip(params, states)]
-        return [None if omega is None else subspace.sketch(g, omega, left) for g, omega in zip(grads, omegas)]
-
-    def update(self, optimizer, group, params, grads, states, lr, left, guards):
-        """The step itself: it reads no value on the host and makes nothing that stays, so a CUDA graph can hold it."""
-        optimizer._low_rank_step(group, params, grads, states, lr, left, guards)
-
-    def after(self, optimizer, group, sketches, states, lr, left):
-        """With refresh='next' choose the bases of the next step."""
-        if sketches is not None:
-            optimizer.subspace.refresh_from_sketches(group, sketches, states, lr, left)
+    def step(self, optimizer, batch, lr):
+        """Take the step of a lowrank_sys.optim.pipeline.Batch."""
+        optimizer.pipeline.step(batch, lr)
 
     def clip(self, optimizer, max_norm):
         """Scale all gradients by the norm of the low-rank and the plain ones; returns it."""
@@ -69,9 +49,8 @@ class AtStep:
                 continue
             if group["refresh"] != "next":
                 raise ValueError("clipping by the low-rank norm needs refresh='next': a basis must be known before its step")
-            optimizer._init_state()
             for param, grad in pairs:
-                measured.append(optimizer.subspace.measured(group, grad.contiguous(), optimizer.state[param]))
+                measured.append(optimizer.pipeline.subspace.measured(group, grad.contiguous(), optimizer.state_of(param)))
         return (
             scale_to_norm_(grads, gradient_norms(measured), max_norm)
             if grads
@@ -92,6 +71,10 @@ class AtStep:
 
     def release(self, optimizer):
         """Remove hooks and coefficients."""
+
+    def held(self, optimizer):
+        """Yield (category, tensor) of what is held beside the state."""
+        return ()
 
     def memory(self):
         """Bytes by category of what is held beside the state."""
@@ -136,10 +119,23 @@ class Hooked(AtStep):
             _SERVED.pop(weight, None)
 
     @torch.no_grad()
-    def _hook(self, weight):
+    def take(self, weight):
+        """Use the gradient of a weight, and free it."""
         grad, weight.grad = weight.grad, None
         if grad is not None:
-            self._take(self._optimizer(), weight, _dense(weight, grad))
+            self.use(self.optimizer, weight, _dense(weight, grad))
+
+    def use(self, optimizer, weight, grad):
+        """What this mode does with a gradient that is complete."""
+        raise NotImplementedError
+
+    @property
+    def optimizer(self):
+        """None where it is gone."""
+        return None if self._optimizer is None else self._optimizer()
+
+    def serves(self, weight):
+        return weight in self._handles
 
     def begin(self, optimizer):
         if self._released:
@@ -157,8 +153,8 @@ class _WeakHook:
 
     def __call__(self, weight):
         part = self.part()
-        if part is not None and part._optimizer() is not None:
-            part._hook(weight)
+        if part is not None and part.optimizer is not None:
+            part.take(weight)
 
 
 def _dense(param, grad):
@@ -171,7 +167,7 @@ def _release(weight, newest):
     """Remove the hook of an older optimizer: the newest one of a weight serves it."""
     older = _SERVED.pop(weight, None)
     older = None if older is None else older()
-    if older is not None and older is not newest and weight in older._handles:
+    if older is not None and older is not newest and older.serves(weight):
         older.drop(weight)
 
 

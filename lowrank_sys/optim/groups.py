@@ -6,12 +6,12 @@ from lowrank_sys.nn.linear_layers import linear_layers
 from lowrank_sys.nn.quant_weight import is_quantized
 from lowrank_sys.optim import hyper
 from lowrank_sys.optim.coefficient import is_coefficient
-from lowrank_sys.optim.residual import Dropped, ScaledGradient, ScaledResidual, StateFree
-from lowrank_sys.subspace.keyed import Keyed
+from lowrank_sys.optim.remainder import Remainder, ScaledGradient, ScaledResidual, StateFree
+from lowrank_sys.subspace.keys import Keyed
 from lowrank_sys.subspace.rows import Rows
 
 # Whose keys a low-rank group may have; its optimizer says which of them it reads.
-PARTS = (Keyed, Rows, Dropped, ScaledGradient, ScaledResidual, StateFree)
+PARTS = (Keyed, Rows, Remainder, ScaledGradient, ScaledResidual, StateFree)
 
 
 class ParamGroups(list):

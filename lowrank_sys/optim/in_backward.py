@@ -29,7 +29,7 @@ class InBackward(Hooked):
 
     def bind(self, optimizer):
         super().bind(optimizer)
-        for group in getattr(optimizer, "param_groups", ()):
+        for group in optimizer.groups_so_far():
             if "rank" in group:
                 for weight in group["params"]:
                     self.serve(weight)
@@ -41,42 +41,40 @@ class InBackward(Hooked):
         for weight in group["params"]:
             self.serve(weight)
 
-    def _take(self, optimizer, weight, grad):
+    def use(self, optimizer, weight, grad):
         if weight in self._done:
             raise RuntimeError(
                 "a second backward before step(): per_layer='in_backward' cannot accumulate gradients, each "
                 "backward is a step; use per_layer='accumulate'"
             )
         expect_one_process()
-        group = optimizer._group_of(weight)
-        if optimizer.nonfinite == "raise":
-            optimizer._expect_finite(weight, grad)
-        if not optimizer.state[weight]:
-            optimizer._init_state(weight)
-        state = optimizer.state[weight]
-        guards = optimizer._guards(weight.device)
-        self.low_rank_step(optimizer, group, [weight], [grad], [state], optimizer._rate(group), state["left"], guards)
+        group = optimizer.group_of(weight)
+        optimizer.expect_finite(weight, grad)
+        lr = optimizer.rate(group)
+        for batch in optimizer.batches(group, [(weight, grad)]):
+            self.step(optimizer, batch, lr)
         self._done.add(weight)
 
-    def update(self, optimizer, group, params, grads, states, lr, left, guards):
+    def step(self, optimizer, batch, lr):
         if self.max_norm is None:
-            return super().update(optimizer, group, params, grads, states, lr, left, guards)
-        factor = self._factor(optimizer, params[0].device)
-        low_rank = [optimizer.subspace.measured(group, g, s) for g, s in zip(grads, states)]
-        self._remember(low_rank, states)
-        if optimizer.residual.starts_from_low_rank(optimizer.inner):
-            guards = {**guards, "grad_scale": factor}
-            optimizer._subspace_step(group, params, low_rank, states, lr, left, guards)
+            return super().step(optimizer, batch, lr)
+        pipeline, factor = optimizer.pipeline, self._factor(optimizer, batch.params[0].device)
+        pipeline.choose(batch, lr)
+        if not batch.has_subspace:
+            self._remember(batch.gradients, batch.states)
+            torch._foreach_mul_(batch.gradients, factor)
+            pipeline.update(batch, lr)
         else:
-            torch._foreach_mul_(grads, factor)
-            super().update(optimizer, group, params, grads, states, lr, left, guards)
-
-    def plain_step(self, optimizer, group, params, grads, states, lr, guards):
-        if self.max_norm is not None:
-            factor = self._factor(optimizer, params[0].device)
-            self._remember(grads, states)
-            torch._foreach_mul_(grads, factor)
-        super().plain_step(optimizer, group, params, grads, states, lr, guards)
+            subspace, from_low_rank = pipeline.subspace, pipeline.from_low_rank
+            of = subspace.project if from_low_rank else subspace.measured
+            low_rank = [of(batch.group, g, s) for g, s in zip(batch.gradients, batch.states)]
+            self._remember(low_rank, batch.states)
+            if from_low_rank:
+                pipeline.update(batch.with_gradients(low_rank, projected=True, grad_scale=factor), lr)
+            else:
+                torch._foreach_mul_(batch.gradients, factor)
+                pipeline.update(batch, lr)
+        pipeline.renew(batch, lr)
 
     def _remember(self, grads, states):
         for norm, state in zip(gradient_norms(grads), states):
@@ -108,7 +106,7 @@ class InBackward(Hooked):
 
     def begin(self, optimizer):
         super().begin(optimizer)
-        if getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None:
+        if any(value is not None for value in optimizer.scaler()):
             raise RuntimeError(
                 "per_layer='in_backward' takes no GradScaler: its matrices have already taken their step, on "
                 "scaled gradients; use per_layer='accumulate', or train in bfloat16 without one"

@@ -1,37 +1,27 @@
 """LowRankOptimizer: the composition that every method is a preset of."""
 
-from functools import partial
-
 import torch
 
-from lowrank_sys.memory import ledger
-from lowrank_sys.optim import hyper
+from lowrank_sys.optim import hyper, ledger
 from lowrank_sys.optim.coefficient import weights, with_coefficients, without_coefficients
 from lowrank_sys.optim.loading import check_groups, check_state
 from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
-from lowrank_sys.optim.residual import Dropped
-from lowrank_sys.optim.store import by_rows, put_back, weight_store
-from lowrank_sys.subspace.subspace import Subspace
+from lowrank_sys.optim.weight import weight_store
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
-    """Low-rank updates for groups with a `rank`, the plain inner rule for the others.
-
-    Composed of a subspace part (select, store, refresh, transport), an inner rule on the low-rank state, a residual (what
-    happens to G - back(R)) and a store (how weights are kept).
+    """Low-rank updates for groups with a `rank`, the plain rule for the others.
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. Keys of a low-rank group: `rank` and
-            those of the subspace and the residual.
-        inner: the inner rule (lowrank_sys.optim.inner).
+            those of the parts.
+        pipeline: the parts (lowrank_sys.optim.pipeline.Pipeline).
         defaults: the rule's hyper-parameters, with `lr` (float or 0-dim tensor).
         nonfinite: 'skip': a gradient that is not finite leaves its channel (plain groups: its element) untouched, counted
             by `skipped()`; 'raise': FloatingPointError before anything is written.
         per_layer: when the gradients of the matrices are projected (lowrank_sys.optim.per_layer). None: in step().
             'accumulate' or an Accumulate: as soon as they exist. 'in_backward' or an InBackward: with their whole step.
-        subspace: Subspace() by default, an orthonormal basis in memory (lowrank_sys.subspace).
-        residual: Dropped() by default, GaLore's (lowrank_sys.optim.residual).
 
     The state is tensors and plain numbers only: torch.load(weights_only=True), DCP and safetensors work, and a resumed run is
     exact to the bit.
@@ -43,14 +33,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
     # GradScaler hands over grad_scale and found_inf instead of synchronising.
     _step_supports_amp_scaling = True
 
-    def __init__(self, params, inner, defaults, nonfinite="skip", per_layer=None, *, subspace=None, residual=None):
+    def __init__(self, params, pipeline, defaults, nonfinite="skip", per_layer=None):
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite must be 'skip' or 'raise', got {nonfinite!r}")
-        self.inner = inner
-        self.subspace = Subspace() if subspace is None else subspace
-        self.residual = Dropped() if residual is None else residual
+        self.pipeline = pipeline
         self.nonfinite = nonfinite
-        self._counters = {}
+        self.counters = {}  # device -> how many weights were skipped there
         self.gradients = resolve(per_layer, params)
         if self.gradients.served_by_hooks:
             self.gradients.bind(self)
@@ -58,15 +46,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self):
         # torch's names three fields only: a copy would lose its parts.
-        return {
-            **super().__getstate__(),
-            "inner": self.inner,
-            "subspace": self.subspace,
-            "residual": self.residual,
-            "nonfinite": self.nonfinite,
-            "_counters": self._counters,
-            "gradients": self.gradients,
-        }
+        own = ("pipeline", "nonfinite", "counters", "gradients")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -98,23 +79,22 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.gradients.check(self)
         self._set_defaults(group)
         hyper.check(group, self.rules)
-        for key, part in (("quant", "int4_basis"), ("int8_gemm", "int8_gemm")):
-            if group.get(key) and not self._serves(key, part):
-                raise ValueError(f"{key} must be False for {type(self).__name__}, got {group[key]!r}")
-        self.subspace.check(group, names)
-        self.residual.check(group)
-        if group["moments"] not in self.inner.transports:
+        pipeline = self.pipeline
+        if group.get("quant") and "quant" not in pipeline.subspace.defaults:
+            raise ValueError(f"quant must be False for {type(self).__name__}, got {group['quant']!r}")
+        if group.get("int8_gemm") and not ("int8_gemm" in pipeline.subspace.defaults and pipeline.serves_int8_gemm):
+            raise ValueError(f"int8_gemm must be False for {type(self).__name__}, got {group['int8_gemm']!r}")
+        pipeline.subspace.check(group, names)
+        pipeline.remainder.check(group)
+        if group["moments"] not in pipeline.rule.transports:
             raise ValueError(
-                f"moments must be one of {', '.join(self.inner.transports)} for {type(self.inner).__name__}, "
+                f"moments must be one of {', '.join(pipeline.rule.transports)} for {type(pipeline.rule).__name__}, "
                 f"got {group['moments']!r}"
             )
 
-    def _serves(self, key, flag):
-        """Whether all parts can do what a group key of the subspace asks for."""
-        return key in self.subspace.defaults and all(getattr(part, flag, False) for part in (self.inner, self.residual))
-
     def _set_defaults(self, group):
-        parts = (self.subspace.defaults, self.residual.defaults, self.gradients.defaults, self.low_rank_defaults)
+        pipeline = self.pipeline
+        parts = (pipeline.subspace.defaults, pipeline.remainder.defaults, self.gradients.defaults, self.low_rank_defaults)
         for key, value in {key: value for part in parts for key, value in part.items()}.items():
             group.setdefault(key, value)
 
@@ -125,108 +105,83 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._set_defaults(group)
         return group
 
-    def _init_state(self, only=None):
-        """Make the missing state of what has a gradient, or of the one parameter `only`."""
-        missing = []
-        for group in self.param_groups:
-            params = [p for p, _ in self.gradients.of(group)] if only is None else [p for p in group["params"] if p is only]
-            missing += [(p, group) for p in params if not self.state[p]]
+    # What those who take the gradients (lowrank_sys.optim.gradients) and a captured step ask for.
+
+    def groups_so_far(self):
+        """The groups, while the optimizer is built too."""
+        return self.__dict__.get("param_groups", [])
+
+    def group_of(self, param):
+        return next(group for group in self.param_groups if any(p is param for p in group["params"]))
+
+    def state_of(self, param):
+        """The state of a parameter, made if there is none yet."""
+        if not self.state[param]:
+            self.make_states([param])
+        return self.state[param]
+
+    def make_states(self, params):
+        """Make the missing state of these parameters."""
+        missing = {p for p in params if not self.state[p]}
         if missing:
             new_state = self._new_states()
-            for param, group in missing:
-                self.state[param] = new_state(param, group)
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param in missing:
+                        self.state[param] = new_state(param, group)
 
     def _new_states(self):
         """A function of (parameter, its group) that makes a state as it is before the first step."""
         matrices = [p for g in self.param_groups if "rank" in g for p in weights(g)]
         index = {p: i for i, p in enumerate(matrices)}
+        return lambda param, group: self.pipeline.new_state(param, group, index.get(param), len(matrices))
 
-        def new_state(param, group):
-            state, shape = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}, param.shape
-            if "rank" in group:
-                shape = self.subspace.init(state, param, group, index[param], len(matrices))
-                self.residual.init(state, param)
-                weight_store(param).init(state, index[param])
-            self.inner.init(state, tuple(shape), param, group)
-            return state
+    def counter(self, device):
+        """How many weights were skipped on a device, int64."""
+        if device not in self.counters:
+            self.counters[device] = torch.zeros((), dtype=torch.int64, device=device)
+        return self.counters[device]
 
-        return new_state
+    def scaler(self):
+        """(grad_scale, found_inf) of a GradScaler, None without one."""
+        return self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
 
-    def _counter(self, device):
-        if device not in self._counters:
-            self._counters[device] = torch.zeros((), dtype=torch.int64, device=device)
-        return self._counters[device]
+    def rate(self, group):
+        """The rate as a 0-dim tensor; 1 where it is relative to the step."""
+        lr = group["lr"]
+        if isinstance(lr, torch.Tensor):
+            return lr
+        return torch.tensor(1.0 if lr is None else lr, dtype=torch.float32, device="cpu")
 
-    def _batches(self, group):
-        """Yield (left, params, grads, states) per device, side and store of the group's parameters that have a gradient."""
-        batches = {}
-        for param, grad in self.gradients.of(group):
+    def batches(self, group, pairs, grad_scale=None, found_inf=None, projected=False):
+        """Batches (lowrank_sys.optim.pipeline.Batch) of (parameter, gradient). grad_scale, found_inf: a GradScaler's."""
+        for _, grad in pairs:
             if grad.is_sparse:
-                raise ValueError(f"gradients must be dense, got a sparse one for a parameter of shape {tuple(param.shape)}")
-            state = self.state[param]
-            kind = param.device, state.get("left", False), weight_store(param).group_size
-            params, grads, states = batches.setdefault(kind, ([], [], []))
-            params.append(param)
-            grads.append(grad.contiguous())
-            states.append(state)
-        for (_, left, _), batch in batches.items():
-            yield left, *batch
+                raise ValueError(f"gradients must be dense, got a sparse one of shape {tuple(grad.shape)}")
+        self.make_states([param for param, _ in pairs])
+        if grad_scale is not None:
+            grad_scale = grad_scale.reciprocal()  # GradScaler's factor divides, the ops' one multiplies
+        return self.pipeline.batches(
+            group,
+            pairs,
+            self.state.__getitem__,
+            lambda device: {"grad_scale": grad_scale, "found_inf": found_inf, "skipped": self.counter(device)},
+            projected,
+        )
 
-    def _expect_finite(self, param, grad):
-        if not grad.isfinite().all():
+    def all_batches(self, grad_scale=None, found_inf=None):
+        """Yield (group, batch) of all that has a gradient."""
+        for group in self.param_groups:
+            for batch in self.batches(group, self.gradients.of(group), grad_scale, found_inf, self.gradients.projected):
+                yield group, batch
+
+    def expect_finite(self, param, grad):
+        """With nonfinite='raise' a FloatingPointError that names a parameter whose gradient is not finite."""
+        if self.nonfinite == "raise" and not grad.isfinite().all():
             for g, group in enumerate(self.param_groups):
                 for i, other in enumerate(group["params"]):
                     if other is param:
                         raise FloatingPointError(f"the gradient of {name_of(group, g, i)} is not finite")
-
-    def _rate(self, group):
-        lr = group["lr"]
-        if isinstance(lr, torch.Tensor):
-            return lr
-        return torch.tensor(1.0 if lr is None else lr, dtype=torch.float32, device="cpu")  # None: a rate relative to the step
-
-    def _step_batches(self, found_inf=None, grad_scale=None):
-        """Yield the arguments of `_step_batch` for all that has a gradient. found_inf, grad_scale: a GradScaler's."""
-        if grad_scale is not None:
-            grad_scale = grad_scale.reciprocal()  # GradScaler's factor divides, the ops' one multiplies
-        for group in self.param_groups:
-            lr = self._rate(group)
-            for left, params, grads, states in self._batches(group):
-                yield group, params, grads, states, lr, left, self._guards(params[0].device, grad_scale, found_inf)
-
-    def _step_batch(self, group, params, grads, states, lr, left, guards):
-        if "rank" in group:
-            self.gradients.low_rank_step(self, group, params, grads, states, lr, left, guards)
-        else:
-            self.gradients.plain_step(self, group, params, grads, states, lr, guards)
-
-    def _guards(self, device, grad_scale=None, found_inf=None):
-        return {"grad_scale": grad_scale, "found_inf": found_inf, "skipped": self._counter(device)}
-
-    def _low_rank_step(self, *arguments):
-        """The step of matrices of one batch from their gradients."""
-        self._write(partial(self.residual.low_rank_step, self.inner), *arguments)
-
-    def _subspace_step(self, *arguments):
-        """The same from R."""
-        self._write(self.inner.subspace_step, *arguments)
-
-    def _write(self, step, group, params, *arguments):
-        store = weight_store(params[0])
-        if not store.int8:
-            written = by_rows(params)
-            step(group, written, *arguments)
-            put_back(params, written)
-        elif self.residual.writes_int8(self.inner):
-            step(group, params, *arguments)
-        else:
-            store.in_full(step, group, params, *arguments)
-
-    def _plain_step(self, *arguments):
-        self._write(self.inner.plain_step, *arguments)
-
-    def _group_of(self, param):
-        return next(group for group in self.param_groups if any(p is param for p in group["params"]))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -236,13 +191,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.gradients.begin(self)
-        if self.nonfinite == "raise":
-            for group in self.param_groups:
-                for param, grad in self.gradients.of(group):
-                    self._expect_finite(param, grad)
-        self._init_state()
-        for batch in self._step_batches(getattr(self, "found_inf", None), getattr(self, "grad_scale", None)):
-            self._step_batch(*batch)
+        for group in self.param_groups if self.nonfinite == "raise" else ():
+            for param, grad in self.gradients.of(group):
+                self.expect_finite(param, grad)
+        self.make_states([param for group in self.param_groups for param, _ in self.gradients.of(group)])
+        for group, batch in self.all_batches(*self.scaler()):
+            self.gradients.step(self, batch, self.rate(group))
         self.gradients.finish(self)
         return loss
 
@@ -267,7 +221,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def skipped(self):
         """Weight elements left untouched so far because their gradient was not finite. Reads the device."""
-        return sum(int(counter) for counter in self._counters.values())
+        return sum(int(counter) for counter in self.counters.values())
 
     def refreshes(self):
         """The refresh schedule of every matrix, by name: {"countdown": steps until its next refresh}.
@@ -279,7 +233,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for g, group in enumerate(self.param_groups):
             for i, param in enumerate(weights(group)):
                 if "countdown" in self.state.get(param, ()):
-                    schedule[name_of(group, g, i)] = self.subspace.describe(self.state[param])
+                    schedule[name_of(group, g, i)] = self.pipeline.subspace.describe(self.state[param])
         return schedule
 
     def state_bytes(self):
@@ -289,7 +243,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def memory(self):
         """Bytes held now by category (weights, gradients, basis, moments, scales, accumulators, counters, other), and `total`.
 
-        Counts distinct storages, so memory that tensors share counts once. See lowrank_sys.memory.ledger.
+        Counts distinct storages, so memory that tensors share counts once. See lowrank_sys.optim.ledger.
         """
         return ledger.memory(self)
 
@@ -310,7 +264,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         groups = [group for group in map(self._loaded_group, state_dict["param_groups"]) for _ in group["params"]]
         saved = {param: state_dict["state"].get(i, {}) for i, param in zip(ids, params)}
         for param, state in saved.items():
-            if not self.subspace.fits(param, state):
+            if not self.pipeline.subspace.fits(param, state):
                 raise ValueError(
                     f"the state's basis of shape {tuple(state['basis'].shape)} does not fit a parameter of shape "
                     f"{tuple(param.shape)}"
@@ -320,7 +274,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for i, param in zip(ids, params):
             for key, value in state_dict["state"].get(i, {}).items():
                 if isinstance(value, torch.Tensor):
-                    self.state[param][key] = value.to("cpu" if key in self.subspace.on_host else param.device)
+                    self.state[param][key] = value.to("cpu" if key in self.pipeline.subspace.on_host else param.device)
         for group in self.param_groups:
             if "rank" in group:
                 self._set_defaults(group)  # keys that an older checkpoint lacks

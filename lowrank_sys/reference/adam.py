@@ -3,19 +3,7 @@
 import torch
 
 from lowrank_sys import _ops
-
-# |g| < 2^64 keeps g² finite in fp32; a larger gradient counts as not finite.
-MAX_GRADIENT = 2.0**64
-
-
-def accumulator(tensor):
-    """dtype to compute in."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def usable(gradient):
-    """Elements that may enter a moment: finite, and of finite square."""
-    return gradient.abs() < MAX_GRADIENT
+from lowrank_sys._ops.numerics import accumulator, usable
 
 
 def adam_(gradient, exp_avg, exp_avg_sq, ok, *, step, beta1, beta2, eps):

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from lowrank_sys import _ops
 from lowrank_sys._ops.blockwise import BLOCK
-from lowrank_sys.reference.adam import accumulator, adam_, skip, usable
+from lowrank_sys._ops.numerics import accumulator, usable
+from lowrank_sys.reference.adam import adam_, skip
 from lowrank_sys.reference.galore import back, project
 from lowrank_sys.reference.int4 import dequantize_int4
 

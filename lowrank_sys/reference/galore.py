@@ -3,7 +3,8 @@
 import torch
 
 from lowrank_sys import _ops
-from lowrank_sys.reference.adam import accumulator, adam_, skip, usable
+from lowrank_sys._ops.numerics import accumulator, usable
+from lowrank_sys.reference.adam import adam_, skip
 from lowrank_sys.reference.int8_gemm import int8_gemm as product_of_codes
 
 

@@ -7,7 +7,8 @@ Here the moments are those of `galore_step_8bit` and the rounding is that of `in
 import torch
 
 from lowrank_sys import _ops
-from lowrank_sys.reference.adam import skip, usable
+from lowrank_sys._ops.numerics import usable
+from lowrank_sys.reference.adam import skip
 from lowrank_sys.reference.blockwise import Moments
 from lowrank_sys.reference.galore import back, project
 from lowrank_sys.reference.int4 import dequantize_int4

@@ -7,7 +7,8 @@ limiter, of G) overflows fp32, keeps its weights and moments, and no norm counts
 import torch
 
 from lowrank_sys import _ops
-from lowrank_sys.reference.adam import accumulator, adam_, skip, usable
+from lowrank_sys._ops.numerics import accumulator, usable
+from lowrank_sys.reference.adam import adam_, skip
 from lowrank_sys.reference.galore import back, project
 from lowrank_sys.reference.gaussian import gaussian_project
 

@@ -4,7 +4,8 @@ R = P G gathers and Pᵀ X scatters: no product is dense."""
 import torch
 
 from lowrank_sys import _ops
-from lowrank_sys.reference.adam import accumulator, adam_, skip, usable
+from lowrank_sys._ops.numerics import accumulator, usable
+from lowrank_sys.reference.adam import adam_, skip
 from lowrank_sys.reference.galore import channel_norms
 
 

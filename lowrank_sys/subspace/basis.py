@@ -1,100 +1,174 @@
-"""How a matrix keeps its basis: as a matrix in the parameter's dtype, or in INT4.
+"""How a matrix keeps its basis: as a matrix in the parameter's dtype, in INT4, as the key of a Gaussian one, or as selected rows.
 
-A store names the tensors that a basis is made of (`keys` of a state, in the order in which ops take them), reads and writes
-them, and holds what ops want to know beside them. Which one a state has is told by the state.
+A store names the tensors that a basis is made of (`keys` of a state, in the order in which ops take them), and reads, writes and
+multiplies by them. Which one a state has is told by the state. d is the length of the projected axis.
 """
 
 import torch
 
+from lowrank_sys.subspace.gaussian import gaussian_basis
+
 
 class Dense:
-    """(d, r), in the parameter's dtype."""
+    """`basis` (d, r), in the parameter's dtype."""
 
+    name = "dense"  # in the table of fused steps
     keys = ("basis",)
     categories = {"basis": "basis"}
+    orthonormal = True  # BᵀB is I, to rounding
     overload = "list"  # of the list forms of steps
-    options = {}  # keyword arguments of these
+    options = {}  # keyword arguments of these, which a state keeps
 
     def make(self, d, rank, like):
         """The tensors of a basis that is not chosen yet."""
         return (like.new_zeros((d, rank)),)
 
-    def rank(self, basis):
-        return basis.shape[1]
+    def rank(self, state):
+        return state["basis"].shape[1]
 
-    def fits(self, d, basis):
+    def fits(self, d, state):
         """Whether this is a basis of vectors of d entries."""
+        basis = state["basis"]
         return basis.dim() == 2 and basis.shape[0] == d
 
-    def load(self, basis, *, d):
+    def load(self, state, d):
         """The basis (d, r) itself."""
-        return basis
+        return state["basis"]
 
-    def write(self, basis, *, new, kept=None):
+    def write(self, state, new, kept=None):
         """Store `new` (d, r)."""
-        basis.copy_(new)
+        state["basis"].copy_(new)
 
-    def project(self, grad, basis, *, left, int8_gemm=False):
-        return torch.ops.lowrank.project(grad, basis, left=left, int8_gemm=int8_gemm)
+    def project(self, grad, state, *, int8_gemm=False):
+        return torch.ops.lowrank.project(grad, state["basis"], left=state["left"], int8_gemm=int8_gemm)
+
+    def back_(self, param, low_rank, state, alpha=1.0):
+        """param += alpha back(low_rank)."""
+        torch.ops.lowrank.back_project_(param, low_rank, state["basis"], alpha=alpha, left=state["left"])
 
 
-class Int4:
+class Int4(Dense):
     """Packed codes (r, ⌈d/2⌉), fp32 scales and offsets (r, ⌈d/group_size⌉): see quantize_int4. d r / 2 bytes, and the scales."""
 
+    name = "int4"
     keys = ("basis", "basis_scale", "basis_offset")
     categories = {"basis": "basis", "basis_scale": "scales", "basis_offset": "scales"}
+    orthonormal = False
     overload = "int4"
 
     def __init__(self, group_size):
         self.group_size = group_size
         self.options = {"group_size": group_size}
 
+    def _tensors(self, state):
+        return [state[key] for key in self.keys]
+
     def make(self, d, rank, like):
         scales = like.new_zeros((rank, -(-d // self.group_size)), dtype=torch.float32)
         return like.new_zeros((rank, -(-d // 2)), dtype=torch.uint8), scales, torch.zeros_like(scales)
 
-    def rank(self, packed, scale, offset):
-        return packed.shape[0]
+    def rank(self, state):
+        return state["basis"].shape[0]
 
-    def fits(self, d, packed, scale, offset):
-        return packed.dim() == 2 and packed.shape[1] == -(-d // 2) and scale.shape[1] == -(-d // self.group_size)
+    def fits(self, d, state):
+        packed = state["basis"]
+        return packed.dim() == 2 and packed.shape[1] == -(-d // 2) and state["basis_scale"].shape[1] == -(-d // self.group_size)
 
-    def load(self, packed, scale, offset, *, d):
+    def load(self, state, d):
         """The basis (d, r) in fp32: a copy, to be dropped soon."""
-        return torch.ops.lowrank.dequantize_int4(packed, scale, offset, d=d, group_size=self.group_size)
+        return torch.ops.lowrank.dequantize_int4(*self._tensors(state), d=d, group_size=self.group_size)
 
-    def write(self, *stored, new, kept=None):
+    def write(self, state, new, kept=None):
         """Store `new` (d, r); where `kept` (0-dim bool) the bytes stay, which rounding again could move."""
-        for old, made in zip(stored, torch.ops.lowrank.quantize_int4(new, group_size=self.group_size)):
+        for old, made in zip(self._tensors(state), torch.ops.lowrank.quantize_int4(new, group_size=self.group_size)):
             old.copy_(made if kept is None else torch.where(kept, old, made))
 
-    def project(self, grad, packed, scale, offset, *, left):
-        return torch.ops.lowrank.project_int4(grad, packed, scale, offset, left=left, group_size=self.group_size)
+    def project(self, grad, state, *, int8_gemm=False):
+        return torch.ops.lowrank.project_int4(grad, *self._tensors(state), left=state["left"], group_size=self.group_size)
+
+    def back_(self, param, low_rank, state, alpha=1.0):
+        torch.ops.lowrank.back_project_int4_(
+            param, low_rank, *self._tensors(state), alpha=alpha, left=state["left"], group_size=self.group_size
+        )
 
 
-DENSE = Dense()
+class Key(Dense):
+    """`key` int64 (4,) of a Gaussian basis: seed, refresh, parameter and first row. Ops make the basis where they use it."""
+
+    name = "key"
+    keys = ("key",)
+    categories = {"key": "basis"}
+    orthonormal = False
+
+    def rank(self, state):
+        return state["exp_avg"].shape[0 if state["left"] else 1]  # a key does not know it
+
+    def fits(self, d, state):
+        return True
+
+    def _which(self, state):
+        seed, step, parameter, first = state["key"].tolist()
+        return {"seed": seed, "step": step, "parameter": parameter, "first": first}
+
+    def load(self, state, d):
+        """The basis (d, r) in fp32. Reads the key: a GPU waits."""
+        return gaussian_basis(d=d, rank=self.rank(state), device=state["key"].device, **self._which(state))
+
+    def project(self, grad, state, *, int8_gemm=False):
+        return torch.ops.lowrank.gaussian_project(grad, rank=self.rank(state), left=state["left"], **self._which(state))
+
+    def back_(self, param, low_rank, state, alpha=1.0):
+        torch.ops.lowrank.gaussian_back_project_(param, low_rank, alpha=alpha, left=state["left"], **self._which(state))
 
 
-def chosen(group):
-    """The store for new states of a group."""
-    return Int4(group["quant_group_size"]) if group["quant"] else DENSE
+class Rows(Dense):
+    """`indices` int32 (r,) of rows of the identity, and where they are drawn `row_scale` fp32 (r,): R gathers, back scatters."""
+
+    name = "rows"
+    keys = ("indices",)
+    categories = {"indices": "basis", "row_scale": "basis"}
+    orthonormal = False  # where rows are scaled
+
+    def rank(self, state):
+        return state["indices"].shape[0]
+
+    def fits(self, d, state):
+        return state["indices"].dim() == 1
+
+    def load(self, state, d):
+        """The basis (d, r) in fp32, a column a row that is selected."""
+        indices, scale = state["indices"].long(), state.get("row_scale")
+        basis = torch.zeros(d, len(indices), dtype=torch.float32, device=indices.device)
+        basis[indices, torch.arange(len(indices), device=indices.device)] = 1.0 if scale is None else scale
+        return basis
+
+    def project(self, grad, state, *, int8_gemm=False):
+        return torch.ops.lowrank.gather_rows(grad, state["indices"], state.get("row_scale"), left=state["left"])
+
+    def back_(self, param, low_rank, state, alpha=1.0):
+        torch.ops.lowrank.scatter_add_rows_(
+            param, low_rank, state["indices"], state.get("row_scale"), alpha=alpha, left=state["left"]
+        )
+
+
+DENSE, KEY, ROWS = Dense(), Key(), Rows()
 
 
 def store_of(state):
-    """The store of a state that has a basis."""
-    return Int4(state["group_size"]) if "group_size" in state else DENSE
+    """The store of a state's basis; None for a state that has none."""
+    if "group_size" in state:
+        return Int4(state["group_size"])
+    return next((store for store in (DENSE, KEY, ROWS) if store.keys[0] in state), None)
 
 
-def parts(state):
-    """(store, the tensors of its basis)."""
-    store = store_of(state)
-    return store, [state[key] for key in store.keys]
+def axis_of(shape, state):
+    """d, the projected axis of a matrix (m, n)."""
+    return shape[0 if state["left"] else 1]
 
 
 def load(state, param):
-    """The basis of `param` (d, r) as a matrix: its own tensor, or a copy in fp32 of one in INT4."""
-    store, tensors = parts(state)
-    return store.load(*tensors, d=param.shape[0 if state["left"] else 1])
+    """The basis of `param` (d, r) as a matrix: its own tensor, or a copy in fp32."""
+    return store_of(state).load(state, axis_of(param.shape, state))
 
 
 def alike(kind, states, *lists):

@@ -30,11 +30,11 @@ def push_(overlaps, value, kept):
     return torch.where(kept, math.nan, queue.mean())
 
 
-def grow_(gaps, means, rule):
-    """Lengthen the gaps (0-dim int64, on the host) whose mean reaches cos_threshold: gap <- int(gap gamma_proj), up to max_gap.
+def grow_(gaps, means, cos_threshold, gamma_proj, most):
+    """Lengthen the gaps (0-dim int64, on the host) whose mean reaches cos_threshold: gap <- int(gap gamma_proj), up to `most`.
 
     Reads the means (0-dim): with a GPU, the host waits here, once for all matrices that were refreshed in this step.
     """
     for gap, mean in zip(gaps, torch.stack(means).tolist() if means else ()):
-        if mean >= rule.cos_threshold:
-            gap.fill_(max(gap.item(), min(int(gap.item() * rule.gamma_proj), rule.max_gap)))
+        if mean >= cos_threshold:
+            gap.fill_(max(gap.item(), min(int(gap.item() * gamma_proj), most)))

@@ -1,33 +1,33 @@
-"""Adam's moments across a refresh, in fp32 or as 8-bit codes with an absmax a block."""
+"""Moments of a state: fp32, or codes of 8 bits with an absmax a block of 256 (Dettmers et al. 2022)."""
 
 import torch
 
 
-def first_moment(state):
-    """The first moment in fp32, decoded if it is codes; None if a rule keeps none of this kind."""
-    moment = state.get("exp_avg")
-    if moment is not None and moment.dtype == torch.uint8:
-        return torch.ops.lowrank.dequantize_blockwise(moment, state["exp_avg_absmax"], signed=True)
-    return moment
+def absmax_of(name):
+    """The key of a coded moment's scales."""
+    return f"{name}_absmax"
 
 
-def reset(*tensors):
-    """Forget: moments, their absmax, and the step that corrects their bias."""
-    for tensor in tensors:
-        tensor.zero_()
+def is_coded(state, name):
+    return absmax_of(name) in state
 
 
-def rotate(exp_avg, exp_avg_sq, absmaxes, old, new, kept, *, left):
-    """Carry both moments from basis `old` to `new` (d, r); codes (absmaxes of both, else empty) are decoded and encoded.
+def decode(state, name, signed):
+    """A moment in fp32: the state's own tensor, or a copy of one in codes."""
+    if is_coded(state, name):
+        return torch.ops.lowrank.dequantize_blockwise(state[name], state[absmax_of(name)], signed=signed)
+    return state[name]
 
-    Where the basis was `kept` (0-dim bool) codes keep their bytes, which encoding again could move.
-    """
-    if not absmaxes:
-        torch.ops.lowrank.rotate_moments_(exp_avg, exp_avg_sq, old, new, left=left)
+
+def encode(state, name, signed, value, kept):
+    """Write a moment (fp32); codes stay to the byte where `kept` (0-dim bool), which encoding again could move."""
+    if not is_coded(state, name):
+        state[name].copy_(value)
         return
-    stored = list(zip((exp_avg, exp_avg_sq), absmaxes, (True, False)))
-    decoded = [torch.ops.lowrank.dequantize_blockwise(codes, absmax, signed=signed) for codes, absmax, signed in stored]
-    torch.ops.lowrank.rotate_moments_(*decoded, old, new, left=left)
-    for value, (codes, absmax, signed) in zip(decoded, stored):
-        for before, made in zip((codes, absmax), torch.ops.lowrank.quantize_blockwise(value, signed=signed)):
-            before.copy_(torch.where(kept, before, made))
+    for key, made in zip((name, absmax_of(name)), torch.ops.lowrank.quantize_blockwise(value, signed=signed)):
+        state[key].copy_(torch.where(kept, state[key], made))
+
+
+def keys(state, names):
+    """The keys of these moments in a state, absmaxes included."""
+    return [key for name in names for key in (name, absmax_of(name)) if key in state]

@@ -4,48 +4,38 @@ import functools
 
 import torch
 
+from lowrank_sys import _ops
 from lowrank_sys._ops.rules import implement
-from lowrank_sys.reference.adafactor import adafactor_step
-from lowrank_sys.reference.dct import dct_columns, dct_select
-from lowrank_sys.reference.orthogonalize import newton_schulz
-from lowrank_sys.reference.sparse import row_norms
-from lowrank_sys.reference.subspace import sketch_directions, subspace_iteration
-from lowrank_sys.reference.transport import rotate_moments_
-from lowrank_sys.subspace.refresh import refresh_, refresh_from_sketch_
-from lowrank_sys.subspace.schedule import refresh_keys_, refresh_rows_
+from lowrank_sys.subspace import keys, orthonormal, rows  # noqa: F401  the kinds that a refresh may name
+from lowrank_sys.subspace.dct import dct_columns, dct_select
+from lowrank_sys.subspace.iteration import sketch_directions, subspace_iteration
+from lowrank_sys.subspace.orthogonalize import newton_schulz
+from lowrank_sys.subspace.refresh import refresh_
+from lowrank_sys.subspace.transport import rotate_moments_
 
 
 def _project(grad, basis, *, left):
     return torch.ops.lowrank.project(grad, basis, left=left)
 
 
-def _back_project_(param, low_rank, basis, **arguments):
-    torch.ops.lowrank.back_project_(param, low_rank, basis, **arguments)
+def row_norms(grad, *, left):
+    """2-norm of every row that can be selected: (m,), of the rows of G (m, n), if left, else (n,), of its columns; fp32.
 
-
-def _channel_norms(grad, *, left):
-    return torch.ops.lowrank.channel_norms(grad, left=left)
-
-
-def _select_rows(norms, *, r, method):
-    return torch.ops.lowrank.select_rows(norms, r=r, method=method)
+    The channel norms of the other side, by the same kernels.
+    """
+    _ops.sparse.check_row_norms(grad)
+    return torch.ops.lowrank.channel_norms(grad, left=not left)
 
 
 IMPLEMENTATIONS = {
-    "row_norms": functools.partial(row_norms, norms=_channel_norms),
+    "row_norms": row_norms,
     "subspace_iteration": functools.partial(subspace_iteration, project=_project),
-    "refresh_": refresh_,
-    "refresh_.full": refresh_,
     "sketch_directions": sketch_directions,
-    "refresh_from_sketch_": refresh_from_sketch_,
-    "refresh_from_sketch_.full": refresh_from_sketch_,
-    "refresh_keys_": refresh_keys_,
-    "refresh_rows_": refresh_rows_,
+    "refresh_": refresh_,
     "rotate_moments_": rotate_moments_,
-    "dct_select": functools.partial(dct_select, select=_select_rows),
+    "dct_select": dct_select,
     "dct_columns": dct_columns,
     "newton_schulz": newton_schulz,
-    "adafactor_step": functools.partial(adafactor_step, project=_project, back_project_=_back_project_),
 }
 
 

@@ -2,28 +2,37 @@
 
 import torch
 
-from lowrank_sys._ops.schedule import MOMENTS
+from lowrank_sys import _ops
 from lowrank_sys._ops.sparse import METHODS
-from lowrank_sys.subspace.refresh import COLD
-from lowrank_sys.subspace.subspace import Subspace
+from lowrank_sys.subspace.basis import ROWS
+from lowrank_sys.subspace.keys import CARRIED
+from lowrank_sys.subspace.kind import Kind
+from lowrank_sys.subspace.refresh import COLD, is_taken
+from lowrank_sys.subspace.transport import TRANSPORTS
 
 
-class Rows(Subspace):
+class Rows(Kind):
     """Rows of G (left) or columns, selected by their norms (Muhamed et al. 2024); no basis, and no dense product.
 
-    Group keys: `rank` (rows kept), `update_proj_gap`, `proj_type`, `seed` as Subspace's; `subspace`: 'top' norms, or drawn in
+    Group keys: `rank` (rows kept), `update_proj_gap`, `proj_type`, `seed` as Orthonormal's; `subspace`: 'top' norms, or drawn in
     proportion to them, 'sample' without and 'sample_replace' with replacement, and scaled so that the estimate is unbiased;
-    `moments` at a refresh: 'reset' (the paper's) | 'keep'. Refreshes are staggered over matrices.
+    `moments` at a refresh: 'reset' (the paper's) | 'keep'. Refreshes are staggered over matrices. A row whose norm is not finite
+    comes last; a gradient without any that is finite and not zero is no choice.
 
     State of a matrix: `indices` (r,) int32; `row_scale` (r,) fp32 where rows are drawn; `left`; `countdown` and `refreshes`,
     on the host; `first_gap`, `seed` and `parameter`.
     """
 
-    defaults = {"update_proj_gap": 200, "proj_type": "std", "subspace": "top", "moments": "reset", "seed": 0, "refresh": "now"}
-    categories = {"indices": "basis", "row_scale": "basis", "countdown": "counters", "refreshes": "counters"}
+    defaults = {**Kind.defaults, "subspace": "top", "moments": "reset"}
+    categories = {**Kind.categories, **ROWS.categories, "refreshes": "counters"}
     on_host = ("countdown", "refreshes")
     # A norm is not linear in the gradient: no sketch of it adds up over micro-batches.
-    subspaces, transports, refreshes = METHODS, MOMENTS, ("now",)
+
+    def selects(self, group):
+        return METHODS
+
+    def transports(self, group):
+        return CARRIED
 
     def init(self, state, param, group, index, count):
         rank, gap = group["rank"], group["update_proj_gap"]
@@ -36,27 +45,23 @@ class Rows(Subspace):
         state["seed"], state["parameter"] = group["seed"], index
         return shape
 
-    def refresh(self, group, grads, states, lr, left):
-        def column(key):
-            return [s[key] for s in states]
+    def expect(self, due):
+        _ops.rules.expect_matrix("refresh_", "gradient", due.gradient)
 
-        moments = group["moments"]
-        torch.ops.lowrank.refresh_rows_(
-            column("indices"),
-            [] if group["subspace"] == "top" else column("row_scale"),
-            grads,
-            column("countdown"),
-            column("refreshes"),
-            *self._transported(moments, states),
-            lr,
-            left=left,
-            gap=group["update_proj_gap"],
-            first_gaps=column("first_gap"),
-            seeds=column("seed"),
-            parameters=column("parameter"),
-            method=group["subspace"],
-            moments=moments,
-        )
-
-    def measured(self, group, grad, state):
-        return torch.ops.lowrank.gather_rows(grad, state["indices"], state.get("row_scale"), left=state["left"])
+    def renew(self, due):
+        state = due.state
+        norms = torch.ops.lowrank.row_norms(due.gradient, left=due.left)
+        taken = is_taken(norms)
+        if taken or due.first:
+            indices, scale = torch.ops.lowrank.select_rows(
+                norms, r=ROWS.rank(state), method=due.select, seed=due.seed, step=state["refreshes"].item(),
+                parameter=state["parameter"],
+            )  # fmt: skip
+            state["indices"].copy_(indices)
+            if "row_scale" in state:
+                state["row_scale"].copy_(scale)
+            if not due.first:
+                TRANSPORTS[due.transport].carry(due, None, None, None)
+        if due.training:
+            state["refreshes"] += taken
+        return taken

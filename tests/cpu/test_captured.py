@@ -125,7 +125,7 @@ class Watch(TorchDispatchMode):
 
 
 def addresses(model, optimizer):
-    held = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()), *optimizer._counters.values()]
+    held = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()), *optimizer.counters.values()]
     held += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     return [tensor.data_ptr() for tensor in held]
 

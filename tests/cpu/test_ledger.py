@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_sys.memory import ledger
 from lowrank_sys.memory.live import LiveStorages
-from lowrank_sys.optim import GaLoreAdamW
+from lowrank_sys.optim import GaLoreAdamW, ledger
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_optim import OPTIMIZERS, adamw, backward, build
@@ -41,7 +40,7 @@ def test_categories_are_the_storages(name, dtype):
     assert sums["weights"] == sums["gradients"] == nbytes(model.parameters())
     assert sums["basis"] == nbytes(tensors_in(optimizer, "basis", "key", "indices", "row_scale")) > 0
     assert sums["moments"] == nbytes(tensors_in(optimizer, "exp_avg", "exp_avg_sq", "row", "col")) > 0
-    counters = [*tensors_in(optimizer, "step", "countdown", "refreshes", "limiter"), *optimizer._counters.values()]
+    counters = [*tensors_in(optimizer, "step", "countdown", "refreshes", "limiter"), *optimizer.counters.values()]
     assert sums["counters"] == nbytes(counters) > 0
     assert sums["other"] == 0  # every key is declared
     assert sums.pop("total") == sum(sums.values())

@@ -10,7 +10,6 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lowrank_sys import reference
-from lowrank_sys.memory import ledger
 from lowrank_sys.memory.live import LiveStorages
 from lowrank_sys.optim import (
     GaLoreAdafactor,
@@ -19,11 +18,12 @@ from lowrank_sys.optim import (
     InBackward,
     LowRankOptimizer,
     QGaLoreAdamW8bit,
+    ledger,
     param_groups,
 )
 from lowrank_sys.optim.bitsandbytes import from_bitsandbytes, to_bitsandbytes
-from lowrank_sys.reference.subspace import svd_basis
 from lowrank_sys.subspace.basis import load
+from lowrank_sys.subspace.iteration import svd_basis
 
 LR, SCALE = 1e-2, 0.25
 # R of the two matrices of the small model has 96 * 16 elements: both are coded, and biases and norms stay in fp32.

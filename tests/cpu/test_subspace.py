@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowrank_sys.reference import subspace
-from lowrank_sys.reference.subspace import leading_eigenvectors, svd_basis
+from lowrank_sys.subspace.iteration import leading_eigenvectors, svd_basis
 
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 M, N, R = 160, 200, 24

@@ -6,7 +6,7 @@ import torch
 
 from lowrank_sys.optim import APOLLOAdamW, param_groups
 from lowrank_sys.reference.gaussian import gaussian_basis
-from lowrank_sys.reference.subspace import canonical_signs
+from lowrank_sys.subspace.iteration import canonical_signs
 
 apollo_torch = pytest.importorskip("apollo_torch", reason="the peer apollo-torch is not installed")
 

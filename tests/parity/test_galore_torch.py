@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowrank_sys.optim import GaLoreAdafactor, GaLoreAdamW, param_groups
-from lowrank_sys.reference.subspace import canonical_signs
+from lowrank_sys.subspace.iteration import canonical_signs
 
 galore_torch = pytest.importorskip("galore_torch", reason="the peer galore-torch is not installed")
 from galore_torch.galore_projector import GaLoreProjector  # noqa: E402

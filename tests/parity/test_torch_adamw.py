@@ -26,7 +26,7 @@ def test_follows_torch_adamw(llama, backward, low_rank):
         for p, q in zip(ours.parameters(), theirs.parameters()):
             p.grad = q.grad.clone()
         if step == 0 and low_rank:
-            optimizer._init_state()
+            optimizer.make_states(list(ours.parameters()))
             for state in optimizer.state.values():
                 if "basis" in state:
                     state["basis"].copy_(torch.eye(*state["basis"].shape))

@@ -5,8 +5,9 @@ import torch
 from fuzz.harness import FLOATS, Fuzz, same_bits
 from fuzz.projection import low_rank
 from lowrank_sys.reference import dequantize_blockwise, dequantize_int4, quantize_blockwise, quantize_int4, transport
-from lowrank_sys.reference.subspace import leading_directions, svd_basis
-from lowrank_sys.subspace.refresh import COLD, randomized_basis
+from lowrank_sys.subspace.iteration import leading_directions, svd_basis
+from lowrank_sys.subspace.refresh import COLD
+from lowrank_sys.subspace.select import randomized_basis
 
 ORTHONORMAL = 1e-5  # shifted CholeskyQR reaches a few epsilons times sqrt(r)
 # Squares of G's entries and their sums stay in fp32's range within these.

@@ -1,6 +1,6 @@
 """Q-GaLore (Zhang et al. 2024, arXiv:2407.08296): GaLore with a basis in INT4, 8-bit moments, and refreshes that grow rarer."""
 
-from lowrank_sys.optim.galore import GaLoreAdamW8bit
+from lowrank_sys.optim.methods.galore import GaLoreAdamW8bit
 
 
 class QGaLoreAdamW8bit(GaLoreAdamW8bit):

@@ -1,9 +1,9 @@
 """FRUGAL (Zmushko et al. 2024, arXiv:2411.07837): AdamW in the subspace, signSGD in the rest of the gradient."""
 
-from lowrank_sys.optim.adam import adam_defaults
-from lowrank_sys.optim.inner import Adam
 from lowrank_sys.optim.optimizer import LowRankOptimizer
-from lowrank_sys.optim.residual import StateFree
+from lowrank_sys.optim.pipeline import Pipeline
+from lowrank_sys.optim.remainder import StateFree
+from lowrank_sys.optim.rules import Adam
 
 
 class FrugalAdamW(LowRankOptimizer):
@@ -39,14 +39,9 @@ class FrugalAdamW(LowRankOptimizer):
             raise ValueError(
                 f"inactive_update_rule must be one of {', '.join(self.inactive_update_rules)}, got {inactive_update_rule!r}"
             )
-        super().__init__(
-            params,
-            Adam(),
-            adam_defaults(lr, betas, eps, weight_decay),
-            nonfinite,
-            per_layer,
-            residual=StateFree(sign=self.inactive_update_rules[inactive_update_rule]),
-        )
+        remainder = StateFree(sign=self.inactive_update_rules[inactive_update_rule])
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, Pipeline(Adam(), remainder=remainder), defaults, nonfinite, per_layer)
 
     def _set_defaults(self, group):
         group.setdefault("moments", "reset")

@@ -1,9 +1,9 @@
 """Fira (Chen et al. 2024, arXiv:2410.01623): GaLore, and the rest of the gradient scaled as Adam scales the low-rank part."""
 
-from lowrank_sys.optim.adam import adam_defaults
-from lowrank_sys.optim.inner import Adam
 from lowrank_sys.optim.optimizer import LowRankOptimizer
-from lowrank_sys.optim.residual import ScaledResidual
+from lowrank_sys.optim.pipeline import Pipeline
+from lowrank_sys.optim.remainder import ScaledResidual
+from lowrank_sys.optim.rules import RatioAdam
 
 
 class FiraAdamW(LowRankOptimizer):
@@ -22,6 +22,5 @@ class FiraAdamW(LowRankOptimizer):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, *, nonfinite="skip", per_layer=None):
-        super().__init__(
-            params, Adam(), adam_defaults(lr, betas, eps, weight_decay), nonfinite, per_layer, residual=ScaledResidual()
-        )
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, Pipeline(RatioAdam(), remainder=ScaledResidual()), defaults, nonfinite, per_layer)

@@ -1,10 +1,10 @@
 """GaLore (Zhao et al., ICML 2024, arXiv:2403.03507): Adam or Adafactor on the gradient's leading singular directions."""
 
 from lowrank_sys.optim import hyper
-from lowrank_sys.optim.adam import adam_defaults
-from lowrank_sys.optim.inner import Adafactor, Adam
-from lowrank_sys.optim.inner_8bit import MIN_8BIT_SIZE, Adam8bit
+from lowrank_sys.optim.moments import MIN_8BIT_SIZE, Blocks8bit
 from lowrank_sys.optim.optimizer import LowRankOptimizer
+from lowrank_sys.optim.pipeline import Pipeline
+from lowrank_sys.optim.rules import Adafactor, Adam
 
 
 class GaLoreAdamW(LowRankOptimizer):
@@ -28,7 +28,9 @@ class GaLoreAdamW(LowRankOptimizer):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, nonfinite="skip", per_layer=None):
-        super().__init__(params, Adam(), adam_defaults(lr, betas, eps, weight_decay), nonfinite, per_layer)
+        super().__init__(
+            params, Pipeline(Adam()), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, nonfinite, per_layer
+        )
 
 
 class GaLoreAdamW8bit(LowRankOptimizer):
@@ -59,16 +61,15 @@ class GaLoreAdamW8bit(LowRankOptimizer):
         nonfinite="skip",
         per_layer=None,
     ):
-        defaults = {**adam_defaults(lr, betas, eps, weight_decay), "min_8bit_size": min_8bit_size}
-        super().__init__(params, Adam8bit(), defaults, nonfinite, per_layer)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "min_8bit_size": min_8bit_size}
+        super().__init__(params, Pipeline(Adam(), moments=Blocks8bit()), defaults, nonfinite, per_layer)
 
 
 class GaLoreAdafactor(LowRankOptimizer):
     """Adafactor whose statistics live in a rank-r subspace; groups without `rank` are plain Adafactor.
 
     Arguments and defaults as galore_torch's GaLoreAdafactor. With `relative_step` the rate follows the step count and `lr`
-    must be None. The update is clipped and scaled in the subspace, then projected back. Of per_layer, only 'in_backward': the
-    rule needs the whole gradient.
+    must be None. The update is clipped and scaled in the subspace, then projected back.
 
     State of a matrix: `row` (rows of R, 1), `col` (1, columns of R), `basis`, `step`, the schedule; `exp_avg` with beta1.
     """
@@ -117,4 +118,4 @@ class GaLoreAdafactor(LowRankOptimizer):
             raise ValueError(f"lr must be {'None with' if relative_step else 'given without'} relative_step, got {lr}")
         if warmup_init and not relative_step:
             raise ValueError("warmup_init needs relative_step, got relative_step=False")
-        super().__init__(params, Adafactor(), defaults, nonfinite, per_layer)
+        super().__init__(params, Pipeline(Adafactor()), defaults, nonfinite, per_layer)

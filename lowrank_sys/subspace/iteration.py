@@ -6,8 +6,7 @@ The iteration has a fixed number of passes and no data-dependent branch, so that
 import torch
 
 from lowrank_sys import _ops
-from lowrank_sys.reference.adam import accumulator
-from lowrank_sys.reference.galore import project as dense_project
+from lowrank_sys._ops.numerics import accumulator
 
 # Directions whose singular value is below FILL * sigma_1 are completed from the old basis and a seeded Gaussian.
 FILL = 1e-5
@@ -24,6 +23,12 @@ MIX = 1e-2
 RITZ_ITERATIONS = 6
 # Device types where LAPACK's QR and eigenvectors take less time than several Cholesky passes; on a GPU they make the host wait.
 LAPACK = ("cpu",)
+
+
+def dense_project(grad, basis, *, left):
+    """project, as one product."""
+    g = grad.to(accumulator(grad))
+    return basis.to(g.dtype).T @ g if left else g @ basis.to(g.dtype)
 
 
 def gaussian(rows, columns, seed, like):

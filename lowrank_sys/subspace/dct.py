@@ -9,8 +9,7 @@ import math
 import torch
 
 from lowrank_sys import _ops
-from lowrank_sys.reference.adam import accumulator, usable
-from lowrank_sys.reference.selection import select_rows
+from lowrank_sys._ops.numerics import accumulator, usable
 
 # Elements of G that are transformed at once, on the CPU (where they should stay in the cache) and elsewhere.
 PANEL = {"cpu": 1 << 19}
@@ -67,14 +66,13 @@ def column_norms(grad, *, left, norm=1):
     return total if norm == 1 else total.sqrt()
 
 
-def dct_select(grad, *, rank, left, norm=1, select=select_rows):
+def dct_select(grad, *, rank, left, norm=1):
     """The `rank` columns of D on which G (m, n) is largest.
 
     Args:
         grad: (m, n), fp32 | bf16 | fp16. A channel with a value that is not finite is left out.
         rank: r, at most the projected axis, m if left, else n.
         norm: 1 (the method's own) or 2 (the best rank-r choice of columns).
-        select: computes `select_rows`.
 
     Returns:
         indices: (r,) int32, ascending; `dct_columns` gives the basis.
@@ -82,5 +80,5 @@ def dct_select(grad, *, rank, left, norm=1, select=select_rows):
     """
     _ops.dct.check_dct_select(grad, rank=rank, left=left, norm=norm)
     norms = column_norms(grad, left=left, norm=norm)
-    indices, _ = select(norms, r=rank, method="top")
+    indices, _ = torch.ops.lowrank.select_rows(norms, r=rank, method="top")
     return indices, norms[indices.long()]

@@ -1,11 +1,11 @@
 """APOLLO (Zhu et al., MLSys 2025, arXiv:2412.05270): Adam in a random subspace says how to scale the whole gradient."""
 
-from lowrank_sys.optim.adam import adam_defaults
-from lowrank_sys.optim.inner import Adam
-from lowrank_sys.optim.inner_8bit import MIN_8BIT_SIZE, AdamPlain8bit
+from lowrank_sys.optim.moments import MIN_8BIT_SIZE, Fp32, Plain8bit
 from lowrank_sys.optim.optimizer import LowRankOptimizer
-from lowrank_sys.optim.residual import ScaledGradient
-from lowrank_sys.subspace.keyed import Keyed
+from lowrank_sys.optim.pipeline import Pipeline
+from lowrank_sys.optim.remainder import ScaledGradient
+from lowrank_sys.optim.rules import RatioAdam
+from lowrank_sys.subspace.keys import Keyed
 
 
 class APOLLOAdamW(LowRankOptimizer):
@@ -49,18 +49,13 @@ class APOLLOAdamW(LowRankOptimizer):
         nonfinite="skip",
         per_layer=None,
     ):
-        defaults = adam_defaults(lr, betas, eps, weight_decay)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         if plain_8bit:
             defaults["min_8bit_size"] = MIN_8BIT_SIZE
-        super().__init__(
-            params,
-            AdamPlain8bit() if plain_8bit else Adam(),
-            defaults,
-            nonfinite,
-            per_layer,
-            subspace=Keyed(),
-            residual=ScaledGradient(front=scale_front, limited=not disable_nl),
-        )
+        remainder = ScaledGradient(front=scale_front, limited=not disable_nl)
+        moments = Plain8bit() if plain_8bit else Fp32()
+        pipeline = Pipeline(RatioAdam(), subspace=Keyed(), remainder=remainder, moments=moments)
+        super().__init__(params, pipeline, defaults, nonfinite, per_layer)
 
     def _set_defaults(self, group):
         if group.get("scale_type") == "tensor":

@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys import _ops
-from lowrank_sys.reference.adam import accumulator
+from lowrank_sys._ops.numerics import accumulator
 
 # Rows of a symmetric product that are computed at once: blocks above the diagonal are copies.
 BLOCK = 256

@@ -1,14 +1,14 @@
 """The ledger: bytes that an optimizer and its weights hold, by category.
 
-Every part of an optimizer declares what its state keys are: a class attribute `categories`, a dict from key to category
-(Subspace: `basis`; Adam: both moments). A key that no part declares is "other", so nothing is left out. A part that holds
-tensors beside the state has a method `held(optimizer)` that yields (category, tensor).
+Every part of an optimizer declares what its state keys are: a class attribute `categories`, a dict from key to category; the
+moments of a rule are "moments". A key that no part declares is "other", so nothing is left out. What the mode of the gradients
+holds beside the state it yields from `held(optimizer)`, as (category, tensor).
 """
 
 import torch
 
-from lowrank_sys.memory.storages import storages
 from lowrank_sys.nn.quant_weight import is_quantized
+from lowrank_sys.optim.storages import storages
 
 # The usual categories, in the order they are shown; parts may bring their own.
 CATEGORIES = ("weights", "gradients", "basis", "moments", "scales", "accumulators", "counters", "other")
@@ -16,13 +16,8 @@ CATEGORIES = ("weights", "gradients", "basis", "moments", "scales", "accumulator
 
 def entries(optimizer):
     """Yield (category, tensor, in_state) of everything that `optimizer` (a LowRankOptimizer) holds or trains."""
-    parts = [part for part in vars(optimizer).values() if hasattr(part, "categories") or hasattr(part, "held")]
-    kinds = {"step": "counters"}
-    for part in parts:
-        kinds |= getattr(part, "categories", {})
-    for part in parts:
-        if hasattr(part, "held"):
-            yield from ((category, tensor, False) for category, tensor in part.held(optimizer))
+    kinds = {"step": "counters", **optimizer.pipeline.categories()}
+    yield from ((category, tensor, False) for category, tensor in optimizer.gradients.held(optimizer))
     for group in optimizer.param_groups:
         for param in group["params"]:
             yield "weights", param, False
@@ -35,7 +30,7 @@ def entries(optimizer):
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
                 yield kinds.get(key, "other"), value, True
-    for counter in optimizer._counters.values():
+    for counter in optimizer.counters.values():
         yield "counters", counter, False
 
 

@@ -1,0 +1,217 @@
+"""The route of a step: gradient -> refresh -> project -> rule -> apply. The only place that knows it.
+
+A batch goes through a fused op where the table of lowrank_sys.optim.fused has one, and through `_general` for any other
+combination of parts: what the fused ops are held against.
+"""
+
+import torch
+
+from lowrank_sys._ops.numerics import usable
+from lowrank_sys.optim import fused
+from lowrank_sys.optim.moments import Fp32, Opened, first_of, refreshed
+from lowrank_sys.optim.remainder import Remainder
+from lowrank_sys.optim.update import Change, Update
+from lowrank_sys.optim.weight import weight_store
+from lowrank_sys.subspace.basis import axis_of, store_of
+from lowrank_sys.subspace.orthonormal import Orthonormal
+
+
+class Whole(Remainder):
+    """Of a gradient without a subspace: the update is the rule's own."""
+
+    defaults = {}
+
+    def of(self, g, r, x, s, state, h):
+        return Update(phi=x)
+
+
+class Batch:
+    """Parameters of one group that take a step together: of one device, side, weight store, basis store and kind of moments.
+
+    gradients: G each, or R with `projected`. states: of the optimizer. rule, remainder: that serve them. guards: grad_scale,
+    found_inf and skipped of the ops. sketches: for the bases of the next step, or None.
+    """
+
+    def __init__(self, group, rule, remainder, params, gradients, states, guards, projected=False):
+        self.group, self.rule, self.remainder = group, rule, remainder
+        self.params, self.gradients, self.states, self.guards = params, gradients, states, guards
+        self.projected = projected
+        self.sketches = None
+
+    def with_gradients(self, gradients, projected, **guards):
+        """The same parameters with other gradients, and other guards."""
+        return Batch(
+            self.group, self.rule, self.remainder, self.params, gradients, self.states, {**self.guards, **guards}, projected
+        )
+
+    def one_by_one(self, of):
+        """Yield a batch for each parameter, its gradient through `of` first."""
+        for param, gradient, state in zip(self.params, self.gradients, self.states):
+            one = of(gradient)
+            yield Batch(self.group, self.rule, self.remainder, [param], [one], [state], self.guards, self.projected)
+
+    @property
+    def left(self):
+        return self.states[0].get("left", False)
+
+    @property
+    def has_subspace(self):
+        return store_of(self.states[0]) is not None
+
+    def column(self, key):
+        return [state[key] for state in self.states]
+
+
+class Pipeline:
+    """The parts of a method, and the route of a step through them.
+
+    Args:
+        rule: lowrank_sys.optim.rules, of the matrices in a group with a rank.
+        plain: the rule of all other parameters; the rule's own choice by default.
+        subspace: a kind of lowrank_sys.subspace; an orthonormal basis in memory by default.
+        remainder: lowrank_sys.optim.remainder; dropped by default, as in GaLore.
+        moments: how moments are kept (lowrank_sys.optim.moments); fp32 by default.
+    """
+
+    def __init__(self, rule, *, plain=None, subspace=None, remainder=None, moments=None):
+        self.rule = rule
+        self.plain = rule.plain if plain is None else plain
+        self.subspace = Orthonormal() if subspace is None else subspace
+        self.remainder = Remainder() if remainder is None else remainder
+        self.moments = Fp32() if moments is None else moments
+        self._whole = Whole()
+
+    def categories(self):
+        """{key of a state: its category in an account of memory}."""
+        names = {name for rule in (self.rule, self.plain) for name in rule.names}
+        parts = (self.subspace, self.remainder, self.moments)
+        return {key: kind for part in parts for key, kind in part.categories.items()} | dict.fromkeys(names, "moments")
+
+    @property
+    def from_low_rank(self):
+        """Whether a step needs nothing of G but R, and the next basis nothing but a sketch."""
+        return self.remainder.from_low_rank and self.subspace.sketched
+
+    @property
+    def serves_int8_gemm(self):
+        return (self.rule.name, self.remainder.name, self.moments.name) == ("adam", "none", "fp32")
+
+    def rule_of(self, group):
+        return self.rule if "rank" in group else self.plain
+
+    def remainder_of(self, group):
+        return self.remainder if "rank" in group else self._whole
+
+    def moments_of(self, group, shape):
+        """{name: Moment} of a gradient of this shape."""
+        return self.rule_of(group).moments(tuple(shape), group)
+
+    def new_state(self, param, group, index, count):
+        """The state before the first step; matrix `index` of `count` in groups with a rank."""
+        state, shape = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}, param.shape
+        if "rank" in group:
+            shape = self.subspace.init(state, param, group, index, count)
+            self.remainder.init(state, param)
+            weight_store(param).init(state, index)
+        self.moments.init(state, self.moments_of(group, shape), tuple(shape), param, group)
+        return state
+
+    def batches(self, group, pairs, state_of, guards_on, projected=False):
+        """Yield a Batch of what can go together of `pairs` (parameter, gradient), contiguous gradients."""
+        kinds = {}
+        for param, gradient in pairs:
+            state, store = state_of(param), weight_store(param)
+            kind = (
+                param.device, state.get("left"), store.name, store.group_size, state.get("group_size"), "key" in state,
+                "exp_avg_absmax" in state,
+            )  # fmt: skip
+            params, gradients, states = kinds.setdefault(kind, ([], [], []))
+            params.append(param)
+            gradients.append(gradient.contiguous())
+            states.append(state)
+        for (device, *_), lists in kinds.items():
+            yield Batch(
+                group, self.rule_of(group), self.remainder_of(group), *lists, guards_on(device),
+                projected and "rank" in group,
+            )  # fmt: skip
+
+    # The stations of a step.
+
+    def choose(self, batch, lr):
+        """Choose the bases that the step uses, with refresh='now'; with 'next' take the sketches of those after it."""
+        if not batch.has_subspace:
+            return
+        if batch.group["refresh"] == "now":
+            self._advance(batch, batch.gradients, lr)
+            return
+        omegas = [self.directions(batch.group, p, s) for p, s in zip(batch.params, batch.states)]
+        batch.sketches = [
+            None if omega is None else self.subspace.sketch(g, omega, batch.left) for g, omega in zip(batch.gradients, omegas)
+        ]
+
+    def directions(self, group, param, state):
+        """Omega of the sketch that this step's gradient of `param` owes the next basis, or None."""
+        warm = first_of(state, self.moments_of(group, self.subspace.shape_of(param, state)))
+        return self.subspace.sketch_directions(param, state, warm)
+
+    def renew(self, batch, lr):
+        """With refresh='next' choose the bases of the next step from the sketches."""
+        if batch.sketches is not None:
+            self._advance(batch, batch.sketches, lr, sketched=True)
+
+    def _advance(self, batch, gradients, lr, sketched=False):
+        low_rank = self.subspace.shape_of(batch.params[0], batch.states[0])
+        moments = refreshed(self.moments_of(batch.group, low_rank))
+        self.subspace.advance(batch.group, gradients, batch.states, lr, batch.left, moments, sketched=sketched)
+
+    def update(self, batch, lr):
+        """Step the weights, on the bases that are there. Reads no value on the host and makes nothing that stays, so that a CUDA graph
+        can hold it."""
+        step = fused.fused(batch, self)
+        if step is not None:
+            fused.run(step, batch, self, lr)
+            return
+        for param, gradient, state in zip(batch.params, batch.gradients, batch.states):
+            with torch.autocast(param.device.type, enabled=False):
+                _general(self, batch, param, gradient, state, lr)
+
+    def step(self, batch, lr):
+        """The whole step of a batch from its gradients."""
+        self.choose(batch, lr)
+        self.update(batch, lr)
+        self.renew(batch, lr)
+
+
+def _general(method, batch, param, gradient, state, lr):
+    """The step of one weight by the parts alone."""
+    group, rule, remainder, store = batch.group, batch.rule, batch.remainder, weight_store(param)
+    grad_scale, found_inf, skipped = (batch.guards[key] for key in ("grad_scale", "found_inf", "skipped"))
+    go = None if found_inf is None else found_inf.reshape(()) == 0
+    state["step"] += 1 if go is None else go
+    has_basis = store_of(state) is not None
+    axis = (0 if batch.left else 1) if has_basis else None  # along which a channel runs
+    g = None if batch.projected else remainder.before(gradient, state)
+    r = method.subspace.project(group, g, state) if has_basis and not batch.projected else gradient.float()
+    s = Opened(state, method.moments_of(group, r.shape))
+    s.d = axis_of(param.shape, state) if has_basis else None
+    s.weight_rms = lambda: store.rms(param)
+    if grad_scale is not None:
+        s.grad_scale = grad_scale.reshape(())
+        r = r * s.grad_scale
+    s.ok = usable(r) if axis is None else usable(r).all(axis, keepdim=True)
+    if (measured := remainder.measure(g, r, s, state)) is not None:
+        s.ok = s.ok & measured
+    if skipped is not None:
+        out = (~s.ok).sum() * (1 if axis is None else param.shape[axis])
+        skipped += out if go is None else out * go
+    if go is not None:
+        s.ok = s.ok & go
+    r = torch.where(s.ok, r, 0)
+    s.rate, rate = rule.rates(lr, s, group)
+    x = torch.where(s.ok, rule.update(r, s, group), 0)
+    update = remainder.of(g, r, x, s, state, group)
+    s.close()
+    decay = 1 - s.rate * group["weight_decay"] if group["weight_decay"] != 0 else None
+    ok = s.ok if update.ok is None else s.ok & update.ok
+    store.apply(param, state, Change(update, rate, state, param.shape), decay=decay, ok=ok, seed=group.get("seed", 0))
+    remainder.after(g, r, state)

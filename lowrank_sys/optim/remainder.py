@@ -1,0 +1,181 @@
+"""What happens to the part of the gradient that the subspace does not hold, G - back(R), or to a gradient without a subspace.
+
+A remainder declares its group keys (`defaults`), keeps what it needs in the state (`categories`), and says what the update is.
+"""
+
+import math
+
+import torch
+
+from lowrank_sys.optim.update import Update
+from lowrank_sys.subspace.basis import store_of
+
+# A norm may grow by this factor a step (Fira, section 3.3; APOLLO, section 4.2).
+GROWTH = 1.01
+# Beside norms that divide, as the papers' code has it.
+TINY = 1e-8
+OVERFLOW = 2.0**128
+
+
+class Remainder:
+    """It is dropped, as in GaLore.
+
+    name: in the table of fused steps. from_low_rank: whether a step needs nothing of G but R.
+    """
+
+    name = "none"
+    defaults = {"scale": 0.25}
+    categories = {}
+    from_low_rank = True
+
+    def check(self, group):
+        """Raise a ValueError that names a key with a value that is none."""
+
+    def init(self, state, param):
+        """Add this part's state for a matrix."""
+
+    def before(self, g, state):
+        """The gradient that the step uses, in place of g (m, n)."""
+        return g
+
+    def measure(self, g, r, s, state):
+        """Sums that `of` needs, kept in s before the rule runs; which channels have usable ones (bool), or None for all."""
+
+    def of(self, g, r, x, s, state, h):
+        """The Update of G (None where the step starts from R), R and X = rule(R): x is a tensor of R's shape, zero where not s.ok.
+
+        s: the rule's moments, s.step, s.ok, s.d (the projected axis), and s.grad_scale, 0-dim or None, that R has and G has not.
+        h: the group's keys.
+        """
+        return Update(x=x * h["scale"])
+
+    def after(self, g, r, state):
+        """The step was taken."""
+
+
+class _FromGradient(Remainder):
+    from_low_rank = False
+
+
+def _axis(state):
+    """The axis that a channel runs along."""
+    return 0 if state["left"] else 1
+
+
+def _squares(x, state):
+    return (x * x).sum(_axis(state), keepdim=True)
+
+
+def _gradient_squares(g, s, state):
+    """|G_c|² of every channel, as R has it."""
+    norms = torch.ops.lowrank.channel_norms(g, left=state["left"]).unsqueeze(_axis(state))
+    return (norms if s.grad_scale is None else norms * s.grad_scale).square()
+
+
+def limit(norm, limiter):
+    """What the scaled gradient is divided by, so that its norm grows by at most GROWTH a step; 0 in `limiter` is no norm yet."""
+    known = (limiter > 0) & (norm > 0)
+    divisor = torch.where(known, (norm / (limiter + TINY)).clamp(min=GROWTH) / GROWTH, 1.0)
+    limiter.copy_(torch.where(norm > 0, norm / divisor, limiter))
+    return divisor
+
+
+class _Scaled(_FromGradient):
+    """Channels are scaled by |X_c| / |R_c|, and the norm of the result is limited."""
+
+    categories = {"limiter": "counters"}
+    limited = True
+
+    def init(self, state, param):
+        if self.limited:
+            state["limiter"] = torch.zeros((), dtype=torch.float32, device=param.device)
+
+    def measure(self, g, r, s, state):
+        s.r_squares = _squares(r, state)
+        ok = s.r_squares < OVERFLOW
+        if self.limited:
+            s.g_squares = _gradient_squares(g, s, state)
+            ok = ok & (s.g_squares < OVERFLOW)
+        return ok
+
+    def coefficients(self, r, x, s, state, *, front=1.0, alpha=0.0, whole=False):
+        """c by channel, or one for the matrix (`whole`), times `front`, over the limiter's divisor, whose norm is that of
+        c o (G - alpha back(R)): by channel |G|² - 2 alpha |R|² + alpha² Rᵀ(BᵀB)R."""
+        r_squares, x_squares = torch.where(s.ok, s.r_squares, 0), _squares(x, state)
+        if whole:
+            c = (x_squares.sum().sqrt() / (r_squares.sum().sqrt() + TINY)).expand_as(x_squares) * front
+        else:
+            c = x_squares.sqrt() / (r_squares.sqrt() + TINY) * front
+        if self.limited:
+            inside = r_squares if alpha == 0 else self._inside(r, r_squares, s, state)
+            squares = (torch.where(s.ok, s.g_squares, 0) - 2 * alpha * r_squares + alpha**2 * inside).clamp(min=0)
+            c = c / limit((c * c * squares).double().sum().sqrt(), state["limiter"])
+        return c.to(r.dtype)
+
+    def _inside(self, r, r_squares, s, state):
+        """Rᵀ (BᵀB) R by channel."""
+        store = store_of(state)
+        if store.orthonormal:
+            return r_squares
+        basis = store.load(state, s.d).float()
+        gram = basis.T @ basis
+        return (r * (gram @ r if state["left"] else r @ gram)).sum(_axis(state), keepdim=True)
+
+
+class ScaledGradient(_Scaled):
+    """APOLLO: no back-projection, the whole gradient is scaled by channel (or as one) as the rule would scale R.
+
+    Group keys: `scale`, `scale_type` ('channel' | 'tensor'). State of a matrix: `limiter`, the norm of the last update.
+
+    Args:
+        front: whether sqrt(scale) comes before the limiter.
+        limited: whether the norm of an update is limited at all.
+    """
+
+    name = "scaled-gradient"
+    defaults = {"scale": 1.0, "scale_type": "channel"}
+
+    def __init__(self, front=False, limited=True):
+        self.front, self.limited = front, limited
+
+    def check(self, group):
+        if group["scale_type"] not in ("channel", "tensor"):
+            raise ValueError(f"scale_type must be one of channel, tensor, got {group['scale_type']!r}")
+
+    def of(self, g, r, x, s, state, h):
+        root = math.sqrt(h["scale"])
+        c = self.coefficients(r, x, s, state, front=root if self.front else 1.0, whole=h["scale_type"] == "tensor")
+        return Update(phi=g, scale=s.grad_scale, c=(c if self.front else c * root,))
+
+
+class ScaledResidual(_Scaled):
+    """Fira: it is scaled by channel as the rule scales R, and its norm is limited.
+
+    Group key: `alpha`, the factor of back(). State of a matrix: `limiter`, the norm of the last scaled residual.
+    """
+
+    name = "scaled-residual"
+    defaults = {"alpha": 0.25}
+
+    def of(self, g, r, x, s, state, h):
+        c = self.coefficients(r, x, s, state, alpha=h["alpha"])
+        return Update(x=h["alpha"] * (x - c * r), phi=g, scale=s.grad_scale, c=(c,))
+
+
+class StateFree(_FromGradient):
+    """FRUGAL: it takes a step without a state, signSGD or SGD.
+
+    Group keys: `scale`, of the step in the subspace; `residual_scale`, of the other.
+    """
+
+    name = "state-free"
+    defaults = {"scale": 1.0, "residual_scale": 1.0}
+
+    def __init__(self, sign=True):
+        self.sign = sign
+
+    def of(self, g, r, x, s, state, h):
+        c = (torch.full_like(s.step, h["residual_scale"]),)
+        if self.sign:
+            return Update(x=x * h["scale"], phi=g, scale=s.grad_scale, c=c, sign=True, taken=r)
+        return Update(x=x * h["scale"] - h["residual_scale"] * r, phi=g, scale=s.grad_scale, c=c)

@@ -1,0 +1,8 @@
+"""Rules: what becomes of a (low-rank) gradient. Each declares its moments and returns the update; it knows nothing else."""
+
+from lowrank_sys.optim.rules.adafactor import Adafactor
+from lowrank_sys.optim.rules.adam import Adam, RatioAdam
+from lowrank_sys.optim.rules.momentum import Lion, Momentum, Unchanged
+from lowrank_sys.optim.rules.rule import Rule
+
+__all__ = ["Adafactor", "Adam", "Lion", "Momentum", "RatioAdam", "Rule", "Unchanged"]

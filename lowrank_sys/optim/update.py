@@ -1,0 +1,67 @@
+"""The update of one matrix: W <- (1 - lr*weight_decay) W - rate [back(X) + c o phi], what every method comes down to."""
+
+from typing import NamedTuple
+
+import torch
+
+from lowrank_sys.subspace.basis import axis_of, store_of
+
+
+class Update(NamedTuple):
+    """back(x) + c o phi, of G (m, n) and R.
+
+    x: of R's shape, fp32; None: no back-projection. phi: (m, n) any float dtype, e.g. G itself; None: none. c: factors of phi,
+    each broadcast to (m, n): by channel, by row, of the matrix. sign: the sign of phi - back(taken) in place of phi. taken: R where
+    `sign`. scale: 0-dim, that multiplies phi as it is read; None is 1. ok: bool, broadcast to (m, n): where it can be taken; None: all.
+
+    What is linear in back(R) belongs in x: back(x) + c o (G - back(R)) = back(x - c o R) + c o G for c by channel.
+    """
+
+    x: torch.Tensor | None = None
+    phi: torch.Tensor | None = None
+    c: tuple = ()
+    sign: bool = False
+    taken: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    ok: torch.Tensor | None = None
+
+
+class Change:
+    """What is taken from a weight: an Update at its rate (0-dim), by panels of rows, so that none of it is of the weight's size."""
+
+    def __init__(self, update, rate, state, shape):
+        self._update, self._rate, self._state, self._shape = update, rate, state, shape
+        self._basis = None
+
+    def is_low_rank(self, param):
+        """Whether it is back(x) alone, for a weight in rows."""
+        return self._update.phi is None and param.is_contiguous()
+
+    def subtract_from(self, param):
+        store_of(self._state).back_(param, self._update.x * self._rate, self._state, alpha=-1.0)
+
+    def panel(self, first, end):
+        """Rows first ... end - 1, fp32."""
+        update, rows = self._update, slice(first, end)
+        if update.phi is None:
+            return self._back(update.x, first, end) * self._rate
+        panel = (update.phi[rows] if self._shape else update.phi).float()
+        if update.scale is not None:
+            panel = panel * update.scale
+        if update.sign:
+            panel = (panel - self._back(update.taken, first, end)).sign()
+        for factor in update.c:
+            panel = panel * (factor[rows] if factor.dim() == 2 and factor.shape[0] == self._shape[0] > 1 else factor)
+        if update.x is not None:
+            panel = panel + self._back(update.x, first, end)
+        return panel * self._rate
+
+    def _back(self, x, first, end):
+        """These rows of back(x)."""
+        if self._basis is None:
+            self._basis = store_of(self._state).load(self._state, axis_of(self._shape, self._state))
+        left = self._state["left"]
+        out = x.new_zeros(end - first, self._shape[1])
+        low_rank, basis = (x, self._basis[first:end]) if left else (x[first:end], self._basis)
+        torch.ops.lowrank.back_project_(out, low_rank.contiguous(), basis.contiguous(), beta=0.0, left=left)
+        return out

@@ -1,0 +1,132 @@
+"""Weight stores: how an optimizer keeps the weights, and the only writers of them. A parameter says by itself which it has."""
+
+import math
+
+import torch
+
+from lowrank_sys._ops import FLOATS
+from lowrank_sys.nn.quant_weight import is_quantized
+
+# Bytes of fp32 that a weight passes through, a panel of rows at a time.
+PANEL = 16 << 20
+
+
+def by_rows(params):
+    """The weights as ops write them: one whose memory is laid out otherwise (channels_last, a transpose) as a copy in rows."""
+    return [param if param.is_contiguous() else param.contiguous() for param in params]
+
+
+def put_back(params, written):
+    """Give the weights that `by_rows` copied their new values."""
+    for param, values in zip(params, written):
+        if values is not param:
+            param.copy_(values)
+
+
+def panels(shape):
+    """Yield (first, end) of rows whose elements take PANEL bytes in fp32."""
+    high = max(1, PANEL // (4 * max(1, math.prod(shape[1:]))))
+    for first in range(0, shape[0] if shape else 1, high):
+        yield first, min(first + high, shape[0])
+
+
+def _part(tensor, shape, first, end):
+    """Rows first ... end - 1 of what is broadcast to a weight's shape."""
+    return tensor[first:end] if tensor.dim() == len(shape) and tensor.shape[0] == shape[0] else tensor
+
+
+class InPlace:
+    """The parameter itself, in its own dtype (fp32, bf16 or fp16), rounded to nearest even once a step."""
+
+    name = "float"  # in the table of fused steps
+    int8 = False
+    group_size = None
+
+    def check(self, param, name):
+        """Raise a ValueError that names a weight that cannot be kept so."""
+        if param.dtype not in FLOATS:
+            raise ValueError(f"{name} must be float32, bfloat16 or float16, got {param.dtype}")
+
+    def init(self, state, index):
+        """Add this store's state for matrix `index` of the optimizer."""
+
+    def tensors(self, params):
+        """The lists of tensors that ops take for the weights."""
+        return (params,)
+
+    def options(self, group, states):
+        """The arguments of the ops that belong to the weights."""
+        return {}
+
+    def values(self, param, first, end):
+        """Rows first ... end - 1 in fp32."""
+        return (param[first:end] if param.dim() else param).float()
+
+    def rms(self, param):
+        """Root of the mean square, 0-dim fp32."""
+        squares = [self.values(param, *rows).square().sum() for rows in panels(param.shape)]
+        return (torch.stack(squares).sum() / max(param.numel(), 1)).sqrt()
+
+    def apply(self, param, state, change, *, decay, ok, seed):
+        """W <- decay W - change where ok, else as it is.
+
+        change: a lowrank_sys.optim.update.Change. decay: 0-dim; None is 1. ok: bool, broadcast to W. seed: of random bits.
+        """
+        if change.is_low_rank(param) and (decay is None or param.dtype == torch.float32):
+            if decay is not None:
+                param.mul_(torch.where(ok, decay, 1.0))
+            change.subtract_from(param)
+            return
+        whole = param.unsqueeze(0) if param.dim() == 0 else param
+        for first, end in panels(whole.shape):
+            old = whole[first:end].float()
+            new = (old if decay is None else decay * old) - change.panel(first, end)
+            whole[first:end].copy_(torch.where(_part(ok, param.shape, first, end), new, old))
+
+
+class Int8(InPlace):
+    """INT8 codes and their scales (lowrank_sys.nn.QuantWeight), rounded stochastically once a step.
+
+    The random bits follow from the group's `seed`, the step and the number of the matrix: a resumed run draws the same.
+    State of a matrix: `parameter`, its number.
+    """
+
+    name = "int8"
+    int8 = True
+
+    def __init__(self, group_size):
+        self.group_size = group_size
+
+    def check(self, param, name):
+        """Codes and scales are what quantize_int8 made."""
+
+    def init(self, state, index):
+        state["parameter"] = index
+
+    def tensors(self, params):
+        return [p.codes for p in params], [p.scale for p in params]
+
+    def options(self, group, states):
+        return {"seed": group["seed"], "parameters": [s["parameter"] for s in states], "group_size": self.group_size}
+
+    def values(self, param, first, end):
+        return torch.ops.lowrank.dequantize_int8(param.codes[first:end], param.scale[first:end], group_size=self.group_size)
+
+    def apply(self, param, state, change, *, decay, ok, seed):
+        nothing = torch.full((), math.nan, dtype=torch.float32, device=param.device)  # keeps a weight to the byte
+        minus = -torch.ones((), dtype=torch.float32, device=param.device)
+        decay = -minus if decay is None else decay
+        for first, end in panels(param.shape):
+            moved = torch.where(_part(ok, param.shape, first, end), change.panel(first, end), nothing)
+            torch.ops.lowrank.int8_update_(
+                param.codes[first:end], param.scale[first:end], moved, alpha=minus, decay=decay, seed=seed,
+                step=state["step"], parameter=state["parameter"], offset=first * param.shape[1], group_size=self.group_size,
+            )  # fmt: skip
+
+
+IN_PLACE = InPlace()
+
+
+def weight_store(param):
+    """The store that a parameter is kept in."""
+    return Int8(param.group_size) if is_quantized(param) else IN_PLACE

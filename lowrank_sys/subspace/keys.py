@@ -1,0 +1,75 @@
+"""A subspace whose basis is Gaussian and made from its key where it is used, or, by choice, one in memory."""
+
+import torch
+
+from lowrank_sys.subspace.basis import KEY
+from lowrank_sys.subspace.kind import Kind
+from lowrank_sys.subspace.orthonormal import Orthonormal
+from lowrank_sys.subspace.transport import TRANSPORTS
+
+PROJECTIONS = ("random", "svd")
+# There is no product of two such bases to rotate by.
+CARRIED = ("keep", "reset")
+
+
+class Gaussian(Kind):
+    """A Gaussian basis owes the gradient nothing: a refresh only counts in its key, and all matrices do so in the same step.
+
+    State of a matrix: `key`, int64 (4,) on its device: seed, refresh, parameter, first row; `left`; `countdown`, on the host.
+    """
+
+    categories = {**Kind.categories, **KEY.categories}
+    blind = sketched = True
+
+    def transports(self, group):
+        return CARRIED
+
+    def init(self, state, param, group, index, count):
+        state["left"], shape = self.low_rank_shape(group, param)
+        state["key"] = torch.tensor([group["seed"], 0, index, 0], device=param.device)
+        # with 'next' the schedule advances after the step
+        state["countdown"] = torch.tensor(group["update_proj_gap"] - (group["refresh"] == "next"), device="cpu")
+        return shape
+
+    def measured(self, group, grad, state):
+        """|R| is |G| on average, and G is there."""
+        return grad
+
+    def renew(self, due):
+        if due.training:
+            due.state["key"][1] += 1
+            TRANSPORTS[due.transport].carry(due, None, None, None)
+        return True
+
+
+class Keyed(Orthonormal):
+    """Group key `proj` (APOLLO's): 'random', a Gaussian basis that is never in memory; 'svd', Orthonormal's."""
+
+    defaults = {**Orthonormal.defaults, "proj": "random"}
+    categories = {**Orthonormal.categories, **Gaussian.categories}
+
+    def _of(self, group):
+        """Which of the two a group asks for."""
+        return GAUSSIAN if group["proj"] == "random" else ORTHONORMAL
+
+    def check(self, group, names):
+        if group["proj"] not in PROJECTIONS:
+            raise ValueError(f"proj must be one of {', '.join(PROJECTIONS)}, got {group['proj']!r}")
+        if group["proj"] == "random" and group["moments"] in set(TRANSPORTS) - set(CARRIED):
+            raise ValueError(f"moments must be one of {', '.join(CARRIED)} with proj='random', got {group['moments']!r}")
+        super().check(group, names)
+
+    def init(self, state, param, group, index, count):
+        return self._of(group).init(state, param, group, index, count)
+
+    def measured(self, group, grad, state):
+        return self._of(group).measured(group, grad, state)
+
+    def sketch_directions(self, param, state, warm):
+        return None if "key" in state else super().sketch_directions(param, state, warm)
+
+    def advance(self, group, *arguments, **options):
+        self._of(group).advance(group, *arguments, **options)
+
+
+GAUSSIAN, ORTHONORMAL = Gaussian(), Orthonormal()

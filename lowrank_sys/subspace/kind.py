@@ -1,0 +1,162 @@
+"""What every kind of subspace is to an optimizer: which side is projected, the basis a matrix keeps, and its schedule."""
+
+import torch
+
+from lowrank_sys.subspace import moments as stored
+from lowrank_sys.subspace.basis import alike, axis_of, store_of
+from lowrank_sys.subspace.refresh import KINDS
+from lowrank_sys.subspace.transport import TRANSPORTS
+
+# proj_type -> whether the basis lies on the left of a matrix (m, n). 'std' follows the GaLore reference; 'short-moments'
+# puts the basis on the long side and the moments on the short one.
+SIDES = {
+    "std": lambda m, n: m < n,
+    "reverse_std": lambda m, n: m >= n,
+    "left": lambda m, n: True,
+    "right": lambda m, n: False,
+    "short-moments": lambda m, n: m >= n,
+}
+
+
+class Kind:
+    """Base of the kinds of subspaces: all settings are group keys, all state is tensors and plain numbers.
+
+    A subclass says what a state holds (`init`), how a basis that is due is renewed (`renew`), and of the group keys `subspace`,
+    `moments` and `refresh` which values it serves.
+    """
+
+    defaults = {"update_proj_gap": 200, "proj_type": "std", "moments": "keep", "seed": 0, "refresh": "now"}
+    categories = {"countdown": "counters"}
+    on_host = ("countdown",)  # state that stays there, for Python to read
+    hyper = ("update_proj_gap",)  # group keys that a refresh reads, numbers
+    blind = False  # whether a basis is renewed without any gradient
+    sketched = False  # whether bases may come from sketches, which add up over micro-batches
+
+    def __init_subclass__(cls):
+        KINDS[cls.__name__] = cls()
+
+    # What a group asks for.
+
+    def selects(self, group):
+        """Names that the group key `subspace` may have."""
+        return ()
+
+    def transports(self, group):
+        """Names that the group key `moments` may have."""
+        return tuple(TRANSPORTS)
+
+    def check(self, group, names):
+        """Raise a ValueError that names the key, or the weight that does not fit."""
+        valid = {"proj_type": tuple(SIDES), "subspace": self.selects(group), "moments": self.transports(group)}
+        valid["refresh"] = ("now", "next") if self.sketched else ("now",)
+        for key, values in valid.items():
+            if values and group[key] not in values:
+                raise ValueError(f"{key} must be one of {', '.join(values)}, got {group[key]!r}")
+        for name, param in zip(names, group["params"]):
+            if param.dim() != 2:
+                raise ValueError(f"{name} must be a matrix to be in a group with a rank, got shape {tuple(param.shape)}")
+            if group["rank"] > min(param.shape):
+                raise ValueError(
+                    f"rank must be at most {min(param.shape)} for {name} of shape {tuple(param.shape)}, got {group['rank']}"
+                )
+
+    # What a matrix keeps.
+
+    def init(self, state, param, group, index, count):
+        """Add this part's state for matrix `index` of `count`; returns the shape of R."""
+        raise NotImplementedError
+
+    def low_rank_shape(self, group, param):
+        """(left, shape of R) of a matrix in this group."""
+        m, n = param.shape
+        left = SIDES[group["proj_type"]](m, n)
+        return left, (group["rank"], n) if left else (m, group["rank"])
+
+    def shape_of(self, param, state):
+        """The shape of R that a state is for, which may be loaded."""
+        rank, (m, n) = store_of(state).rank(state), param.shape
+        return (rank, n) if state["left"] else (m, rank)
+
+    def fits(self, param, state):
+        """Whether a state is one of a matrix like `param`."""
+        store = store_of(state)
+        return store is None or (param.dim() == 2 and store.fits(axis_of(param.shape, state), state))
+
+    # What a step asks for.
+
+    def project(self, group, grad, state):
+        """R of a full gradient."""
+        return store_of(state).project(grad, state, int8_gemm=group.get("int8_gemm", False))
+
+    def measured(self, group, grad, state):
+        """What the norm of a gradient is taken of: R."""
+        return self.project(group, grad, state)
+
+    def sketch_directions(self, param, state, warm):
+        """Omega of the sketch that this step's gradient of `param` owes the next basis; None if none is due.
+
+        warm: the first moment of R's shape, or None.
+        """
+        return None
+
+    def sketch(self, grad, omega, left):
+        """Y = G Omega (m, l) if left, else Omegaᵀ G (l, n); fp32."""
+        return torch.ops.lowrank.project(grad, omega, left=not left)
+
+    def advance(self, group, gradients, states, lr, left, moments, *, sketched=False):
+        """Advance the schedule of these matrices by one step; bases that are due are chosen anew.
+
+        gradients: G each, or with `sketched` a sketch or None. moments: {name: whether it has a sign} of R's shape.
+        """
+        if sketched:
+            gradients = [s[store_of(s).keys[0]].new_empty(0) if g is None else g for s, g in zip(states, gradients)]
+        select, transport = group.get("subspace", ""), group["moments"]
+        reads = (*moments, "step") if transport != "keep" else self.reads(group)
+        hyper = {key: group[key] for key in self.hyper_of(group) if group[key] is not None}
+        hyper.update(zip(("beta1", "beta2"), group["betas"] if "betas" in group and reads else ()))
+        for keys, states, gradients in alike(lambda state: self.keys_of(state, reads), states, gradients):
+            tensors, numbers = keys
+            torch.ops.lowrank.refresh_(
+                [state[key] for state in states for key in tensors], gradients,
+                [state[key] for state in states for key in numbers], lr, kind=type(self).__name__, select=select,
+                transport=transport, keys=tensors, number_keys=numbers, moments=list(moments), signed=list(moments.values()),
+                hyper_keys=list(hyper), hyper=[float(value) for value in hyper.values()], left=left, sketched=sketched,
+            )  # fmt: skip
+
+    def reads(self, group):
+        """Keys of the state that choosing a basis reads beside its own: moments by name, 'step'."""
+        return ()
+
+    def hyper_of(self, group):
+        return self.hyper
+
+    def keys_of(self, state, reads):
+        """(tensors, integers) of a state that a refresh takes: its own, and the moments and the step in `reads`."""
+        own = [key for key in self.categories if key in state]
+        tensors = [key for key in own if isinstance(state[key], torch.Tensor)]
+        names = [name for name in reads if name != "step"]
+        more = [*stored.keys(state, names), *(["step"] if "step" in reads else [])]
+        numbers = [key for key in self.numbers if key in state]
+        return (*tensors, *more), tuple(numbers)
+
+    numbers = ("first_gap", "seed", "parameter", "group_size")  # integers of a state that a refresh reads
+
+    # What `refresh_` asks for.
+
+    def expect(self, due):
+        """Raise an error for a matrix whose gradient its basis does not fit."""
+
+    def renew(self, due):
+        """Choose the basis of a matrix that is due and carry its moments over; whether it could be taken."""
+        raise NotImplementedError
+
+    def settle(self, taken):
+        """All that is due was renewed; `taken`: what got a new basis."""
+
+    def gap(self, due):
+        """Steps until the next refresh of a matrix that was renewed."""
+        return due.state["first_gap"] if due.first else int(due.h["update_proj_gap"])
+
+    def describe(self, state):
+        """The schedule of a matrix in plain numbers: steps until the next refresh. Reads the device."""
+        return {"countdown": max(int(state["countdown"]), 0)}

@@ -1,0 +1,171 @@
+"""A subspace with an orthonormal basis in memory, chosen by a selector, kept as it is or in INT4."""
+
+import torch
+
+from lowrank_sys import _ops
+from lowrank_sys.subspace import gap as adaptive
+from lowrank_sys.subspace.basis import DENSE, Int4, axis_of, load, store_of
+from lowrank_sys.subspace.iteration import seeded_basis
+from lowrank_sys.subspace.kind import Kind
+from lowrank_sys.subspace.refresh import COLD, is_due, is_taken
+from lowrank_sys.subspace.select import SELECT
+from lowrank_sys.subspace.transport import TRANSPORTS
+
+# Steps over which refresh='next' spreads the first sketches of a model: each is as large as a gradient's projection.
+FIRST_SKETCHES = 4
+
+
+class Orthonormal(Kind):
+    """Group keys: `rank`, `update_proj_gap` (steps between refreshes), `proj_type` (SIDES), `subspace` (a name of SELECT:
+    'randomized' subspace iteration, staggered over matrices; exact 'svd' at steps 0, gap, 2 gap, ... as the GaLore reference),
+    `moments` at a refresh (a name of TRANSPORTS: 'keep' | 'reset' | 'rotate'), `seed`; `refresh`: with 'now' a basis that is due is
+    chosen from the step's gradient before the step uses it, with 'next' a sketch of the step's gradient, linear in it, gives the
+    basis of the next step, and training starts on seeded orthonormal bases. 'next' lets micro-batches add up exactly.
+
+    `quant` keeps the basis in INT4 (`quant_n_bit` = 4) in groups of `quant_group_size` entries of a vector. With a
+    `cos_threshold` the gap of each matrix is its own: it starts as `update_proj_gap` and is multiplied by `gamma_proj`, up to
+    `max_update_proj_gap` (None: 16 update_proj_gap), at every refresh whose subspace and the `queue_size` - 1 before it overlap
+    with their predecessors by cos_threshold or more in the mean (Q-GaLore, lowrank_sys.subspace.gap). Two random subspaces
+    overlap by r/d. This rule reads the overlaps: with a GPU, the host waits in a step that refreshes, and in no other.
+
+    `int8_gemm` quantises the operands of the step's two products to INT8 on the fly (docs/kernels/int8-products.md); a basis is
+    chosen in fp32 all the same.
+
+    State of a matrix: `basis` (m or n, r) in the parameter's dtype, or packed with `basis_scale`, `basis_offset` and
+    `group_size`; `left`; `countdown`, steps until the next refresh, on the host; `first_gap` and `seed`; with a cos_threshold
+    `gap`, on the host, and `overlaps`, the queue; with a selector that counts `refreshes`, on the host.
+    """
+
+    defaults = {
+        **Kind.defaults,
+        "subspace": "randomized",
+        "quant": False,
+        "quant_n_bit": 4,
+        "quant_group_size": 256,
+        "cos_threshold": None,
+        "gamma_proj": 2,
+        "queue_size": 5,
+        "max_update_proj_gap": None,
+        "int8_gemm": False,
+    }
+    categories = {**DENSE.categories, **Int4.categories, **dict.fromkeys(("countdown", "gap", "overlaps", "refreshes"), "counters")}
+    on_host = ("countdown", "gap", "refreshes")
+    hyper = ("update_proj_gap", "cos_threshold", "gamma_proj", "max_update_proj_gap")
+    sketched = True
+
+    def selects(self, group):
+        return tuple(SELECT)
+
+    def check(self, group, names):
+        super().check(group, names)
+        if group["refresh"] == "next" and not SELECT[group["subspace"]].sketched:
+            able = ", ".join(name for name, selector in SELECT.items() if selector.sketched)
+            raise ValueError(f"subspace must be {able} with refresh='next', got {group['subspace']!r}")
+        if group["quant"] and group["quant_n_bit"] != 4:
+            raise ValueError(f"quant_n_bit must be 4, got {group['quant_n_bit']!r}")
+        size = group["quant_group_size"]
+        if group["quant"] and not (isinstance(size, int) and 32 <= size <= 1024 and size & (size - 1) == 0):
+            raise ValueError(f"quant_group_size must be a power of two from 32 to 1024, got {size!r}")
+        most = group["max_update_proj_gap"]
+        if group["cos_threshold"] is not None and most is not None and most < group["update_proj_gap"]:
+            raise ValueError(
+                f"max_update_proj_gap must be an integer of at least update_proj_gap = {group['update_proj_gap']}, got {most!r}"
+            )
+        if group["int8_gemm"] and group["quant"]:
+            raise ValueError("int8_gemm must be False with quant: a basis in INT4 has products of its own")
+
+    def init(self, state, param, group, index, count):
+        rank, gap, selector = group["rank"], group["update_proj_gap"], SELECT[group["subspace"]]
+        state["left"], shape = self.low_rank_shape(group, param)
+        d, store = axis_of(param.shape, state), Int4(group["quant_group_size"]) if group["quant"] else DENSE
+        state.update(zip(store.keys, store.make(d, rank, param)))
+        state.update(store.options)
+        state["countdown"] = torch.tensor(COLD, device="cpu")
+        if group["refresh"] == "next":
+            store.write(state, seeded_basis(d, rank, group["seed"] + index, param))
+            state["countdown"] -= index * min(gap, FIRST_SKETCHES) // count
+        state["first_gap"] = index * gap // count + 1 if selector.staggered else gap
+        state["seed"] = group["seed"] + index
+        if selector.counts:
+            state["refreshes"] = torch.tensor(0, device="cpu")
+        if group["cos_threshold"] is not None:
+            state["gap"] = torch.tensor(gap, device="cpu")
+            state["overlaps"] = adaptive.new_overlaps(group["queue_size"], param.device)
+        return shape
+
+    def sketch_directions(self, param, state, warm):
+        if not is_due(int(state["countdown"])):
+            return None
+        left = state["left"]
+        if warm is not None and tuple(warm.shape) != self.shape_of(param, state):
+            warm = None
+        basis = load(state, param).to(param.dtype)
+        return torch.ops.lowrank.sketch_directions(basis, warm, other=param.shape[1 if left else 0], left=left, seed=state["seed"])
+
+    def reads(self, group):
+        return SELECT[group["subspace"]].moments
+
+    def hyper_of(self, group):
+        return (*self.hyper, *SELECT[group["subspace"]].hyper)
+
+    def expect(self, due):
+        matrix, store = due.gradient, store_of(due.state)
+        _ops.rules.expect_matrix("refresh_", "sketch" if due.sketched else "gradient", matrix)
+        d = axis_of(matrix.shape, due.state)
+        _ops.rules.expect(
+            store.fits(d, due.state),
+            "refresh_",
+            lambda: (
+                f"the basis of shape {tuple(due.state['basis'].shape)} must fit a gradient of shape {tuple(matrix.shape)} on the "
+                f"{'left' if due.left else 'right'}"
+            ),
+        )
+        due.rank = store.rank(due.state)
+        most = min(matrix.shape) if not due.sketched else matrix.shape[1 if due.left else 0]
+        _ops.rules.expect(due.rank <= most, "refresh_", lambda: f"rank must be at most {most}, got {due.rank}")
+
+    def renew(self, due):
+        store, d = store_of(due.state), axis_of(due.gradient.shape, due.state)
+        if due.sketched or not due.first:
+            due.old = store.load(due.state, d)
+        new, energies = SELECT[due.select].choose(due)
+        taken, old, due.old = is_taken(energies), due.old, None
+        if old is None:
+            store.write(due.state, new)
+        elif taken:
+            kept = (old == new).all()
+            self._compare(due, old, new, kept)
+            carry, bases = TRANSPORTS[due.transport]
+            if not bases:
+                old = None
+            elif store is DENSE:
+                old = old.clone()
+            store.write(due.state, new, kept)
+            carry(due, old, store.load(due.state, d) if bases else None, kept)
+        if "refreshes" in due.state and due.training:
+            due.state["refreshes"] += taken
+        return taken
+
+    def _compare(self, due, old, new, kept):
+        """Remember how much of its subspace a matrix keeps, if its gap is its own."""
+        if "gap" in due.state and due.training and not due.first:
+            due.mean = adaptive.push_(due.state["overlaps"], adaptive.overlap(old, new), kept)
+
+    def settle(self, taken):
+        grown = [due for due in taken if due.mean is not None]
+        if grown:
+            h = grown[0].h
+            most = h.get("max_update_proj_gap", 16 * h["update_proj_gap"])
+            adaptive.grow_(
+                [due.state["gap"] for due in grown], [due.mean for due in grown], h["cos_threshold"], h["gamma_proj"], int(most)
+            )
+
+    def gap(self, due):
+        return due.state["gap"].item() if "gap" in due.state and not due.first else super().gap(due)
+
+    def describe(self, state):
+        """Where a gap is its own: also "gap", and the "overlaps"."""
+        if "gap" not in state:
+            return super().describe(state)
+        overlaps = [value for value in state["overlaps"].tolist() if value == value]
+        return {"gap": int(state["gap"]), **super().describe(state), "overlaps": overlaps}

@@ -1,0 +1,54 @@
+"""How a basis is chosen from a gradient, or from a sketch of it. `SELECT` is open: a method adds its own by name.
+
+A selector takes a matrix that is due (lowrank_sys.subspace.refresh.Due) and returns (basis (d, r) fp32, energies (r,)); energies
+of 0 say that the gradient was zero or not finite, and that the basis is not of it.
+"""
+
+import torch
+
+from lowrank_sys.subspace.iteration import basis_from_sketch, svd_basis
+
+
+class Selector:
+    """Base of the ways to choose a basis."""
+
+    sketched = False  # whether a sketch of the gradient is enough
+    moments = ()  # keys of the state that it reads: moments by name, "step"
+    hyper = ()  # group keys that it reads, numbers
+    counts = False  # whether it asks how many bases were chosen so far
+    staggered = True  # whether the refreshes of a model's matrices are spread over the gap
+
+    def choose(self, due):
+        raise NotImplementedError
+
+
+class Randomized(Selector):
+    """Randomized subspace iteration: from the old basis with two products with G, a first one with one.
+
+    A first basis is refreshed within a gap, and the first step of a model needs one for every matrix at once.
+    """
+
+    sketched = True
+
+    def choose(self, due):
+        if due.sketched:
+            return basis_from_sketch(due.gradient, due.old, left=due.left, seed=due.seed)
+        return randomized_basis(due.gradient, due.old, rank=due.rank, left=due.left, seed=due.seed)
+
+
+class Svd(Selector):
+    """The exact singular vectors at steps 0, gap, 2 gap, ..., as the GaLore reference."""
+
+    staggered = False
+
+    def choose(self, due):
+        return svd_basis(due.gradient, due.old, rank=due.rank, left=due.left)
+
+
+def randomized_basis(grad, basis, *, rank, left, seed=0):
+    """(the next basis of G (m, n), its energies) by subspace iteration, from the old one or from none."""
+    n_iter = 0 if basis is None else 1
+    return torch.ops.lowrank.subspace_iteration(grad, basis, rank=rank, left=left, n_iter=n_iter, seed=seed)
+
+
+SELECT = {"randomized": Randomized(), "svd": Svd()}

@@ -1,0 +1,61 @@
+"""What becomes of the moments when their basis changes. `TRANSPORTS` is open: a method adds its own by name."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from lowrank_sys import _ops
+
+
+def rotation(old, new, dtype):
+    """C = newᵀ old (r, r), exactly I where the two are equal: a basis that was kept leaves its moments as they are."""
+    c = new.to(dtype).T @ old.to(dtype)
+    same = (new.to(dtype) == old.to(dtype)).all()
+    return torch.where(same, torch.eye(c.shape[0], dtype=dtype, device=c.device), c)
+
+
+def rotated(moment, c, *, left):
+    """C M, or M Cᵀ for a basis on the right."""
+    return c @ moment if left else moment @ c.T
+
+
+def rotate_moments_(exp_avg, exp_avg_sq, old, new, *, left):
+    """Carry Adam's moments into a new basis, in place: M <- C M and V <- (C∘C) V with C = newᵀ old (right: times Cᵀ).
+
+    V is then the variance of C R for a low-rank gradient R of uncorrelated entries, a sum of products that are not negative:
+    no rounding makes it negative.
+
+    exp_avg, exp_avg_sq: (r, n) if left, else (m, r), fp32. old, new: (m or n, r), fp32 | bf16 | fp16, orthonormal columns.
+    """
+    _ops.transport.check_rotate_moments(exp_avg, exp_avg_sq, old, new, left=left)
+    c = rotation(old, new, exp_avg.dtype)
+    exp_avg.copy_(rotated(exp_avg, c, left=left))
+    exp_avg_sq.copy_(rotated(exp_avg_sq, c * c, left=left))
+
+
+class Transport(NamedTuple):
+    """carry(due, old, new, kept) takes the matrix (lowrank_sys.subspace.refresh.Due), its bases (d, r) before and after as they are
+    stored, None without `bases`, and whether they are equal (0-dim bool, for which nothing waits)."""
+
+    carry: Callable
+    bases: bool = True
+
+
+def keep(due, old, new, kept):
+    """Moments stay as they are, and mean other directions."""
+
+
+def reset(due, old, new, kept):
+    """Moments are forgotten, and with them the step that corrects their bias."""
+    due.forget()
+
+
+def rotate(due, old, new, kept):
+    """M <- C M, and (C∘C) V of a moment that has no sign."""
+    c = rotation(old, new, torch.float32)
+    for name, signed in due.moments.items():
+        due.write(name, rotated(due.moment(name), c if signed else c * c, left=due.left), kept)
+
+
+TRANSPORTS = {"keep": Transport(keep, bases=False), "reset": Transport(reset, bases=False), "rotate": Transport(rotate)}
