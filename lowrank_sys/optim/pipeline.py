@@ -213,5 +213,6 @@ def _general(method, batch, param, gradient, state, lr):
     s.close()
     decay = 1 - s.rate * group["weight_decay"] if group["weight_decay"] != 0 else None
     ok = s.ok if update.ok is None else s.ok & update.ok
-    store.apply(param, state, Change(update, rate, state, param.shape), decay=decay, ok=ok, seed=group.get("seed", 0))
+    change = Change(update, rate, state, param.shape, group.get("int8_gemm", False))
+    store.apply(param, state, change, decay=decay, ok=ok, seed=group.get("seed", 0))
     remainder.after(g, r, state)

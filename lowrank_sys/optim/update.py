@@ -29,8 +29,9 @@ class Update(NamedTuple):
 class Change:
     """What is taken from a weight: an Update at its rate (0-dim), by panels of rows, so that none of it is of the weight's size."""
 
-    def __init__(self, update, rate, state, shape):
+    def __init__(self, update, rate, state, shape, int8_gemm=False):
         self._update, self._rate, self._state, self._shape = update, rate, state, shape
+        self._int8_gemm = int8_gemm
         self._basis = None
 
     def is_low_rank(self, param):
@@ -38,7 +39,8 @@ class Change:
         return self._update.phi is None and param.is_contiguous()
 
     def subtract_from(self, param):
-        store_of(self._state).back_(param, self._update.x * self._rate, self._state, alpha=-1.0)
+        low_rank = self._update.x * self._rate
+        store_of(self._state).back_(param, low_rank, self._state, alpha=-1.0, int8_gemm=self._int8_gemm)
 
     def panel(self, first, end):
         """Rows first ... end - 1, fp32."""
@@ -63,5 +65,7 @@ class Change:
         left = self._state["left"]
         out = x.new_zeros(end - first, self._shape[1])
         low_rank, basis = (x, self._basis[first:end]) if left else (x[first:end], self._basis)
-        torch.ops.lowrank.back_project_(out, low_rank.contiguous(), basis.contiguous(), beta=0.0, left=left)
+        torch.ops.lowrank.back_project_(
+            out, low_rank.contiguous(), basis.contiguous(), beta=0.0, left=left, int8_gemm=self._int8_gemm
+        )
         return out

@@ -64,8 +64,9 @@ class InPlace:
 
     def rms(self, param):
         """Root of the mean square, 0-dim fp32."""
-        squares = [self.values(param, *rows).square().sum() for rows in panels(param.shape)]
-        return (torch.stack(squares).sum() / max(param.numel(), 1)).sqrt()
+        norms = [torch.linalg.vector_norm(self.values(param, *rows)) for rows in panels(param.shape)]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        return norm / math.sqrt(max(param.numel(), 1))
 
     def apply(self, param, state, change, *, decay, ok, seed):
         """W <- decay W - change where ok, else as it is.

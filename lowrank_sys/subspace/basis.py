@@ -42,9 +42,9 @@ class Dense:
     def project(self, grad, state, *, int8_gemm=False):
         return torch.ops.lowrank.project(grad, state["basis"], left=state["left"], int8_gemm=int8_gemm)
 
-    def back_(self, param, low_rank, state, alpha=1.0):
+    def back_(self, param, low_rank, state, *, alpha=1.0, int8_gemm=False):
         """param += alpha back(low_rank)."""
-        torch.ops.lowrank.back_project_(param, low_rank, state["basis"], alpha=alpha, left=state["left"])
+        torch.ops.lowrank.back_project_(param, low_rank, state["basis"], alpha=alpha, left=state["left"], int8_gemm=int8_gemm)
 
 
 class Int4(Dense):
@@ -86,7 +86,7 @@ class Int4(Dense):
     def project(self, grad, state, *, int8_gemm=False):
         return torch.ops.lowrank.project_int4(grad, *self._tensors(state), left=state["left"], group_size=self.group_size)
 
-    def back_(self, param, low_rank, state, alpha=1.0):
+    def back_(self, param, low_rank, state, *, alpha=1.0, int8_gemm=False):
         torch.ops.lowrank.back_project_int4_(
             param, low_rank, *self._tensors(state), alpha=alpha, left=state["left"], group_size=self.group_size
         )
@@ -117,7 +117,7 @@ class Key(Dense):
     def project(self, grad, state, *, int8_gemm=False):
         return torch.ops.lowrank.gaussian_project(grad, rank=self.rank(state), left=state["left"], **self._which(state))
 
-    def back_(self, param, low_rank, state, alpha=1.0):
+    def back_(self, param, low_rank, state, *, alpha=1.0, int8_gemm=False):
         torch.ops.lowrank.gaussian_back_project_(param, low_rank, alpha=alpha, left=state["left"], **self._which(state))
 
 
@@ -145,7 +145,7 @@ class Rows(Dense):
     def project(self, grad, state, *, int8_gemm=False):
         return torch.ops.lowrank.gather_rows(grad, state["indices"], state.get("row_scale"), left=state["left"])
 
-    def back_(self, param, low_rank, state, alpha=1.0):
+    def back_(self, param, low_rank, state, *, alpha=1.0, int8_gemm=False):
         torch.ops.lowrank.scatter_add_rows_(
             param, low_rank, state["indices"], state.get("row_scale"), alpha=alpha, left=state["left"]
         )
