@@ -79,6 +79,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.gradients.check(self)
         self._set_defaults(group)
         hyper.check(group, self.rules)
+        self._check_parts(group, names)
+
+    def _check_parts(self, group, names):
+        """Raise a ValueError that names a key of a low-rank group whose value the parts cannot serve."""
         pipeline = self.pipeline
         if group.get("quant") and "quant" not in pipeline.subspace.defaults:
             raise ValueError(f"quant must be False for {type(self).__name__}, got {group['quant']!r}")
@@ -86,10 +90,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
             raise ValueError(f"int8_gemm must be False for {type(self).__name__}, got {group['int8_gemm']!r}")
         pipeline.subspace.check(group, names)
         pipeline.remainder.check(group)
-        if group["moments"] not in pipeline.rule.transports:
+        if group.get("moments", "keep") not in pipeline.rule.transports:
             raise ValueError(
                 f"moments must be one of {', '.join(pipeline.rule.transports)} for {type(pipeline.rule).__name__}, "
                 f"got {group['moments']!r}"
+            )
+        for key, names in pipeline.lacking(group).items():
+            raise ValueError(
+                f"{key}={group[key]!r} needs {', '.join(names)} in the state, which {type(self).__name__} does not keep"
             )
 
     def _set_defaults(self, group):
@@ -98,11 +106,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for key, value in {key: value for part in parts for key, value in part.items()}.items():
             group.setdefault(key, value)
 
-    def _loaded_group(self, saved):
-        """The keys of a loaded group, with those that an older checkpoint lacks."""
+    def _loaded_group(self, g, saved):
+        """The keys of a loaded group, with those that an older checkpoint lacks; ValueError for one that the parts cannot serve."""
         group = dict(saved)
         if "rank" in group:
             self._set_defaults(group)
+            try:
+                self._check_parts({**group, "params": []}, [])
+            except ValueError as error:
+                raise ValueError(f"the loaded group {g}: {error}") from None
         return group
 
     # What those who take the gradients (lowrank_sys.optim.gradients) and a captured step ask for.
@@ -261,7 +273,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         check_groups(self, state_dict["param_groups"])
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        groups = [group for group in map(self._loaded_group, state_dict["param_groups"]) for _ in group["params"]]
+        groups = [self._loaded_group(g, saved) for g, saved in enumerate(state_dict["param_groups"])]
+        groups = [group for group in groups for _ in group["params"]]
         saved = {param: state_dict["state"].get(i, {}) for i, param in zip(ids, params)}
         for param, state in saved.items():
             if not self.pipeline.subspace.fits(param, state):

@@ -52,6 +52,8 @@ class Kind:
         for key, values in valid.items():
             if values and group[key] not in values:
                 raise ValueError(f"{key} must be one of {', '.join(values)}, got {group[key]!r}")
+        if group["rank"] is None:
+            raise ValueError("rank must be an integer of at least 1, got None")
         for name, param in zip(names, group["params"]):
             if param.dim() != 2:
                 raise ValueError(f"{name} must be a matrix to be in a group with a rank, got shape {tuple(param.shape)}")
@@ -111,7 +113,7 @@ class Kind:
         if sketched:
             gradients = [s[store_of(s).keys[0]].new_empty(0) if g is None else g for s, g in zip(states, gradients)]
         select, transport = group.get("subspace", ""), group["moments"]
-        reads = (*moments, "step") if transport != "keep" else self.reads(group)
+        reads = tuple(dict.fromkeys((*((*moments, "step") if transport != "keep" else ()), *self.reads(group))))
         hyper = {key: group[key] for key in self.hyper_of(group) if group[key] is not None}
         hyper.update(zip(("beta1", "beta2"), group["betas"] if "betas" in group and reads else ()))
         for keys, states, gradients in alike(lambda state: self.keys_of(state, reads), states, gradients):
@@ -122,6 +124,10 @@ class Kind:
                 transport=transport, keys=tensors, number_keys=numbers, moments=list(moments), signed=list(moments.values()),
                 hyper_keys=list(hyper), hyper=[float(value) for value in hyper.values()], left=left, sketched=sketched,
             )  # fmt: skip
+
+    def needs(self, group):
+        """{group key: names of the state that the part it names reads}."""
+        return {"moments": TRANSPORTS[group["moments"]].needs}
 
     def reads(self, group):
         """Keys of the state that choosing a basis reads beside its own: moments by name, 'step'."""

@@ -102,6 +102,9 @@ class Orthonormal(Kind):
         basis = load(state, param).to(param.dtype)
         return torch.ops.lowrank.sketch_directions(basis, warm, other=param.shape[1 if left else 0], left=left, seed=state["seed"])
 
+    def needs(self, group):
+        return {"subspace": SELECT[group["subspace"]].moments, **super().needs(group)}
+
     def reads(self, group):
         return SELECT[group["subspace"]].moments
 
@@ -135,13 +138,13 @@ class Orthonormal(Kind):
         elif taken:
             kept = (old == new).all()
             self._compare(due, old, new, kept)
-            carry, bases = TRANSPORTS[due.transport]
-            if not bases:
+            transport = TRANSPORTS[due.transport]
+            if not transport.bases:
                 old = None
             elif store is DENSE:
                 old = old.clone()
             store.write(due.state, new, kept)
-            carry(due, old, store.load(due.state, d) if bases else None, kept)
+            transport.carry(due, old, store.load(due.state, d) if transport.bases else None, kept)
         if "refreshes" in due.state and due.training:
             due.state["refreshes"] += taken
         return taken

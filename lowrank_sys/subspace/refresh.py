@@ -85,11 +85,11 @@ def refresh_(tensors, gradients, numbers, lr, *, sketched=False, **options):
     A matrix whose gradient is zero or not finite keeps its basis, or gets a seeded one if it has none, and stays due.
 
     Args:
-        tensors: the state of one matrix after the other, `keys` names it: the tensors of the basis, `countdown` (0-dim int64, on the
-            host, so that a GPU is never asked: steps until the next refresh, COLD before the first; COLD - k waits k steps for the
-            first sketch), and what else the parts read.
-        gradients: (m, n) each; `sketched`: at the end of a step, sketches that give the basis of the next one, without elements for a
-            matrix that is not due or got no gradient.
+        tensors: the state of one matrix after the other, as `keys` names it: the tensors of the basis, `countdown` (0-dim int64,
+            on the host, so that a GPU is never asked: steps until the next refresh, COLD before the first; COLD - k waits k steps
+            for the first sketch), and what else the parts read.
+        gradients: (m, n) each; `sketched`: at the end of a step, sketches that give the basis of the next one, without elements
+            for a matrix that is not due or got no gradient.
         numbers: integers of the state, one matrix after the other, `number_keys` names them.
         lr: 0-dim; with a host-side rate of 0 nothing is trained, and a refresh stays due (checkpoint loaders take such a step to
             create the state).

@@ -112,7 +112,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="parts of the names of the linear layers that are low-rank, and INT8 with --weights int8 (default: all)",
     )
-    add("--update-proj-gap", metavar="N", type=int, default=200, help="steps between refreshes of a basis (default: 200)")
+    add(
+        "--update-proj-gap",
+        metavar="N",
+        type=int,
+        help=f"steps between refreshes of a basis (default: {_defaults('update_proj_gap')})",
+    )
     add("--scale", type=float, help=f"factor on the low-rank update (default: {_defaults('scale')})")
     add("--proj-type", metavar="NAME", default="std", help="which side is projected (default: %(default)s)")
     add("--subspace", metavar="NAME", help=f"how a basis is found, or rows are selected (default: {_defaults('subspace')})")
