@@ -167,19 +167,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def batches(self, group, pairs, grad_scale=None, found_inf=None, projected=False):
         """Batches (lowrank_sys.optim.pipeline.Batch) of (parameter, gradient). grad_scale, found_inf: a GradScaler's."""
-        for _, grad in pairs:
+        triples = []
+        for param, grad in pairs:
             if grad.is_sparse:
                 raise ValueError(f"gradients must be dense, got a sparse one of shape {tuple(grad.shape)}")
-        self.make_states([param for param, _ in pairs])
+            triples.append((param, grad, self.state[param] or self.state_of(param)))
         if grad_scale is not None:
             grad_scale = grad_scale.reciprocal()  # GradScaler's factor divides, the ops' one multiplies
-        return self.pipeline.batches(
-            group,
-            pairs,
-            self.state.__getitem__,
-            lambda device: {"grad_scale": grad_scale, "found_inf": found_inf, "skipped": self.counter(device)},
-            projected,
-        )
+
+        def guards(device):
+            return {"grad_scale": grad_scale, "found_inf": found_inf, "skipped": self.counter(device)}
+
+        return self.pipeline.batches(group, triples, guards, projected)
 
     def all_batches(self, grad_scale=None, found_inf=None):
         """Yield (group, batch) of all that has a gradient."""

@@ -135,24 +135,21 @@ class Pipeline:
         self.moments.init(state, self.moments_of(group, shape), tuple(shape), param, group)
         return state
 
-    def batches(self, group, pairs, state_of, guards_on, projected=False):
-        """Yield a Batch of what can go together of `pairs` (parameter, gradient), contiguous gradients."""
+    def batches(self, group, triples, guards_on, projected=False):
+        """Yield a Batch of what can go together of `triples` (parameter, gradient, state)."""
         kinds = {}
-        for param, gradient in pairs:
-            state, store = state_of(param), weight_store(param)
-            kind = (
-                param.device, state.get("left"), store.name, store.group_size, state.get("group_size"), "key" in state,
-                "exp_avg_absmax" in state,
-            )  # fmt: skip
-            params, gradients, states = kinds.setdefault(kind, ([], [], []))
-            params.append(param)
-            gradients.append(gradient.contiguous())
-            states.append(state)
+        for param, gradient, state in triples:
+            store = weight_store(param)
+            kind = (param.device, store.group_size, state.get("left"), state.get("group_size"), *state)
+            lists = kinds.get(kind)
+            if lists is None:
+                lists = kinds[kind] = ([], [], [])
+            lists[0].append(param)
+            lists[1].append(gradient.contiguous())
+            lists[2].append(state)
+        rule, remainder = self.rule_of(group), self.remainder_of(group)
         for (device, *_), lists in kinds.items():
-            yield Batch(
-                group, self.rule_of(group), self.remainder_of(group), *lists, guards_on(device),
-                projected and "rank" in group,
-            )  # fmt: skip
+            yield Batch(group, rule, remainder, *lists, guards_on(device), projected and "rank" in group)
 
     # The stations of a step.
 

@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys.subspace import moments as stored
-from lowrank_sys.subspace.basis import alike, axis_of, store_of
+from lowrank_sys.subspace.basis import axis_of, store_of
 from lowrank_sys.subspace.refresh import KINDS
 from lowrank_sys.subspace.transport import TRANSPORTS
 
@@ -106,24 +106,23 @@ class Kind:
         return torch.ops.lowrank.project(grad, omega, left=not left)
 
     def advance(self, group, gradients, states, lr, left, moments, *, sketched=False):
-        """Advance the schedule of these matrices by one step; bases that are due are chosen anew.
+        """Advance the schedule of these matrices, whose states have the same keys, by one step; bases that are due are chosen anew.
 
         gradients: G each, or with `sketched` a sketch or None. moments: {name: whether it has a sign} of R's shape.
         """
         if sketched:
             gradients = [s[store_of(s).keys[0]].new_empty(0) if g is None else g for s, g in zip(states, gradients)]
-        select, transport = group.get("subspace", ""), group["moments"]
+        transport = group["moments"]
         reads = tuple(dict.fromkeys((*((*moments, "step") if transport != "keep" else ()), *self.reads(group))))
         hyper = {key: group[key] for key in self.hyper_of(group) if group[key] is not None}
         hyper.update(zip(("beta1", "beta2"), group["betas"] if "betas" in group and reads else ()))
-        for keys, states, gradients in alike(lambda state: self.keys_of(state, reads), states, gradients):
-            tensors, numbers = keys
-            torch.ops.lowrank.refresh_(
-                [state[key] for state in states for key in tensors], gradients,
-                [state[key] for state in states for key in numbers], lr, kind=type(self).__name__, select=select,
-                transport=transport, keys=tensors, number_keys=numbers, moments=list(moments), signed=list(moments.values()),
-                hyper_keys=list(hyper), hyper=[float(value) for value in hyper.values()], left=left, sketched=sketched,
-            )  # fmt: skip
+        keys, numbers = self.keys_of(states[0], reads)
+        torch.ops.lowrank.refresh_(
+            [state[key] for state in states for key in keys], gradients, [state[key] for state in states for key in numbers], lr,
+            kind=type(self).__name__, select=group.get("subspace", ""), transport=transport, keys=keys, number_keys=numbers,
+            moments=list(moments), signed=list(moments.values()), hyper_keys=list(hyper),
+            hyper=[float(value) for value in hyper.values()], left=left, sketched=sketched,
+        )  # fmt: skip
 
     def needs(self, group):
         """{group key: names of the state that the part it names reads}."""

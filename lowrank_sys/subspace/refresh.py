@@ -72,11 +72,12 @@ class Call:
         return Due(state, self.gradients[i], wait == COLD, self)
 
     def is_due(self, i, wait):
+        """Whether matrix i, whose countdown has ended, is renewed in this call."""
         if self.kind.blind:
-            return wait <= 0
+            return True
         if self.sketched:  # without a sketch a matrix keeps its basis, and stays due
             return is_due(wait) and self.gradients[i].numel() > 0
-        return wait <= 0
+        return True
 
 
 def refresh_(tensors, gradients, numbers, lr, *, sketched=False, **options):
@@ -103,19 +104,20 @@ def refresh_(tensors, gradients, numbers, lr, *, sketched=False, **options):
     if not gradients or (sketched and not call.training):
         return
     waits = torch.stack(call.countdowns).tolist()
-    due = {i: call.due(i, wait) for i, wait in enumerate(waits) if call.is_due(i, wait)}
+    near = [(i, wait) for i, wait in enumerate(waits) if wait <= 0]
+    due = {i: call.due(i, wait) for i, wait in near if call.is_due(i, wait)}
     for matrix in due.values():
         call.kind.expect(matrix)
     taken = {i for i, matrix in due.items() if call.kind.renew(matrix)}
     if not call.training:
         return
     call.kind.settle([due[i] for i in taken])
-    for i, wait in enumerate(waits):
+    for i, wait in near:
         if sketched and wait < COLD:
             call.countdowns[i].add_(2)  # with the common step below: one nearer to COLD
         elif i in taken:
             call.countdowns[i].fill_(call.kind.gap(due[i]))
-        elif is_due(wait) if sketched else wait <= 0:
+        elif not sketched or is_due(wait):
             call.countdowns[i].fill_(wait + 1)
     count_down_(call.countdowns)
 
