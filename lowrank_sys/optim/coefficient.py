@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
+from lowrank_sys.nn.quant_weight import writes
+
 # Name of the child module that holds the coefficients of a module's weights.
 CONTAINER = "low_rank_gradients"
-# What writes into a tensor and has no name that ends in one "_".
-IN_PLACE_OPERATORS = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"}
 
 
 class Coefficient(nn.Parameter):
@@ -25,16 +25,14 @@ class Coefficient(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = func.__name__
-        writes = name in IN_PLACE_OPERATORS or name.endswith("_") and not name.endswith("__")
         into = (*args, *kwargs.values())[0]
-        if writes and is_coefficient(into):
+        if writes(func) and is_coefficient(into):
             return into
-        if writes and isinstance(into, (list, tuple)):  # torch._foreach_*: lists of one length
+        if writes(func) and isinstance(into, (list, tuple)):  # torch._foreach_*: lists of one length
             kept = [i for i, tensor in enumerate(into) if not is_coefficient(tensor)]
             args = [[arg[i] for i in kept] if isinstance(arg, (list, tuple)) and len(arg) == len(into) else arg for arg in args]
-            if not kept:
-                return None
+            if len(kept) < len(into):
+                return func(*args, **kwargs) if kept else None
         with torch._C.DisableTorchFunctionSubclass():
             made = func(*args, **kwargs)
             if type(made) is torch.Tensor and any(is_coefficient(arg) and _is_view(made, arg) for arg in args):

@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys._ops import FLOATS
-from lowrank_sys.nn.quant_weight import is_quantized
+from lowrank_sys.nn.quant_weight import drop_exact, is_quantized
 
 
 def by_rows(params):
@@ -60,6 +60,7 @@ class Int8(InPlace):
         state["parameter"] = index
 
     def tensors(self, params):
+        drop_exact(*params)
         return [p.codes for p in params], [p.scale for p in params]
 
     def options(self, group, states):
@@ -71,6 +72,7 @@ class Int8(InPlace):
         Two fp32 copies of that matrix exist meanwhile.
         """
         size = self.group_size
+        drop_exact(*params)
         for param, gradient, state in zip(params, gradients, states):
             before = torch.ops.lowrank.dequantize_int8(param.codes, param.scale, group_size=size)
             after = before.clone()
