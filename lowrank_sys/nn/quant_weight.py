@@ -159,6 +159,10 @@ class _ReadOnly(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return _views_of([arg for arg in args if isinstance(arg, cls)], func(*args, **(kwargs or {})))
 
+    def __reduce_ex__(self, protocol):
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
+
 
 def _views_of(read, made):
     """What a function made of values that were read, its views of them as such."""

@@ -1,6 +1,7 @@
 """Averages, copies and initialisations of models with INT8 weights: by the values of their codes, or one error."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -93,6 +94,13 @@ def test_lists_and_dense_averages(dtype):
     assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), nn.utils.parameters_to_vector(dense.parameters()))
     for p, q in zip(copy.deepcopy(dense).parameters(), model.parameters()):
         assert torch.equal(p.detach().zero_().lerp_(q, 1.0), q.detach().clone())
+
+
+def test_a_list_on_the_cpu_is_saved_as_tensors():
+    model, file = int8_model(), io.BytesIO()
+    torch.save({name: p.detach().cpu() for name, p in model.named_parameters() if name == "1.weight"}, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True)["1.weight"], model[1].dequantized())
 
 
 def test_the_first_copy_is_exact():
@@ -189,3 +197,61 @@ class _Ops(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def an_average(**keys):
+    """Of two models 0.05 apart, with its values."""
+    model = int8_model()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), **keys)
+    average.update_parameters(model)
+    with torch.no_grad():
+        model[1].weight.add_(0.05)
+    average.update_parameters(model)
+    return average, average.module[1].weight.detach().clone()
+
+
+def reloaded(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def from_its_state(module):
+    made = int8_model()
+    with torch.no_grad():
+        made[1].weight.mul_(2)
+    made.load_state_dict(module.state_dict())
+    return made
+
+
+@pytest.mark.parametrize("keys", [{}, {"use_buffers": True}], ids=["", "use_buffers"])
+@pytest.mark.parametrize(
+    "take", [copy.deepcopy, reloaded, from_its_state, lambda m: m.to("cpu"), lambda m: m.train(), lambda m: quantize_again(m)]
+)
+def test_the_codes_follow_the_average(take, keys):
+    """torch copies the model's buffers over the average's, or averages them: whatever looks at the codes finds the average."""
+    average, wanted = an_average(**keys)
+    taken = take(average.module)
+    torch.testing.assert_close(taken[1].dequantized(), wanted, atol=5e-3, rtol=0)
+    torch.testing.assert_close(taken[1].weight.detach().clone(), wanted, atol=5e-3, rtol=0)
+    with torch.no_grad():
+        x = torch.randn(7, 48)
+        torch.testing.assert_close(taken[1](x), nn.functional.linear(x, taken[1].dequantized(), taken[1].bias), atol=1e-5, rtol=0)
+
+
+def quantize_again(module):
+    return quantize_model(dequantize_model(module), group_size=32)
+
+
+def test_a_compiled_average():
+    torch._dynamo.reset()
+    average, _ = an_average()
+    model, layer = int8_model(), average.module[1]
+    x = torch.randn(7, 48)
+    compiled = torch.compile(layer, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(3):
+            found = compiled(x)
+            torch.testing.assert_close(found, nn.functional.linear(x, layer.dequantized(), layer.bias), atol=1e-5, rtol=0)
+            average.update_parameters(model)
