@@ -186,6 +186,7 @@ def _write(func, into, others, kwargs):
     elif not isinstance(into, QuantWeight):
         func(into, *tree_map_only(QuantWeight, QuantWeight._read, others), **tree_map_only(QuantWeight, QuantWeight._read, kwargs))
     elif func == torch.Tensor.copy_ and _alike(into, *others[:1]):
+        settle(others[0])
         into.codes.copy_(others[0].codes)
         into.scale.copy_(others[0].scale)
         drop_exact(into)

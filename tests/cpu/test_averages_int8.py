@@ -240,6 +240,18 @@ def test_the_codes_follow_the_average(take, keys):
         torch.testing.assert_close(taken[1](x), nn.functional.linear(x, taken[1].dequantized(), taken[1].bias), atol=1e-5, rtol=0)
 
 
+def test_an_average_is_put_into_a_model():
+    average, wanted = an_average()
+    model = int8_model()
+    for p, q in zip(model.parameters(), average.module.parameters()):
+        p.data.copy_(q)
+    torch.testing.assert_close(model[1].dequantized(), wanted, atol=5e-3, rtol=0)
+    assert same_codes(codes_of(model[1]), codes_of(average.module[1]))
+    before = codes_of(model[1])
+    train(model, QGaLoreAdamW8bit(groups(model), lr=1e-2), [0])
+    assert not same_codes(codes_of(model[1]), before)
+
+
 def quantize_again(module):
     return quantize_model(dequantize_model(module), group_size=32)
 
