@@ -4,7 +4,7 @@ import torch
 
 from lowrank_sys.optim import hyper, ledger
 from lowrank_sys.optim.coefficient import weights, with_coefficients, without_coefficients
-from lowrank_sys.optim.loading import check_groups, check_state
+from lowrank_sys.optim.loading import check_groups, check_ranks, check_state
 from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.weight import weight_store
@@ -55,17 +55,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self.gradients.bind(self)
 
     def add_param_group(self, param_group):
-        super().add_param_group(with_names(param_group, self.param_groups))
-        group = self.param_groups[-1]
-        names = group.get("param_names") or default_names(self.param_groups[:-1], len(group["params"]))
+        before, unnamed = len(self.param_groups), [group for group in self.param_groups if "param_names" not in group]
         try:
+            super().add_param_group(with_names(param_group, self.param_groups))
+            group = self.param_groups[-1]
+            names = group.get("param_names") or default_names(self.param_groups[:-1], len(group["params"]))
             hyper.check(group, self.rules)
             self._check_stores(group, names)
             if "rank" in group:
                 self._check_low_rank(group, names)
             self.gradients.attach(self, group, names)
-        except (ValueError, RuntimeError):
-            self.param_groups.pop()
+        except Exception:
+            del self.param_groups[before:]
+            for group in unnamed:
+                group.pop("param_names", None)
             raise
 
     def _check_stores(self, group, names):
@@ -281,6 +284,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     f"the state's basis of shape {tuple(state['basis'].shape)} does not fit a parameter of shape "
                     f"{tuple(param.shape)}"
                 )
+        check_ranks(self, state_dict["param_groups"])
         check_state(self, saved, zip(groups, params), self._new_states())
         super().load_state_dict(state_dict)
         for i, param in zip(ids, params):
