@@ -100,7 +100,7 @@ class QuantWeight(nn.Parameter):
         made._exact = self._exact
         return made
 
-    def _version(self):
+    def _stamp(self):
         return [(id(tensor), tensor._version) for tensor in (self.codes, self.scale)]
 
     def _values(self):
@@ -117,7 +117,7 @@ class QuantWeight(nn.Parameter):
         codes, scale = torch.ops.lowrank.quantize_int8(values, group_size=self.group_size)
         self.codes.copy_(codes)
         self.scale.copy_(scale)
-        self._exact.update(values=values, version=self._version())
+        self._exact.update(values=values, version=self._stamp())
 
     def __deepcopy__(self, memo):
         if id(self) not in memo:
@@ -136,7 +136,7 @@ class QuantWeight(nn.Parameter):
 
 def settle(weight):
     """Make the codes those of the values that were last written: AveragedModel copies the model's buffers over an average's."""
-    if type(weight) is QuantWeight and weight._exact and weight._exact["version"] != weight._version():
+    if type(weight) is QuantWeight and weight._exact and weight._exact["version"] != weight._stamp():
         with torch.no_grad():
             weight._take(weight._exact["values"])
 

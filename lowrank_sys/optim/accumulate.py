@@ -51,6 +51,10 @@ class Accumulate(Hooked):
     def __getstate__(self):
         return {**super().__getstate__(), "_window": {}, "_stepped": {}}
 
+    def know(self, groups):
+        if self.model is None and hasattr(groups, "model"):
+            self.model = groups.model
+
     def bind(self, optimizer):
         super().bind(optimizer)
         for weight in self.coefficients:

@@ -94,6 +94,9 @@ class Hooked(AtStep):
     def __getstate__(self):
         return {**self.__dict__, "_optimizer": None, "_handles": {}}
 
+    def know(self, groups):
+        """See the parameter groups, of which those of param_groups have their `model`."""
+
     def bind(self, optimizer):
         """Serve `optimizer`: at construction, and again in a copy, whose weights have no hooks yet."""
         if self._optimizer is not None:
@@ -121,9 +124,10 @@ class Hooked(AtStep):
     @torch.no_grad()
     def take(self, weight):
         """Use the gradient of a weight, and free it."""
-        grad, weight.grad = weight.grad, None
-        if grad is not None:
-            self.use(self.optimizer, weight, _dense(weight, grad))
+        with torch._C.DisableTorchFunctionSubclass():
+            grad, weight.grad = weight.grad, None
+            if grad is not None:
+                self.use(self.optimizer, weight, _dense(weight, grad))
 
     def use(self, optimizer, weight, grad):
         """What this mode does with a gradient that is complete."""

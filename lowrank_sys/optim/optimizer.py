@@ -204,14 +204,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.gradients.begin(self)
-        for group in self.param_groups if self.nonfinite == "raise" else ():
-            for param, grad in self.gradients.of(group):
-                self.expect_finite(param, grad)
-        self.make_states([param for group in self.param_groups for param, _ in self.gradients.of(group)])
-        for group, batch in self.all_batches(*self.scaler()):
-            self.gradients.step(self, batch, self.rate(group))
-        self.gradients.finish(self)
+        # handles of INT8 weights and coefficients are asked what they are, not what they stand for
+        with torch._C.DisableTorchFunctionSubclass():
+            self.gradients.begin(self)
+            for group in self.param_groups if self.nonfinite == "raise" else ():
+                for param, grad in self.gradients.of(group):
+                    self.expect_finite(param, grad)
+            self.make_states([param for group in self.param_groups for param, _ in self.gradients.of(group)])
+            for group, batch in self.all_batches(*self.scaler()):
+                self.gradients.step(self, batch, self.rate(group))
+            self.gradients.finish(self)
         return loss
 
     def zero_grad(self, set_to_none=True):
