@@ -113,6 +113,11 @@ def cases():
     }
 
 
+def batch(time):
+    """The tokens of a step."""
+    return torch.randint(0, VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(time))
+
+
 class Run:
     """One case: the model, its optimizer, and its training."""
 
@@ -153,8 +158,7 @@ class Run:
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             if rate is not None:
                 group["lr"] = rate * (1 - self.time / 60)
-        ids = torch.randint(0, VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(self.time))
-        for part in ids.chunk(self.micro):
+        for part in batch(self.time).chunk(self.micro):
             self.scaler.scale(self.loss(part) / self.micro).backward()
         if self.mode in ("clipped", "accumulate clipped"):
             nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
