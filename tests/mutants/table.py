@@ -72,8 +72,8 @@ MUTANTS = (
         "csrc/core/philox.h",
         "philox(uint32_t(group), uint32_t(group >> 32), stream.step, stream.parameter, stream.seed)",
         "philox(uint32_t(group), uint32_t(group >> 32), stream.step, stream.step, stream.seed)",
-        cpu("int8", "philox"),
-        "galore, int8, plain",
+        cpu("select_rows", "int8"),
+        "grass sample left, fp32, plain",
     ),
     Mutant(
         "every INT4 group has the offset of the first",
