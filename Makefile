@@ -18,7 +18,7 @@ SPREAD = OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS)
 SOURCES = 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'
 NATIVE = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: train test test-all test-cpu test-interpret test-compile test-host test-parity test-gpu test-torch211 lint format floors clean
+.PHONY: train test test-all test-cpu test-interpret test-compile test-host test-parity test-gpu test-torch211 golden mutants lint format floors clean
 
 train: $(READY)
 	$(LOWRANK) train --out $(OUT)
@@ -48,6 +48,15 @@ test-parity: $(READY)
 # Skipped by name where there is no GPU. The interpreter's numerics tests run on the device here.
 test-gpu: $(READY)
 	$(SPREAD) tests/gpu tests/interpret
+
+# Whether this tree trains as the revision BASE does, to the bit: all methods, and checkpoints of BASE. ONLY: part of a case's name.
+golden: $(READY)
+	$(if $(BASE),,$(error make golden needs BASE=<revision>))
+	$(RUN) tests/golden $(BASE) --only "$(ONLY)"
+
+# Thirty faults, each of which a test must see; an interrupted run goes on where it was. MUTANTS: parts of names, each quoted.
+mutants: $(READY)
+	$(RUN) tests/mutants --jobs $(WORKERS) $(MUTANTS)
 
 # The oldest torch of the package, and its triton, on a copy of the sources in an environment of its own. Triton 3.6 interprets
 # with numpy before 2.4 alone.
