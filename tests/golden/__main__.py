@@ -27,7 +27,16 @@ BUILT = ("*.so", "_build.json")
 SHOWN = 4  # tensors of a step
 
 # (pattern of a case, pattern of a tensor): why it may differ from an older revision's.
-EXPECTED = {}
+EXPECTED = {
+    ("*, accumulate clipped", "*"): "coefficients come last in parameters(): torch's clip_grad_norm_ sums norms in another order",
+    **dict.fromkeys(
+        [(f"{method}, int8*", "*") for method in ("galore", "galore [a-z]*", "adafactor*", "grass*", "fira*", "frugal*")],
+        "the update of an INT8 weight is rounded itself, not the difference of two fp32 weights",
+    ),
+    ("adafactor*, bf16, *", "*"): "weight decay and the update of a bf16 weight are rounded once",
+    ("adafactor*, in_backward clipped", "*"): "R is scaled in place of G",
+    ("adafactor int4*", "*"): "G is multiplied by the codes of a basis, not by the basis that they stand for",
+}
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
