@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowrank_sys.reference import subspace
+from lowrank_sys.subspace import iteration
 from lowrank_sys.subspace.iteration import leading_eigenvectors, svd_basis
 
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
@@ -14,7 +14,7 @@ M, N, R = 160, 200, 24
 def factorizations(request, monkeypatch):
     """The CPU's, and those of a GPU, which run on any device."""
     if request.param == "cholesky":
-        monkeypatch.setattr(subspace, "LAPACK", ())
+        monkeypatch.setattr(iteration, "LAPACK", ())
 
 
 def gradient(spectrum, seed=0):

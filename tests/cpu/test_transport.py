@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowrank_sys  # noqa: F401  registers the ops
-from lowrank_sys.reference import transport
+from lowrank_sys.subspace import transport
 
 rotate = torch.ops.lowrank.rotate_moments_
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])

@@ -5,7 +5,8 @@ import torch
 
 import lowrank_sys  # noqa: F401  registers the ops
 from lowrank_sys import reference
-from lowrank_sys.reference import selection, transport
+from lowrank_sys.reference import selection
+from lowrank_sys.subspace import transport
 
 ops = torch.ops.lowrank
 HYPER = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "scale": 0.25}
