@@ -79,6 +79,8 @@ class Accumulate(Hooked):
         for name, weight in zip(names, group["params"]):
             if weight not in where:
                 raise ValueError(f"{name} is not a parameter of the model")
+            if weight.dim() != 2:
+                raise ValueError(f"per_layer='accumulate' takes matrices, got {name} of shape {tuple(weight.shape)}")
         for weight in list(group["params"]):
             _, shape = optimizer.pipeline.subspace.low_rank_shape(group, weight)
             coefficient = self.coefficients[weight] = coefficient_like(shape, self.dtype, weight.device)

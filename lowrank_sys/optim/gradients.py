@@ -31,6 +31,9 @@ class AtStep:
 
     projected = False  # whether `of` gives R for a group with a rank
 
+    def complete(self, state, param):
+        """Add to a state what a step of this mode writes there."""
+
     def begin(self, optimizer):
         """A step begins."""
 
@@ -49,8 +52,8 @@ class AtStep:
                 continue
             if group["refresh"] != "next":
                 raise ValueError("clipping by the low-rank norm needs refresh='next': a basis must be known before its step")
-            for param, grad in pairs:
-                measured.append(optimizer.pipeline.subspace.measured(group, grad.contiguous(), optimizer.state_of(param)))
+            for batch in optimizer.batches(group, pairs):
+                measured += [optimizer.pipeline.subspace.measured(group, g, s) for g, s in zip(batch.gradients, batch.states)]
         return (
             scale_to_norm_(grads, gradient_norms(measured), max_norm)
             if grads

@@ -2,11 +2,12 @@
 
 import warnings
 
-from lowrank_sys.nn.linear_layers import linear_layers
+from lowrank_sys.nn.linear_layers import experts, linear_layers
 from lowrank_sys.nn.quant_weight import is_quantized
 from lowrank_sys.optim import hyper
 from lowrank_sys.optim.coefficient import is_coefficient
 from lowrank_sys.optim.remainder import Remainder
+from lowrank_sys.subspace.matrices import matrix_shape
 from lowrank_sys.subspace.refresh import KINDS
 from lowrank_sys.subspace.select import SELECT
 
@@ -27,12 +28,18 @@ class ParamGroups(list):
         super().__init__(groups)
         self.model = model
 
+    @property
+    def share(self):
+        """The share of the trained elements that is in groups with a rank, from 0 to 1."""
+        low = sum(p.numel() for group in self if "rank" in group for _, p in group["params"])
+        return low / max(1, sum(p.numel() for group in self for _, p in group["params"]))
+
 
 def param_groups(model, rank=128, *, target_modules=None, plain=None, narrow="plain", **low_rank):
     """Two optimizer groups: weights of linear layers in a subspace, everything else plain.
 
     Embeddings, norms, biases, output heads and weights tied to an embedding are plain. The INT8 weight of a QuantLinear is one
-    of a linear layer.
+    of a linear layer. Experts of three dimensions, as transformers keeps them, are matrices one by one.
 
     Args:
         model: nn.Module. Frozen parameters are left out.
@@ -44,7 +51,8 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, narrow="pl
         **low_rank: keys of the low-rank group, e.g. update_proj_gap, scale, proj_type, subspace, moments, seed, lr.
 
     Returns:
-        [plain group, low-rank group, and one for each smaller rank] with named parameters: a list, with the model as its `model`.
+        [plain group, low-rank group, and one for each smaller rank] with named parameters: a list, with the model as its `model`, and
+        as its `share` the share of the elements that is low-rank.
     """
     known = known_keys()
     if unknown := sorted(low_rank.keys() - known):
@@ -55,6 +63,7 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, narrow="pl
     if narrow not in ("plain", "own"):
         raise ValueError(f"narrow must be 'plain' or 'own', got {narrow!r}")
     chosen = {id(module.weight) for _, module in linear_layers(model, target_modules)}
+    chosen |= {id(p) for _, p in experts(model, target_modules)}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not is_coefficient(p)]
     matrices = [(name, p) for name, p in named if id(p) in chosen]
     if not matrices:
@@ -62,7 +71,7 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, narrow="pl
         raise ValueError(f"model has no trainable linear layer{wanted}")
     by_rank = {rank: []}
     for name, p in matrices:
-        full = min(p.shape)
+        full = min(matrix_shape(p.shape))
         if rank is None or full >= rank:
             by_rank[rank].append((name, p))
         elif full > 0 and (narrow == "own" or is_quantized(p)):
@@ -71,10 +80,10 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, narrow="pl
     if not any(group["params"] for group in low):
         name, p = matrices[0]
         raise ValueError(
-            f"rank must be at most {min(p.shape)} for {name} of shape {tuple(p.shape)}, got {rank}: no matrix is as wide"
+            f"rank must be at most {min(matrix_shape(p.shape))} for {name} of shape {tuple(p.shape)}, got {rank}: no matrix is as wide"
         )
     inside = {id(p) for group in low for _, p in group["params"]}
-    narrow_ones = [name for name, p in matrices if rank is not None and min(p.shape) < rank]
+    narrow_ones = [name for name, p in matrices if rank is not None and min(matrix_shape(p.shape)) < rank]
     _tell_of_narrow(narrow_ones, rank, own=len(low) > 1)
     others = [(name, p) for name, p in named if id(p) not in inside]
     return ParamGroups([{"params": others, **(plain or {})}, *low], model)

@@ -4,10 +4,11 @@ import torch
 
 from lowrank_sys.optim import hyper, ledger
 from lowrank_sys.optim.coefficient import weights, with_coefficients, without_coefficients
-from lowrank_sys.optim.loading import check_groups, check_ranks, check_state
+from lowrank_sys.optim.loading import check_groups, check_state
 from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.weight import weight_store
+from lowrank_sys.subspace.matrices import count, each, is_batch, matrices, stacked
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -147,9 +148,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _new_states(self):
         """A function of (parameter, its group) that makes a state as it is before the first step."""
-        matrices = [p for g in self.param_groups if "rank" in g for p in weights(g)]
-        index = {p: i for i, p in enumerate(matrices)}
-        return lambda param, group: self.pipeline.new_state(param, group, index.get(param), len(matrices))
+        index, total = {}, 0
+        for param in (p for group in self.param_groups if "rank" in group for p in weights(group)):
+            index[param] = total
+            total += count(param.shape)
+
+        def new_state(param, group):
+            if "rank" not in group:
+                return self.pipeline.new_state(param, group, None, total)
+            first = range(index[param], index[param] + count(param.shape))
+            states = [self.pipeline.new_state(one, group, i, total) for i, one in zip(first, matrices(param))]
+            return stacked(states) if is_batch(param.shape) else states[0]
+
+        return new_state
 
     def counter(self, device):
         """How many weights were skipped on a device, int64."""
@@ -174,7 +185,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for param, grad in pairs:
             if grad.is_sparse:
                 raise ValueError(f"gradients must be dense, got a sparse one of shape {tuple(grad.shape)}")
-            triples.append((param, grad, self.state[param] or self.state_of(param)))
+            state = self.state[param] or self.state_of(param)
+            if param.dim() == 2 or "rank" not in group:
+                triples.append((param, grad, state))
+            else:
+                self.gradients.complete(state, param)
+                triples += each(param, grad, state)
         if grad_scale is not None:
             grad_scale = grad_scale.reciprocal()  # GradScaler's factor divides, the ops' one multiplies
 
@@ -245,11 +261,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Where its gap is its own (cos_threshold): also "gap", and "overlaps", those of its last bases with their predecessors,
         oldest first. Reads the device.
         """
-        schedule = {}
+        schedule, describe = {}, self.pipeline.subspace.describe
         for g, group in enumerate(self.param_groups):
             for i, param in enumerate(weights(group)):
-                if "countdown" in self.state.get(param, ()):
-                    schedule[name_of(group, g, i)] = self.pipeline.subspace.describe(self.state[param])
+                state, name = self.state.get(param, {}), name_of(group, g, i)
+                if "countdown" in state:
+                    found = [describe(one) for _, _, one in each(param, None, state)]
+                    names = [f"{name}[{e}]" for e in range(len(found))] if is_batch(param.shape) else [name]
+                    schedule.update(zip(names, found))
         return schedule
 
     def state_bytes(self):
@@ -267,6 +286,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """As torch's; a checkpoint has no coefficients and no gradients, so it is the same whatever per_layer is."""
         return without_coefficients(self, super().state_dict())
 
+    def _fits(self, param, state):
+        """Whether the bases of a loaded state are those of a weight like this."""
+        tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+        size = count(param.shape)
+        if is_batch(param.shape) and any(tensor.dim() == 0 or len(tensor) != size for tensor in tensors):
+            return False
+        return all(self.pipeline.subspace.fits(matrix, one) for matrix, _, one in each(param, None, state))
+
     def load_state_dict(self, state_dict):
         """Load a state, in its own dtypes: torch's casts every tensor but `step` to the parameter's dtype.
 
@@ -280,13 +307,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         groups = [self._loaded_group(g, saved) for g, saved in enumerate(state_dict["param_groups"])]
         groups = [group for group in groups for _ in group["params"]]
         saved = {param: state_dict["state"].get(i, {}) for i, param in zip(ids, params)}
-        for param, state in saved.items():
-            if not self.pipeline.subspace.fits(param, state):
+        for group, (param, state) in zip(groups, saved.items()):
+            if "rank" in group and state and not self._fits(param, state):
                 raise ValueError(
                     f"the state's basis of shape {tuple(state['basis'].shape)} does not fit a parameter of shape "
                     f"{tuple(param.shape)}"
                 )
-        check_ranks(self, state_dict["param_groups"])
         check_state(self, saved, zip(groups, params), self._new_states())
         super().load_state_dict(state_dict)
         for i, param in zip(ids, params):

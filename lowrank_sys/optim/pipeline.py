@@ -13,6 +13,7 @@ from lowrank_sys.optim.remainder import Remainder
 from lowrank_sys.optim.update import Change, Update
 from lowrank_sys.optim.weight import weight_store
 from lowrank_sys.subspace.basis import axis_of, store_of
+from lowrank_sys.subspace.kind import NUMBERS
 from lowrank_sys.subspace.orthonormal import Orthonormal
 
 
@@ -98,7 +99,8 @@ class Pipeline:
         """{key of a state: its category in an account of memory}."""
         names = {name for rule in (self.rule, self.plain) for name in rule.names}
         parts = (self.subspace, self.remainder, self.moments)
-        return {key: kind for part in parts for key, kind in part.categories.items()} | dict.fromkeys(names, "moments")
+        kinds = {key: kind for part in parts for key, kind in part.categories.items()}
+        return {**dict.fromkeys(NUMBERS, "counters"), **kinds, **dict.fromkeys(names, "moments")}
 
     @property
     def from_low_rank(self):

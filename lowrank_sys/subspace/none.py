@@ -1,6 +1,7 @@
 """No subspace: a matrix takes its step on the gradient itself."""
 
 from lowrank_sys.subspace.kind import Kind
+from lowrank_sys.subspace.matrices import expect_matrices
 
 
 class NoSubspace(Kind):
@@ -14,8 +15,7 @@ class NoSubspace(Kind):
         if group["rank"] is not None:
             raise ValueError(f"rank must be None without a subspace, got {group['rank']!r}")
         for name, param in zip(names, group["params"]):
-            if param.dim() != 2:
-                raise ValueError(f"{name} must be a matrix to be in a group with a rank, got shape {tuple(param.shape)}")
+            expect_matrices(name, param)
 
     def needs(self, group):
         return {}

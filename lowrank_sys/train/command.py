@@ -168,6 +168,15 @@ def _defaults(name: str) -> str:
     )
 
 
+def _share(optimizer) -> str:
+    """Which share of what is trained has the method's own step, in words."""
+    elements = [(sum(p.numel() for p in group["params"]), "rank" in group) for group in optimizer.param_groups]
+    total = sum(count for count, _ in elements)
+    return (
+        f"weights: {total:,} trained, {sum(count for count, low in elements if low) / total:.0%} of them by the method's own step"
+    )
+
+
 def _title(model: str) -> str:
     """The name of a model in those of files: of a config.json, its folder's."""
     path = Path(model).resolve()
@@ -268,6 +277,7 @@ def _train(args: argparse.Namespace) -> None:
         if device.type == "cpu" and allocator.should_save(args, model, allocator.available_bytes()):
             allocator.save_memory()
         optimizer = methods.build(model, args)
+        say(_share(optimizer))
         held_out = data.sample(corpus.valid, args.seq_len, args.eval_tokens)
         sequences = args.batch_size * args.gradient_accumulation_steps
         warmup = round(args.warmup_ratio * args.steps) if args.warmup_steps is None else args.warmup_steps
