@@ -9,6 +9,10 @@ import torch
 
 import lowrank_sys
 from lowrank_sys import backends
+from lowrank_sys.optim.fused import FUSED
+
+# What a fused step of an optimizer is of; any other combination of parts takes the general route.
+PARTS = ("weight", "basis", "moments", "rule", "remainder")
 
 
 def add_arguments(parser):
@@ -25,6 +29,7 @@ def collect():
         "devices": devices(),
         "native build": _build(),
         "ops": [row._asdict() for row in backends.table()],
+        "fused steps": [dict(zip(PARTS, (part or "none" for part in row))) for row in FUSED],
     }
 
 
@@ -69,9 +74,13 @@ def run(args):
     for i, (key, value) in enumerate(facts["native build"].items()):
         value = ", ".join(map(str, value)) if isinstance(value, list) else value
         print(f"{'native build' if i == 0 else '':14}{value if key == 'status' else f'{key}: {value}'}")
+    _print_table([("op", "device", "served by", "why"), *(tuple(row.values()) for row in facts["ops"])])
+    _print_table([PARTS, *(tuple(row.values()) for row in facts["fused steps"])])
+    return 0
+
+
+def _print_table(rows):
     print()
-    rows = [("op", "device", "served by", "why")] + [tuple(row.values()) for row in facts["ops"]]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
-    return 0

@@ -3,8 +3,8 @@
 import torch
 
 from lowrank_sys import reference
+from lowrank_sys._ops.codebook import dynamic_map
 from lowrank_sys.bench.cases.case import ADAM, Op, copy_of, low_rank, moments, orthonormal, product_back, scalars, two_products
-from lowrank_sys.reference.blockwise import dynamic_map
 
 
 def _codes(shape, randn):

@@ -5,7 +5,7 @@ import torch
 from lowrank_sys._ops.rules import check_lists, define, expect, expect_number, fake
 
 SCHEMAS = {
-    # tensors and numbers: the state of one matrix after the other, as keys and number_keys name it; see lowrank_sys.subspace.refresh.
+    # tensors, numbers: the state of one matrix after the other, as keys and number_keys name it (lowrank_sys.subspace.refresh).
     "refresh_": "(Tensor(a!)[] tensors, Tensor[] gradients, int[] numbers, Tensor lr, *, str kind, str select, str transport, "
     "str[] keys, str[] number_keys, str[] moments, bool[] signed, str[] hyper_keys, float[] hyper, bool left, "
     "bool sketched=False) -> ()"

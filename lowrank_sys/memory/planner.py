@@ -146,7 +146,7 @@ def _changes(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         yield [{"weights": "int8"}]
     yield [{"method": method} for method in LEAN if method != args.method]
     rank = settle(args).rank
-    yield [{"rank": rank >> halvings} for halvings in (1, 2, 3) if rank >> halvings >= 4]
+    yield [{"rank": rank >> halvings} for halvings in (1, 2, 3) if rank is not None and rank >> halvings >= 4]
 
 
 def described(changes: dict[str, Any]) -> str:

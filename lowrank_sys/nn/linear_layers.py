@@ -13,6 +13,17 @@ def _is_linear(module):
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or is_quantized(getattr(module, "weight", None))
 
 
+def experts(model, target_modules=None):
+    """[(name, parameter)] of weights (experts, out, in) or (experts, in, out): three dimensions, and "expert" in the name."""
+    return [
+        (name, p)
+        for name, p in model.named_parameters()
+        if p.dim() == 3
+        and "expert" in name.lower()
+        and (target_modules is None or any(target in name for target in target_modules))
+    ]
+
+
 def linear_layers(model, target_modules=None):
     """[(name, module)] of the linear layers but for output heads and layers whose weight is tied to an embedding.
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lowrank_sys.nn import manifest
 from lowrank_sys.nn.quant_linear import QuantLinear
 from lowrank_sys.nn.quantize import is_marked, mark, places, quantizable_layers, replace
 from lowrank_sys.nn.skeleton import Builder, skeleton, visit
-from lowrank_sys.train import checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +31,7 @@ def save_quantized(model: PreTrainedModel, folder: str | Path, **options: Any) -
     cannot read them: dequantize_model first where it should. options: of save_pretrained, such as max_shard_size.
     """
     model.save_pretrained(folder, **options)
-    checkpoint.sign(Path(folder))
+    manifest.sign(Path(folder))
 
 
 @torch.no_grad()
@@ -61,9 +61,9 @@ def quantized_from_pretrained(
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json")
-    if (folder / checkpoint.MANIFEST).is_file():
+    if (folder / manifest.MANIFEST).is_file():
         try:
-            checkpoint.verify_signed(folder)
+            manifest.verify(folder)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
     config = AutoConfig.from_pretrained(folder)

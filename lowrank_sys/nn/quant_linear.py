@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from lowrank_sys._ops import FLOATS
 from lowrank_sys._ops.int8 import int8_scale_shape
 from lowrank_sys._ops.rules import expect_group_size
-from lowrank_sys.nn.quant_weight import QuantWeight, zero
+from lowrank_sys.nn.quant_weight import QuantWeight, drop_exact, settle, zero
 
 
 class _Linear(torch.autograd.Function):
@@ -97,16 +97,19 @@ class QuantLinear(nn.Module):
         if tuple(weight.shape) != (self.out_features, self.in_features):
             raise ValueError(f"weight must have shape {(self.out_features, self.in_features)}, got {tuple(weight.shape)}")
         self.codes, self.scale = torch.ops.lowrank.quantize_int8(weight.contiguous(), group_size=self.group_size)
+        drop_exact(self.weight)
         self.follow()
 
     @torch.no_grad()
     def dequantized(self, dtype=None):
         """The weight's values (out, in), in `dtype` or the compute dtype."""
+        settle(self.weight)
         return torch.ops.lowrank.dequantize_int8(
             self.codes, self.scale, group_size=self.group_size, dtype=dtype or self.weight.dtype
         )
 
     def forward(self, x):
+        settle(self.weight)
         if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return _Linear.apply(x.contiguous(), self.weight, self.codes, self.scale, self.bias, self.group_size)
@@ -130,7 +133,8 @@ class QuantLinear(nn.Module):
         dtype = dtype or weight.dtype
         handle = zero(weight.shape, dtype, self.codes.device)
         if type(weight) is QuantWeight and torch._has_compatible_shallow_copy_type(weight, handle):
-            weight.data = handle
+            with torch._C.DisableTorchFunctionSubclass():
+                weight.data = handle
         else:
             grad = weight.grad
             self.weight = QuantWeight.over(self._buffers, self.group_size, dtype, weight.requires_grad)
@@ -143,6 +147,8 @@ class QuantLinear(nn.Module):
             stored = tensor is self.codes or tensor is self.scale
             return tensor.to(moved.device) if stored and moved.dtype != tensor.dtype else moved
 
+        settle(self.weight)
+        drop_exact(self.weight)
         with self._without_handle() as weight:
             super()._apply(keep, recurse)
         grad, weight.grad = weight.grad, None
@@ -152,6 +158,7 @@ class QuantLinear(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
+        settle(self.weight)
         with self._without_handle():
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -171,6 +178,7 @@ class QuantLinear(nn.Module):
                 state_dict[prefix + name] = own
         with self._without_handle():
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        drop_exact(self.weight)
         self.follow()  # assign=True may have brought buffers of another device
 
 

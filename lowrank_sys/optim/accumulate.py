@@ -6,7 +6,16 @@ Clipping, unscaling and schedulers are the caller's ordinary code on these `.gra
 import torch
 
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
-from lowrank_sys.optim.coefficient import CONTAINER, LowRankGradients, coefficient_like, is_coefficient, weights, zero
+from lowrank_sys.optim.coefficient import (
+    CONTAINER,
+    LowRankGradients,
+    coefficient_like,
+    is_coefficient,
+    put_last,
+    restore_order,
+    weights,
+    zero,
+)
 from lowrank_sys.optim.gradients import Hooked, expect_one_process
 
 # The category of R's accumulators in an account of memory.
@@ -42,6 +51,10 @@ class Accumulate(Hooked):
     def __getstate__(self):
         return {**super().__getstate__(), "_window": {}, "_stepped": {}}
 
+    def know(self, groups):
+        if self.model is None and hasattr(groups, "model"):
+            self.model = groups.model
+
     def bind(self, optimizer):
         super().bind(optimizer)
         for weight in self.coefficients:
@@ -66,6 +79,8 @@ class Accumulate(Hooked):
         for name, weight in zip(names, group["params"]):
             if weight not in where:
                 raise ValueError(f"{name} is not a parameter of the model")
+            if weight.dim() != 2:
+                raise ValueError(f"per_layer='accumulate' takes matrices, got {name} of shape {tuple(weight.shape)}")
         for weight in list(group["params"]):
             _, shape = optimizer.pipeline.subspace.low_rank_shape(group, weight)
             coefficient = self.coefficients[weight] = coefficient_like(shape, self.dtype, weight.device)
@@ -73,7 +88,8 @@ class Accumulate(Hooked):
             owner = self.model.get_submodule(path)
             if not hasattr(owner, CONTAINER):
                 owner.add_module(CONTAINER, LowRankGradients())
-            getattr(owner, CONTAINER).register_parameter(name, coefficient)
+            getattr(owner, CONTAINER).add(name, coefficient)
+            put_last(self.model, path)
             full_name = ".".join(filter(None, (path, CONTAINER, name)))
             group["params"].append(coefficient)
             if "param_names" in group:
@@ -93,10 +109,11 @@ class Accumulate(Hooked):
         self.model._ddp_params_and_buffers_to_ignore = [name for name in self._ddp_ignores() if name not in names]
         for owner in list(self.model.modules()):
             held = owner._modules.get(CONTAINER)
-            for name in [name for name, p in held._parameters.items() if p is coefficient] if held is not None else ():
-                delattr(held, name)
+            if held is not None:
+                held.remove(coefficient)
                 if not held._parameters:
                     delattr(owner, CONTAINER)
+        restore_order(self.model)
 
     def release(self, optimizer):
         super().release(optimizer)

@@ -7,7 +7,7 @@ maps. bitsandbytes keeps the moments of tensors with fewer than `min_8bit_size` 
 import torch
 
 from lowrank_sys._ops.blockwise import blocks
-from lowrank_sys.reference.blockwise import dynamic_map
+from lowrank_sys._ops.codebook import dynamic_map
 
 # Ours -> theirs, and whether the moment is signed.
 NAMES = {"exp_avg": ("state1", "absmax1", "qmap1", True), "exp_avg_sq": ("state2", "absmax2", "qmap2", False)}

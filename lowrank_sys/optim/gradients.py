@@ -31,6 +31,9 @@ class AtStep:
 
     projected = False  # whether `of` gives R for a group with a rank
 
+    def complete(self, state, param):
+        """Add to a state what a step of this mode writes there."""
+
     def begin(self, optimizer):
         """A step begins."""
 
@@ -49,8 +52,8 @@ class AtStep:
                 continue
             if group["refresh"] != "next":
                 raise ValueError("clipping by the low-rank norm needs refresh='next': a basis must be known before its step")
-            for param, grad in pairs:
-                measured.append(optimizer.pipeline.subspace.measured(group, grad.contiguous(), optimizer.state_of(param)))
+            for batch in optimizer.batches(group, pairs):
+                measured += [optimizer.pipeline.subspace.measured(group, g, s) for g, s in zip(batch.gradients, batch.states)]
         return (
             scale_to_norm_(grads, gradient_norms(measured), max_norm)
             if grads
@@ -94,6 +97,9 @@ class Hooked(AtStep):
     def __getstate__(self):
         return {**self.__dict__, "_optimizer": None, "_handles": {}}
 
+    def know(self, groups):
+        """See the parameter groups, of which those of param_groups have their `model`."""
+
     def bind(self, optimizer):
         """Serve `optimizer`: at construction, and again in a copy, whose weights have no hooks yet."""
         if self._optimizer is not None:
@@ -121,9 +127,10 @@ class Hooked(AtStep):
     @torch.no_grad()
     def take(self, weight):
         """Use the gradient of a weight, and free it."""
-        grad, weight.grad = weight.grad, None
-        if grad is not None:
-            self.use(self.optimizer, weight, _dense(weight, grad))
+        with torch._C.DisableTorchFunctionSubclass():
+            grad, weight.grad = weight.grad, None
+            if grad is not None:
+                self.use(self.optimizer, weight, _dense(weight, grad))
 
     def use(self, optimizer, weight, grad):
         """What this mode does with a gradient that is complete."""

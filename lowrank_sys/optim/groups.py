@@ -2,16 +2,23 @@
 
 import warnings
 
-from lowrank_sys.nn.linear_layers import linear_layers
+from lowrank_sys.nn.linear_layers import experts, linear_layers
 from lowrank_sys.nn.quant_weight import is_quantized
 from lowrank_sys.optim import hyper
 from lowrank_sys.optim.coefficient import is_coefficient
-from lowrank_sys.optim.remainder import Remainder, ScaledGradient, ScaledResidual, StateFree
-from lowrank_sys.subspace.keys import Keyed
-from lowrank_sys.subspace.rows import Rows
+from lowrank_sys.optim.remainder import Remainder
+from lowrank_sys.subspace.matrices import matrix_shape
+from lowrank_sys.subspace.refresh import KINDS
+from lowrank_sys.subspace.select import SELECT
 
-# Whose keys a low-rank group may have; its optimizer says which of them it reads.
-PARTS = (Keyed, Rows, Remainder, ScaledGradient, ScaledResidual, StateFree)
+# Keys of a low-rank group that no part but a rule, or the optimizer, reads.
+COMMON = {"lr", "weight_decay", "betas", "eps", "min_8bit_size", "momentum"}
+
+
+def known_keys():
+    """The keys that a low-rank group may have, of all parts there are; its optimizer says which of them it reads."""
+    kinds = {key for kind in KINDS.values() for key in kind.defaults}
+    return COMMON | Remainder.keys | kinds | {key for selector in SELECT.values() for key in selector.hyper}
 
 
 class ParamGroups(list):
@@ -21,16 +28,22 @@ class ParamGroups(list):
         super().__init__(groups)
         self.model = model
 
+    @property
+    def share(self):
+        """The share of the trained elements that is in groups with a rank, from 0 to 1."""
+        low = sum(p.numel() for group in self if "rank" in group for _, p in group["params"])
+        return low / max(1, sum(p.numel() for group in self for _, p in group["params"]))
+
 
 def param_groups(model, rank=128, *, target_modules=None, plain=None, narrow="plain", **low_rank):
     """Two optimizer groups: weights of linear layers in a subspace, everything else plain.
 
     Embeddings, norms, biases, output heads and weights tied to an embedding are plain. The INT8 weight of a QuantLinear is one
-    of a linear layer.
+    of a linear layer. Experts of three dimensions, as transformers keeps them, are matrices one by one.
 
     Args:
         model: nn.Module. Frozen parameters are left out.
-        rank: of the low-rank group.
+        rank: of the low-rank group; None for a method without a subspace.
         target_modules: substrings of module names; a linear layer is low-rank if its name contains one. All by default.
         plain: keys of the plain group, e.g. {"lr": 1e-3}.
         narrow: what becomes of a matrix with a side below the rank, of which a warning tells: 'plain', it joins the plain group; or
@@ -38,36 +51,40 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, narrow="pl
         **low_rank: keys of the low-rank group, e.g. update_proj_gap, scale, proj_type, subspace, moments, seed, lr.
 
     Returns:
-        [plain group, low-rank group, and one for each smaller rank] with named parameters: a list, with the model as its `model`.
+        [plain group, low-rank group, and one for each smaller rank] with named parameters: a list, with the model as its `model`, and
+        as its `share` the share of the elements that is low-rank.
     """
-    known = {*(key for part in PARTS for key in part.defaults), "lr", "weight_decay", "betas", "eps", "min_8bit_size"}
+    known = known_keys()
     if unknown := sorted(low_rank.keys() - known):
         raise ValueError(f"keys of the low-rank group must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
     keys = {"rank": rank, **low_rank}
     hyper.check(keys, hyper.RULES)
+    rank = keys["rank"]
     if narrow not in ("plain", "own"):
         raise ValueError(f"narrow must be 'plain' or 'own', got {narrow!r}")
     chosen = {id(module.weight) for _, module in linear_layers(model, target_modules)}
+    chosen |= {id(p) for _, p in experts(model, target_modules)}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not is_coefficient(p)]
     matrices = [(name, p) for name, p in named if id(p) in chosen]
     if not matrices:
         wanted = "" if target_modules is None else f" whose name contains one of {', '.join(target_modules)}"
         raise ValueError(f"model has no trainable linear layer{wanted}")
-    by_rank = {keys["rank"]: []}
+    by_rank = {rank: []}
     for name, p in matrices:
-        full = min(p.shape)
-        if full >= keys["rank"]:
-            by_rank[keys["rank"]].append((name, p))
+        full = min(matrix_shape(p.shape))
+        if rank is None or full >= rank:
+            by_rank[rank].append((name, p))
         elif full > 0 and (narrow == "own" or is_quantized(p)):
             by_rank.setdefault(full, []).append((name, p))
     low = [{"params": params, **keys, "rank": r} for r, params in by_rank.items()]
     if not any(group["params"] for group in low):
         name, p = matrices[0]
         raise ValueError(
-            f"rank must be at most {min(p.shape)} for {name} of shape {tuple(p.shape)}, got {rank}: no matrix is as wide"
+            f"rank must be at most {min(matrix_shape(p.shape))} for {name} of shape {tuple(p.shape)}, got {rank}: no matrix is as wide"
         )
     inside = {id(p) for group in low for _, p in group["params"]}
-    _tell_of_narrow([name for name, p in matrices if min(p.shape) < keys["rank"]], keys["rank"], own=len(low) > 1)
+    narrow_ones = [name for name, p in matrices if rank is not None and min(matrix_shape(p.shape)) < rank]
+    _tell_of_narrow(narrow_ones, rank, own=len(low) > 1)
     others = [(name, p) for name, p in named if id(p) not in inside]
     return ParamGroups([{"params": others, **(plain or {})}, *low], model)
 

@@ -84,6 +84,11 @@ def rate(value):
     return number("a number of at least 0 or a 0-dim tensor", lambda lr: lr >= 0)(value)
 
 
+def rank(value):
+    """None for a group without a subspace, which its optimizer may refuse."""
+    return None if value is None else integer(1)(value)
+
+
 share = number("a number in [0, 1]", lambda value: 0 <= value <= 1)
 momentum = number("in [0, 1)", lambda value: 0 <= value < 1)
 
@@ -92,7 +97,7 @@ RULES = {
     "betas": pair("betas", momentum),
     "eps": at_least(0),
     "weight_decay": at_least(0),
-    "rank": integer(1),
+    "rank": rank,
     "update_proj_gap": integer(1),
     "seed": integer(-(2**62), 2**62),
     "min_8bit_size": integer(0),
@@ -105,6 +110,9 @@ RULES = {
     "gamma_proj": at_least(1),
     "queue_size": integer(1),
     "max_update_proj_gap": optional(integer(1)),
+    "rho": share,
+    "reproject_factor": integer(1),
+    "passes": integer(1),
 }
 
 

@@ -4,6 +4,7 @@ import torch
 
 from lowrank_sys.optim.clip import clip_factor, gradient_norms
 from lowrank_sys.optim.gradients import Hooked, expect_one_process
+from lowrank_sys.subspace.matrices import count
 
 
 class InBackward(Hooked):
@@ -78,7 +79,13 @@ class InBackward(Hooked):
 
     def _remember(self, grads, states):
         for norm, state in zip(gradient_norms(grads), states):
-            state["norm"] = torch.where(norm.isfinite(), norm, 0.0)
+            if "norm" not in state:
+                state["norm"] = torch.zeros_like(norm)
+            state["norm"].copy_(torch.where(norm.isfinite(), norm, 0.0))
+
+    def complete(self, state, param):
+        if self.max_norm is not None and "norm" not in state:
+            state["norm"] = torch.zeros(count(param.shape), dtype=torch.float64, device=param.device)
 
     def _factor(self, optimizer, device):
         """Clipping by the norm of the previous step, found before any gradient of this one is remembered."""
@@ -86,7 +93,7 @@ class InBackward(Hooked):
             if not self._factors:
                 norms = [s["norm"] for s in optimizer.state.values() if "norm" in s]
                 self._norm = (
-                    torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+                    torch.linalg.vector_norm(torch.cat([n.to(device).reshape(-1) for n in norms]))
                     if norms
                     else (torch.zeros((), dtype=torch.float64, device=device))
                 )

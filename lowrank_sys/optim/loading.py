@@ -25,8 +25,15 @@ def check_groups(optimizer, saved_groups):
             )
 
 
+def check_ranks(optimizer, saved_groups):
+    """Every group keeps its own rank."""
+    for g, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups)):
+        if group.get("rank") != saved.get("rank"):
+            raise ValueError(f"rank of the loaded group {g} must be {group['rank']}, as of this optimizer's, got {saved['rank']}")
+
+
 def check_state(optimizer, saved, params, new_state):
-    """Every parameter's state has the keys, and its tensors the kinds, of one that `new_state(param, group)` makes.
+    """Every parameter's state has the keys, and its tensors the kinds and shapes, of one that `new_state(param, group)` makes.
 
     saved: {parameter: its loaded state}; params: (group, parameter) with the keys of the loaded group. Nothing is allocated.
     """
@@ -43,17 +50,17 @@ def check_state(optimizer, saved, params, new_state):
             raise ValueError(f"{where} must have what {type(optimizer).__name__} keeps, it has {', '.join(surplus)} too")
         for key, value in want.items():
             if isinstance(value, torch.Tensor) and not _alike(value, state[key]):
-                raise ValueError(f"{where}: {key} must be {value.dtype} with {value.dim()} dimensions, got {_spell(state[key])}")
+                raise ValueError(f"{where}: {key} must be {_spell(value)}, got {_spell(state[key])}")
 
 
 def _alike(want, got):
     """Floats may have another width, as where a bf16 model takes up an fp32 one's basis."""
     return (
         isinstance(got, torch.Tensor)
-        and got.dim() == want.dim()
+        and got.shape == want.shape
         and (got.dtype == want.dtype or got.is_floating_point() and want.is_floating_point())
     )
 
 
 def _spell(value):
-    return f"{value.dtype} with {value.dim()} dimensions" if isinstance(value, torch.Tensor) else repr(value)
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)

@@ -70,9 +70,9 @@ class Plain8bit(Blocks8bit):
 class Opened:
     """The moments of one matrix while a rule advances them: attributes in fp32, copies of what the state holds.
 
-    step: 0-dim, counts this step. ok: bool, broadcast to R: which channels (without a basis: elements) count. d: the projected axis,
-    None without a basis. grad_scale: 0-dim or None, that R has and G has not. rate: what weight decay is multiplied by. weight_rms():
-    root of the mean square of the weight. A remainder may keep more here.
+    step: 0-dim, counts this step. ok: bool, broadcast to R: which channels (without a basis: elements) count. d: the projected
+    axis, None without a basis. grad_scale: 0-dim or None, that R has and G has not. rate: what weight decay is multiplied by.
+    weight_rms(): root of the mean square of the weight. A remainder may keep more here.
     """
 
     d = grad_scale = ok = rate = weight_rms = None

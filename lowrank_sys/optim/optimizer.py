@@ -8,6 +8,7 @@ from lowrank_sys.optim.loading import check_groups, check_state
 from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.weight import weight_store
+from lowrank_sys.subspace.matrices import count, each, is_batch, matrices, stacked
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -55,17 +56,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self.gradients.bind(self)
 
     def add_param_group(self, param_group):
-        super().add_param_group(with_names(param_group, self.param_groups))
-        group = self.param_groups[-1]
-        names = group.get("param_names") or default_names(self.param_groups[:-1], len(group["params"]))
+        before, unnamed = len(self.param_groups), [group for group in self.param_groups if "param_names" not in group]
         try:
+            super().add_param_group(with_names(param_group, self.param_groups))
+            group = self.param_groups[-1]
+            names = group.get("param_names") or default_names(self.param_groups[:-1], len(group["params"]))
             hyper.check(group, self.rules)
             self._check_stores(group, names)
             if "rank" in group:
                 self._check_low_rank(group, names)
             self.gradients.attach(self, group, names)
-        except (ValueError, RuntimeError):
-            self.param_groups.pop()
+        except Exception:
+            del self.param_groups[before:]
+            for group in unnamed:
+                group.pop("param_names", None)
             raise
 
     def _check_stores(self, group, names):
@@ -79,6 +83,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.gradients.check(self)
         self._set_defaults(group)
         hyper.check(group, self.rules)
+        self._check_parts(group, names)
+
+    def _check_parts(self, group, names):
+        """Raise a ValueError that names a key of a low-rank group whose value the parts cannot serve."""
         pipeline = self.pipeline
         if group.get("quant") and "quant" not in pipeline.subspace.defaults:
             raise ValueError(f"quant must be False for {type(self).__name__}, got {group['quant']!r}")
@@ -86,10 +94,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
             raise ValueError(f"int8_gemm must be False for {type(self).__name__}, got {group['int8_gemm']!r}")
         pipeline.subspace.check(group, names)
         pipeline.remainder.check(group)
-        if group["moments"] not in pipeline.rule.transports:
+        if group.get("moments", "keep") not in pipeline.rule.transports:
             raise ValueError(
                 f"moments must be one of {', '.join(pipeline.rule.transports)} for {type(pipeline.rule).__name__}, "
                 f"got {group['moments']!r}"
+            )
+        for key, names in pipeline.lacking(group).items():
+            raise ValueError(
+                f"{key}={group[key]!r} needs {', '.join(names)} in the state, which {type(self).__name__} does not keep"
             )
 
     def _set_defaults(self, group):
@@ -98,11 +110,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for key, value in {key: value for part in parts for key, value in part.items()}.items():
             group.setdefault(key, value)
 
-    def _loaded_group(self, saved):
-        """The keys of a loaded group, with those that an older checkpoint lacks."""
+    def _loaded_group(self, g, saved):
+        """The keys of a loaded group, with those that an older checkpoint lacks; ValueError for one that the parts cannot serve."""
         group = dict(saved)
         if "rank" in group:
             self._set_defaults(group)
+            try:
+                self._check_parts({**group, "params": []}, [])
+            except ValueError as error:
+                raise ValueError(f"the loaded group {g}: {error}") from None
         return group
 
     # What those who take the gradients (lowrank_sys.optim.gradients) and a captured step ask for.
@@ -132,9 +148,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _new_states(self):
         """A function of (parameter, its group) that makes a state as it is before the first step."""
-        matrices = [p for g in self.param_groups if "rank" in g for p in weights(g)]
-        index = {p: i for i, p in enumerate(matrices)}
-        return lambda param, group: self.pipeline.new_state(param, group, index.get(param), len(matrices))
+        index, total = {}, 0
+        for param in (p for group in self.param_groups if "rank" in group for p in weights(group)):
+            index[param] = total
+            total += count(param.shape)
+
+        def new_state(param, group):
+            if "rank" not in group:
+                return self.pipeline.new_state(param, group, None, total)
+            first = range(index[param], index[param] + count(param.shape))
+            states = [self.pipeline.new_state(one, group, i, total) for i, one in zip(first, matrices(param))]
+            return stacked(states) if is_batch(param.shape) else states[0]
+
+        return new_state
 
     def counter(self, device):
         """How many weights were skipped on a device, int64."""
@@ -155,19 +181,23 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def batches(self, group, pairs, grad_scale=None, found_inf=None, projected=False):
         """Batches (lowrank_sys.optim.pipeline.Batch) of (parameter, gradient). grad_scale, found_inf: a GradScaler's."""
-        for _, grad in pairs:
+        triples = []
+        for param, grad in pairs:
             if grad.is_sparse:
                 raise ValueError(f"gradients must be dense, got a sparse one of shape {tuple(grad.shape)}")
-        self.make_states([param for param, _ in pairs])
+            state = self.state[param] or self.state_of(param)
+            if param.dim() == 2 or "rank" not in group:
+                triples.append((param, grad, state))
+            else:
+                self.gradients.complete(state, param)
+                triples += each(param, grad, state)
         if grad_scale is not None:
             grad_scale = grad_scale.reciprocal()  # GradScaler's factor divides, the ops' one multiplies
-        return self.pipeline.batches(
-            group,
-            pairs,
-            self.state.__getitem__,
-            lambda device: {"grad_scale": grad_scale, "found_inf": found_inf, "skipped": self.counter(device)},
-            projected,
-        )
+
+        def guards(device):
+            return {"grad_scale": grad_scale, "found_inf": found_inf, "skipped": self.counter(device)}
+
+        return self.pipeline.batches(group, triples, guards, projected)
 
     def all_batches(self, grad_scale=None, found_inf=None):
         """Yield (group, batch) of all that has a gradient."""
@@ -190,14 +220,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.gradients.begin(self)
-        for group in self.param_groups if self.nonfinite == "raise" else ():
-            for param, grad in self.gradients.of(group):
-                self.expect_finite(param, grad)
-        self.make_states([param for group in self.param_groups for param, _ in self.gradients.of(group)])
-        for group, batch in self.all_batches(*self.scaler()):
-            self.gradients.step(self, batch, self.rate(group))
-        self.gradients.finish(self)
+        # handles of INT8 weights and coefficients are asked what they are, not what they stand for
+        with torch._C.DisableTorchFunctionSubclass():
+            self.gradients.begin(self)
+            for group in self.param_groups if self.nonfinite == "raise" else ():
+                for param, grad in self.gradients.of(group):
+                    self.expect_finite(param, grad)
+            self.make_states([param for group in self.param_groups for param, _ in self.gradients.of(group)])
+            for group, batch in self.all_batches(*self.scaler()):
+                self.gradients.step(self, batch, self.rate(group))
+            self.gradients.finish(self)
         return loss
 
     def zero_grad(self, set_to_none=True):
@@ -229,11 +261,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Where its gap is its own (cos_threshold): also "gap", and "overlaps", those of its last bases with their predecessors,
         oldest first. Reads the device.
         """
-        schedule = {}
+        schedule, describe = {}, self.pipeline.subspace.describe
         for g, group in enumerate(self.param_groups):
             for i, param in enumerate(weights(group)):
-                if "countdown" in self.state.get(param, ()):
-                    schedule[name_of(group, g, i)] = self.pipeline.subspace.describe(self.state[param])
+                state, name = self.state.get(param, {}), name_of(group, g, i)
+                if "countdown" in state:
+                    found = [describe(one) for _, _, one in each(param, None, state)]
+                    names = [f"{name}[{e}]" for e in range(len(found))] if is_batch(param.shape) else [name]
+                    schedule.update(zip(names, found))
         return schedule
 
     def state_bytes(self):
@@ -251,6 +286,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """As torch's; a checkpoint has no coefficients and no gradients, so it is the same whatever per_layer is."""
         return without_coefficients(self, super().state_dict())
 
+    def _fits(self, param, state):
+        """Whether the bases of a loaded state are those of a weight like this."""
+        tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+        size = count(param.shape)
+        if is_batch(param.shape) and any(tensor.dim() == 0 or len(tensor) != size for tensor in tensors):
+            return False
+        return all(self.pipeline.subspace.fits(matrix, one) for matrix, _, one in each(param, None, state))
+
     def load_state_dict(self, state_dict):
         """Load a state, in its own dtypes: torch's casts every tensor but `step` to the parameter's dtype.
 
@@ -261,10 +304,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         check_groups(self, state_dict["param_groups"])
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        groups = [group for group in map(self._loaded_group, state_dict["param_groups"]) for _ in group["params"]]
+        groups = [self._loaded_group(g, saved) for g, saved in enumerate(state_dict["param_groups"])]
+        groups = [group for group in groups for _ in group["params"]]
         saved = {param: state_dict["state"].get(i, {}) for i, param in zip(ids, params)}
-        for param, state in saved.items():
-            if not self.pipeline.subspace.fits(param, state):
+        for group, (param, state) in zip(groups, saved.items()):
+            if "rank" in group and state and not self._fits(param, state):
                 raise ValueError(
                     f"the state's basis of shape {tuple(state['basis'].shape)} does not fit a parameter of shape "
                     f"{tuple(param.shape)}"

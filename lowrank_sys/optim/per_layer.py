@@ -16,6 +16,5 @@ def resolve(per_layer, groups):
         if not isinstance(part, str) or part not in MODES:
             raise ValueError(f"per_layer must be None, {', '.join(MODES)}, an Accumulate or an InBackward, got {per_layer!r}")
         part = MODES[part]()
-    if isinstance(part, Accumulate) and part.model is None:
-        part.model = getattr(groups, "model", None)
+    part.know(groups)
     return part

@@ -13,6 +13,7 @@ from lowrank_sys.optim.remainder import Remainder
 from lowrank_sys.optim.update import Change, Update
 from lowrank_sys.optim.weight import weight_store
 from lowrank_sys.subspace.basis import axis_of, store_of
+from lowrank_sys.subspace.kind import NUMBERS
 from lowrank_sys.subspace.orthonormal import Orthonormal
 
 
@@ -29,7 +30,7 @@ class Batch:
     """Parameters of one group that take a step together: of one device, side, weight store, basis store and kind of moments.
 
     gradients: G each, or R with `projected`. states: of the optimizer. rule, remainder: that serve them. guards: grad_scale,
-    found_inf and skipped of the ops. sketches: for the bases of the next step, or None.
+    found_inf and skipped of the ops.
     """
 
     def __init__(self, group, rule, remainder, params, gradients, states, guards, projected=False):
@@ -37,6 +38,19 @@ class Batch:
         self.params, self.gradients, self.states, self.guards = params, gradients, states, guards
         self.projected = projected
         self.sketches = None
+        self.usable = [None] * len(params)  # which channels of the gradients may be used, None for all
+
+    @property
+    def scale(self):
+        """What gradients are multiplied by, 0-dim, or None."""
+        scale = self.guards["grad_scale"]
+        return None if scale is None else scale.reshape(())
+
+    @property
+    def go(self):
+        """Whether the step is one, 0-dim bool; None if it is."""
+        found_inf = self.guards["found_inf"]
+        return None if found_inf is None else found_inf.reshape(()) == 0
 
     def with_gradients(self, gradients, projected, **guards):
         """The same parameters with other gradients, and other guards."""
@@ -85,7 +99,8 @@ class Pipeline:
         """{key of a state: its category in an account of memory}."""
         names = {name for rule in (self.rule, self.plain) for name in rule.names}
         parts = (self.subspace, self.remainder, self.moments)
-        return {key: kind for part in parts for key, kind in part.categories.items()} | dict.fromkeys(names, "moments")
+        kinds = {key: kind for part in parts for key, kind in part.categories.items()}
+        return {**dict.fromkeys(NUMBERS, "counters"), **kinds, **dict.fromkeys(names, "moments")}
 
     @property
     def from_low_rank(self):
@@ -106,6 +121,12 @@ class Pipeline:
         """{name: Moment} of a gradient of this shape."""
         return self.rule_of(group).moments(tuple(shape), group)
 
+    def lacking(self, group):
+        """{group key: names of the state that its part reads and no part keeps}, for the keys `subspace` and `moments`."""
+        kept = {"step", *self.remainder.categories, *self.rule.moments((1, 1), group)}
+        needs = self.subspace.needs(group)
+        return {key: missing for key, names in needs.items() if (missing := [name for name in names if name not in kept])}
+
     def new_state(self, param, group, index, count):
         """The state before the first step; matrix `index` of `count` in groups with a rank."""
         state, shape = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}, param.shape
@@ -116,29 +137,27 @@ class Pipeline:
         self.moments.init(state, self.moments_of(group, shape), tuple(shape), param, group)
         return state
 
-    def batches(self, group, pairs, state_of, guards_on, projected=False):
-        """Yield a Batch of what can go together of `pairs` (parameter, gradient), contiguous gradients."""
+    def batches(self, group, triples, guards_on, projected=False):
+        """Yield a Batch of what can go together of `triples` (parameter, gradient, state)."""
         kinds = {}
-        for param, gradient in pairs:
-            state, store = state_of(param), weight_store(param)
-            kind = (
-                param.device, state.get("left"), store.name, store.group_size, state.get("group_size"), "key" in state,
-                "exp_avg_absmax" in state,
-            )  # fmt: skip
-            params, gradients, states = kinds.setdefault(kind, ([], [], []))
-            params.append(param)
-            gradients.append(gradient.contiguous())
-            states.append(state)
+        for param, gradient, state in triples:
+            store = weight_store(param)
+            kind = (param.device, store.group_size, state.get("left"), state.get("group_size"), *state)
+            lists = kinds.get(kind)
+            if lists is None:
+                lists = kinds[kind] = ([], [], [])
+            lists[0].append(param)
+            lists[1].append(gradient.contiguous())
+            lists[2].append(state)
+        rule, remainder = self.rule_of(group), self.remainder_of(group)
         for (device, *_), lists in kinds.items():
-            yield Batch(
-                group, self.rule_of(group), self.remainder_of(group), *lists, guards_on(device),
-                projected and "rank" in group,
-            )  # fmt: skip
+            yield Batch(group, rule, remainder, *lists, guards_on(device), projected and "rank" in group)
 
     # The stations of a step.
 
     def choose(self, batch, lr):
         """Choose the bases that the step uses, with refresh='now'; with 'next' take the sketches of those after it."""
+        self._before(batch)
         if not batch.has_subspace:
             return
         if batch.group["refresh"] == "now":
@@ -148,6 +167,15 @@ class Pipeline:
         batch.sketches = [
             None if omega is None else self.subspace.sketch(g, omega, batch.left) for g, omega in zip(batch.gradients, omegas)
         ]
+
+    def _before(self, batch):
+        """Let the remainder put its own gradients in place of what came."""
+        if batch.projected or not batch.remainder.feeds_back:
+            return
+        scale, go = batch.scale, batch.go
+        taken = [batch.remainder.before(g, s, scale, go) for g, s in zip(batch.gradients, batch.states)]
+        batch.gradients, batch.usable = map(list, zip(*taken))
+        batch.guards = {**batch.guards, "grad_scale": None}
 
     def directions(self, group, param, state):
         """Omega of the sketch that this step's gradient of `param` owes the next basis, or None."""
@@ -165,15 +193,15 @@ class Pipeline:
         self.subspace.advance(batch.group, gradients, batch.states, lr, batch.left, moments, sketched=sketched)
 
     def update(self, batch, lr):
-        """Step the weights, on the bases that are there. Reads no value on the host and makes nothing that stays, so that a CUDA graph
-        can hold it."""
+        """Step the weights, on the bases that are there. A fused step reads no value on the host and makes nothing that stays, so
+        that a CUDA graph can hold it."""
         step = fused.fused(batch, self)
         if step is not None:
             fused.run(step, batch, self, lr)
             return
-        for param, gradient, state in zip(batch.params, batch.gradients, batch.states):
+        for param, gradient, state, mask in zip(batch.params, batch.gradients, batch.states, batch.usable):
             with torch.autocast(param.device.type, enabled=False):
-                _general(self, batch, param, gradient, state, lr)
+                _general(self, batch, param, gradient, state, mask, lr)
 
     def step(self, batch, lr):
         """The whole step of a batch from its gradients."""
@@ -182,37 +210,34 @@ class Pipeline:
         self.renew(batch, lr)
 
 
-def _general(method, batch, param, gradient, state, lr):
-    """The step of one weight by the parts alone."""
+def _general(method, batch, param, g, state, usable_channels, lr):
+    """The step of one weight by the parts alone. g: G, or R if the batch is projected."""
     group, rule, remainder, store = batch.group, batch.rule, batch.remainder, weight_store(param)
-    grad_scale, found_inf, skipped = (batch.guards[key] for key in ("grad_scale", "found_inf", "skipped"))
-    go = None if found_inf is None else found_inf.reshape(()) == 0
-    state["step"] += 1 if go is None else go
-    has_basis = store_of(state) is not None
+    go, skipped, has_basis = batch.go, batch.guards["skipped"], store_of(state) is not None
     axis = (0 if batch.left else 1) if has_basis else None  # along which a channel runs
-    g = None if batch.projected else remainder.before(gradient, state)
-    r = method.subspace.project(group, g, state) if has_basis and not batch.projected else gradient.float()
-    s = Opened(state, method.moments_of(group, r.shape))
-    s.d = axis_of(param.shape, state) if has_basis else None
+    whole = rule.returns_gradient(group) and not has_basis  # then nothing of the weight's size is made
+    state["step"] += 1 if go is None else go
+    s = Opened(state, method.moments_of(group, param.shape if not has_basis else method.subspace.shape_of(param, state)))
+    s.grad_scale, s.d = batch.scale, axis_of(param.shape, state) if has_basis else None
     s.weight_rms = lambda: store.rms(param)
-    if grad_scale is not None:
-        s.grad_scale = grad_scale.reshape(())
-        r = r * s.grad_scale
-    s.ok = usable(r) if axis is None else usable(r).all(axis, keepdim=True)
-    if (measured := remainder.measure(g, r, s, state)) is not None:
-        s.ok = s.ok & measured
+    if whole:
+        r, s.ok = g, torch.ones((), dtype=torch.bool, device=param.device)
+    else:
+        r = method.subspace.project(group, g, state) if has_basis and not batch.projected else g.float()
+        r = r if s.grad_scale is None else r * s.grad_scale
+        s.ok = usable(r) if axis is None else usable(r).all(axis, keepdim=True)
+    for mask in (usable_channels, remainder.measure(g, r, s, state, group)):
+        s.ok = s.ok if mask is None else s.ok & mask
     if skipped is not None:
-        out = (~s.ok).sum() * (1 if axis is None else param.shape[axis])
+        out = (~s.ok).sum() * (param.numel() // max(1, s.ok.numel()))
         skipped += out if go is None else out * go
-    if go is not None:
-        s.ok = s.ok & go
-    r = torch.where(s.ok, r, 0)
+    s.ok = s.ok if go is None else s.ok & go
+    r = r if whole else torch.where(s.ok, r, 0)
     s.rate, rate = rule.rates(lr, s, group)
-    x = torch.where(s.ok, rule.update(r, s, group), 0)
-    update = remainder.of(g, r, x, s, state, group)
+    x = r if whole else torch.where(s.ok, rule.update(r, s, group), 0)
+    update = remainder.of(None if batch.projected else g, r, x, s, state, group)
     s.close()
     decay = 1 - s.rate * group["weight_decay"] if group["weight_decay"] != 0 else None
-    ok = s.ok if update.ok is None else s.ok & update.ok
     change = Change(update, rate, state, param.shape, group.get("int8_gemm", False))
-    store.apply(param, state, change, decay=decay, ok=ok, seed=group.get("seed", 0))
+    store.apply(param, state, change, decay=decay, ok=s.ok, seed=group.get("seed", 0))
     remainder.after(g, r, state)

@@ -7,7 +7,9 @@ import math
 
 import torch
 
+from lowrank_sys._ops.numerics import usable
 from lowrank_sys.optim.update import Update
+from lowrank_sys.optim.weight import panels
 from lowrank_sys.subspace.basis import store_of
 
 # A norm may grow by this factor a step (Fira, section 3.3; APOLLO, section 4.2).
@@ -27,6 +29,11 @@ class Remainder:
     defaults = {"scale": 0.25}
     categories = {}
     from_low_rank = True
+    feeds_back = False  # whether `before` is anything
+    keys = {"scale"}  # group keys of all remainders
+
+    def __init_subclass__(cls):
+        Remainder.keys |= cls.defaults.keys()
 
     def check(self, group):
         """Raise a ValueError that names a key with a value that is none."""
@@ -34,23 +41,27 @@ class Remainder:
     def init(self, state, param):
         """Add this part's state for a matrix."""
 
-    def before(self, g, state):
-        """The gradient that the step uses, in place of g (m, n)."""
-        return g
+    def before(self, g, state, scale, go):
+        """(the gradient that the step uses in place of g (m, n), which of its channels are usable or None for all).
 
-    def measure(self, g, r, s, state):
-        """Sums that `of` needs, kept in s before the rule runs; which channels have usable ones (bool), or None for all."""
+        What is returned in place of g has been multiplied by `scale` (0-dim or None). Where `go` (0-dim bool or None) is False the
+        step is none, and nothing may change.
+        """
+        return g, None
+
+    def measure(self, g, r, s, state, h):
+        """Keep in s, before the rule runs, the sums that `of` needs; which channels have usable ones (bool), or None for all."""
 
     def of(self, g, r, x, s, state, h):
         """The Update of G (None where the step starts from R), R and X = rule(R): x is a tensor of R's shape, zero where not s.ok.
 
         s: the rule's moments, s.step, s.ok, s.d (the projected axis), and s.grad_scale, 0-dim or None, that R has and G has not.
-        h: the group's keys.
+        h: the group.
         """
         return Update(x=x * h["scale"])
 
     def after(self, g, r, state):
-        """The step was taken."""
+        """The step was taken; r is zero where it was none."""
 
 
 class _FromGradient(Remainder):
@@ -90,7 +101,7 @@ class _Scaled(_FromGradient):
         if self.limited:
             state["limiter"] = torch.zeros((), dtype=torch.float32, device=param.device)
 
-    def measure(self, g, r, s, state):
+    def measure(self, g, r, s, state, h):
         s.r_squares = _squares(r, state)
         ok = s.r_squares < OVERFLOW
         if self.limited:
@@ -179,3 +190,25 @@ class StateFree(_FromGradient):
         if self.sign:
             return Update(x=x * h["scale"], phi=g, scale=s.grad_scale, c=c, sign=True, taken=r)
         return Update(x=x * h["scale"] - h["residual_scale"] * r, phi=g, scale=s.grad_scale, c=c)
+
+
+class ErrorFeedback(Remainder):
+    """What R leaves of the gradient is added to the next one. State of a matrix: `error`, of the weight's shape and dtype."""
+
+    name, defaults, categories = "error-feedback", {"scale": 1.0}, {"error": "moments"}
+    from_low_rank, feeds_back = False, True
+
+    def init(self, state, param):
+        state["error"] = torch.zeros(param.shape, dtype=param.dtype, device=param.device)
+
+    def before(self, g, state, scale, go):
+        error, axis = state["error"], 0 if state["left"] else 1
+        ok = torch.ops.lowrank.channel_norms(g, left=state["left"]).isfinite().unsqueeze(axis)
+        for first, end in panels(g.shape):
+            part = g[first:end].float() if scale is None else g[first:end].float() * scale
+            taken = (ok if axis == 0 else ok[first:end]) & usable(part) & (True if go is None else go)
+            error[first:end].add_(torch.where(taken, part, 0))
+        return error, ok
+
+    def after(self, g, r, state):
+        store_of(state).back_(state["error"], r, state, alpha=-1.0)

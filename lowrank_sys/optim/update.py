@@ -12,7 +12,7 @@ class Update(NamedTuple):
 
     x: of R's shape, fp32; None: no back-projection. phi: (m, n) any float dtype, e.g. G itself; None: none. c: factors of phi,
     each broadcast to (m, n): by channel, by row, of the matrix. sign: the sign of phi - back(taken) in place of phi. taken: R where
-    `sign`. scale: 0-dim, that multiplies phi as it is read; None is 1. ok: bool, broadcast to (m, n): where it can be taken; None: all.
+    `sign`. scale: 0-dim, that multiplies phi as it is read; None is 1.
 
     What is linear in back(R) belongs in x: back(x) + c o (G - back(R)) = back(x - c o R) + c o G for c by channel.
     """
@@ -23,7 +23,6 @@ class Update(NamedTuple):
     sign: bool = False
     taken: torch.Tensor | None = None
     scale: torch.Tensor | None = None
-    ok: torch.Tensor | None = None
 
 
 class Change:

@@ -5,7 +5,7 @@ import math
 import torch
 
 from lowrank_sys._ops import FLOATS
-from lowrank_sys.nn.quant_weight import is_quantized
+from lowrank_sys.nn.quant_weight import drop_exact, is_quantized
 
 # Bytes of fp32 that a weight passes through, a panel of rows at a time.
 PANEL = 16 << 20
@@ -105,6 +105,7 @@ class Int8(InPlace):
         state["parameter"] = index
 
     def tensors(self, params):
+        drop_exact(*params)
         return [p.codes for p in params], [p.scale for p in params]
 
     def options(self, group, states):
@@ -114,6 +115,7 @@ class Int8(InPlace):
         return torch.ops.lowrank.dequantize_int8(param.codes[first:end], param.scale[first:end], group_size=self.group_size)
 
     def apply(self, param, state, change, *, decay, ok, seed):
+        drop_exact(param)
         nothing = torch.full((), math.nan, dtype=torch.float32, device=param.device)  # keeps a weight to the byte
         minus = -torch.ones((), dtype=torch.float32, device=param.device)
         decay = -minus if decay is None else decay

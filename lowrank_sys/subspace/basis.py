@@ -169,15 +169,3 @@ def axis_of(shape, state):
 def load(state, param):
     """The basis of `param` (d, r) as a matrix: its own tensor, or a copy in fp32."""
     return store_of(state).load(state, axis_of(param.shape, state))
-
-
-def alike(kind, states, *lists):
-    """Yield (kind, states, *lists) for each value of kind(state): what one call of an op can serve."""
-    kinds = [kind(state) for state in states]
-    if len(set(kinds)) <= 1:
-        if states:
-            yield kinds[0], states, *lists
-        return
-    for value in dict.fromkeys(kinds):
-        at = [i for i, other in enumerate(kinds) if other == value]
-        yield value, *([items[i] for i in at] for items in (states, *lists))

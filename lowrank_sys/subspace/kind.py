@@ -3,7 +3,8 @@
 import torch
 
 from lowrank_sys.subspace import moments as stored
-from lowrank_sys.subspace.basis import alike, axis_of, store_of
+from lowrank_sys.subspace.basis import axis_of, store_of
+from lowrank_sys.subspace.matrices import expect_matrices, matrix_shape
 from lowrank_sys.subspace.refresh import KINDS
 from lowrank_sys.subspace.transport import TRANSPORTS
 
@@ -17,6 +18,9 @@ SIDES = {
     "short-moments": lambda m, n: m >= n,
 }
 
+# Integers of a state that differ between matrices.
+NUMBERS = ("first_gap", "seed", "parameter")
+
 
 class Kind:
     """Base of the kinds of subspaces: all settings are group keys, all state is tensors and plain numbers.
@@ -27,7 +31,7 @@ class Kind:
 
     defaults = {"update_proj_gap": 200, "proj_type": "std", "moments": "keep", "seed": 0, "refresh": "now"}
     categories = {"countdown": "counters"}
-    on_host = ("countdown",)  # state that stays there, for Python to read
+    on_host = ("countdown", *NUMBERS)  # state that stays there, for Python to read
     hyper = ("update_proj_gap",)  # group keys that a refresh reads, numbers
     blind = False  # whether a basis is renewed without any gradient
     sketched = False  # whether bases may come from sketches, which add up over micro-batches
@@ -52,13 +56,13 @@ class Kind:
         for key, values in valid.items():
             if values and group[key] not in values:
                 raise ValueError(f"{key} must be one of {', '.join(values)}, got {group[key]!r}")
+        if group["rank"] is None:
+            raise ValueError("rank must be an integer of at least 1, got None")
         for name, param in zip(names, group["params"]):
-            if param.dim() != 2:
-                raise ValueError(f"{name} must be a matrix to be in a group with a rank, got shape {tuple(param.shape)}")
-            if group["rank"] > min(param.shape):
-                raise ValueError(
-                    f"rank must be at most {min(param.shape)} for {name} of shape {tuple(param.shape)}, got {group['rank']}"
-                )
+            expect_matrices(name, param)
+            most = min(matrix_shape(param.shape))
+            if group["rank"] > most:
+                raise ValueError(f"rank must be at most {most} for {name} of shape {tuple(param.shape)}, got {group['rank']}")
 
     # What a matrix keeps.
 
@@ -104,24 +108,28 @@ class Kind:
         return torch.ops.lowrank.project(grad, omega, left=not left)
 
     def advance(self, group, gradients, states, lr, left, moments, *, sketched=False):
-        """Advance the schedule of these matrices by one step; bases that are due are chosen anew.
+        """Advance the schedule of these matrices, whose states have the same keys, by one step; bases that are due are chosen anew.
 
         gradients: G each, or with `sketched` a sketch or None. moments: {name: whether it has a sign} of R's shape.
         """
         if sketched:
             gradients = [s[store_of(s).keys[0]].new_empty(0) if g is None else g for s, g in zip(states, gradients)]
-        select, transport = group.get("subspace", ""), group["moments"]
-        reads = (*moments, "step") if transport != "keep" else self.reads(group)
+        transport = group["moments"]
+        reads = tuple(dict.fromkeys((*((*moments, "step") if transport != "keep" else ()), *self.reads(group))))
         hyper = {key: group[key] for key in self.hyper_of(group) if group[key] is not None}
         hyper.update(zip(("beta1", "beta2"), group["betas"] if "betas" in group and reads else ()))
-        for keys, states, gradients in alike(lambda state: self.keys_of(state, reads), states, gradients):
-            tensors, numbers = keys
-            torch.ops.lowrank.refresh_(
-                [state[key] for state in states for key in tensors], gradients,
-                [state[key] for state in states for key in numbers], lr, kind=type(self).__name__, select=select,
-                transport=transport, keys=tensors, number_keys=numbers, moments=list(moments), signed=list(moments.values()),
-                hyper_keys=list(hyper), hyper=[float(value) for value in hyper.values()], left=left, sketched=sketched,
-            )  # fmt: skip
+        keys, number_keys = self.keys_of(states[0], reads)
+        tensors = [state[key] for state in states for key in keys]
+        numbers = [int(state[key]) for state in states for key in number_keys]
+        torch.ops.lowrank.refresh_(
+            tensors, gradients, numbers, lr, kind=type(self).__name__, select=group.get("subspace", ""), transport=transport,
+            keys=keys, number_keys=number_keys, moments=list(moments), signed=list(moments.values()), hyper_keys=list(hyper),
+            hyper=[float(value) for value in hyper.values()], left=left, sketched=sketched,
+        )  # fmt: skip
+
+    def needs(self, group):
+        """{group key: names of the state that the part it names reads}."""
+        return {"moments": TRANSPORTS[group["moments"]].needs}
 
     def reads(self, group):
         """Keys of the state that choosing a basis reads beside its own: moments by name, 'step'."""
@@ -132,14 +140,11 @@ class Kind:
 
     def keys_of(self, state, reads):
         """(tensors, integers) of a state that a refresh takes: its own, and the moments and the step in `reads`."""
-        own = [key for key in self.categories if key in state]
-        tensors = [key for key in own if isinstance(state[key], torch.Tensor)]
+        tensors = [key for key in self.categories if key in state]
         names = [name for name in reads if name != "step"]
         more = [*stored.keys(state, names), *(["step"] if "step" in reads else [])]
-        numbers = [key for key in self.numbers if key in state]
+        numbers = [key for key in (*NUMBERS, "group_size") if key in state]
         return (*tensors, *more), tuple(numbers)
-
-    numbers = ("first_gap", "seed", "parameter", "group_size")  # integers of a state that a refresh reads
 
     # What `refresh_` asks for.
 

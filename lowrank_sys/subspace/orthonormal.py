@@ -49,7 +49,7 @@ class Orthonormal(Kind):
         "int8_gemm": False,
     }
     categories = {**DENSE.categories, **Int4.categories, **dict.fromkeys(("countdown", "gap", "overlaps", "refreshes"), "counters")}
-    on_host = ("countdown", "gap", "refreshes")
+    on_host = (*Kind.on_host, "gap", "refreshes")
     hyper = ("update_proj_gap", "cos_threshold", "gamma_proj", "max_update_proj_gap")
     sketched = True
 
@@ -100,7 +100,11 @@ class Orthonormal(Kind):
         if warm is not None and tuple(warm.shape) != self.shape_of(param, state):
             warm = None
         basis = load(state, param).to(param.dtype)
-        return torch.ops.lowrank.sketch_directions(basis, warm, other=param.shape[1 if left else 0], left=left, seed=state["seed"])
+        other, seed = param.shape[1 if left else 0], int(state["seed"])
+        return torch.ops.lowrank.sketch_directions(basis, warm, other=other, left=left, seed=seed)
+
+    def needs(self, group):
+        return {"subspace": SELECT[group["subspace"]].moments, **super().needs(group)}
 
     def reads(self, group):
         return SELECT[group["subspace"]].moments
@@ -135,13 +139,13 @@ class Orthonormal(Kind):
         elif taken:
             kept = (old == new).all()
             self._compare(due, old, new, kept)
-            carry, bases = TRANSPORTS[due.transport]
-            if not bases:
+            transport = TRANSPORTS[due.transport]
+            if not transport.bases:
                 old = None
             elif store is DENSE:
                 old = old.clone()
             store.write(due.state, new, kept)
-            carry(due, old, store.load(due.state, d) if bases else None, kept)
+            transport.carry(due, old, store.load(due.state, d) if transport.bases else None, kept)
         if "refreshes" in due.state and due.training:
             due.state["refreshes"] += taken
         return taken

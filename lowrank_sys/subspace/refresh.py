@@ -72,11 +72,12 @@ class Call:
         return Due(state, self.gradients[i], wait == COLD, self)
 
     def is_due(self, i, wait):
+        """Whether matrix i, whose countdown has ended, is renewed in this call."""
         if self.kind.blind:
-            return wait <= 0
+            return True
         if self.sketched:  # without a sketch a matrix keeps its basis, and stays due
             return is_due(wait) and self.gradients[i].numel() > 0
-        return wait <= 0
+        return True
 
 
 def refresh_(tensors, gradients, numbers, lr, *, sketched=False, **options):
@@ -85,11 +86,11 @@ def refresh_(tensors, gradients, numbers, lr, *, sketched=False, **options):
     A matrix whose gradient is zero or not finite keeps its basis, or gets a seeded one if it has none, and stays due.
 
     Args:
-        tensors: the state of one matrix after the other, `keys` names it: the tensors of the basis, `countdown` (0-dim int64, on the
-            host, so that a GPU is never asked: steps until the next refresh, COLD before the first; COLD - k waits k steps for the
-            first sketch), and what else the parts read.
-        gradients: (m, n) each; `sketched`: at the end of a step, sketches that give the basis of the next one, without elements for a
-            matrix that is not due or got no gradient.
+        tensors: the state of one matrix after the other, as `keys` names it: the tensors of the basis, `countdown` (0-dim int64,
+            on the host, so that a GPU is never asked: steps until the next refresh, COLD before the first; COLD - k waits k steps
+            for the first sketch), and what else the parts read.
+        gradients: (m, n) each; `sketched`: at the end of a step, sketches that give the basis of the next one, without elements
+            for a matrix that is not due or got no gradient.
         numbers: integers of the state, one matrix after the other, `number_keys` names them.
         lr: 0-dim; with a host-side rate of 0 nothing is trained, and a refresh stays due (checkpoint loaders take such a step to
             create the state).
@@ -103,19 +104,20 @@ def refresh_(tensors, gradients, numbers, lr, *, sketched=False, **options):
     if not gradients or (sketched and not call.training):
         return
     waits = torch.stack(call.countdowns).tolist()
-    due = {i: call.due(i, wait) for i, wait in enumerate(waits) if call.is_due(i, wait)}
+    near = [(i, wait) for i, wait in enumerate(waits) if wait <= 0]
+    due = {i: call.due(i, wait) for i, wait in near if call.is_due(i, wait)}
     for matrix in due.values():
         call.kind.expect(matrix)
     taken = {i for i, matrix in due.items() if call.kind.renew(matrix)}
     if not call.training:
         return
     call.kind.settle([due[i] for i in taken])
-    for i, wait in enumerate(waits):
+    for i, wait in near:
         if sketched and wait < COLD:
             call.countdowns[i].add_(2)  # with the common step below: one nearer to COLD
         elif i in taken:
             call.countdowns[i].fill_(call.kind.gap(due[i]))
-        elif is_due(wait) if sketched else wait <= 0:
+        elif not sketched or is_due(wait):
             call.countdowns[i].fill_(wait + 1)
     count_down_(call.countdowns)
 

@@ -25,7 +25,7 @@ class Rows(Kind):
 
     defaults = {**Kind.defaults, "subspace": "top", "moments": "reset"}
     categories = {**Kind.categories, **ROWS.categories, "refreshes": "counters"}
-    on_host = ("countdown", "refreshes")
+    on_host = (*Kind.on_host, "refreshes")
     # A norm is not linear in the gradient: no sketch of it adds up over micro-batches.
 
     def selects(self, group):

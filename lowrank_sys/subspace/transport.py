@@ -36,10 +36,12 @@ def rotate_moments_(exp_avg, exp_avg_sq, old, new, *, left):
 
 class Transport(NamedTuple):
     """carry(due, old, new, kept) takes the matrix (lowrank_sys.subspace.refresh.Due), its bases (d, r) before and after as they are
-    stored, None without `bases`, and whether they are equal (0-dim bool, for which nothing waits)."""
+    stored, None without `bases`, and whether they are equal (0-dim bool, for which nothing waits). needs: names of the state that
+    it reads beside all moments of R's shape."""
 
     carry: Callable
     bases: bool = True
+    needs: tuple = ()
 
 
 def keep(due, old, new, kept):

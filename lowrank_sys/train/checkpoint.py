@@ -8,8 +8,6 @@ since.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_sys.cli import CommandError
+from lowrank_sys.nn.manifest import MANIFEST, sign
+from lowrank_sys.nn.manifest import verify as verify_signed
 
-MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
 
 
@@ -65,58 +64,15 @@ def publish(target: Path, fill: Callable[[Path], None], what: str) -> None:
         raise CommandError(f"--out {target.parent}: could not save the {what}: {reason}", code=1) from error
 
 
-def sign(folder: Path, **body: Any) -> None:
-    """Write the manifest of `folder`: size and SHA-256 of every file in it, and `body`, plain JSON values."""
-    files = {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)}
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p != folder / MANIFEST
-    }
-    body = {**body, "files": files}
-    (folder / MANIFEST).write_text(json.dumps({**body, "sha256": _seal(body)}, indent=1))
-
-
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest of the checkpoint `folder`, after checking every file against it.
 
     Raises ValueError saying in a few words what is wrong.
     """
-    manifest = _manifest(folder)
+    manifest = verify_signed(folder)
     if folder.name != f"step-{manifest['step']:08d}":
         raise ValueError(f"{MANIFEST} is damaged")
-    _check_files(folder, manifest)
     return manifest
-
-
-def verify_signed(folder: Path) -> dict[str, Any]:
-    """The manifest of any folder that was signed, after checking every file against it; ValueError as `verify`."""
-    manifest = _manifest(folder)
-    _check_files(folder, manifest)
-    return manifest
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        seal, _ = manifest.pop("sha256"), manifest["files"]
-    except FileNotFoundError:
-        raise ValueError(f"{MANIFEST} is missing") from None
-    except (ValueError, KeyError, AttributeError):
-        raise ValueError(f"{MANIFEST} is damaged") from None
-    if seal != _seal(manifest):
-        raise ValueError(f"{MANIFEST} is damaged")
-    return manifest
-
-
-def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{name} is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise ValueError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-        if _sha256(path) != expected["sha256"]:
-            raise ValueError(f"{name} is damaged (its SHA-256 differs)")
 
 
 def newest(root: Path, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
@@ -180,18 +136,6 @@ def _folders(root: Path) -> list[tuple[int, Path]]:
 
 def _free(folder: Path) -> str:
     return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there"
-
-
-def _seal(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -112,7 +112,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="parts of the names of the linear layers that are low-rank, and INT8 with --weights int8 (default: all)",
     )
-    add("--update-proj-gap", metavar="N", type=int, default=200, help="steps between refreshes of a basis (default: 200)")
+    add(
+        "--update-proj-gap",
+        metavar="N",
+        type=int,
+        help=f"steps between refreshes of a basis (default: {_defaults('update_proj_gap')})",
+    )
     add("--scale", type=float, help=f"factor on the low-rank update (default: {_defaults('scale')})")
     add("--proj-type", metavar="NAME", default="std", help="which side is projected (default: %(default)s)")
     add("--subspace", metavar="NAME", help=f"how a basis is found, or rows are selected (default: {_defaults('subspace')})")
@@ -160,6 +165,15 @@ def _defaults(name: str) -> str:
     others = {key: getattr(m, name) for key, m in METHODS.items() if getattr(m, name) != usual}
     return ", ".join(
         [str(usual), *(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in others.items())]
+    )
+
+
+def _share(optimizer) -> str:
+    """Which share of what is trained has the method's own step, in words."""
+    elements = [(sum(p.numel() for p in group["params"]), "rank" in group) for group in optimizer.param_groups]
+    total = sum(count for count, _ in elements)
+    return (
+        f"weights: {total:,} trained, {sum(count for count, low in elements if low) / total:.0%} of them by the method's own step"
     )
 
 
@@ -263,6 +277,7 @@ def _train(args: argparse.Namespace) -> None:
         if device.type == "cpu" and allocator.should_save(args, model, allocator.available_bytes()):
             allocator.save_memory()
         optimizer = methods.build(model, args)
+        say(_share(optimizer))
         held_out = data.sample(corpus.valid, args.seq_len, args.eval_tokens)
         sequences = args.batch_size * args.gradient_accumulation_steps
         warmup = round(args.warmup_ratio * args.steps) if args.warmup_steps is None else args.warmup_steps

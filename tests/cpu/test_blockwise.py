@@ -8,7 +8,8 @@ from refusals import assert_refused
 
 import lowrank_sys  # noqa: F401  registers the ops
 from lowrank_sys import backends, reference
-from lowrank_sys.reference.blockwise import dynamic_map, midpoints
+from lowrank_sys._ops.codebook import dynamic_map
+from lowrank_sys.reference.blockwise import midpoints
 
 ops = torch.ops.lowrank
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

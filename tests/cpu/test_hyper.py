@@ -133,4 +133,4 @@ def test_a_rate_on_the_device_stays_the_tensor_it_is():
 @pytest.mark.parametrize("rank", ["8", 8.0, None, float("nan"), [8], True, 0])
 def test_a_rank_that_is_none(rank):
     with pytest.raises(ValueError, match="rank must be an integer of at least 1, got "):
-        optim.param_groups(model(), rank=rank)
+        optim.GaLoreAdamW(optim.param_groups(model(), rank=rank))

@@ -71,7 +71,7 @@ def test_a_state_loads_into_its_own_kind_alone(source, target):
     if source == target or frozenset((source, target)) in ALIKE:
         other.load_state_dict(optimizer.state_dict())
     else:
-        with pytest.raises(ValueError, match="lacks|too, |too$|must be torch|it has"):
+        with pytest.raises(ValueError, match="lacks|too, |too$|must be torch|it has|must be one of|must be False"):
             other.load_state_dict(optimizer.state_dict())
         assert equal(contents(other), before)
     train(other_net, other)
@@ -122,3 +122,76 @@ def test_a_basis_of_a_wider_type_is_taken_up():
     basis = other.state[narrow[1].weight]["basis"]
     assert basis.dtype == torch.float32
     assert torch.equal(basis, optimizer.state[net[1].weight]["basis"])
+
+
+def shorter(state):
+    state["exp_avg"] = state["exp_avg"][:-1]
+
+
+def wider(state):
+    state["exp_avg_sq"] = torch.cat([state["exp_avg_sq"], state["exp_avg_sq"]], dim=-1)
+
+
+def transposed(state):
+    state["exp_avg"] = state["exp_avg"].T.contiguous()
+
+
+def broadcast(state):
+    state["exp_avg_sq"] = state["exp_avg_sq"][..., :1]
+
+
+def vector(state):
+    state["step"] = state["step"].repeat(2)
+
+
+@pytest.mark.parametrize("spoil", [shorter, wider, transposed, broadcast, vector])
+@pytest.mark.parametrize("method", ["galore", "apollo", "fira"])
+@pytest.mark.parametrize("name", ["0.weight", "1.weight"])
+def test_a_tensor_of_another_shape(method, name, spoil):
+    net, optimizer = build(method)
+    train(net, optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    names = [n for group in state["param_groups"] for n in group["param_names"]]
+    spoil(state["state"][names.index(name)])
+    other_net, other = build(method)
+    train(other_net, other, steps=1)
+    before = contents(other)
+    with pytest.raises(ValueError, match=f"the loaded state of {name}: .* must be .* of shape .*, got .* of shape"):
+        other.load_state_dict(state)
+    assert equal(contents(other), before)
+    train(other_net, other)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_state_of_another_rank(method, steps):
+    net, optimizer = build(method)
+    train(net, optimizer, steps)
+    other_net = model()
+    cls, options = METHODS[method]
+    other = cls(optim.param_groups(other_net, rank=3), lr=1e-2, **options)
+    before = contents(other)
+    with pytest.raises(ValueError, match="rank of the loaded group 1 must be 3, as of this optimizer's, got 4"):
+        other.load_state_dict(optimizer.state_dict())
+    assert equal(contents(other), before) and other.param_groups[1]["rank"] == 3
+    train(other_net, other)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda net: {"params": [("a", net[0].weight)]},  # already in a group: torch's rule
+        lambda net: {"params": [("a", "no tensor")]},
+        lambda net: {"params": [("a", net[1].weight)], "rank": "four"},
+        lambda net: {"params": [("a", net[1].bias)], "rank": 4},
+        lambda net: {"params": [("a", net[1].weight)], "lr": -1},
+    ],
+)
+def test_a_refused_group_leaves_no_names(refused):
+    net = model()
+    optimizer = optim.GaLoreAdamW([net[0].weight], lr=1e-2)
+    with pytest.raises((ValueError, TypeError)):
+        optimizer.add_param_group(refused(net))
+    assert len(optimizer.param_groups) == 1 and "param_names" not in optimizer.param_groups[0]
+    optimizer.add_param_group({"params": [net[1].weight], "rank": 4})
+    train(net, optimizer)

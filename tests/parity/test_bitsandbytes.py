@@ -8,8 +8,8 @@ codes: tests/cpu has an exact one.
 import pytest
 import torch
 
+from lowrank_sys._ops.codebook import dynamic_map
 from lowrank_sys.optim.bitsandbytes import from_bitsandbytes, to_bitsandbytes
-from lowrank_sys.reference.blockwise import dynamic_map
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="the peer bitsandbytes is not installed")
 

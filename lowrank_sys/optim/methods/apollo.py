@@ -3,11 +3,17 @@
 from lowrank_sys.optim.moments import MIN_8BIT_SIZE, Fp32, Plain8bit
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 from lowrank_sys.optim.pipeline import Pipeline
+from lowrank_sys.optim.preset import method
 from lowrank_sys.optim.remainder import ScaledGradient
 from lowrank_sys.optim.rules import RatioAdam
 from lowrank_sys.subspace.keys import Keyed
 
 
+# Who keeps weights in INT8 has no room for fp32 moments of the embeddings.
+@method("apollo", lr=2e-3, plain_lr=3e-3, scale=1.0, int8_options={"plain_8bit": True})
+@method(
+    "apollo-mini", lr=2e-3, plain_lr=3e-3, rank=1, scale=128.0, keys={"scale_type": "tensor"}, int8_options={"plain_8bit": True}
+)
 class APOLLOAdamW(LowRankOptimizer):
     """W <- (1 - lr*wd) W - a sqrt(scale) s o G, with a = lr sqrt(1 - beta2^t) / (1 - beta1^t).
 

@@ -2,10 +2,12 @@
 
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 from lowrank_sys.optim.pipeline import Pipeline
+from lowrank_sys.optim.preset import method
 from lowrank_sys.optim.remainder import ScaledResidual
 from lowrank_sys.optim.rules import RatioAdam
 
 
+@method("fira", lr=2e-3, plain_lr=3e-3, scale_key="alpha")
 class FiraAdamW(LowRankOptimizer):
     """W <- (1 - lr*wd) W - a [alpha back(N) + s o (G - alpha back(R))]; a, s and N as APOLLOAdamW.
 

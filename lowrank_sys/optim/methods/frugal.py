@@ -2,10 +2,12 @@
 
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 from lowrank_sys.optim.pipeline import Pipeline
+from lowrank_sys.optim.preset import method
 from lowrank_sys.optim.remainder import StateFree
 from lowrank_sys.optim.rules import Adam
 
 
+@method("frugal", lr=5e-4, plain_lr=3e-3, scale=1.0)
 class FrugalAdamW(LowRankOptimizer):
     """W <- (1 - lr*wd) W - lr [scale back(Adam(R)) + residual_scale sign(G - back(R))].
 

@@ -4,9 +4,11 @@ from lowrank_sys.optim import hyper
 from lowrank_sys.optim.moments import MIN_8BIT_SIZE, Blocks8bit
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 from lowrank_sys.optim.pipeline import Pipeline
+from lowrank_sys.optim.preset import method
 from lowrank_sys.optim.rules import Adafactor, Adam
 
 
+@method("galore", lr=5e-3, plain_lr=3e-3)
 class GaLoreAdamW(LowRankOptimizer):
     """AdamW whose moments live in a rank-r subspace: W <- (1 - lr*wd) W - lr*scale*back(Adam(project(G))).
 
@@ -33,6 +35,7 @@ class GaLoreAdamW(LowRankOptimizer):
         )
 
 
+@method("galore8bit", lr=5e-3, plain_lr=3e-3)
 class GaLoreAdamW8bit(LowRankOptimizer):
     """GaLoreAdamW with moments in 8 bits: codes of the dynamic map of bitsandbytes, in blocks of 256 with an fp32 absmax each.
 
@@ -65,6 +68,8 @@ class GaLoreAdamW8bit(LowRankOptimizer):
         super().__init__(params, Pipeline(Adam(), moments=Blocks8bit()), defaults, nonfinite, per_layer)
 
 
+# The rates of the command line are plain ones: neither relative to the step count nor to the size of a weight.
+@method("galore-adafactor", lr=5e-3, plain_lr=3e-3, options={"relative_step": False, "scale_parameter": False})
 class GaLoreAdafactor(LowRankOptimizer):
     """Adafactor whose statistics live in a rank-r subspace; groups without `rank` are plain Adafactor.
 

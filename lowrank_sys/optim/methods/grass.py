@@ -2,10 +2,12 @@
 
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 from lowrank_sys.optim.pipeline import Pipeline
+from lowrank_sys.optim.preset import method
 from lowrank_sys.optim.rules import Adam
 from lowrank_sys.subspace.rows import Rows
 
 
+@method("grass", lr=5e-3, plain_lr=3e-3, subspace="top")
 class GrassAdamW(LowRankOptimizer):
     """W <- (1 - lr*wd) W - lr*scale*scatter(Adam(gather(G))): the basis is `rank` rows of the identity, times a scale each.
 

@@ -26,8 +26,8 @@ def _inverse_root(statistic):
 class Adafactor(Rule):
     """R over the root of its factored second moments, clipped by its RMS and scaled by the rate before the first moment.
 
-    `beta1=None` keeps no first moment. With `relative_step` the rate follows the step count; with `scale_parameter` it is multiplied
-    by the RMS of the weight.
+    `beta1=None` keeps no first moment. With `relative_step` the rate follows the step count; with `scale_parameter` it is
+    multiplied by the RMS of the weight.
     """
 
     name = "adafactor"
@@ -66,8 +66,8 @@ class Adafactor(Rule):
         return update
 
     def _preconditioned(self, r, square, s, beta2):
-        """R over the root of the estimate row col / mean(row), factor by factor: the estimate itself leaves fp32 where some rows are
-        zero and others large."""
+        """R over the root of the estimate row col / mean(row), factor by factor: the estimate itself leaves fp32 where some rows
+        are zero and others large."""
         for name, dim in (("row", -1), ("col", -2)):
             seen, old = s.ok.expand_as(square).any(dim, keepdim=True), getattr(s, name)
             setattr(s, name, torch.where(seen, beta2 * old + (1 - beta2) * _mean_over(square, s.ok, dim), old))

@@ -28,6 +28,9 @@ class Momentum(Rule):
     def moments(self, shape, h):
         return self.state if h["momentum"] > 0 else {}
 
+    def returns_gradient(self, h):
+        return h["momentum"] == 0
+
     def update(self, r, s, h):
         if h["momentum"] == 0:
             return r
@@ -39,6 +42,9 @@ class Unchanged(Rule):
     """X = R, without a state."""
 
     name = "unchanged"
+
+    def returns_gradient(self, h):
+        return True
 
     def update(self, r, s, h):
         return r

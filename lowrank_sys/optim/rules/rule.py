@@ -31,6 +31,10 @@ class Rule:
         """{name: Moment} for a gradient of this shape."""
         return self.state
 
+    def returns_gradient(self, h):
+        """Whether X is R itself, without a state."""
+        return False
+
     def rates(self, lr, s, h):
         """(what weight decay is multiplied by, what the update is multiplied by); 0-dim each."""
         return lr, lr

@@ -1,0 +1,63 @@
+"""COAP (Xiao et al. 2024, arXiv:2412.00071): a basis that follows the gradient and the first moment by steps of its own."""
+
+import torch
+
+from lowrank_sys.optim.preset import Preset, method
+from lowrank_sys.subspace.iteration import gaussian
+from lowrank_sys.subspace.select import SELECT, Selector
+from lowrank_sys.subspace.transport import TRANSPORTS, Transport, rotated, rotation
+
+RATE, CLIP = 0.1, 1.0  # of a step on the basis
+
+
+class CorrelationAware(Selector):
+    """Every `reproject_factor`-th time Vᵀ of QᵀG, Q from QR of G B; else one SGD step on B.
+
+    Its loss is MSE(back(R), G) (1 - mean cos(back(M), G)), the cosine by channel, and takes products of R's size alone:
+    |back(R) - G|² = |G|² - 2|R|² + tr((BᵀB)(RᵀR)). B stays as the step leaves it.
+    """
+
+    moments, hyper, counts = ("exp_avg",), ("reproject_factor",), True
+
+    def choose(self, due):
+        g = due.gradient.float().T if due.left else due.gradient.float()  # (channels, d)
+        valid = torch.linalg.vector_norm(g).isfinite()
+        if due.old is None or int(due.state["refreshes"]) % int(due.h["reproject_factor"]) == 0:
+            old = gaussian(g.shape[1], due.rank, due.seed, g) if due.old is None else due.old.float()
+            q = torch.linalg.qr(torch.where(valid, g @ old, 0)).Q
+            new = torch.linalg.svd(torch.where(valid, q.T @ g, 0), full_matrices=False).Vh[: due.rank].T.contiguous()
+        else:
+            new = self._stepped(due.old.float(), g, due.moment("exp_avg").T if due.left else due.moment("exp_avg"))
+        return new, torch.where(valid, (g @ new).square().sum(0), 0)
+
+    @torch.enable_grad()
+    def _stepped(self, basis, g, m):
+        b = basis.clone().requires_grad_()
+        r, gram, channels = g @ b, b.T @ b, torch.linalg.vector_norm(g, dim=1)
+        error = (channels.square().sum() - 2 * r.square().sum() + (gram * (r.T @ r)).sum()) / g.numel()
+        norms = ((m @ gram) * m).sum(1).clamp(min=1e-16).sqrt() * channels.clamp(min=1e-8)
+        (step,) = torch.autograd.grad(error * (1 - ((m * r).sum(1) / norms).mean()), b)
+        return basis - RATE * step * (CLIP / step.norm().clamp(min=CLIP))
+
+
+def rotate_roots(due, old, new, kept):
+    """M <- C M and V <- (C sqrt(V))²."""
+    c = rotation(old, new, torch.float32)
+    for name, signed in due.moments.items():
+        moment = due.moment(name)
+        due.write(name, rotated(moment, c, left=due.left) if signed else rotated(moment.sqrt(), c, left=due.left).square(), kept)
+
+
+SELECT["coap"] = CorrelationAware()
+TRANSPORTS["rotate-roots"] = Transport(rotate_roots)
+
+
+@method("coap", lr=5e-3, plain_lr=3e-3, scale=1.0, subspace="coap", update_proj_gap=32)
+class COAPAdamW(Preset):
+    """GaLoreAdamW on bases of CorrelationAware, calibrated anew at every fifth refresh (`reproject_factor`).
+
+    Group keys: those of GaLoreAdamW; `update_proj_gap` (32), `scale` (1), `moments` (keep | rotate-roots: the authors'
+    restore_state). With bits=8 the authors' 8-bit variant. State of a matrix: that of GaLoreAdamW, and `refreshes`.
+    """
+
+    low_rank_defaults = {"subspace": "coap", "update_proj_gap": 32, "scale": 1.0, "reproject_factor": 5}

@@ -1,0 +1,66 @@
+"""LDAdam (Robert et al. 2024, arXiv:2410.16103): a basis that is renewed at every step, and the error of projecting fed back."""
+
+import torch
+
+from lowrank_sys.optim.preset import Preset, method
+from lowrank_sys.optim.remainder import ErrorFeedback
+from lowrank_sys.subspace.iteration import orthonormalize, svd_basis
+from lowrank_sys.subspace.select import SELECT, Selector
+from lowrank_sys.subspace.transport import TRANSPORTS, Transport, rotated, rotation
+
+
+def corrected(due):
+    """(M / (1 - beta1^t), V / (1 - beta2^t), 1 - beta2^t) as rows of R stand for left bases; t counts the steps that were taken."""
+    m, v = (due.moment(name).T if not due.left else due.moment(name) for name in ("exp_avg", "exp_avg_sq"))
+    first, second = (1 - due.h[f"beta{i}"] ** due.state["step"].clamp(min=1) for i in (1, 2))
+    return m / first, v / second, second
+
+
+class PowerStep(Selector):
+    """QR of one power step on rho back(M) + (1 - rho) G from the old basis; a first one is the exact SVD's."""
+
+    moments, hyper, staggered = ("exp_avg", "exp_avg_sq", "step", "error"), ("rho",), False
+
+    def choose(self, due):
+        if due.old is None:
+            return svd_basis(due.gradient, None, rank=due.rank, left=due.left)
+        g = due.gradient.float() if due.left else due.gradient.float().T  # (d, channels)
+        old, rho, m = due.old.float(), due.h["rho"], corrected(due)[0]
+        other = rho * (m.T @ (old.T @ old)) + (1 - rho) * (g.T @ old)
+        y = rho * (old @ (m @ other)) + (1 - rho) * (g @ other)
+        size = torch.linalg.vector_norm(y)
+        valid = size.isfinite() & (size > 0)
+        new = torch.where(valid, orthonormalize(torch.where(valid, y, old), passes=3), old)
+        return new, torch.where(valid, y.square().sum(0), 0)
+
+
+def covariance(due, old, new, kept):
+    """M <- C M, and of V the variance that C∘C carries over around the moved mean; what M loses joins the error."""
+    c, (m, v, second) = rotation(old, new, torch.float32), corrected(due)
+    moved = c @ m
+    before, after = due.moment("exp_avg").clone(), rotated(due.moment("exp_avg"), c, left=due.left)
+    spread = (second * ((c * c) @ (v - m.square()) + moved.square())).abs()
+    due.write("exp_avg", after, kept)
+    due.write("exp_avg_sq", spread if due.left else spread.T, kept)
+    share = due.h["beta1"] / (1 - due.h["beta1"])
+    for low_rank, basis, sign in ((before, old, share), (after, new, -share)):
+        torch.ops.lowrank.back_project_(due.state["error"], low_rank.contiguous(), basis, alpha=sign, left=due.left)
+
+
+SELECT["power"] = PowerStep()
+TRANSPORTS["covariance"] = Transport(covariance, needs=("exp_avg", "exp_avg_sq", "error"))
+
+
+@method("ldadam", lr=2e-3, plain_lr=3e-3, scale=1.0, subspace="power", update_proj_gap=1)
+class LDAdamW(Preset):
+    """Adam in a basis that takes one power step before every step, with projection-aware moments and error feedback.
+
+    Group keys: `rank`, `rho` (0.908, the share of the momentum in what the basis follows), `proj_type`, `scale` (1). betas
+    (0.908, 0.99). State of a matrix: that of GaLoreAdamW, and `error`; the authors keep it in `.grad`.
+    """
+
+    remainder = ErrorFeedback()
+    low_rank_defaults = {"subspace": "power", "moments": "covariance", "update_proj_gap": 1, "rho": 0.908}
+
+    def __init__(self, params, lr=1e-3, betas=(0.908, 0.99), **options):
+        super().__init__(params, lr, betas=betas, **options)

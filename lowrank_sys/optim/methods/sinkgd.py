@@ -1,0 +1,57 @@
+"""SinkGD (Scetbon et al., NeurIPS 2025, arXiv:2502.06742): rows and columns of the gradient brought to one norm by turns."""
+
+import math
+
+import torch
+
+from lowrank_sys.optim.preset import Preset, method
+from lowrank_sys.optim.remainder import Remainder
+from lowrank_sys.optim.rules import Adam, Unchanged
+from lowrank_sys.optim.update import Update
+from lowrank_sys.optim.weight import panels
+from lowrank_sys.subspace.none import NoSubspace
+
+
+def _factor(squares, size):
+    """What brings vectors of these squared norms to sqrt(size); 0 for a zero one."""
+    return torch.where(squares > 0, math.sqrt(size) * squares.rsqrt(), 0)
+
+
+class Sinkhorn(Remainder):
+    """X = diag(a) G diag(b) after `passes` (5) times of rows to norm sqrt(n), columns to norm sqrt(m). It keeps a and b alone."""
+
+    name, defaults, from_low_rank = "sinkhorn", {"passes": 5}, False
+
+    def measure(self, g, r, s, state, h):
+        norms = torch.ops.lowrank.channel_norms(g, left=False)
+        s.rows, s.size = norms.isfinite().unsqueeze(1), torch.where(norms.isfinite(), norms, 0).amax().clamp(min=1e-38)
+        return s.rows
+
+    def of(self, g, r, x, s, state, h):
+        m, n = g.shape
+        a, b = s.rows.float(), g.new_ones((1, n), dtype=torch.float32)
+        for _ in range(h["passes"]):
+            a, total = a.clone(), torch.zeros_like(b)
+            for first, end in panels(g.shape):
+                rows = slice(first, end)
+                squares = torch.where(s.rows[rows], g[rows].float() / s.size, 0).square_()
+                a[rows] = _factor(squares @ b.square().T, n)
+                total += a[rows].square().T @ squares
+            b = _factor(total, m)
+        return Update(phi=g, c=(a, b / s.size))
+
+
+class NoRule(Unchanged):
+    """Matrices have no rule; all else has AdamW."""
+
+    defaults, plain = {"betas": (0.9, 0.999), "eps": 1e-8}, Adam()
+
+
+@method("sinkgd", lr=1e-3, plain_lr=3e-3, rank=None)
+class SinkGD(Preset):
+    """W <- (1 - lr*wd) W - lr X, without a state. Groups with `rank` None; others (embeddings, head, vectors) are AdamW.
+
+    Group key: `passes` (5). A row that is not finite stays as it is, and counts for no column.
+    """
+
+    rule, subspace, remainder = NoRule(), NoSubspace(), Sinkhorn()

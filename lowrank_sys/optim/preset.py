@@ -1,0 +1,81 @@
+"""Methods by name: a class of parts, and what the command line, the benchmarks and the tests need to know of it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from lowrank_sys.optim.groups import param_groups
+from lowrank_sys.optim.moments import MIN_8BIT_SIZE, Blocks8bit, Fp32
+from lowrank_sys.optim.optimizer import LowRankOptimizer
+from lowrank_sys.optim.pipeline import Pipeline
+from lowrank_sys.optim.remainder import Remainder
+from lowrank_sys.optim.rules import Adam
+from lowrank_sys.subspace.orthonormal import Orthonormal
+
+
+class Method(NamedTuple):
+    """A method of the command line.
+
+    lr, plain_lr: rates that suit its matrices and all other parameters. rank: None without a subspace. scale_key: the group key
+    that is the factor of its update, and `scale` its value. keys: more of its low-rank groups. options: arguments of the optimizer;
+    int8_options: more of them where weights are INT8. groups: (model, rank, plain=..., target_modules=..., **keys) -> parameter
+    groups. low_rank: whether matrices are trained otherwise than all else.
+    """
+
+    optimizer: type[LowRankOptimizer]
+    lr: float
+    plain_lr: float
+    rank: int | None = 128
+    scale_key: str = "scale"
+    scale: float = 0.25
+    subspace: str = "randomized"
+    weights: str = "float"
+    update_proj_gap: int = 200
+    keys: Mapping[str, Any] = {}
+    options: Mapping[str, Any] = {}
+    int8_options: Mapping[str, Any] = {}
+    groups: Callable = param_groups
+    low_rank: bool = True
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(name, **facts):
+    """Decorator: the optimizer class serves method `name`; facts: fields of Method."""
+
+    def register(cls):
+        METHODS[name] = Method(cls, **facts)
+        return cls
+
+    return register
+
+
+class Preset(LowRankOptimizer):
+    """A method as its parts: class attributes `rule`, `subspace` and `remainder`.
+
+    Args:
+        params: parameters or groups (lowrank_sys.optim.param_groups makes them from a model).
+        lr: rate, float or 0-dim fp32 tensor.
+        weight_decay: decoupled, at the rate lr.
+        bits: of the moments: 32, or 8 in blocks of 256.
+        nonfinite, per_layer: as GaLoreAdamW.
+        **hyper: of the rule, and of the plain one (`rule.defaults`).
+    """
+
+    rule = Adam()
+    subspace = Orthonormal()
+    remainder = Remainder()
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.0, *, bits=32, nonfinite="skip", per_layer=None, **hyper):
+        if bits not in (8, 32):
+            raise ValueError(f"bits must be 8 or 32, got {bits!r}")
+        pipeline = Pipeline(
+            self.rule, subspace=self.subspace, remainder=self.remainder, moments=Blocks8bit() if bits == 8 else Fp32()
+        )
+        known = {**pipeline.plain.defaults, **self.rule.defaults}
+        if unknown := sorted(hyper.keys() - known.keys()):
+            raise ValueError(f"{type(self).__name__} takes {', '.join(sorted(known))}, got {', '.join(unknown)}")
+        defaults = {"lr": lr, "weight_decay": weight_decay, **known, **hyper}
+        if bits == 8:
+            defaults["min_8bit_size"] = MIN_8BIT_SIZE
+        super().__init__(params, pipeline, defaults, nonfinite, per_layer)

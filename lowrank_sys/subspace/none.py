@@ -1,0 +1,30 @@
+"""No subspace: a matrix takes its step on the gradient itself."""
+
+from lowrank_sys.subspace.kind import Kind
+from lowrank_sys.subspace.matrices import expect_matrices
+
+
+class NoSubspace(Kind):
+    """Of groups with `rank` None, whose matrices have no basis. Group key: `seed`, of the random bits of INT8 weights."""
+
+    defaults = {"seed": 0}
+    categories = {}
+    on_host = ()
+
+    def check(self, group, names):
+        if group["rank"] is not None:
+            raise ValueError(f"rank must be None without a subspace, got {group['rank']!r}")
+        for name, param in zip(names, group["params"]):
+            expect_matrices(name, param)
+
+    def needs(self, group):
+        return {}
+
+    def init(self, state, param, group, index, count):
+        return param.shape
+
+    def shape_of(self, param, state):
+        return param.shape
+
+    def measured(self, group, grad, state):
+        return grad
