@@ -84,8 +84,8 @@ def scalars(case):
 
 
 def refresh(f, state, gradient, lr, numbers, *, moments=(), **options):
-    """Call `refresh_` on one matrix. state, numbers: its tensors and integers, by name. moments: names of those in the state, signed
-    if first."""
+    """Call `refresh_` on one matrix. state, numbers: its tensors and integers, by name. moments: names of those in
+    the state."""
     f(
         list(state.values()), [gradient], [*numbers.values(), 200], lr, keys=list(state), number_keys=[*numbers, "first_gap"],
         moments=list(moments), signed=[name == "exp_avg" for name in moments], hyper_keys=["update_proj_gap"], hyper=[200.0],
