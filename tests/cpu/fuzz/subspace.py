@@ -56,8 +56,8 @@ def packed(kind, lists):
             numbers=[values[i] for i in range(count) for values in numbers.values()],
             lr=drawn["lr"], kind=kind, select=drawn.get("method", drawn.get("subspace", "randomized")),
             transport=drawn["moments"], keys=keys, number_keys=list(numbers), moments=["exp_avg", "exp_avg_sq"],
-            signed=[True, False], hyper_keys=list(hyper), hyper=[float(value) for value in hyper.values()], left=drawn.get("left", True),
-            sketched=sketched,
+            signed=[True, False], hyper_keys=list(hyper), hyper=[float(value) for value in hyper.values()],
+            left=drawn.get("left", True), sketched=sketched,
         )  # fmt: skip
 
     return arguments
