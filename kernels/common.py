@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from lowrank_sys.reference import adam as reference
+from lowrank_sys._ops import numerics
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-MAX_GRADIENT = tl.constexpr(reference.MAX_GRADIENT)
+MAX_GRADIENT = tl.constexpr(numerics.MAX_GRADIENT)
 
 # Slots of a step's row of scalars (fp32, on the device). Rows are padded so that each starts on 16 bytes.
 CORRECTION1, CORRECTION2, DECAY, ALPHA, GRAD_SCALE, ACTIVE = (tl.constexpr(i) for i in range(6))

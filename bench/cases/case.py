@@ -83,6 +83,16 @@ def scalars(case):
     return {name: torch.tensor(value, device=case.device) for name, value in (("step", 10.0), ("lr", 0.1))}
 
 
+def refresh(f, state, gradient, lr, numbers, *, moments=(), **options):
+    """Call `refresh_` on one matrix. state, numbers: its tensors and integers, by name. moments: names of those in
+    the state."""
+    f(
+        list(state.values()), [gradient], [*numbers.values(), 200], lr, keys=list(state), number_keys=[*numbers, "first_gap"],
+        moments=list(moments), signed=[name == "exp_avg" for name in moments], hyper_keys=["update_proj_gap"], hyper=[200.0],
+        **options,
+    )  # fmt: skip
+
+
 def adam_bytes(elements):
     """Two fp32 moments, read and written."""
     return 16 * elements

@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys import reference
-from lowrank_sys.bench.cases.case import Op, low_rank, moments, scalars
+from lowrank_sys.bench.cases.case import Op, low_rank, moments, refresh, scalars
 
 WHICH = {"seed": 1, "step": 2, "parameter": 3}
 
@@ -58,13 +58,18 @@ def _key_inputs(case, randn):
 
 def _refresh_keys(f, t, case):
     t["countdown"].zero_()
-    f([t["key"]], [t["countdown"]], [t["exp_avg"]], [t["exp_avg_sq"]], [t["step"]], t["lr"], gap=200, moments="reset")
+    names = ("exp_avg", "exp_avg_sq")
+    state = {key: t[key] for key in ("key", "countdown", *names, "step")}
+    refresh(
+        f, state, t["exp_avg"], t["lr"], {}, moments=names, kind="Gaussian", select="", transport="reset", left=case.left
+    )  # fmt: skip
     return [t["key"], t["exp_avg"], t["exp_avg_sq"]]
 
 
-def _next_key(keys, countdowns, exp_avgs, exp_avg_sqs, *_, **__):
-    keys[0][1] += 1
-    _zero(exp_avgs[0], exp_avg_sqs[0])
+def _next_key(tensors, *_, **__):
+    key, _, exp_avg, exp_avg_sq, _ = tensors
+    key[1] += 1
+    _zero(exp_avg, exp_avg_sq)
 
 
 def _zero(*tensors):
@@ -105,13 +110,13 @@ OPS = {
         oracle=reference.gaussian_back_project_,
         other=MADE,
     ),
-    "refresh_keys_": Op(
+    "refresh_ keys": Op(
         _key_inputs,
         _refresh_keys,
         traffic=lambda c: 8 * c.low_rank + 64,
         flop=lambda c: 0,
         bases={"zero": lambda t, c: lambda: _zero(t["exp_avg"], t["exp_avg_sq"])},
-        overload="refresh_keys_",
+        overload="refresh_",
         oracle=_next_key,
         exact=True,
         other="counters on the host",

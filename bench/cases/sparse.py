@@ -4,7 +4,7 @@ write of the rest of W."""
 import torch
 
 from lowrank_sys import reference
-from lowrank_sys.bench.cases.case import ADAM, Op, adam_bytes, low_rank, moments, scalars
+from lowrank_sys.bench.cases.case import ADAM, Op, adam_bytes, low_rank, moments, refresh, scalars
 from lowrank_sys.reference.selection import select_rows
 from lowrank_sys.reference.sparse import row_norms
 
@@ -106,29 +106,14 @@ def _refresh_inputs(case, randn):
 
 def _refresh_rows(f, t, case):
     t["countdown"].zero_()
-    f(
-        [t["indices"]],
-        [],
-        [t["grad"]],
-        [t["countdown"]],
-        [t["refreshes"]],
-        [],
-        [],
-        [],
-        t["lr"],
-        left=case.left,
-        gap=200,
-        first_gaps=[200],
-        seeds=[1],
-        parameters=[0],
-        method="top",
-        moments="keep",
-    )
+    state = {key: t[key] for key in ("indices", "countdown", "refreshes")}
+    numbers = {"seed": 1, "parameter": 0}
+    refresh(f, state, t["grad"], t["lr"], numbers, kind="Rows", select="top", transport="keep", left=case.left)
     return [t["indices"]]
 
 
-def _chosen_rows(indices, row_scales, grads, *_, left, method, **__):
-    indices[0].copy_(select_rows(row_norms(grads[0], left=left), r=indices[0].shape[0], method=method)[0])
+def _chosen_rows(tensors, gradients, *_, left, select, **__):
+    tensors[0].copy_(select_rows(row_norms(gradients[0], left=left), r=tensors[0].shape[0], method=select)[0])
 
 
 OPS = {
@@ -163,13 +148,13 @@ OPS = {
         exact=True,
         other="selection",
     ),
-    "refresh_rows_": Op(
+    "refresh_ rows": Op(
         _refresh_inputs,
         _refresh_rows,
         traffic=lambda c: c.element * c.matrix + 4 * (_rows(c) + c.rank),
         flop=lambda c: 2 * c.matrix,
         bases={"norms": _norms},
-        overload="refresh_rows_",
+        overload="refresh_",
         oracle=_chosen_rows,
         exact=True,
     ),

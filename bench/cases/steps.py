@@ -16,7 +16,6 @@ from lowrank_sys.bench.cases.case import (
     scalars,
     two_products,
 )
-from lowrank_sys.reference.adafactor import adafactor_step
 
 
 def _galore_inputs(case, randn):
@@ -80,70 +79,6 @@ def _adamw_step(f, t, case):
     return [t["param"], t["exp_avg"], t["exp_avg_sq"]]
 
 
-def _adafactor_inputs(case, randn):
-    rows, columns = low_rank(case)
-    statistics = {"row": randn(rows, 1, dtype=torch.float32).square(), "col": randn(1, columns, dtype=torch.float32).square()}
-    t = _galore_inputs(case, randn) | statistics
-    del t["exp_avg_sq"]
-    return t
-
-
-def _adafactor_step(f, t, case):
-    f(
-        t["param"],
-        t["grad"],
-        t["basis"],
-        t["exp_avg"],
-        t["row"],
-        t["col"],
-        None,
-        t["step"],
-        lr=t["lr"],
-        beta1=0.9,
-        decay_rate=-0.8,
-        eps1=1e-30,
-        eps2=1e-3,
-        clip_threshold=1.0,
-        weight_decay=0.01,
-        scale=0.25,
-        scale_parameter=False,
-        relative_step=False,
-        warmup_init=False,
-        left=case.left,
-    )
-    return [t[name] for name in ("param", "exp_avg", "row", "col")]
-
-
-def _adafactor_truth(
-    param,
-    grad,
-    basis,
-    exp_avg,
-    row,
-    col,
-    _,
-    step,
-    *,
-    lr,
-    beta1,
-    decay_rate,
-    eps1,
-    clip_threshold,
-    weight_decay,
-    scale,
-    left,
-    **unused,
-):
-    """adafactor_step in fp64, which its rules refuse, as in the paper: R over the root of row col / mean(row)."""
-    r = reference.project(grad, basis, left=left)
-    beta2 = 1 - (step + 1) ** decay_rate
-    for statistic, dim in ((row, 1), (col, 0)):
-        statistic.lerp_((r.square() + eps1).mean(dim, keepdim=True), 1 - beta2)
-    update = r / (row * col / row.mean()).sqrt()
-    exp_avg.lerp_(update * lr / (update.square().mean().sqrt() / clip_threshold).clamp(min=1), 1 - beta1)
-    param.mul_(1 - lr * weight_decay).sub_(scale * reference.galore.back(exp_avg, basis, left))
-
-
 def _torch_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, *, lr, fused=False, **hyper):
     torch_adamw(
         params, grads, exp_avgs, exp_avg_sqs, [], steps, foreach=False, fused=fused, lr=lr, amsgrad=False, maximize=False, **hyper
@@ -174,16 +109,6 @@ OPS = {
         bases={"gemm": product_back},
         overload="subspace_step.tensor",
         oracle=reference.subspace_step,
-    ),
-    "adafactor_step": Op(
-        _adafactor_inputs,
-        _adafactor_step,
-        traffic=lambda c: c.element * (3 * c.matrix + 2 * c.basis) + 8 * (c.low_rank + sum(low_rank(c))),
-        flop=lambda c: 4 * c.matrix * c.rank,
-        bases={"gemms": two_products},
-        overload="adafactor_step",
-        oracle=adafactor_step,
-        truth=_adafactor_truth,
     ),
     "adamw_step": Op(
         _adamw_inputs,

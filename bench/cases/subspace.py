@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys import reference
-from lowrank_sys.bench.cases.case import Op, low_rank, moments, orthonormal, scalars
+from lowrank_sys.bench.cases.case import Op, low_rank, moments, orthonormal, refresh, scalars
 from lowrank_sys.subspace.iteration import (
     MIX,
     basis_from_sketch,
@@ -44,37 +44,23 @@ def _sketch_inputs(case, randn):
     return t | {"sketch": reference.project(t["grad"], omega, left=not case.left).contiguous()}
 
 
-def _schedule(t, case):
-    """Arguments of a refresh that is due, with moments that are kept."""
-    t["countdown"].zero_()
-    return ([t["countdown"]], [], [], [], t["lr"]), {
-        "left": case.left,
-        "gap": 200,
-        "first_gaps": [200],
-        "seeds": [0],
-        "moments": "keep",
-    }
-
-
 def _refresh(f, t, case):
-    state, options = _schedule(t, case)
-    f([t["basis"]], [t["grad"]], *state, subspace="randomized", **options)
+    """A refresh that is due, from the gradient or, where there is one, from its sketch; moments are kept."""
+    t["countdown"].zero_()
+    sketched = "sketch" in t
+    refresh(
+        f, {key: t[key] for key in ("basis", "countdown")}, t["sketch" if sketched else "grad"], t["lr"], {"seed": 0},
+        kind="Orthonormal", select="randomized", transport="keep", left=case.left, sketched=sketched,
+    )  # fmt: skip
     return [t["basis"]]
 
 
-def _refresh_from_sketch(f, t, case):
-    state, options = _schedule(t, case)
-    f([t["basis"]], [t["sketch"]], *state, **options)
-    return [t["basis"]]
-
-
-def _refreshed(bases, grads, *_, left, seeds, **__):
-    old = bases[0]
-    old.copy_(subspace_iteration(grads[0], old, rank=old.shape[1], left=left, n_iter=1, seed=seeds[0])[0])
-
-
-def _refreshed_from_sketch(bases, sketches, *_, left, seeds, **__):
-    bases[0].copy_(basis_from_sketch(sketches[0], bases[0], left=left, seed=seeds[0])[0])
+def _refreshed(tensors, gradients, *_, left, sketched, **__):
+    old, matrix = tensors[0], gradients[0]
+    if sketched:
+        old.copy_(basis_from_sketch(matrix, old, left=left, seed=0)[0])
+    else:
+        old.copy_(subspace_iteration(matrix, old, rank=old.shape[1], left=left, n_iter=1, seed=0)[0])
 
 
 def _directions_inputs(case, randn):
@@ -139,14 +125,14 @@ OPS = {
         chooses=True,
         other=FACTORS,
     ),
-    "refresh_from_sketch_": Op(
+    "refresh_ sketched": Op(
         _sketch_inputs,
-        _refresh_from_sketch,
+        _refresh,
         traffic=lambda c: 4 * _sides(c)[0] * _columns(c) + 2 * c.element * c.basis,
         flop=lambda c: 2 * _sides(c)[0] * (_columns(c) ** 2 + _columns(c) * c.rank + 6 * c.rank**2),
         bases={"qr": _qr_of(lambda c: _sides(c)[0])},
-        overload="refresh_from_sketch_",
-        oracle=_refreshed_from_sketch,
+        overload="refresh_",
+        oracle=_refreshed,
         chooses=True,
         other=FACTORS,
     ),

@@ -63,6 +63,13 @@ def _newton_schulz_flop(case):
     return STEPS * (4 * short * short * wide + 2 * short**3)
 
 
+def _rotated(exp_avg, exp_avg_sq, old, new, *, left):
+    """rotate_moments_ at any precision."""
+    c = transport.rotation(old, new, exp_avg.dtype)
+    for moment, turned in ((exp_avg, c), (exp_avg_sq, c * c)):
+        moment.copy_(transport.rotated(moment, turned, left=left))
+
+
 OPS = {
     "rotate_moments_": Op(
         _rotate_inputs,
@@ -71,7 +78,7 @@ OPS = {
         flop=lambda c: 2 * c.rank * (2 * c.low_rank + c.basis),
         bases={"gemms": _two_rotations},
         overload="rotate_moments_",
-        oracle=transport.rotate,
+        oracle=_rotated,
     ),
     "dct_select": Op(
         lambda case, randn: {"grad": randn(case.m, case.n)},

@@ -150,9 +150,13 @@ class Orthonormal(Kind):
             due.state["refreshes"] += taken
         return taken
 
+    def _adapts(self, due):
+        """Whether a matrix has a gap of its own, and its group still asks for one."""
+        return "gap" in due.state and "cos_threshold" in due.h
+
     def _compare(self, due, old, new, kept):
         """Remember how much of its subspace a matrix keeps, if its gap is its own."""
-        if "gap" in due.state and due.training and not due.first:
+        if self._adapts(due) and due.training and not due.first:
             due.mean = adaptive.push_(due.state["overlaps"], adaptive.overlap(old, new), kept)
 
     def settle(self, taken):
@@ -165,7 +169,7 @@ class Orthonormal(Kind):
             )
 
     def gap(self, due):
-        return due.state["gap"].item() if "gap" in due.state and not due.first else super().gap(due)
+        return due.state["gap"].item() if self._adapts(due) and not due.first else super().gap(due)
 
     def describe(self, state):
         """Where a gap is its own: also "gap", and the "overlaps"."""

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from refreshed import advance
 from torch import nn
 
 from lowrank_sys.optim import GaLoreAdamW, QGaLoreAdamW8bit
 from lowrank_sys.subspace.gap import overlap
+from lowrank_sys.subspace.orthonormal import Orthonormal
 
-ops = torch.ops.lowrank
 NAN = float("nan")
 
 
@@ -30,33 +31,13 @@ def test_overlap_is_that_of_subspaces():
 
 
 def refresh(basis, grad, gap, queue, countdown=0, lr=0.1, threshold=0.4, most=100):
-    """One step of refresh_.full on a matrix with a gap of its own; (countdown, gap, queue) after it."""
-    countdown, gap, queue = torch.tensor(countdown), torch.tensor(gap), torch.tensor(queue)
-    ops.refresh_.full(
-        [basis],
-        [grad],
-        [countdown],
-        [],
-        [],
-        [],
-        torch.tensor(lr),
-        left=True,
-        gap=7,
-        first_gaps=[3],
-        seeds=[0],
-        subspace="svd",
-        moments="keep",
-        basis_scales=[],
-        basis_offsets=[],
-        exp_avg_absmaxes=[],
-        exp_avg_sq_absmaxes=[],
-        gaps=[gap],
-        overlaps=[queue],
-        cos_threshold=threshold,
-        gamma_proj=2.0,
-        max_gap=most,
-    )
-    return countdown.item(), gap.item(), queue.tolist()
+    """One step of the schedule on a matrix with a gap of its own; (countdown, gap, queue) after it."""
+    state = {"basis": basis, "countdown": torch.tensor(countdown), "gap": torch.tensor(gap), "overlaps": torch.tensor(queue)}
+    advance(
+        Orthonormal(), [grad], [state | {"first_gap": 3, "seed": 0}], left=True, lr=lr, subspace="svd", update_proj_gap=7,
+        cos_threshold=threshold, max_update_proj_gap=most,
+    )  # fmt: skip
+    return state["countdown"].item(), state["gap"].item(), state["overlaps"].tolist()
 
 
 def gradient(basis):
@@ -196,39 +177,3 @@ def test_other_methods_may_adapt_and_fixed_gaps_say_nothing():
     run(fixed, param, 1, lambda _: torch.ones(64, 96))
     (described,) = fixed.refreshes().values()
     assert described == {"countdown": 0}  # its first gap is one step
-
-
-@pytest.mark.parametrize(
-    "gap, queue, message",
-    [
-        (
-            torch.tensor(1.0),
-            torch.zeros(2),
-            r"gaps\[0\] must be a 0-dim int64 tensor on the CPU, got shape \(\), torch.float32 on cpu",
-        ),
-        (torch.tensor(1), torch.zeros(2).double(), r"overlaps\[0\] must be a vector of float32, got shape \(2,\), torch.float64"),
-    ],
-)
-def test_refused_lists(gap, queue, message):
-    with pytest.raises(RuntimeError, match=message):
-        ops.refresh_.full(
-            [orthonormal(20, 2)],
-            [torch.randn(20, 30)],
-            [torch.tensor(0)],
-            [],
-            [],
-            [],
-            torch.tensor(0.1),
-            left=True,
-            gap=7,
-            first_gaps=[3],
-            seeds=[0],
-            subspace="svd",
-            moments="keep",
-            basis_scales=[],
-            basis_offsets=[],
-            exp_avg_absmaxes=[],
-            exp_avg_sq_absmaxes=[],
-            gaps=[gap],
-            overlaps=[queue],
-        )

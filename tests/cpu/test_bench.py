@@ -293,7 +293,7 @@ def test_plots(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     for form, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
         path = tmp_path / f"plot.{form}"
-        run_kernels(capsys, "--op", "project", "refresh_keys_", "--shape", "8x6", "--rank", "2", "--plot", str(path))
+        run_kernels(capsys, "--op", "project", "refresh_ keys", "--shape", "8x6", "--rank", "2", "--plot", str(path))
         assert path.read_bytes().startswith(start)
         run(
             capsys,

@@ -107,7 +107,7 @@ def test_a_grad_scalers_numbers():
         optimizers[0].found_inf, optimizers[0].grad_scale = found_inf, grad_scale
         optimizers[0].step()
         with torch.no_grad():
-            parts.before(found_inf, grad_scale)
+            parts.before(grad_scale=grad_scale, found_inf=found_inf)
             parts.body()
             parts.after()
     assert same(models, optimizers)

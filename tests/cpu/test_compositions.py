@@ -1,15 +1,13 @@
-"""opcheck and bad input of the ops that are compositions: subspace_iteration, refresh_ and adafactor_step."""
+"""opcheck and bad input of the ops that are compositions: subspace_iteration and refresh_; Adafactor against its paper."""
 
 import pytest
 import torch
 
-import lowrank_sys  # noqa: F401  registers the ops
+from lowrank_sys.optim import GaLoreAdafactor
 
 ops = torch.ops.lowrank
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 M, N, R = 12, 20, 4
-RATES = dict(decay_rate=-0.8, eps1=1e-30, eps2=1e-3, clip_threshold=1.0, weight_decay=0.1, scale=0.25, beta1=0.9)
-FLAGS = dict(scale_parameter=True, relative_step=True, warmup_init=False)
 
 
 def basis(left):
@@ -28,21 +26,22 @@ def test_subspace_iteration(left, warm):
 
 
 def refresh_arguments(left, countdowns=(0, 3), **changes):
-    count = len(countdowns)
-    moments = [[torch.rand(low_rank_shape(left)) for _ in range(count)] for _ in range(2)]
-    lists = [
-        [basis(left) for _ in range(count)],
-        [torch.randn(M, N) for _ in range(count)],
-        [torch.tensor(c) for c in countdowns],
-        *moments,
-        [torch.tensor(5.0) for _ in range(count)],
-    ]
-    options = dict(left=left, gap=7, first_gaps=[2] * count, seeds=list(range(count)), subspace="randomized", moments="rotate")
-    return (*lists, torch.tensor(0.1)), options | changes
+    """Two matrices as lowrank_sys.subspace.Orthonormal hands them over, each with `changes`."""
+    tensors, gradients = [], []
+    for countdown in countdowns:
+        state = [basis(left), torch.tensor(countdown), *(torch.rand(low_rank_shape(left)) for _ in range(2)), torch.tensor(5.0)]
+        tensors += state
+        gradients.append(torch.randn(M, N))
+    options = dict(
+        kind="Orthonormal", select="randomized", transport="rotate", keys=["basis", "countdown", "exp_avg", "exp_avg_sq", "step"],
+        number_keys=["first_gap", "seed"], moments=["exp_avg", "exp_avg_sq"], signed=[True, False],
+        hyper_keys=["update_proj_gap"], hyper=[7.0], left=left,
+    )  # fmt: skip
+    return (tensors, gradients, [2, 0] * len(countdowns), torch.tensor(0.1)), options | changes
 
 
 @SIDES
-@pytest.mark.parametrize("options", [{"moments": "rotate"}, {"moments": "reset"}, {"subspace": "svd"}], ids=str)
+@pytest.mark.parametrize("options", [{"transport": "rotate"}, {"transport": "reset"}, {"select": "svd"}], ids=str)
 def test_refresh(left, options):
     torch.library.opcheck(ops.refresh_.default, *refresh_arguments(left, **options))
 
@@ -50,82 +49,108 @@ def test_refresh(left, options):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"gap": 0}, "gap must be at least 1, got 0"),
-        ({"first_gaps": [1, 0]}, "first_gaps must be at least 1, got 0"),
-        ({"seeds": [1]}, "seeds must have 2 tensors like bases, got 1"),
-        ({"subspace": "pca"}, "subspace must be one of randomized, svd, got 'pca'"),
-        ({"moments": "drop"}, "moments must be one of keep, reset, rotate, got 'drop'"),
-        ({"countdowns": (0, 1.5)}, r"countdowns\[1\] must be a 0-dim int64 tensor on the CPU"),
+        ({"keys": ["basis", "countdown"]}, r"tensors must have 2 for each of 2 gradients \(basis, countdown\), got 10"),
+        ({"number_keys": ["seed"]}, r"numbers must have 1 for each of 2 gradients \(seed\), got 4"),
+        ({"keys": ["basis", "wait", "exp_avg", "exp_avg_sq", "step"]}, "keys must name a countdown, got basis, wait"),
+        ({"signed": [True]}, "signed must have 2 tensors like moments, got 1"),
+        ({"hyper": []}, "hyper must have 1 tensors like hyper_keys, got 0"),
+        ({"countdowns": (0, 1.5)}, r"the countdown of matrix 1 must be a 0-dim int64 tensor on the CPU"),
     ],
 )
 def test_refresh_refuses(changes, message):
     arguments, options = refresh_arguments(True, **changes)
-    before = [b.clone() for b in arguments[0]]
+    before = [tensor.clone() for tensor in arguments[0]]
     with pytest.raises(RuntimeError, match=message):
         ops.refresh_(*arguments, **options)
     assert all(torch.equal(a, b) for a, b in zip(arguments[0], before))
 
 
-def adafactor_arguments(shape, left=None):
-    low_rank = shape if left is None else low_rank_shape(left)
-    matrix = len(shape) == 2
-    row, col = (torch.rand(low_rank[0], 1), torch.rand(1, low_rank[1])) if matrix else (None, None)
-    return (
-        torch.randn(shape),
-        torch.randn(shape),
-        None if left is None else basis(left),
-        torch.zeros(low_rank),
-        row,
-        col,
-        None if matrix else torch.rand(shape),
-        torch.tensor(3.0),
-    )
-
-
-@pytest.mark.parametrize("shape, left", [((M, N), True), ((M, N), False), ((M, N), None), ((N,), None), ((2, 3, 4), None)], ids=str)
-def test_adafactor(shape, left):
-    options = dict(lr=torch.tensor(0.1), left=bool(left), skipped=torch.tensor(0), **RATES, **FLAGS)
-    torch.library.opcheck(ops.adafactor_step.default, adafactor_arguments(shape, left), options)
-
-
+@pytest.mark.parametrize("bad", [0, 1], ids=["first", "second"])
 @pytest.mark.parametrize(
-    "place, value, message",
+    "gradient, message",
     [
-        (1, torch.zeros(N, M), r"grad must have shape \(12, 20\), got \(20, 12\)"),
-        (2, torch.zeros(M + 1, R), r"basis must have shape \(m = 12, r\) for left=True, got \(13, 4\)"),
-        (3, torch.zeros(M, R), r"exp_avg must have shape \(4, 20\), got \(12, 4\)"),
-        (4, None, "row and col are for matrices"),
-        (7, torch.zeros(1), r"steps\[0\] must be a 0-dim tensor, got shape \(1,\)"),
+        (torch.randn(M + 1, N), r"the basis of shape \(12, 4\) must fit a gradient of shape \(13, 20\) on the left"),
+        (torch.randn(M), "gradient must be a matrix"),
+        (torch.randn(M, R - 1), "rank must be at most 3, got 4"),
     ],
 )
-def test_adafactor_refuses(place, value, message):
-    arguments = list(adafactor_arguments((M, N), True))
-    arguments[place] = value
-    before = arguments[0].clone()
+def test_a_gradient_that_does_not_fit_is_refused_before_anything_is_written(bad, gradient, message):
+    arguments, options = refresh_arguments(True, countdowns=(0, 0))
+    arguments[1][bad] = gradient
+    before = [tensor.clone() for tensor in arguments[0]]
     with pytest.raises(RuntimeError, match=message):
-        ops.adafactor_step(*arguments, lr=torch.tensor(0.1), left=True, **RATES, **FLAGS)
-    assert torch.equal(arguments[0], before)
+        ops.refresh_(*arguments, **options)
+    assert all(torch.equal(a, b) for a, b in zip(arguments[0], before))
+
+
+def adafactor(params, **options):
+    return GaLoreAdafactor(params, lr=0.1, relative_step=False, scale_parameter=False, **options)
+
+
+def plainly(w, g, b, state, *, left, lr, beta1, weight_decay, scale):
+    """A step in fp64 as in the paper, R over the root of row col / mean(row). Returns W; state advances in place."""
+    r = g if b is None else b.T @ g if left else g @ b
+    state["step"] += 1
+    beta2 = 1 - state["step"] ** -0.8
+    if r.dim() == 2:
+        for name, dim in (("row", 1), ("col", 0)):
+            state[name] = beta2 * state[name] + (1 - beta2) * (r.square() + 1e-30).mean(dim, keepdim=True)
+        root = (state["row"] * state["col"] / state["row"].mean()).sqrt()
+    else:
+        state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * (r.square() + 1e-30)
+        root = state["exp_avg_sq"].sqrt()
+    update = r / root
+    update = lr * update / max(1.0, update.square().mean().sqrt().item())
+    if beta1 is not None:
+        update = state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * update
+    back = update if b is None else scale * (b @ update if left else update @ b.T)
+    return (1 - lr * weight_decay) * w - back
+
+
+@pytest.mark.parametrize("beta1", [None, 0.9])
+@pytest.mark.parametrize("shape, left", [((M, N), True), ((M, N), False), ((M, N), None), ((N,), None), ((2, 3, 4), None)], ids=str)
+def test_adafactor_is_the_papers(shape, left, beta1):
+    param = torch.nn.Parameter(torch.randn(shape))
+    group = {"params": [param]} if left is None else {"params": [param], "rank": R, "proj_type": "left" if left else "right"}
+    optimizer = adafactor([group], beta1=beta1, weight_decay=0.1)
+    want, state = param.detach().double(), {"step": 0.0, "exp_avg": 0.0, "row": 0.0, "col": 0.0, "exp_avg_sq": 0.0}
+    for _ in range(4):
+        param.grad = torch.randn(shape)
+        optimizer.step()
+        b = None if left is None else optimizer.state[param]["basis"].double()
+        want = plainly(want, param.grad.double(), b, state, left=left, lr=0.1, beta1=beta1, weight_decay=0.1, scale=0.25)
+    torch.testing.assert_close(param.detach().double(), want, rtol=1e-5, atol=1e-5)
+    for name, value in state.items():
+        if name in optimizer.state[param]:
+            torch.testing.assert_close(optimizer.state[param][name].double(), torch.as_tensor(value).double(), rtol=1e-5, atol=1e-7)
 
 
 def test_adafactor_of_zero_rows_beside_large_ones_stays_finite():
     """The rank-1 estimate of a zero row leaves fp32 beside a row of 1e18; its update does not."""
-    param, grad = torch.ones(4, 5), torch.zeros(4, 5)
-    grad[1, 2] = 1e18
-    row, col, step = torch.zeros(4, 1), torch.zeros(1, 5), torch.tensor(0.0)
-    ops.adafactor_step(
-        param,
-        grad,
-        None,
-        None,
-        row,
-        col,
-        None,
-        step,
-        lr=torch.tensor(0.1),
-        left=True,
-        **RATES | dict(weight_decay=0.0),
-        **FLAGS | dict(relative_step=False, scale_parameter=False),
-    )
-    assert (param[1, 2] < 1) and param.isfinite().all()
-    param[1, 2] = 1
+    param = torch.nn.Parameter(torch.ones(4, 5))
+    param.grad = torch.zeros(4, 5)
+    param.grad[1, 2] = 1e18
+    adafactor([param]).step()
+    with torch.no_grad():
+        assert (param[1, 2] < 1) and param.isfinite().all()
+        param[1, 2] = 1
     assert (param == 1).all()
+
+
+def test_adafactor_leaves_out_what_is_not_finite():
+    """Channels, and elements without a subspace: weights and first moments as they were, and counted."""
+    for left in (True, False, None):
+        param = torch.nn.Parameter(torch.randn(M, N))
+        group = {"params": [param]} if left is None else {"params": [param], "rank": R, "proj_type": "left" if left else "right"}
+        optimizer = adafactor([group], beta1=0.9, weight_decay=0.1)
+        param.grad = torch.randn(M, N)
+        optimizer.step()
+        before, first = param.detach().clone(), optimizer.state[param]["exp_avg"].clone()
+        param.grad[2, 3] = torch.nan
+        optimizer.step()
+        out = torch.zeros(M, N, dtype=torch.bool)
+        out[slice(None) if left is True else 2, slice(None) if left is False else 3] = True
+        assert torch.equal(param.detach() == before, out) and optimizer.skipped() == out.sum()
+        kept = optimizer.state[param]["exp_avg"] == first
+        assert torch.equal(kept, out if left is None else out[:R] if left else out[:, :R])
+        assert all(value.isfinite().all() for value in optimizer.state[param].values() if isinstance(value, torch.Tensor))

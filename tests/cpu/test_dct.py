@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowrank_sys  # noqa: F401  registers the ops
-from lowrank_sys.reference import dct
+from lowrank_sys.subspace import dct
 
 ops = torch.ops.lowrank
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])

@@ -81,13 +81,14 @@ def test_a_part_brings_its_own_categories():
     backward(model, 0)
     optimizer.step()
 
-    class Quantized(type(optimizer.inner)):
-        categories = {"exp_avg": "moments", "exp_avg_sq": "moments", "exp_avg_scale": "scales", "map": "codebook"}
+    class Quantized(type(optimizer.pipeline.moments)):
+        categories = {"exp_avg_scale": "scales", "map": "codebook"}
 
+    class Holding(type(optimizer.gradients)):
         def held(self, optimizer):
             yield "accumulators", torch.zeros(7)
 
-    optimizer.inner.__class__ = Quantized
+    optimizer.pipeline.moments.__class__, optimizer.gradients.__class__ = Quantized, Holding
     state = optimizer.state[model[1].weight]
     state |= {"exp_avg_scale": torch.zeros(5), "map": torch.zeros(3), "nobody's": torch.zeros(2)}
     before = optimizer.state_bytes() - 4 * 10

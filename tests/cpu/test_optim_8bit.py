@@ -12,11 +12,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from lowrank_sys import reference
 from lowrank_sys.memory.live import LiveStorages
 from lowrank_sys.optim import (
+    APOLLOAdamW,
+    FiraAdamW,
+    FrugalAdamW,
     GaLoreAdafactor,
     GaLoreAdamW,
     GaLoreAdamW8bit,
+    GrassAdamW,
     InBackward,
-    LowRankOptimizer,
     QGaLoreAdamW8bit,
     ledger,
     param_groups,
@@ -360,16 +363,23 @@ def test_bad_arguments(cls, keys, options, message):
         cls(groups(build(), **keys, quant=False))
 
 
-def test_a_rule_says_whether_it_serves_int4():
-    class Rule:
-        transports = ("keep",)
-
-    with pytest.raises(ValueError, match="quant must be False for LowRankOptimizer, got True"):
-        LowRankOptimizer(groups(build(), quant=True), Rule(), {"lr": 1e-3, "weight_decay": 0.0})
+@pytest.mark.parametrize(
+    "method, keys",
+    [(GaLoreAdafactor, {}), (FiraAdamW, {}), (FrugalAdamW, {}), (APOLLOAdamW, {"proj": "svd"})],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_every_basis_may_be_in_int4(method, keys):
     model = build()
-    optimizer = GaLoreAdafactor(groups(model, quant=True))
+    before = model[1].weight.detach().clone()
+    optimizer = method(groups(model, quant=True, **keys))
     steps_of(model, optimizer, range(6))
-    assert optimizer.state[model[1].weight]["basis"].dtype == torch.uint8 and model[1].weight.isfinite().all()
+    assert optimizer.state[model[1].weight]["basis"].dtype == torch.uint8
+    assert model[1].weight.isfinite().all() and not torch.equal(model[1].weight, before)
+
+
+def test_rows_have_no_basis_to_keep_in_int4():
+    with pytest.raises(ValueError, match="quant must be False for GrassAdamW, got True"):
+        GrassAdamW(groups(build(), quant=True))
 
 
 def test_state_of_another_model_is_refused():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 import lowrank_sys  # noqa: F401  registers the ops
-from lowrank_sys.reference import orthogonalize
+from lowrank_sys.subspace import orthogonalize
 
 newton_schulz = torch.ops.lowrank.newton_schulz
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

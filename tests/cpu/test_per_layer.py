@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from lowrank_sys.optim import Accumulate, GaLoreAdafactor, GaLoreAdamW, InBackward, param_groups
+from lowrank_sys.optim import Accumulate, FiraAdamW, GaLoreAdafactor, GaLoreAdamW, InBackward, param_groups
 
 
 class DenseTensorsAlive(TorchDispatchMode):
@@ -285,10 +285,22 @@ def test_bad_arguments(per_layer, keys, message):
         galore(build(), per_layer, **keys)
 
 
+def test_adafactor_takes_accumulated_gradients():
+    """The same steps as from dense ones, with bases from the same sketches."""
+    steps = []
+    for per_layer in (None, "accumulate"):
+        model = build()
+        optimizer = GaLoreAdafactor(groups(model, refresh="next"), per_layer=per_layer)
+        train(model, optimizer, range(4))
+        steps.append(model[1].weight.detach().clone())
+    torch.testing.assert_close(steps[0], steps[1], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(steps[0], build()[1].weight)
+
+
 def test_more_bad_arguments():
     model = build()
-    with pytest.raises(ValueError, match="needs a rule that can start from R, got GaLoreAdafactor"):
-        GaLoreAdafactor(groups(model), per_layer="accumulate")
+    with pytest.raises(ValueError, match="got FiraAdamW"):
+        FiraAdamW(groups(model), per_layer="accumulate")
     with pytest.raises(ValueError, match=r"needs the model: give the groups of param_groups\(model\) as they are"):
         GaLoreAdamW(list(groups(model)), per_layer="accumulate")
     with pytest.raises(ValueError, match="1.weight is not a parameter of the model"):

@@ -1,55 +1,55 @@
-"""Bases from the sketch of a gradient: sketch_directions and refresh_from_sketch_."""
+"""Bases from the sketch of a gradient: sketch_directions, and refreshes that are sketched."""
 
 import pytest
 import torch
+from refreshed import advance
+
+from lowrank_sys.subspace.orthonormal import Orthonormal
 
 ops = torch.ops.lowrank
 
 
-def arguments_of_refresh(left, waits=(0, -1, -3, 2), **changes):
+def matrices(left, waits):
+    """(states, sketches); None for a matrix that is not due."""
     m, n, r = 12, 20, 4
-    count = len(waits)
-    made = [torch.linalg.qr(torch.randn(m if left else n, r))[0].contiguous() for _ in range(count)]
-    sketches = [torch.randn((m, 12) if left else (12, n)) if wait in (0, -1) else torch.empty(0) for wait in waits]
-    shape = (r, n) if left else (m, r)
-    lists = [
-        made,
-        sketches,
-        [torch.tensor(w) for w in waits],
-        *([torch.rand(shape) for _ in waits] for _ in range(2)),
-        [torch.tensor(5.0) for _ in waits],
-    ]
-    options = {"left": left, "gap": 7, "first_gaps": [3] * count, "seeds": list(range(count)), "moments": "rotate"}
-    return (*lists, torch.tensor(0.1)), options | changes
+    states, shape = [], (r, n) if left else (m, r)
+    for i, wait in enumerate(waits):
+        made = {"basis": torch.linalg.qr(torch.randn(m if left else n, r))[0].contiguous(), "countdown": torch.tensor(wait)}
+        made |= {"exp_avg": torch.rand(shape), "exp_avg_sq": torch.rand(shape), "step": torch.tensor(5.0)}
+        states.append(made | {"first_gap": 3, "seed": i})
+    return states, [torch.randn((m, 12) if left else (12, n)) if wait in (0, -1) else None for wait in waits]
 
 
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 def test_refresh_from_sketch(left):
-    arguments, options = arguments_of_refresh(left)
-    before = [b.clone() for b in arguments[0]]
-    ops.refresh_from_sketch_(*arguments, **options)
-    assert [c.item() for c in arguments[2]] == [6, 2, -2, 1]  # gap, first gap, one nearer, one nearer
-    assert [torch.equal(b, a) for b, a in zip(before, arguments[0])] == [False, False, True, True]
-    arguments, options = arguments_of_refresh(left, waits=(0,))
-    torch.library.opcheck(ops.refresh_from_sketch_.default, arguments, options)
+    states, sketches = matrices(left, (0, -1, -3, 2))
+    before = [s["basis"].clone() for s in states]
+    advance(Orthonormal(), sketches, states, left=left, sketched=True, update_proj_gap=7, moments="rotate")
+    assert [s["countdown"].item() for s in states] == [6, 2, -2, 1]  # gap, first gap, one nearer, one nearer
+    assert [torch.equal(b, s["basis"]) for b, s in zip(before, states)] == [False, False, True, True]
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"gap": 0}, "gap must be at least 1, got 0"),
-        ({"seeds": [1]}, "seeds must have 4 tensors like bases, got 1"),
-        ({"moments": "drop"}, "moments must be one of keep, reset, rotate, got 'drop'"),
-        ({}, r"sketch must have shape \(12, l\) with l >= rank = 4 for left=True, got \(12, 3\)"),
-    ],
-)
-def test_refresh_from_sketch_refuses(changes, message):
-    arguments, options = arguments_of_refresh(True)
-    arguments[1][1] = arguments[1][1][:, :3].contiguous()
-    before = [b.clone() for b in arguments[0]]
-    with pytest.raises(RuntimeError, match=message):
-        ops.refresh_from_sketch_(*arguments, **options | changes)
-    assert all(torch.equal(a, b) for a, b in zip(arguments[0], before))
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+def test_a_rate_of_0_and_a_missing_sketch_leave_all_as_it_is(left):
+    states, sketches = matrices(left, (0, -1))
+    before = [{key: copy(value) for key, value in s.items()} for s in states]
+    advance(Orthonormal(), sketches, states, left=left, sketched=True, lr=0.0, moments="rotate")
+    advance(Orthonormal(), [None, None], states, left=left, sketched=True, moments="rotate")
+    assert all(torch.equal(torch.as_tensor(s[key]), torch.as_tensor(b[key])) for s, b in zip(states, before) for key in b)
+
+
+def copy(value):
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+def test_a_sketch_that_does_not_fit_is_refused_before_anything_is_written(left):
+    states, sketches = matrices(left, (0, -1))
+    sketches[1] = (sketches[1][:, :3] if left else sketches[1][:3]).contiguous()
+    before = [s["basis"].clone() for s in states]
+    with pytest.raises(RuntimeError, match="rank must be at most 3, got 4"):
+        advance(Orthonormal(), sketches, states, left=left, sketched=True)
+    assert all(torch.equal(s["basis"], b) for s, b in zip(states, before))
 
 
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
@@ -68,20 +68,8 @@ def test_a_sketch_finds_the_subspace(left, dtype):
         torch.testing.assert_close(gram, torch.eye(16), atol=2e-2 if dtype == torch.bfloat16 else 1e-4, rtol=0)
         parts = [ops.project(g, omega, left=not left) for g in (0.3 * grad, 0.7 * grad)]
         new = basis.clone()
-        ops.refresh_from_sketch_(
-            [new],
-            [parts[0] + parts[1]],
-            [torch.tensor(0)],
-            [],
-            [],
-            [],
-            torch.tensor(0.1),
-            left=left,
-            gap=5,
-            first_gaps=[1],
-            seeds=[3],
-            moments="keep",
-        )
+        state = {"basis": new, "countdown": torch.tensor(0), "first_gap": 1, "seed": 3}
+        advance(Orthonormal(), [parts[0] + parts[1]], [state], left=left, sketched=True)
         r_ = ops.project(grad.contiguous(), new.float(), left=left)
         return (r_.norm() ** 2 / torch.linalg.svdvals(grad)[:r].square().sum()).item()
 

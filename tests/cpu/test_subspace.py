@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from refreshed import advance
 
-from lowrank_sys.reference import subspace
+from lowrank_sys.subspace import iteration
 from lowrank_sys.subspace.iteration import leading_eigenvectors, svd_basis
+from lowrank_sys.subspace.orthonormal import Orthonormal
 
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 M, N, R = 160, 200, 24
@@ -14,7 +16,7 @@ M, N, R = 160, 200, 24
 def factorizations(request, monkeypatch):
     """The CPU's, and those of a GPU, which run on any device."""
     if request.param == "cholesky":
-        monkeypatch.setattr(subspace, "LAPACK", ())
+        monkeypatch.setattr(iteration, "LAPACK", ())
 
 
 def gradient(spectrum, seed=0):
@@ -146,22 +148,9 @@ def test_bad_input(arguments, message):
 
 
 def refresh(state, grad, left, moments, countdown=0):
-    basis, m, v, step = state
-    torch.ops.lowrank.refresh_(
-        [basis],
-        [grad],
-        [torch.tensor(countdown)],
-        [m],
-        [v],
-        [step],
-        torch.tensor(0.1),
-        left=left,
-        gap=10,
-        first_gaps=[10],
-        seeds=[0],
-        subspace="randomized",
-        moments=moments,
-    )
+    names = ("basis", "exp_avg", "exp_avg_sq", "step")
+    state = dict(zip(names, state)) | {"countdown": torch.tensor(countdown), "first_gap": 10, "seed": 0}
+    advance(Orthonormal(), [grad], [state], left=left, update_proj_gap=10, moments=moments)
 
 
 def trained(left, dtype=torch.float32):

@@ -1,7 +1,8 @@
 """What the fuzz tests know of each op: how to draw legal arguments, and what the results must be.
 
-One module a group of ops, each with a table FUZZ: name in `_ops.SCHEMAS` -> Fuzz(arguments, compare). Everything else comes
-from the schema: guard bands around every tensor, arguments that are not marked as written, and spoiled arguments.
+One module a group of ops, each with a table FUZZ: name in `_ops.SCHEMAS`, and of the case if there are several -> Fuzz(arguments,
+compare). Everything else comes from the schema: guard bands around every tensor, arguments that are not marked as written, and
+spoiled arguments.
 """
 
 from fuzz import (

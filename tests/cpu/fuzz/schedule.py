@@ -2,9 +2,9 @@
 
 import torch
 
-from fuzz.harness import FLOATS, Fuzz, same_bits
+from fuzz.harness import FLOATS, same_bits
 from fuzz.projection import low_rank
-from fuzz.subspace import after_step, taken
+from fuzz.subspace import after_step, refreshes, taken
 from lowrank_sys import _ops
 from lowrank_sys.reference import selection
 from lowrank_sys.subspace.refresh import COLD
@@ -19,7 +19,7 @@ def state(draw, shapes):
         steps=[torch.tensor(5.0) for _ in shapes],
         lr=torch.tensor(draw.of(0.1, 0.0)),
         gap=draw.of(1, 7),
-        moments=draw.of(*_ops.schedule.MOMENTS),
+        moments=draw.of("keep", "reset"),
     )
 
 
@@ -104,6 +104,6 @@ def compare_rows(before, after, result):
 
 
 FUZZ = {
-    "refresh_keys_": Fuzz(keys_arguments, compare_keys, lenient="with moments='keep' the state is not looked at"),
-    "refresh_rows_": Fuzz(rows_arguments, compare_rows, lenient="a matrix whose refresh is not due is not looked at"),
+    "refresh_ keys": refreshes("Gaussian", keys_arguments, compare_keys),
+    "refresh_ rows": refreshes("Rows", rows_arguments, compare_rows),
 }

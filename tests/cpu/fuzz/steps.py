@@ -2,12 +2,11 @@
 
 import torch
 
-from fuzz.bounds import UNITS, Near, adam, assert_within, decayed, exact, scaled
-from fuzz.harness import FLOATS, Fuzz, replace, same_bits
+from fuzz.bounds import Near, adam, assert_within, decayed, exact, scaled
+from fuzz.harness import FLOATS, Fuzz, same_bits
 from fuzz.projection import back_of, drawn_basis, int8_back_of, low_rank, product_of
 from lowrank_sys import reference
 from lowrank_sys._ops import numerics
-from lowrank_sys.reference.adafactor import adafactor_step
 
 LIMIT = numerics.MAX_GRADIENT
 
@@ -185,83 +184,6 @@ def check_adamw(then, now, before, grad_scale, settings):
     return int(never.sum()), int((~sure).sum())
 
 
-def adafactor_arguments(draw):
-    """Statistics as Adafactor keeps them, finite and not negative; hostile gradients, and hostile weights where no norm of W
-    enters."""
-    left, hostile, scale_parameter = draw.of(True, False), draw.of(False, True), draw.of(False, True)
-    in_subspace = draw.of(False, True)
-    shape = (draw.size(), draw.size()) if in_subspace else draw.of((3,), (), (4, 5), (0, 3), (33, 65), (2, 3, 4))
-    basis, low = None, shape
-    if in_subspace:
-        d, r = shape[0 if left else 1], draw.size(1, 33)
-        basis = draw.values(d, r, dtype=draw.of(*FLOATS), hostile=False)
-        low = low_rank(*shape, r, left)
-    factored = len(low) == 2
-
-    def statistic(*shape):
-        return draw.values(*shape, hostile=False).abs()
-
-    return dict(
-        param=draw.values(*shape, dtype=draw.of(*FLOATS), hostile=hostile and not scale_parameter),
-        grad=draw.values(*shape, dtype=draw.of(*FLOATS), hostile=hostile),
-        basis=basis,
-        exp_avg=draw.of(None, draw.values(*low, hostile=False)),
-        row=statistic(low[0], 1) if factored else None,
-        col=statistic(1, low[1]) if factored else None,
-        exp_avg_sq=None if factored else statistic(*low),
-        step=torch.tensor(float(draw.of(0, 9))),
-        lr=rate(draw),
-        beta1=draw.of(0.9, 0.0),
-        decay_rate=-0.8,
-        eps1=1e-30,
-        eps2=1e-3,
-        clip_threshold=1.0,
-        weight_decay=draw.of(0.0, 0.1),
-        scale=0.25,
-        scale_parameter=scale_parameter,
-        relative_step=draw.of(False, True),
-        warmup_init=draw.of(False, True),
-        left=left,
-        skipped=draw.of(None, torch.tensor(5)),
-    )
-
-
-STATE = ("exp_avg", "row", "col", "exp_avg_sq")
-
-
-def compare_adafactor(before, after, result):
-    """Without a basis the op is the oracle. With one they differ by the product's rounding; sums of R's squares are smooth."""
-    grad, basis, left = before["grad"], before["basis"], before["left"]
-    assert after["step"] == before["step"] + 1
-    for name in ("param", *STATE):
-        if before[name] is not None:
-            good = before[name].isfinite()
-            assert after[name][good].isfinite().all(), f"{name} is no longer finite"
-    want = {name: replace(value, torch.clone) for name, value in before.items()}
-    adafactor_step(**want)
-    if basis is None:
-        for name in ("param", "skipped", *STATE):
-            assert want[name] is None or same_bits(after[name], want[name]), name
-        return
-    r = product_of(grad, basis, left)
-    sure, never = (x.all(0 if left else 1, keepdim=True) for x in usable(r))
-    assert torch.equal(after["param"][never.expand_as(grad)], before["param"][never.expand_as(grad)])
-    if not sure.all() or not grad.numel():
-        return
-    least = min(r.value.square().mean(axis).sqrt().min() for axis in (0, 1))
-    share = (8 * r.error.max() / least).nan_to_num(torch.inf)
-    for name in STATE:
-        if want[name] is not None:
-            assert_within(
-                name,
-                after[name],
-                Near(want[name].double(), share * want[name].abs().max().double() + torch.zeros(want[name].shape)),
-            )
-    moved = (want["param"].double() - before["param"].double()).abs().max()
-    size = 4 * share * basis.shape[1] ** 0.5 * moved + 2 * UNITS[grad.dtype] * want["param"].double().abs()
-    assert_within("param", after["param"], Near(want["param"].double(), size))
-
-
 FUZZ = {
     "galore_step.tensor": Fuzz(one_arguments(False, tensor=True), compare_one(False)),
     "galore_step": Fuzz(one_arguments(False, tensor=False), compare_one(False)),
@@ -270,5 +192,4 @@ FUZZ = {
     "subspace_step": Fuzz(one_arguments(True, tensor=False), compare_one(True)),
     "subspace_step.list": Fuzz(list_arguments(True), compare_matrices(True)),
     "adamw_step": Fuzz(adamw_arguments, compare_list(("params", "grads", "exp_avgs", "exp_avg_sqs"), check_adamw)),
-    "adafactor_step": Fuzz(adafactor_arguments, compare_adafactor),
 }
