@@ -1,7 +1,9 @@
 """From `--data` to documents: files recognised by what they hold, rows of tables, data sets of Hugging Face.
 
-Nothing binary passes for text. Rows of local files are read here rather than by the builders of `datasets`: those name no line
-in their errors, turn the text "NA" into no text, and write a copy of everything under the user's home.
+Nothing binary passes for text. Parquet, Arrow and data sets by name are read by `datasets`, as streams where that saves a copy.
+JSON and CSV are read here: the builders of `datasets` name no line in their errors, turn texts that look like dates into dates
+and numbers beside texts into texts, refuse rows whose fields differ, and crash on deep nesting. So is zstandard, by pyarrow: for
+the other decoders, a file that was cut off is whole.
 """
 
 from __future__ import annotations
@@ -16,15 +18,19 @@ import io
 import itertools
 import json
 import lzma
+import mmap
 import os
 import re
+import shutil
 import sysconfig
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from lowrank_sys.cli import CommandError, say
+from lowrank_sys.memory.limits import available_bytes
 
 STDLIB = "python-stdlib"
 # name:SPLIT or name:CONFIG:SPLIT, where SPLIT may be a slice, train[:1%]
@@ -40,16 +46,28 @@ _LINES, _DELIMITED = (".jsonl", ".ndjson"), (".csv", ".tsv")
 # Of bytes that are no UTF-8: western texts of one byte a letter have a few per cent, compressed data about half.
 _INVALID_SHARE = 0.1
 _HEAD = 1 << 16
+_BATCH_ROWS = 1000
+IN_MEMORY = 64 << 20  # bytes; what is larger stays on the disk
 
 
-def read(source: str, field: str = "text") -> Iterator[bytes]:
+def read(source: str, field: str = "text") -> Iterator[bytes | mmap.mmap]:
     """The documents of `source`, one after the other, as UTF-8 (text files without a mark of UTF-16: as they are).
+
+    A text file larger than IN_MEMORY is mapped. No document holds byte 0: rows with one are passed over.
 
     Raises CommandError for what is missing, damaged or no text. In a folder, files that are no text are passed over.
     """
-    if _is_data_set(source):
-        yield from _rows_of_data_set(source, field)
-        return
+    passed = 0
+    for text in _rows_of_data_set(source, field) if _is_data_set(source) else _read(source, field):
+        if text.find(b"\0") < 0:
+            yield text
+        else:
+            passed += 1
+    if passed:
+        say(f"data: {passed:,} rows of {source} hold NUL bytes and were passed over")
+
+
+def _read(source: str, field: str) -> Iterator[bytes | mmap.mmap]:
     whole = source == STDLIB or Path(source).is_dir()
     passed = 0
     for path in _files(source):
@@ -65,12 +83,18 @@ def read(source: str, field: str = "text") -> Iterator[bytes]:
         say(f"data: {passed:,} files in {source} are no text and were passed over")
 
 
-def fingerprint(source: str) -> str | None:
-    """What says that the files of `source` are as they were; None for a data set of Hugging Face."""
+def fingerprint(source: str) -> str:
+    """What says that the files of `source` are as they were, or the revision of a data set of Hugging Face.
+
+    Raises CommandError.
+    """
+    name = source
     if _is_data_set(source):
-        return None
+        name = _parts(source)[0]
+        if not os.path.isdir(name):
+            return _builder(source).cache_dir
     digest = hashlib.sha256(os.fsencode(source))
-    for path in _files(source):
+    for path in _files(name):
         found = path.stat()
         digest.update(os.fsencode(path.resolve()) + f"\0{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}\0".encode())
     return digest.hexdigest()
@@ -123,7 +147,7 @@ def _read_file(path: Path, field: str, named: bool) -> Iterator[bytes]:
         suffix = (Path(path.stem).suffix if path.suffix in _PACKED else path.suffix).lower()
         suffix = _begins(head, _TABLES) or suffix
         if suffix in _TABLES:
-            yield from _rows_of_table(file, path, suffix, field)
+            yield from _rows_of_table(file, path, suffix[1:], field)
             return
         if encoding := _begins(head, _MARKS):
             try:
@@ -139,7 +163,7 @@ def _read_file(path: Path, field: str, named: bool) -> Iterator[bytes]:
         elif suffix == ".json" and (named or re.match(rb"\s*\[\s*\{|\s*\{.*\}\s*\n\s*\{", head)):
             yield from _rows_of_json(file, path, field)
         else:
-            text = file.read()
+            text = _whole(file)
             _check(text)
             yield text
 
@@ -163,14 +187,32 @@ def _unpacked(raw: BinaryIO, packed: str) -> BinaryIO:
     return {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}[packed](raw, "rb")
 
 
+def _whole(file: BinaryIO) -> bytes | mmap.mmap:
+    """All of the file, of which nothing was read; mapped where it is large, from a copy where it is packed."""
+    content = file.read(IN_MEMORY + 1)
+    if len(content) <= IN_MEMORY:
+        return content
+    if _is_plain(file):
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with tempfile.TemporaryFile() as copy:
+        copy.write(content)
+        shutil.copyfileobj(file, copy)
+        copy.flush()
+        return mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _is_plain(file: BinaryIO) -> bool:
+    return isinstance(getattr(file, "raw", None), io.FileIO)
+
+
 def _begins(head: bytes, kinds: dict[str, bytes]) -> str | None:
     return next((kind for kind, pattern in kinds.items() if re.match(pattern, head, re.S)), None)
 
 
-def _check(content: bytes) -> None:
+def _check(content: bytes | mmap.mmap) -> None:
     if kind := _begins(content, _FOREIGN):
         raise _NoText(kind)
-    if b"\0" in content:
+    if content.find(b"\0") >= 0:
         raise _NoText("it holds NUL bytes")
     start = content[: 1 << 20]
     if start.decode("utf-8", "replace").count("\ufffd") > max(1, _INVALID_SHARE * len(start)):
@@ -225,44 +267,85 @@ def _rows_of_delimited(file: BinaryIO, path: Path, field: str) -> Iterator[bytes
         raise CommandError(f"--data {path}: it is no table of UTF-8 text: {error}") from error
 
 
-def _rows_of_table(file: BinaryIO, path: Path, suffix: str, field: str) -> Iterator[bytes]:
-    import pyarrow
-    import pyarrow.ipc
+def _rows_of_table(file: BinaryIO, path: Path, kind: str, field: str) -> Iterator[bytes]:
+    datasets = _datasets()
     import pyarrow.parquet
 
-    source = file if isinstance(file.raw, io.FileIO) else io.BytesIO(file.read())
-    try:
-        if suffix == ".parquet":
-            table = pyarrow.parquet.ParquetFile(source)
-            schema, batches = table.schema_arrow, (lambda: table.iter_batches(columns=[field]))
-        else:
-            in_file = source.read(6) == b"ARROW1"
-            source.seek(0)
-            table = pyarrow.ipc.open_file(source) if in_file else pyarrow.ipc.open_stream(source)
-            schema, batches = table.schema, (lambda: map(table.get_batch, range(table.num_record_batches)) if in_file else table)
-        if field not in schema.names:
-            _text(None, field, schema.names, str(path))
-        for batch in batches():
-            for value in batch.column(field).to_pylist():
-                yield _text(value, field, schema.names, str(path))
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise CommandError(f"--data {path}: it is not {suffix[1:].title()}: {error}") from error
+    with tempfile.TemporaryDirectory() as scratch:
+        options, plain = {}, path
+        if not _is_plain(file):
+            plain = Path(scratch, "rows")
+            with plain.open("wb") as copy:
+                shutil.copyfileobj(file, copy)
+        try:
+            if kind == "parquet":  # one column is read alone, and the others may be of types that datasets does not know
+                schema = pyarrow.parquet.read_schema(plain)
+                if field not in schema.names:
+                    _text(None, field, schema.names, str(path))
+                features = datasets.Features.from_arrow_schema(pyarrow.schema([schema.field(field)]))
+                options = dict(columns=[field], features=features, batch_size=_BATCH_ROWS)
+            found = {"train": globbing.escape(str(plain.absolute()))}
+            rows = datasets.load_dataset(kind, data_files=found, split="train", streaming=True, cache_dir=scratch, **options)
+            yield from _texts(rows, field, str(path))
+        except (pyarrow.ArrowException, UnicodeDecodeError, ValueError, TypeError) as error:
+            raise CommandError(f"--data {path}: it is not {kind.title()}: {error}") from error
 
 
 def _rows_of_data_set(source: str, field: str) -> Iterator[bytes]:
+    """Streamed where the data set is a folder here, or larger than the memory; else as `datasets` keeps it for every program."""
+    name, _, split = _parts(source)
+    local, whole = os.path.isdir(name), split.partition("[")[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        # what datasets keeps of a folder with a README is not made anew when its files change
+        builder = _builder(source, cache_dir=scratch if local else None)
+        sizes = {part: about.num_examples for part, about in (builder.info.splits or {}).items()}
+        try:
+            if (builder.info.dataset_size or 0) > available_bytes() and whole in sizes:
+                [part] = _datasets().ReadInstruction.from_spec(split).to_absolute(sizes)
+                start, stop = part.from_ or 0, sizes[whole] if part.to is None else part.to
+                rows = builder.as_streaming_dataset(whole).skip(start).take(stop - start)
+            elif local and split == whole:
+                rows = builder.as_streaming_dataset(split)
+            else:
+                builder.download_and_prepare()
+                rows = builder.as_dataset(split)
+            yield from _texts(rows, field, source)
+        except CommandError:
+            raise
+        except Exception as error:  # the library raises a dozen types for a wrong split, no network, a damaged file
+            raise CommandError(f"--data {source}: datasets cannot load it: {error}") from error
+
+
+def _parts(source: str) -> tuple[str, list[str], str]:
+    """Name, configuration if any, split."""
+    name, *config, split = re.split(r":(?![^\[]*\])", source)
+    return name, config, split
+
+
+def _builder(source: str, **options):
+    name, config, _ = _parts(source)
+    try:
+        return _datasets().load_dataset_builder(name, *config, **options)
+    except Exception as error:  # no such name, no network, and more
+        raise CommandError(f"--data {source}: datasets cannot load it: {error}") from error
+
+
+def _datasets():
     import datasets
 
-    name, *config, split = re.split(r":(?![^\[]*\])", source)
     datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(name, *config, split=split)
-    except Exception as error:  # the library raises a dozen types for a wrong name, split or no network
-        raise CommandError(f"--data {source}: datasets cannot load it: {error}") from error
-    if field not in rows.column_names:
-        _text(None, field, rows.column_names, source)
-    for batch in rows.select_columns([field]).iter(batch_size=1000):
-        for value in batch[field]:
-            yield _text(value, field, rows.column_names, source)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error as well
+    return datasets
+
+
+def _texts(rows, field: str, where: str) -> Iterator[bytes]:
+    names = rows.column_names or list(next(iter(rows), [field]))  # a stream may know its columns by its rows alone
+    if field not in names:
+        _text(None, field, names, where)
+    number = 0
+    for batch in rows.select_columns([field]).iter(batch_size=_BATCH_ROWS):
+        for number, value in enumerate(batch[field], number + 1):
+            yield _text(value, field, names, f"{where}: row {number}")
 
 
 def _text(value, field: str, columns: list[str], where: str) -> bytes:
