@@ -83,9 +83,10 @@ def of_table(file: BinaryIO, path: Path, kind: str, field: str) -> Iterator[byte
     import pyarrow.parquet
 
     with tempfile.TemporaryDirectory() as scratch:
-        plain, options = path, {}
-        if not is_plain(file):
-            plain = Path(scratch, "rows")
+        plain, options = Path(scratch, "rows"), {}
+        if is_plain(file):
+            plain.symlink_to(path.absolute())  # datasets takes some names for patterns or addresses
+        else:
             with plain.open("wb") as copy:
                 shutil.copyfileobj(file, copy)
         try:
@@ -95,12 +96,9 @@ def of_table(file: BinaryIO, path: Path, kind: str, field: str) -> Iterator[byte
                     _text(None, field, schema.names, str(path))
                 features = datasets.Features.from_arrow_schema(pyarrow.schema([schema.field(field)]))
                 options = dict(columns=[field], features=features, batch_size=_BATCH)
-            files = {"train": globbing.escape(str(plain.absolute()))}
-            yield from _texts(
-                datasets.load_dataset(kind, data_files=files, split="train", streaming=True, cache_dir=scratch, **options),
-                field,
-                str(path),
-            )
+            files = {"train": globbing.escape(str(plain))}
+            rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=True, cache_dir=scratch, **options)
+            yield from _texts(rows, field, str(path))
         except (pyarrow.ArrowException, ValueError, TypeError) as error:
             raise CommandError(f"--data {path}: it is not {kind.title()}: {str(error)[:300]}") from error
 
