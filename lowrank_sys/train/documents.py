@@ -1,7 +1,4 @@
-"""From `--data` to documents: files are recognised by what they hold, and nothing binary passes for text.
-
-Decoders other than pyarrow's take a zstandard file that was cut off for a whole one.
-"""
+"""From `--data` to documents: files are recognised by what they hold, and nothing binary passes for text."""
 
 from __future__ import annotations
 
@@ -168,7 +165,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _unpacked(raw: BinaryIO, packed: str) -> BinaryIO:
-    if packed == ".zst":
+    if packed == ".zst":  # zstandard and fsspec take a file that was cut off for a whole one
         import pyarrow
 
         return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")

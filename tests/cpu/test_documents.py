@@ -300,6 +300,15 @@ print(len(list(documents.read(sys.argv[1]))))
 """
 
 
+def test_text_json_and_csv_import_no_reader_of_tables(tmp_path):
+    for name in ("rows.jsonl", "array.json", "rows.csv"):
+        (tmp_path / name).write_bytes(TABLES[name])
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text"))
+    program = OFFLINE + "print({'datasets', 'pyarrow', 'pandas', 'transformers'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(3 * len(ROWS) + 1), "set()"]
+
+
 @pytest.mark.parametrize(
     "name, content",
     [
