@@ -104,14 +104,15 @@ def of_table(file: BinaryIO, path: Path, kind: str, field: str) -> Iterator[byte
 
 
 def of_data_set(source: str, field: str) -> Iterator[bytes]:
-    """Streamed where the data set is a folder here, or larger than the memory; else as `datasets` keeps it for every program."""
+    """Streamed from a folder here, or where larger than the memory and not prepared yet; else what `datasets` keeps is read."""
     name, _, split, part = DATA_SET.fullmatch(source).groups("")
     local = os.path.isdir(name)
     with tempfile.TemporaryDirectory() as scratch, _told(source):
         # what datasets keeps of a folder with a README is not made anew when its files change
         builder = _builder(source, cache_dir=scratch if local else None)
         lengths = builder.info.splits or {}
-        if (builder.info.dataset_size or 0) > available_bytes() and split in lengths:
+        large = (builder.info.dataset_size or 0) > available_bytes() and not os.path.exists(builder.cache_dir)
+        if large and split in lengths:
             count = lengths[split].num_examples
             [span] = _datasets().ReadInstruction.from_spec(split + part).to_absolute({split: count})
             start, stop = span.from_ or 0, count if span.to is None else span.to

@@ -69,13 +69,16 @@ def test_a_folder_is_read_as_it_is_now_and_leaves_no_copy(tmp_path, kept, size):
 
 
 @pytest.mark.parametrize("part, wanted", [("", TEXTS), ("[:7]", TEXTS[:7]), ("[25%:75%]", TEXTS[15:45]), ("[58:]", TEXTS[58:])])
-def test_what_is_larger_than_the_memory_is_streamed(tmp_path, kept, remote, part, wanted):
+def test_what_is_larger_than_the_memory_is_streamed(tmp_path, kept, remote, part, wanted, monkeypatch):
     write(tmp_path / "set", size=1 << 60)
     assert read(remote + part) == wanted and not list(kept.glob("**/*.arrow"))
     write(tmp_path / "set", size=5000)
     prepared = datasets.load_dataset_builder("some/set")
     prepared.download_and_prepare(verification_mode="no_checks")  # the sizes are made up
     assert read(remote + part) == wanted and list(kept.glob("**/*.arrow"))
+    monkeypatch.setattr(rows, "available_bytes", lambda: 0)
+    monkeypatch.setattr(datasets.DatasetBuilder, "as_streaming_dataset", lambda *a: pytest.fail("it is loaded once more"))
+    assert read(remote + part) == wanted
 
 
 def test_tokens_of_a_data_set_are_kept_until_it_changes(tmp_path, remote, monkeypatch):
