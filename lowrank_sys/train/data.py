@@ -8,16 +8,14 @@ that size, as with a single file, the stream is cut by position instead, without
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from lowrank_sys.cli import CommandError
 from lowrank_sys.train.documents import STDLIB, fingerprint, read  # noqa: F401  STDLIB: a name of this module too
+from lowrank_sys.train.encoders import bytes_encoder, load_tokenizer, tokenizer_encoder, vocabulary  # noqa: F401  so are two of these
 from lowrank_sys.train.tokens import tokens
 
 if TYPE_CHECKING:
@@ -54,10 +52,10 @@ def load(source: str, *, seq_len: int, tokenizer: str | None = None, field: str 
     """
     import torch
 
-    encode, vocab, dtype, name = _bytes_encoder() if tokenizer is None else _tokenizer_encoder(tokenizer)
+    encode, end, vocab, dtype, name = bytes_encoder() if tokenizer is None else tokenizer_encoder(tokenizer)
     kept_as = json.dumps([os.path.abspath(source), field, name])
     try:
-        found = tokens(kept_as, fingerprint(source), lambda: read(source, field), encode, dtype, seq_len, _held_out)
+        found = tokens(kept_as, fingerprint(source), lambda: read(source, field), encode, dtype, seq_len, _held_out, end)
     except OSError as error:
         raise CommandError(f"--data {source}: cannot write its tokens: {error}", code=1) from error
     if not found.documents:
@@ -84,53 +82,6 @@ def _held_out(sizes: list[int]) -> set[int]:
         elif taken > budget / 2:
             break
     return chosen
-
-
-def _bytes_encoder():
-    # byte 0, which text does not hold, ends a document
-    return (lambda texts: [np.frombuffer(text + b"\0", np.uint8) for text in texts]), 256, "uint8", "bytes"
-
-
-@functools.cache
-def load_tokenizer(name: str):
-    """The Hugging Face tokenizer `name`, or of a folder; loaded once, so that no run ends by failing to find it again.
-
-    Raises CommandError.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # as with data sets: no such name, no network, a broken file
-        raise CommandError(f"--tokenizer {name}: cannot load it: {error}") from error
-
-
-def _tokenizer_encoder(name: str):
-    tokenizer = load_tokenizer(name)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-    def ids(texts: list[bytes]) -> list[list[int]]:
-        try:
-            return tokenizer(
-                [text.decode("utf-8", "replace") for text in texts],
-                add_special_tokens=False,
-                return_attention_mask=False,
-                verbose=False,
-            )["input_ids"]
-        except Exception as error:  # tokenizers raises Exception itself, as for a word that is unknown where none may be
-            raise CommandError(f"--tokenizer {name}: it cannot read the text: {error}") from error
-
-    def encode(texts: list[bytes]) -> list[np.ndarray]:
-        return [np.array(found + end, np.int32) for found in ids(texts)]
-
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    says = backend.to_str() if backend is not None else json.dumps([repr(tokenizer), tokenizer.get_vocab()])
-    return encode, vocabulary(tokenizer), "int32", hashlib.sha256(f"{end} {says}".encode()).hexdigest()
-
-
-def vocabulary(tokenizer) -> int:
-    """How many tokens a model needs for it: ids may have gaps, and the largest counts."""
-    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
 
 
 class Windows:

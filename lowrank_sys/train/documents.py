@@ -1,34 +1,29 @@
-"""From `--data` to documents: files recognised by what they hold, rows of tables, data sets of Hugging Face.
-
-Nothing binary passes for text. Rows of local files are read here rather than by the builders of `datasets`: those name no line
-in their errors, turn the text "NA" into no text, and write a copy of everything under the user's home.
-"""
+"""From `--data` to documents: files are recognised by what they hold, and nothing binary passes for text."""
 
 from __future__ import annotations
 
 import bz2
 import contextlib
-import csv
 import glob as globbing
 import gzip
 import hashlib
 import io
-import itertools
-import json
 import lzma
+import mmap
 import os
 import re
+import shutil
 import sysconfig
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from lowrank_sys.cli import CommandError, say
+from lowrank_sys.train import rows
 
 STDLIB = "python-stdlib"
-# name:SPLIT or name:CONFIG:SPLIT, where SPLIT may be a slice, train[:1%]
-_DATA_SET = re.compile(r"[^:*?\[\]]+(:[\w.-]+)?:\w+(\[[\d:%]+\])?")
 
 # How files begin.
 _PACKED = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd", ".xz": rb"\xfd7zXZ\0", ".bz2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"}
@@ -40,21 +35,31 @@ _LINES, _DELIMITED = (".jsonl", ".ndjson"), (".csv", ".tsv")
 # Of bytes that are no UTF-8: western texts of one byte a letter have a few per cent, compressed data about half.
 _INVALID_SHARE = 0.1
 _HEAD = 1 << 16
+IN_MEMORY = 64 << 20  # bytes; what is larger stays on the disk
 
 
-def read(source: str, field: str = "text") -> Iterator[bytes]:
+def read(source: str, field: str = "text") -> Iterator[bytes | mmap.mmap]:
     """The documents of `source`, one after the other, as UTF-8 (text files without a mark of UTF-16: as they are).
 
+    A text file larger than IN_MEMORY is mapped. No document holds byte 0: rows with one are passed over.
     Raises CommandError for what is missing, damaged or no text. In a folder, files that are no text are passed over.
     """
-    if _is_data_set(source):
-        yield from _rows_of_data_set(source, field)
-        return
+    passed = 0
+    for text in rows.of_data_set(source, field) if _is_data_set(source) else _of_files(source, field):
+        if text.find(b"\0") < 0:
+            yield text
+        else:
+            passed += 1
+    if passed:
+        say(f"data: {passed:,} rows of {source} hold NUL bytes and were passed over")
+
+
+def _of_files(source: str, field: str) -> Iterator[bytes | mmap.mmap]:
     whole = source == STDLIB or Path(source).is_dir()
     passed = 0
     for path in _files(source):
         try:
-            yield from _read_file(path, field, named=not whole)
+            yield from _of_file(path, field, named=not whole)
         except _NoText as flaw:
             if not whole:
                 raise CommandError(f"--data {path}: it is no text: {flaw}") from None
@@ -65,12 +70,16 @@ def read(source: str, field: str = "text") -> Iterator[bytes]:
         say(f"data: {passed:,} files in {source} are no text and were passed over")
 
 
-def fingerprint(source: str) -> str | None:
-    """What says that the files of `source` are as they were; None for a data set of Hugging Face."""
-    if _is_data_set(source):
-        return None
+def fingerprint(source: str) -> str:
+    """What says that the files of `source` are as they were, or the revision of a data set of Hugging Face.
+
+    Raises CommandError.
+    """
+    place = rows.DATA_SET.fullmatch(source)[1] if _is_data_set(source) else source
+    if place != source and not os.path.isdir(place):
+        return rows.revision(source)
     digest = hashlib.sha256(os.fsencode(source))
-    for path in _files(source):
+    for path in _files(place):
         found = path.stat()
         digest.update(os.fsencode(path.resolve()) + f"\0{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}\0".encode())
     return digest.hexdigest()
@@ -81,7 +90,7 @@ class _NoText(Exception):
 
 
 def _is_data_set(source: str) -> bool:
-    return source != STDLIB and not os.path.exists(source) and _DATA_SET.fullmatch(source) is not None
+    return source != STDLIB and not os.path.exists(source) and rows.DATA_SET.fullmatch(source) is not None
 
 
 def _files(source: str) -> list[Path]:
@@ -116,14 +125,14 @@ def _walk(root: Path, skip) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names) if not skip(name) and os.path.isfile(os.path.join(folder, name)))
 
 
-def _read_file(path: Path, field: str, named: bool) -> Iterator[bytes]:
+def _of_file(path: Path, field: str, named: bool) -> Iterator[bytes]:
     """named: the user asked for this very file, so a .json is read as rows whatever it looks like."""
     with _opened(path) as file:
         head = file.peek(_HEAD)
         suffix = (Path(path.stem).suffix if path.suffix in _PACKED else path.suffix).lower()
         suffix = _begins(head, _TABLES) or suffix
         if suffix in _TABLES:
-            yield from _rows_of_table(file, path, suffix, field)
+            yield from rows.of_table(file, path, suffix[1:], field)
             return
         if encoding := _begins(head, _MARKS):
             try:
@@ -133,13 +142,13 @@ def _read_file(path: Path, field: str, named: bool) -> Iterator[bytes]:
             file, head = io.BytesIO(content), content[:_HEAD]
         _check(head)
         if suffix in _LINES:
-            yield from _rows_of_lines(file, path, field)
+            yield from rows.of_lines(file, path, field)
         elif suffix in _DELIMITED:
-            yield from _rows_of_delimited(file, path, field)
+            yield from rows.of_delimited(file, path, field)
         elif suffix == ".json" and (named or re.match(rb"\s*\[\s*\{|\s*\{.*\}\s*\n\s*\{", head)):
-            yield from _rows_of_json(file, path, field)
+            yield from rows.of_json(file, path, field)
         else:
-            text = file.read()
+            text = _whole(file)
             _check(text)
             yield text
 
@@ -156,118 +165,36 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _unpacked(raw: BinaryIO, packed: str) -> BinaryIO:
-    if packed == ".zst":
+    if packed == ".zst":  # zstandard and fsspec take a file that was cut off for a whole one
         import pyarrow
 
         return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
     return {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}[packed](raw, "rb")
 
 
+def _whole(file: BinaryIO) -> bytes | mmap.mmap:
+    """All of the file, of which nothing was read; mapped where it is large, from a copy where it is packed."""
+    content = file.read(IN_MEMORY + 1)
+    if len(content) <= IN_MEMORY:
+        return content
+    if rows.is_plain(file):
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with tempfile.TemporaryFile() as copy:
+        copy.write(content)
+        shutil.copyfileobj(file, copy)
+        copy.flush()
+        return mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 def _begins(head: bytes, kinds: dict[str, bytes]) -> str | None:
     return next((kind for kind, pattern in kinds.items() if re.match(pattern, head, re.S)), None)
 
 
-def _check(content: bytes) -> None:
+def _check(content: bytes | mmap.mmap) -> None:
     if kind := _begins(content, _FOREIGN):
         raise _NoText(kind)
-    if b"\0" in content:
+    if content.find(b"\0") >= 0:
         raise _NoText("it holds NUL bytes")
     start = content[: 1 << 20]
     if start.decode("utf-8", "replace").count("\ufffd") > max(1, _INVALID_SHARE * len(start)):
         raise _NoText("much of it is not UTF-8")
-
-
-def _rows_of_lines(file: BinaryIO, path: Path, field: str) -> Iterator[bytes]:
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            where = f"line {number}"
-            yield _of_row(_parsed(line, f"{path}: {where}"), field, path, where)
-
-
-def _rows_of_json(file: BinaryIO, path: Path, field: str) -> Iterator[bytes]:
-    """An array of objects, one object, or lines of them under the wrong ending."""
-    content = file.read()
-    first, _, rest = content.strip().partition(b"\n")
-    if first.startswith(b"{") and first.rstrip().endswith(b"}") and rest:
-        yield from _rows_of_lines(io.BytesIO(content), path, field)
-        return
-    rows = _parsed(content, str(path))
-    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        yield _of_row(row, field, path, f"item {number}")
-
-
-def _parsed(content: bytes, where: str):
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CommandError(f"--data {where} is not JSON: {error}") from error
-
-
-def _of_row(row, field: str, path: Path, where: str) -> bytes:
-    if not isinstance(row, dict):
-        raise CommandError(f"--data {path}: {where} is a {type(row).__name__}, not an object")
-    return _text(row.get(field), field, list(row), f"{path}: {where}")
-
-
-def _rows_of_delimited(file: BinaryIO, path: Path, field: str) -> Iterator[bytes]:
-    """Rows under a header; the delimiter is the one with which the header names the field."""
-    csv.field_size_limit((1 << 31) - 1)
-    lines = io.TextIOWrapper(file, "utf-8-sig", newline="")
-    try:
-        header = lines.readline()
-        delimiter = next((d for d in ",\t;|" if field in next(csv.reader([header], delimiter=d), [])), ",")
-        rows = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
-        if header and field not in rows.fieldnames:
-            _text(None, field, rows.fieldnames, f"{path}: line 1")
-        for row in rows:
-            yield _text(row.get(field), field, rows.fieldnames, f"{path}: line {rows.line_num}")
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise CommandError(f"--data {path}: it is no table of UTF-8 text: {error}") from error
-
-
-def _rows_of_table(file: BinaryIO, path: Path, suffix: str, field: str) -> Iterator[bytes]:
-    import pyarrow
-    import pyarrow.ipc
-    import pyarrow.parquet
-
-    source = file if isinstance(file.raw, io.FileIO) else io.BytesIO(file.read())
-    try:
-        if suffix == ".parquet":
-            table = pyarrow.parquet.ParquetFile(source)
-            schema, batches = table.schema_arrow, (lambda: table.iter_batches(columns=[field]))
-        else:
-            in_file = source.read(6) == b"ARROW1"
-            source.seek(0)
-            table = pyarrow.ipc.open_file(source) if in_file else pyarrow.ipc.open_stream(source)
-            schema, batches = table.schema, (lambda: map(table.get_batch, range(table.num_record_batches)) if in_file else table)
-        if field not in schema.names:
-            _text(None, field, schema.names, str(path))
-        for batch in batches():
-            for value in batch.column(field).to_pylist():
-                yield _text(value, field, schema.names, str(path))
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise CommandError(f"--data {path}: it is not {suffix[1:].title()}: {error}") from error
-
-
-def _rows_of_data_set(source: str, field: str) -> Iterator[bytes]:
-    import datasets
-
-    name, *config, split = re.split(r":(?![^\[]*\])", source)
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(name, *config, split=split)
-    except Exception as error:  # the library raises a dozen types for a wrong name, split or no network
-        raise CommandError(f"--data {source}: datasets cannot load it: {error}") from error
-    if field not in rows.column_names:
-        _text(None, field, rows.column_names, source)
-    for batch in rows.select_columns([field]).iter(batch_size=1000):
-        for value in batch[field]:
-            yield _text(value, field, rows.column_names, source)
-
-
-def _text(value, field: str, columns: list[str], where: str) -> bytes:
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace")
-    listed = ", ".join(map(str, columns))
-    listed = listed if len(listed) <= 300 else f"{listed[:300]}…"
-    raise CommandError(f"--data {where}: no text in the field {field!r}; fields: {listed} (see --text-field)")

@@ -7,11 +7,12 @@ again where the sources' names, sizes and times are the same, and its SHA-256 is
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,6 +21,7 @@ import numpy as np
 BATCH_DOCUMENTS, BATCH_BYTES = 1000, 16 << 20
 WORTH_KEEPING = 5.0  # seconds
 IN_MEMORY = 64 << 20  # bytes; a smaller corpus needs no disk
+PART = 64 << 20  # bytes of text; a tokenizer takes many times their memory
 
 
 class Tokens(NamedTuple):
@@ -39,11 +41,13 @@ def tokens(
     dtype: str,
     seq_len: int,
     held_out: Callable[[list[int]], set[int]],
+    end: Sequence[int] = (),
 ) -> Tokens:
     """Kept tokens of `name` if made of the same `state`, else those of `texts`, every text once, in the order of their SHA-256.
 
-    held_out: sizes in bytes, in that order -> which documents come first, for validation. Not split where a side is shorter than
-    `seq_len`. state: None keeps nothing.
+    encode: texts -> the tokens of each; it gets one larger than PART in parts. end: tokens after each text. held_out: sizes in
+    bytes, in that order -> which documents come first, for validation. Not split where a side is shorter than `seq_len`.
+    state: None keeps nothing.
     """
     folder = _folder() if state else None
     path = folder and folder / f"{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}-{dtype}"
@@ -52,7 +56,7 @@ def tokens(
         return found
     began = time.perf_counter()
     with _file(folder) as file:
-        about = _write(file, _file(folder), texts(), encode, dtype, seq_len, held_out)
+        about = _write(file, _file(folder), texts(), encode, dtype, seq_len, held_out, end)
         made = _mapped(file, dtype, about)
     if folder is None or time.perf_counter() - began < WORTH_KEEPING:
         return made
@@ -102,16 +106,16 @@ def _keep(path: Path, stream: np.ndarray, about: dict[str, Any]) -> None:
 
 
 def _write(
-    file: BinaryIO, unordered: BinaryIO, texts: Iterable[bytes], encode, dtype: str, seq_len: int, held_out
+    file: BinaryIO, unordered: BinaryIO, texts: Iterable[bytes], encode, dtype: str, seq_len: int, held_out, end: Sequence[int]
 ) -> dict[str, Any]:
     places: dict[bytes, tuple[int, int, int]] = {}  # SHA-256 of a text -> its bytes, its first token, its tokens
     with unordered:
         start = 0
         for batch in _batches(texts, places):
-            for (digest, text), ids in zip(batch.items(), encode(list(batch.values()))):
-                unordered.write(ids.astype(dtype, copy=False).data)
-                places[digest] = len(text), start, len(ids)
-                start += len(ids)
+            for (digest, text), parts in zip(batch.items(), _encoded(list(batch.values()), encode)):
+                count = sum(_put(unordered, np.asarray(ids, dtype)) for ids in itertools.chain(parts, [end]))
+                places[digest] = len(text), start, count
+                start += count
         order = [place for _, place in sorted(places.items())]
         first = held_out([size for size, _, _ in order])
         valid = sum(order[i][2] for i in first)
@@ -120,8 +124,35 @@ def _write(
             order = [order[i] for i in sorted(first)] + [place for i, place in enumerate(order) if i not in first]
         found = _array(unordered, dtype)
         for _, begin, count in order:
-            file.write(found[begin : begin + count].data)
+            _put(file, found[begin : begin + count])
     return {"valid": valid if least >= seq_len else 0, "least": least, "documents": len(order)}
+
+
+def _put(file: BinaryIO, ids: np.ndarray) -> int:
+    """How many were written; a slice at a time, as a spooled file takes a whole one into memory."""
+    for at in range(0, len(ids), BATCH_BYTES):
+        file.write(ids[at : at + BATCH_BYTES].data)
+    return len(ids)
+
+
+def _encoded(texts: list[bytes], encode) -> Iterator[Iterable[np.ndarray]]:
+    """The tokens of each text, in one piece or as many as it has parts."""
+    if sum(map(len, texts)) <= PART:
+        yield from ([ids] for ids in encode(texts))
+    else:
+        yield from ((encode([part])[0] for part in _parts(text)) for text in texts)
+
+
+def _parts(text: bytes) -> Iterator[bytes]:
+    """The text in parts of at most PART bytes, cut before white space where there is some, else between two letters."""
+    start = 0
+    while start < len(text):
+        stop = min(start + PART, len(text))
+        if stop < len(text):
+            space = max(text.rfind(b" ", start + 1, stop), text.rfind(b"\n", start + 1, stop))
+            stop = space if space > 0 else stop - next((i for i in range(4) if text[stop - i] & 0xC0 != 0x80), 0)
+        yield text[start:stop]
+        start = stop
 
 
 def _batches(texts: Iterable[bytes], seen: dict[bytes, Any]) -> Iterator[dict[bytes, bytes]]:

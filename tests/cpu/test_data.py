@@ -6,6 +6,8 @@ import math
 import sysconfig
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -50,6 +52,32 @@ def test_split_depends_on_the_text_alone(tmp_path):
     assert changed.digest() != one.digest()
 
 
+GOLDEN = [
+    ("folder", False, 48380, 2371, "791d594b4d53f029c2879d265ae7d740eaba96d46791db482e6d20df3f02f060"),
+    ("folder", True, 7321, 360, "97ab6a71ff4414a14d466e2fa8143e9b704235720e4bcaf755d05f157177ad32"),
+    ("one.txt", False, 48213, 2538, "5798af672285653b259488bd43c607c4bf7b07918d8c1a19f2f298d8631ade45"),
+    ("one.txt", True, 7108, 374, "f61f35baa52bf60c9369a5e473ca2bed60738a54a17f354d2a288ec71bc589e8"),
+    ("few", False, 1130, 60, "39f1b41313ab6631549b9473802ba966899c26c642a5b86cb973cd204c9e012c"),
+    ("few", True, 173, 16, "9ad35052f50b44be090fb7650031d55cbad7b5aeea4058216d0f25079eec64e1"),
+]
+
+
+def test_the_split_is_what_it_always_was(tmp_path):
+    """Another split would mix validation texts of old runs into the training of new ones."""
+    wanted = [f"document {i}: " + " ".join(f"word{i * j % 97}" for j in range(20 + i % 31)) + "\r\né" for i in range(200)]
+    for folder, some in (("folder", wanted), ("few", wanted[:7])):
+        write_files(tmp_path / folder, [text.encode() for text in some])
+    (tmp_path / "one.txt").write_bytes("\n".join(wanted).encode())
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in wanted))
+    pyarrow.parquet.write_table(pyarrow.table({"text": wanted}), tmp_path / "rows.parquet")
+    words = dict.fromkeys(word for text in wanted for word in text.split())
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", {"<unk>": 0, "</s>": 1, **{word: i + 2 for i, word in enumerate(words)}})
+    for name, by_words, train, valid, digest in GOLDEN:
+        for source in [name, "rows.jsonl", "rows.parquet"] if name == "folder" else [name]:
+            corpus = data.load(str(tmp_path / source), seq_len=T, tokenizer=tokenizer if by_words else None)
+            assert (len(corpus.train), len(corpus.valid), corpus.digest()) == (train, valid, digest), (source, by_words)
+
+
 def test_single_file_is_cut_by_position(tmp_path):
     path = tmp_path / "one.txt"
     path.write_bytes(bytes(range(1, 128)) * 80)
@@ -74,8 +102,6 @@ def test_python_stdlib_leaves_tests_and_installed_packages_out():
 
 def test_every_format_gives_the_same_documents(tmp_path, monkeypatch):
     import datasets
-    import pyarrow
-    import pyarrow.parquet
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [text.decode() for text in texts(50)]
@@ -101,16 +127,20 @@ def test_folders_pass_over_hidden_and_binary_files(tmp_path):
     assert list(data.read(str(tmp_path))) == [b"text"]
 
 
-def test_tokenizer(tmp_path):
+def save_tokenizer(folder, vocab):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {"<unk>": 0, "</s>": 1, **{f"document{i}word{j}": 2 + 30 * i + j for i in range(100) for j in range(30)}}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
-    made.save_pretrained(tmp_path / "tokenizer")
-    corpus = data.load(str(write_files(tmp_path / "text", texts())), seq_len=T, tokenizer=str(tmp_path / "tokenizer"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    return str(folder)
+
+
+def test_tokenizer(tmp_path):
+    vocab = {"<unk>": 0, "</s>": 1, **{f"document{i}word{j}": 2 + 30 * i + j for i in range(100) for j in range(30)}}
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", vocab)
+    corpus = data.load(str(write_files(tmp_path / "text", texts())), seq_len=T, tokenizer=tokenizer)
     assert corpus.vocab == len(vocab) and corpus.train.dtype == torch.int32
     both = torch.cat([corpus.train, corpus.valid])
     assert len(both) == 100 * 31 and (both == 1).sum() == 100 and not (both == 0).any()

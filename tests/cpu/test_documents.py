@@ -5,8 +5,12 @@ import gzip
 import io
 import json
 import lzma
+import mmap
+import os
 import random
 import struct
+import subprocess
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -209,6 +213,131 @@ def test_bad_tables_are_one_line(tmp_path, name, content, words):
     with pytest.raises(CommandError) as caught:
         read(path, content)
     assert words in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_bad_tables_say_nothing_else(tmp_path, capfd):
+    content = parquet(["words " * 999])
+    middle = content.index(b"words")
+    refused(tmp_path / "a.parquet", content[:middle] + b"\xff" * 9 + content[middle + 9 :])
+    refused(tmp_path / "b.arrow", b"words")
+    refused(tmp_path / "c.arrow", arrow(ROWS, pyarrow.ipc.new_stream)[:-30])
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("pack", PACK)
+@pytest.mark.parametrize("content", [parquet(ROWS), arrow(ROWS, pyarrow.ipc.new_file), arrow(ROWS, pyarrow.ipc.new_stream)])
+def test_numbers_are_no_text(tmp_path, content, pack):
+    with pytest.raises(CommandError, match="row 1: no text in the field 'id'"):
+        read(tmp_path / "a", PACK[pack](content), "id")
+    with pytest.raises(CommandError, match="no text in the field 'body'; fields: id, text"):
+        read(tmp_path / "a", PACK[pack](content), "body")
+
+
+@pytest.mark.parametrize(
+    "name", ["a[1].parquet", "*.arrow", "what?.parquet", ".hidden.arrow", "__x__/a.parquet", "a::b.arrow", ".x/a.arrow", "a%20é"]
+)
+def test_any_name(tmp_path, name, monkeypatch):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    content = arrow(ROWS, pyarrow.ipc.new_file) if "arrow" in name else parquet(ROWS)
+    (tmp_path / "a1.parquet").write_bytes(parquet(["another"]))
+    assert read(path, content) == ROWS
+    monkeypatch.chdir(tmp_path)
+    assert [text.decode() for text in documents.read(name)] == ROWS
+
+
+@pytest.mark.parametrize(
+    "kind, values",
+    [
+        (pyarrow.map_(pyarrow.string(), pyarrow.int64()), [[("k", 1)], []]),
+        (pyarrow.list_(pyarrow.map_(pyarrow.string(), pyarrow.string())), [[[("k", "v")]], []]),
+        (pyarrow.decimal128(10, 2), [1, 2]),
+    ],
+)
+def test_columns_beside_the_text_may_be_of_any_type(tmp_path, kind, values):
+    file = io.BytesIO()
+    columns = {"meta": pyarrow.array(values, kind), "text": ["a", "b"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    assert read(tmp_path / "a.parquet", file.getvalue()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "kind", [pyarrow.large_string(), pyarrow.string_view(), pyarrow.dictionary(pyarrow.int8(), pyarrow.string())]
+)
+def test_texts_of_any_layout(tmp_path, kind):
+    table, file = pyarrow.table({"text": pyarrow.array(ROWS).cast(kind)}), io.BytesIO()
+    with pyarrow.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    assert read(tmp_path / "a.arrow", file.getvalue()) == ROWS
+    with pytest.raises(CommandError, match="row 1: no text"):
+        read(tmp_path / "b.parquet", parquet([b"bytes", b"\xff\xfe"]))
+
+
+def test_local_tables_need_no_network_and_leave_nothing_behind(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("rows.parquet", "rows.arrow", "rows.csv"):
+        for packed in PACK:
+            (folder / (name + packed)).write_bytes(PACK[packed](TABLES[name]))
+    before = sorted(folder.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE, str(folder)],
+        env=os.environ
+        | {"HOME": "/proc/nowhere", "HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1", "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(len(ROWS) * len(before)), "")
+    assert sorted(folder.rglob("*")) == before and list(tmp_path.iterdir()) == [folder]
+
+
+OFFLINE = """
+import socket, sys
+def refuse(*args): raise AssertionError("the network")
+socket.socket.connect = socket.getaddrinfo = refuse
+from lowrank_sys.train import documents
+print(len(list(documents.read(sys.argv[1]))))
+"""
+
+
+def test_text_json_and_csv_import_no_reader_of_tables(tmp_path):
+    for name in ("rows.jsonl", "array.json", "rows.csv"):
+        (tmp_path / name).write_bytes(TABLES[name])
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text"))
+    program = OFFLINE + "print({'datasets', 'pyarrow', 'pandas', 'transformers'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(3 * len(ROWS) + 1), "set()"]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.jsonl", lines(["a", "b\0c", "d", "\0"])),
+        ("a.json", array(["a", "b\0c", "d", "\0"])),
+        ("a.parquet", parquet(["a", "b\0c", "d", "\0"])),
+        ("a.arrow", arrow(["a", "b\0c", "d", "\0"], pyarrow.ipc.new_stream)),
+    ],
+)
+def test_rows_with_nul_are_passed_over(tmp_path, name, content, capsys):
+    assert read(tmp_path / name, content) == ["a", "d"]
+    assert "2 rows of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("packed", PACK)
+def test_large_texts_are_mapped(tmp_path, packed, monkeypatch, capsys):
+    monkeypatch.setattr(documents, "IN_MEMORY", 1000)
+    for text in (b"x" * 1000, b"x" * 1001, "Grüße\r\n".encode() * 9999, "déjà vu, plain words\n".encode("latin-1") * 99):
+        (tmp_path / "a").write_bytes(PACK[packed](text))
+        [found] = documents.read(str(tmp_path / "a"))
+        assert bytes(found) == text and isinstance(found, bytes if len(text) == 1000 else mmap.mmap)
+    for bad in (
+        b"words " * 9999 + b"\0",
+        random.Random(0).randbytes(9000).replace(b"\0", b"\1"),
+        ("words " * 999).encode("utf-16-le"),
+    ):
+        assert refused(tmp_path / "a", PACK[packed](bad)).startswith("it is no text")
+    if packed:
+        assert refused(tmp_path / "a", PACK[packed](random.Random(0).randbytes(5000))[:-9]).startswith(("it is no", "cannot read"))
 
 
 def test_json_in_a_folder_is_rows_only_where_it_looks_like_rows(tmp_path):

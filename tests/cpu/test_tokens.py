@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from lowrank_sys.train import data, tokens
+from lowrank_sys.train import data, documents, tokens
 
 T = 16
 
@@ -112,3 +112,55 @@ def test_texts_come_in_batches(monkeypatch):
     texts = [bytes([1 + i % 100, 1 + i // 100]) * 50 for i in range(2000)]
     made = tokens.tokens("name", None, lambda: iter(texts * 2), encode, "uint8", T, data._held_out)
     assert made.documents == 2000 and len(made.stream) == 200_000 and max(sizes) <= 1100 and len(sizes) >= 180
+
+
+@pytest.mark.parametrize(
+    "text", ["words and words\nlines " * 40, "数据" * 300, "é" * 301, "x" * 1000, "a" * 99 + " " + "b" * 99, " " * 500]
+)
+@pytest.mark.parametrize("size", [100, 101, 102, 103])
+def test_parts_are_the_text(text, size, monkeypatch):
+    monkeypatch.setattr(tokens, "PART", size)
+    parts = list(tokens._parts(text.encode()))
+    assert b"".join(parts) == text.encode() and max(map(len, parts)) <= size and len(parts) <= 2 + 2 * len(text.encode()) // size
+    assert "".join(part.decode() for part in parts) == text  # no letter is cut
+    garbage = b"\x80" * 999
+    assert b"".join(tokens._parts(garbage)) == garbage
+
+
+def byte_level(folder, text):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<end>"]
+    made.train_from_iterator([text], trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False))
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("document", ["one line of words, ", "many\nlines\nof words\n", "  indented\n\n  code = {1: 2}\n"])
+def test_a_large_document_has_the_tokens_of_a_small_one(tmp_path, document, monkeypatch):
+    (tmp_path / "a.txt").write_text("".join(f"{document}{i}" for i in range(900)))
+    for tokenizer in (None, byte_level(tmp_path / "t", document * 50)):
+        whole = data.load(str(tmp_path / "a.txt"), seq_len=T, tokenizer=tokenizer)
+        with monkeypatch.context() as patch:
+            patch.setattr(tokens, "PART", 1000)
+            patch.setattr(documents, "IN_MEMORY", 1000)
+            assert data.load(str(tmp_path / "a.txt"), seq_len=T, tokenizer=tokenizer).digest() == whole.digest()
+
+
+def test_an_encoder_sees_no_more_than_a_part(monkeypatch):
+    import numpy as np
+
+    monkeypatch.setattr(tokens, "PART", 1000)
+    seen = []
+
+    def encode(texts):
+        seen.append(sum(map(len, texts)))
+        return [np.frombuffer(text, np.uint8) for text in texts]
+
+    texts = [b"a" * 50, b"b" * 10_000, b"c" * 999, b"d"]
+    made = tokens.tokens("name", None, lambda: texts, encode, "uint8", T, lambda sizes: set(), [0])
+    assert max(seen) == 1000 and sum(seen) == sum(map(len, texts))
+    assert sorted(bytes(made.stream).split(b"\0")) == [b"", *texts]
