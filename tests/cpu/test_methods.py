@@ -1,7 +1,12 @@
 """Every method by name: what all of them promise, and those on the general route against transcriptions of their papers."""
 
+import argparse
+import ast
 import copy
+import difflib
 import io
+import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +14,7 @@ import transcriptions
 from small_model import backward, build, loss_of, tokens
 from torch import nn
 
+from lowrank_sys import cli
 from lowrank_sys.nn import quantize_model
 from lowrank_sys.optim import SCALE, COAPAdamW, FiraLion, GaLoreAdafactor, GaLoreAdamW, LDAdamW, SinkGD
 from lowrank_sys.optim.preset import METHODS
@@ -430,3 +436,64 @@ def test_an_unknown_argument_of_a_preset_is_refused(cls):
         cls([nn.Parameter(torch.randn(4))], momentumm=0.9)
     with pytest.raises(ValueError, match="bits must be 8 or 32, got 4"):
         cls([nn.Parameter(torch.randn(4))], bits=4)
+
+
+# --- from the command line
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for module in (ast, argparse, copy, difflib, shutil):
+        shutil.copy(module.__file__, folder)
+    return folder
+
+
+@pytest.mark.parametrize("weights", ["float", "int8"])
+@EACH_NEW
+def test_it_trains_from_the_command_line(name, weights, text, tmp_path):
+    words = ["--method", name, "--model", "llama-1m", "--steps", "3", "--batch-size", "2", "--seq-len", "32", "--weights", weights]
+    places = ["--data", str(text), "--out", str(tmp_path / "run"), "--device", "cpu", "--eval-tokens", "64", "--warmup-steps", "1"]
+    assert cli.main(["train", *words, *places]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert summary["method"] == name and summary["steps"] == 3 and summary["skipped"] == 0
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"]
+
+
+@pytest.mark.parametrize("name", ["ldadam", "scale"])
+def test_it_is_planned(name, capsys):
+    words = ["--method", name, "--model", "llama-1m", "--batch-size", "2", "--seq-len", "32", "--device", "cpu", "--json"]
+    assert cli.main(["plan", *words]) == 0
+    tensors = json.loads(capsys.readouterr().out)["tensors"]
+    assert tensors["moments"] > 0 and (tensors["basis"] > 0) == (METHODS[name].rank is not None)
+
+
+@pytest.mark.parametrize("name", ["scale", "sinkgd"])
+def test_a_rank_of_a_method_without_one_is_an_error_of_the_command_line(name, text, tmp_path, capsys):
+    words = ["--method", name, "--rank", "8", "--model", "llama-1m", "--data", str(text), "--out", str(tmp_path / "run")]
+    assert cli.main(["train", *words, "--steps", "1", "--device", "cpu"]) != 0
+    assert "rank must be None" in capsys.readouterr().err
+
+
+# --- SCALE's groups
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["a head of its own", "a tied head"])
+def test_scale_s_groups(tied):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=40)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied))
+    groups = METHODS["scale"].groups(model, plain={"lr": 1e-2}, seed=3)
+    names = [[name for name, _ in group["params"]] for group in groups]
+    assert sorted(name for group in names for name in group) == sorted(name for name, _ in model.named_parameters())
+    vectors, matrices, *heads = names
+    assert all("norm" in name for name in vectors) and len(matrices) == 7 and groups[0]["lr"] == 1e-2
+    assert heads == ([["model.embed_tokens.weight"]] if tied else [["model.embed_tokens.weight"], ["lm_head.weight"]])
+    assert groups[-1]["momentum"] == 0.9 and groups[-1].get("over", "rows") == "rows"
+    assert tied or groups[2]["over"] == "columns"
+    optimizer = SCALE(groups)
+    model(torch.arange(12)[None], labels=torch.arange(12)[None]).loss.backward()
+    optimizer.step()
+    assert [p.shape for p in model.parameters() if p.dim() == 2 and "exp_avg" in optimizer.state[p]] == [(40, 16)]

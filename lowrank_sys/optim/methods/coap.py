@@ -35,14 +35,17 @@ class CorrelationAware(Selector):
         new = torch.where(valid, new, old)
         return new, torch.where(valid, (g @ new).square().sum(0), 0)
 
-    @torch.enable_grad()
-    def _stepped(self, basis, g, m):
-        b = basis.clone().requires_grad_()
+    def _stepped(self, b, g, m):
+        """b less the step; g, m: G and M with a channel a row."""
         r, gram, channels = g @ b, b.T @ b, torch.linalg.vector_norm(g, dim=1)
         error = (channels.square().sum() - 2 * r.square().sum() + (gram * (r.T @ r)).sum()) / g.numel()
-        norms = ((m @ gram) * m).sum(1).clamp(min=1e-16).sqrt() * channels.clamp(min=1e-8)
-        (step,) = torch.autograd.grad(error * (1 - ((m * r).sum(1) / norms).mean()), b)
-        return basis - RATE * step * (CLIP / step.norm().clamp(min=CLIP))
+        slope = (2 * b @ (r.T @ r) + g.T @ (2 * r @ gram - 4 * r)) / g.numel()
+        lengths = ((m @ gram) * m).sum(1, keepdim=True).clamp(min=1e-16).sqrt()
+        weight = 1 / (lengths * channels.clamp(min=1e-8).unsqueeze(1) * len(g))
+        cosines = weight * (m * r).sum(1, keepdim=True)  # that add up to their mean
+        turn = g.T @ (weight * m) - b @ (m.T @ (cosines / lengths.square() * m))
+        step = slope * (1 - cosines.sum()) - error * turn
+        return b - RATE * step * (CLIP / step.norm().clamp(min=CLIP))
 
 
 def rotate_roots(due, old, new, kept):
