@@ -15,6 +15,7 @@ from small_model import backward, build, loss_of, tokens
 from torch import nn
 
 from lowrank_sys import cli
+from lowrank_sys.memory import process
 from lowrank_sys.nn import quantize_model
 from lowrank_sys.optim import SCALE, COAPAdamW, FiraLion, GaLoreAdafactor, GaLoreAdamW, LDAdamW, SinkGD
 from lowrank_sys.optim.preset import METHODS
@@ -462,9 +463,10 @@ def test_it_trains_from_the_command_line(name, weights, text, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ldadam", "scale"])
-def test_it_is_planned(name, capsys):
+def test_it_is_planned(name, capsys, monkeypatch):
+    monkeypatch.setattr(process, "measure", lambda args: process.Baseline(2**30, 2**30, True))
     words = ["--method", name, "--model", "llama-1m", "--batch-size", "2", "--seq-len", "32", "--device", "cpu", "--json"]
-    assert cli.main(["plan", *words]) == 0
+    assert cli.main(["plan", *words, "--device-memory", "8GiB"]) == 0
     tensors = json.loads(capsys.readouterr().out)["tensors"]
     assert tensors["moments"] > 0 and (tensors["basis"] > 0) == (METHODS[name].rank is not None)
 
