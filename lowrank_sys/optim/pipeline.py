@@ -200,7 +200,7 @@ class Pipeline:
         scale, go = batch.scale, batch.go
         if g is None or (scale is None and go is None) or int(state["countdown"]) > 0:
             return g
-        g = g.float() if scale is None else g.float() * scale
+        g = g if scale is None else g.float() * scale
         return g if go is None else torch.where(go, g, torch.nan)
 
     def update(self, batch, lr):

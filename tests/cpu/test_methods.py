@@ -17,7 +17,7 @@ from torch import nn
 from lowrank_sys import cli
 from lowrank_sys.memory import process
 from lowrank_sys.nn import quantize_model
-from lowrank_sys.optim import SCALE, COAPAdamW, FiraLion, GaLoreAdafactor, GaLoreAdamW, LDAdamW, SinkGD
+from lowrank_sys.optim import SCALE, CapturedStep, COAPAdamW, FiraLion, GaLoreAdafactor, GaLoreAdamW, LDAdamW, SinkGD
 from lowrank_sys.optim.preset import METHODS
 from lowrank_sys.subspace.iteration import seeded_basis
 from lowrank_sys.subspace.select import SELECT
@@ -237,16 +237,15 @@ def test_ldadam_s_error_in_bf16_is_rounded_once_a_sum():
 # --- what every method promises
 
 
-def made(name, dtype=torch.float32, int8=False, per_layer=None, model=None, **keys):
+def made(name, dtype=torch.float32, int8=False, per_layer=None, bits=None, **keys):
     """(a small model, its optimizer)."""
-    method = METHODS[name]
-    if model is None:
-        model = build(dtype)
-        if int8:
-            model = quantize_model(model, group_size=32)
+    method, model = METHODS[name], build(dtype)
+    if int8:
+        model = quantize_model(model, group_size=32)
     low = {"rank": None} if method.rank is None else {"rank": min(method.rank, 8), "update_proj_gap": GAP}
-    groups = method.groups(model, plain={"lr": 1e-2}, **{**low, **method.keys, **keys})
-    options = {**method.options, **(method.int8_options if int8 else {})}
+    plain = {"lr": 1e-2} if bits is None else {"lr": 1e-2, "min_8bit_size": 0}
+    groups = method.groups(model, plain=plain, **{**low, **method.keys, **keys})
+    options = {**method.options, **(method.int8_options if int8 else {}), **({} if bits is None else {"bits": bits})}
     return model, method.optimizer(groups, lr=1e-2, per_layer=per_layer, **options)
 
 
@@ -309,6 +308,22 @@ def test_it_trains_resumes_and_accounts(name, how):
     weights = [t for p in model.parameters() for t in ((p.codes, p.scale, p) if hasattr(p, "codes") else (p,))]
     assert optimizer.state_bytes() == own
     assert memory["total"] == own + counters + sum(t.untyped_storage().nbytes() for t in weights)
+
+
+@EACH_NEW
+def test_moments_in_8_bits_train_and_resume(name):
+    model, optimizer = made(name, bits=8, min_8bit_size=0)
+    start = mean_loss(model)
+    run(model, optimizer, range(GAP + 2))
+    moments = [s[key] for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq") if key in s]
+    assert {moment.dtype for moment in moments} >= {torch.uint8} and optimizer.memory()["other"] == 0
+    resumed, again = made(name, bits=8, min_8bit_size=0)
+    resumed.load_state_dict(model.state_dict())
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (resumed, again)):
+        run(m, o, range(GAP + 2, 20))
+    assert_alike(model, resumed)
+    assert mean_loss(model) < start - 0.05
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
@@ -429,6 +444,11 @@ def test_refused_when_it_is_built(cls, keys, message):
     options = {"relative_step": False, "scale_parameter": False, "lr": 1e-3} if cls is GaLoreAdafactor else {}
     with pytest.raises(ValueError, match=message):
         cls([{"params": [nn.Parameter(torch.randn(MATRIX))], **keys}], **options)
+
+
+def test_a_captured_step_refuses_error_feedback():
+    with pytest.raises(ValueError, match="must have no error feedback to be captured, got LDAdamW"):
+        CapturedStep(lone(LDAdamW, MATRIX, {"rank": 4})[1])
 
 
 @pytest.mark.parametrize("cls", NEW.values())

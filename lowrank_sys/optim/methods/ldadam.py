@@ -44,8 +44,8 @@ def covariance(due, old, new, kept):
     due.write("exp_avg", after, kept)
     due.write("exp_avg_sq", variance, kept)
     lost = torch.cat([before, -after], 0 if due.left else 1)  # as one product: an error in bf16 is rounded once
-    share = torch.where(kept, 0, due.h["beta1"] / (1 - due.h["beta1"]))
-    torch.ops.lowrank.back_project_(due.state["error"], lost * share, torch.cat([old, new], 1), left=due.left)
+    lost = torch.where(kept, 0, lost * (due.h["beta1"] / (1 - due.h["beta1"])))
+    torch.ops.lowrank.back_project_(due.state["error"], lost, torch.cat([old, new], 1), left=due.left)
 
 
 SELECT["power"] = PowerStep()
