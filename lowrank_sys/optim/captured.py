@@ -158,6 +158,8 @@ def _device_of(optimizer):
         raise ValueError(
             f"optimizer must have nonfinite='skip' to be captured, got {optimizer.nonfinite!r}: it reads every gradient"
         )
+    if optimizer.pipeline.remainder.feeds_back:
+        raise ValueError(f"optimizer must have no error feedback to be captured, got {type(optimizer).__name__}: its step reads it")
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise ValueError("optimizer must have no step hooks to be captured: a replay does not call them")
     devices = {param.device for group in optimizer.param_groups for param in group["params"]}

@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys.optim.preset import Preset, method
-from lowrank_sys.subspace.iteration import gaussian
+from lowrank_sys.subspace.iteration import canonical_signs, seeded_basis
 from lowrank_sys.subspace.select import SELECT, Selector
 from lowrank_sys.subspace.transport import TRANSPORTS, Transport, rotated, rotation
 
@@ -14,30 +14,38 @@ class CorrelationAware(Selector):
     """Every `reproject_factor`-th time Vᵀ of QᵀG, Q from QR of G B; else one SGD step on B.
 
     Its loss is MSE(back(R), G) (1 - mean cos(back(M), G)), the cosine by channel, and takes products of R's size alone:
-    |back(R) - G|² = |G|² - 2|R|² + tr((BᵀB)(RᵀR)). B stays as the step leaves it.
+    |back(R) - G|² = |G|² - 2|R|² + tr((BᵀB)(RᵀR)). B stays as the step leaves it. Signs of Vᵀ follow the old basis, so that moments
+    that are kept mean one direction; the authors take those of the SVD.
     """
 
     moments, hyper, counts = ("exp_avg",), ("reproject_factor",), True
 
     def choose(self, due):
         g = due.gradient.float().T if due.left else due.gradient.float()  # (channels, d)
-        valid = torch.linalg.vector_norm(g).isfinite()
+        size = torch.linalg.vector_norm(g)
+        valid = size.isfinite() & (size > 0)
+        g = torch.where(valid, g, 0)
+        old = seeded_basis(g.shape[1], due.rank, due.seed, g) if due.old is None else due.old.float()
         if due.old is None or int(due.state["refreshes"]) % int(due.h["reproject_factor"]) == 0:
-            old = gaussian(g.shape[1], due.rank, due.seed, g) if due.old is None else due.old.float()
-            q = torch.linalg.qr(torch.where(valid, g @ old, 0)).Q
-            new = torch.linalg.svd(torch.where(valid, q.T @ g, 0), full_matrices=False).Vh[: due.rank].T.contiguous()
+            q = torch.linalg.qr(g @ old).Q
+            new = canonical_signs(torch.linalg.svd(q.T @ g, full_matrices=False).Vh[: due.rank].T.contiguous(), due.old)
         else:
-            new = self._stepped(due.old.float(), g, due.moment("exp_avg").T if due.left else due.moment("exp_avg"))
+            new = self._stepped(old, g, due.moment("exp_avg").T if due.left else due.moment("exp_avg"))
+        valid = valid & new.isfinite().all()
+        new = torch.where(valid, new, old)
         return new, torch.where(valid, (g @ new).square().sum(0), 0)
 
-    @torch.enable_grad()
-    def _stepped(self, basis, g, m):
-        b = basis.clone().requires_grad_()
+    def _stepped(self, b, g, m):
+        """b less the step; g, m: G and M with a channel a row."""
         r, gram, channels = g @ b, b.T @ b, torch.linalg.vector_norm(g, dim=1)
         error = (channels.square().sum() - 2 * r.square().sum() + (gram * (r.T @ r)).sum()) / g.numel()
-        norms = ((m @ gram) * m).sum(1).clamp(min=1e-16).sqrt() * channels.clamp(min=1e-8)
-        (step,) = torch.autograd.grad(error * (1 - ((m * r).sum(1) / norms).mean()), b)
-        return basis - RATE * step * (CLIP / step.norm().clamp(min=CLIP))
+        slope = (2 * b @ (r.T @ r) + g.T @ (2 * r @ gram - 4 * r)) / g.numel()
+        lengths = ((m @ gram) * m).sum(1, keepdim=True).clamp(min=1e-16).sqrt()
+        weight = 1 / (lengths * channels.clamp(min=1e-8).unsqueeze(1) * len(g))
+        cosines = weight * (m * r).sum(1, keepdim=True)  # that add up to their mean
+        turn = g.T @ (weight * m) - b @ (m.T @ (cosines / lengths.square() * m))
+        step = slope * (1 - cosines.sum()) - error * turn
+        return b - RATE * step * (CLIP / step.norm().clamp(min=CLIP))
 
 
 def rotate_roots(due, old, new, kept):
@@ -57,7 +65,8 @@ class COAPAdamW(Preset):
     """GaLoreAdamW on bases of CorrelationAware, calibrated anew at every fifth refresh (`reproject_factor`).
 
     Group keys: those of GaLoreAdamW; `update_proj_gap` (32), `scale` (1), `moments` (keep | rotate-roots: the authors'
-    restore_state). With bits=8 the authors' 8-bit variant. State of a matrix: that of GaLoreAdamW, and `refreshes`.
+    restore_state). Refreshes are spread over the matrices. With bits=8 the authors' 8-bit variant.
+    State of a matrix: that of GaLoreAdamW, and `refreshes`.
     """
 
     low_rank_defaults = {"subspace": "coap", "update_proj_gap": 32, "scale": 1.0, "reproject_factor": 5}

@@ -40,11 +40,12 @@ def covariance(due, old, new, kept):
     moved = c @ m
     before, after = due.moment("exp_avg").clone(), rotated(due.moment("exp_avg"), c, left=due.left)
     spread = (second * ((c * c) @ (v - m.square()) + moved.square())).abs()
+    variance = torch.where(kept, due.moment("exp_avg_sq"), spread if due.left else spread.T)
     due.write("exp_avg", after, kept)
-    due.write("exp_avg_sq", spread if due.left else spread.T, kept)
-    share = due.h["beta1"] / (1 - due.h["beta1"])
-    for low_rank, basis, sign in ((before, old, share), (after, new, -share)):
-        torch.ops.lowrank.back_project_(due.state["error"], low_rank.contiguous(), basis, alpha=sign, left=due.left)
+    due.write("exp_avg_sq", variance, kept)
+    lost = torch.cat([before, -after], 0 if due.left else 1)  # as one product: an error in bf16 is rounded once
+    lost = torch.where(kept, 0, lost * (due.h["beta1"] / (1 - due.h["beta1"])))
+    torch.ops.lowrank.back_project_(due.state["error"], lost, torch.cat([old, new], 1), left=due.left)
 
 
 SELECT["power"] = PowerStep()
@@ -56,7 +57,8 @@ class LDAdamW(Preset):
     """Adam in a basis that takes one power step before every step, with projection-aware moments and error feedback.
 
     Group keys: `rank`, `rho` (0.908, the share of the momentum in what the basis follows), `proj_type`, `scale` (1). betas
-    (0.908, 0.99). State of a matrix: that of GaLoreAdamW, and `error`; the authors keep it in `.grad`.
+    (0.908, 0.99). State of a matrix: that of GaLoreAdamW, and `error`; the authors keep it in `.grad`, and project a square matrix
+    on the left, where 'std' is the right.
     """
 
     remainder = ErrorFeedback()

@@ -46,6 +46,8 @@ class MatrixMomentum(Momentum):
 
 def groups(model, rank=None, *, plain=None, **keys):
     """[AdamW's vectors, matrices, the embeddings, the head with momentum 0.9] of a model, as its authors have them."""
+    if rank is not None:
+        raise ValueError(f"rank must be None for SCALE, which has no subspace, got {rank!r}")
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     vectors, matrices = param_groups(model, rank=None, plain=plain, **keys)

@@ -23,22 +23,23 @@ class Sinkhorn(Remainder):
     name, defaults, from_low_rank = "sinkhorn", {"passes": 5}, False
 
     def measure(self, g, r, s, state, h):
-        norms = torch.ops.lowrank.channel_norms(g, left=False)
-        s.rows, s.size = norms.isfinite().unsqueeze(1), torch.where(norms.isfinite(), norms, 0).amax().clamp(min=1e-38)
+        norms = torch.ops.lowrank.channel_norms(g, left=False).unsqueeze(1)
+        s.rows = norms.isfinite()
+        s.unit = torch.where(s.rows, 1 / norms.clamp(min=1e-38), 0)  # rows first come to norm 1, of which no square leaves fp32
         return s.rows
 
     def of(self, g, r, x, s, state, h):
         m, n = g.shape
         a, b = s.rows.float(), g.new_ones((1, n), dtype=torch.float32)
         for _ in range(h["passes"]):
-            a, total = a.clone(), torch.zeros_like(b)
+            total = torch.zeros_like(b)
             for first, end in panels(g.shape):
                 rows = slice(first, end)
-                squares = torch.where(s.rows[rows], g[rows].float() / s.size, 0).square_()
-                a[rows] = _factor(squares @ b.square().T, n)
-                total += a[rows].square().T @ squares
+                part = torch.where(s.rows[rows], g[rows].float() * s.unit[rows], 0)
+                a[rows] = _factor((part * b).square_().sum(1, keepdim=True), n)
+                total += (part * a[rows]).square_().sum(0, keepdim=True)
             b = _factor(total, m)
-        return Update(phi=g, c=(a, b / s.size))
+        return Update(phi=g, c=(s.unit, a, b))
 
 
 class NoRule(Unchanged):
