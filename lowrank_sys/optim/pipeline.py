@@ -190,17 +190,8 @@ class Pipeline:
     def _advance(self, batch, gradients, lr, sketched=False):
         low_rank = self.subspace.shape_of(batch.params[0], batch.states[0])
         moments = refreshed(self.moments_of(batch.group, low_rank))
-        if not self.subspace.blind:
-            gradients = [self._taken(batch, g, state) for g, state in zip(gradients, batch.states)]
-        self.subspace.advance(batch.group, gradients, batch.states, lr, batch.left, moments, sketched=sketched)
-
-    def _taken(self, batch, g, state):
-        """What a basis that is due is chosen from: unscaled, and NaN, which chooses none, where the step is none."""
-        scale, go = batch.scale, batch.go
-        if g is None or (scale is None and go is None) or int(state["countdown"]) > 0:
-            return g
-        g = g if scale is None else g.float() * scale
-        return g if go is None else torch.where(go, g, torch.nan)
+        guards = {"grad_scale": batch.guards["grad_scale"], "found_inf": batch.guards["found_inf"]}
+        self.subspace.advance(batch.group, gradients, batch.states, lr, batch.left, moments, sketched=sketched, **guards)
 
     def update(self, batch, lr):
         """Step the weights, on the bases that are there. A fused step reads no value on the host and makes nothing that stays, so

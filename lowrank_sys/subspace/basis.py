@@ -6,6 +6,8 @@ multiplies by them. Which one a state has is told by the state. d is the length 
 
 import torch
 
+from lowrank_sys._ops.int4 import expect_int4
+from lowrank_sys._ops.rules import expect, expect_float, expect_like
 from lowrank_sys.subspace.gaussian import gaussian_basis
 
 
@@ -30,6 +32,14 @@ class Dense:
         """Whether this is a basis of vectors of d entries."""
         basis = state["basis"]
         return basis.dim() == 2 and basis.shape[0] == d
+
+    def expect(self, op, state, d, device):
+        """Raise an error for tensors that are no basis of vectors of d entries on this device."""
+        basis = state["basis"]
+        expect(self.fits(d, state), op, lambda: f"basis must have shape ({d}, r), got {tuple(basis.shape)}")
+        expect_float(op, "basis", basis)
+        expect_like(op, "basis", basis, basis.shape, device)
+        expect(basis.shape[1] >= 1, op, lambda: f"rank must be at least 1, got basis of shape {tuple(basis.shape)}")
 
     def load(self, state, d):
         """The basis (d, r) itself."""
@@ -73,6 +83,9 @@ class Int4(Dense):
     def fits(self, d, state):
         packed = state["basis"]
         return packed.dim() == 2 and packed.shape[1] == -(-d // 2) and state["basis_scale"].shape[1] == -(-d // self.group_size)
+
+    def expect(self, op, state, d, device):
+        expect_int4(op, *self._tensors(state), d, self.group_size, device, names=self.keys)
 
     def load(self, state, d):
         """The basis (d, r) in fp32: a copy, to be dropped soon."""

@@ -2,9 +2,11 @@
 
 import torch
 
+from lowrank_sys._ops.rules import expect_dtype, expect_like
 from lowrank_sys.subspace.basis import KEY
 from lowrank_sys.subspace.kind import Kind
 from lowrank_sys.subspace.orthonormal import Orthonormal
+from lowrank_sys.subspace.refresh import OP, expect_carried
 from lowrank_sys.subspace.transport import TRANSPORTS
 
 PROJECTIONS = ("random", "svd")
@@ -34,6 +36,12 @@ class Gaussian(Kind):
     def measured(self, group, grad, state):
         """|R| is |G| on average, and G is there."""
         return grad
+
+    def expect(self, due):
+        key = due.state["key"]
+        expect_like(OP, "key", key, (4,), key.device)
+        expect_dtype(OP, "key", key, torch.int64)
+        expect_carried(due, (None, None), key.device)
 
     def renew(self, due):
         if due.training:

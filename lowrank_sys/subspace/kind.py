@@ -41,7 +41,7 @@ class Kind:
 
     # What a group asks for.
 
-    def selects(self, group):
+    def selections(self):
         """Names that the group key `subspace` may have."""
         return ()
 
@@ -51,7 +51,7 @@ class Kind:
 
     def check(self, group, names):
         """Raise a ValueError that names the key, or the weight that does not fit."""
-        valid = {"proj_type": tuple(SIDES), "subspace": self.selects(group), "moments": self.transports(group)}
+        valid = {"proj_type": tuple(SIDES), "subspace": self.selections(), "moments": self.transports(group)}
         valid["refresh"] = ("now", "next") if self.sketched else ("now",)
         for key, values in valid.items():
             if values and group[key] not in values:
@@ -107,10 +107,11 @@ class Kind:
         """Y = G Omega (m, l) if left, else Omegaᵀ G (l, n); fp32."""
         return torch.ops.lowrank.project(grad, omega, left=not left)
 
-    def advance(self, group, gradients, states, lr, left, moments, *, sketched=False):
+    def advance(self, group, gradients, states, lr, left, moments, *, sketched=False, grad_scale=None, found_inf=None):
         """Advance the schedule of these matrices, whose states have the same keys, by one step; bases that are due are chosen anew.
 
         gradients: G each, or with `sketched` a sketch or None. moments: {name: whether it has a sign} of R's shape.
+        grad_scale, found_inf: what gradients are to be multiplied by, and nonzero where the step is none (one element each).
         """
         if sketched:
             gradients = [s[store_of(s).keys[0]].new_empty(0) if g is None else g for s, g in zip(states, gradients)]
@@ -125,6 +126,7 @@ class Kind:
             tensors, gradients, numbers, lr, kind=type(self).__name__, select=group.get("subspace", ""), transport=transport,
             keys=keys, number_keys=number_keys, moments=list(moments), signed=list(moments.values()), hyper_keys=list(hyper),
             hyper=[float(value) for value in hyper.values()], left=left, sketched=sketched,
+            grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip
 
     def needs(self, group):

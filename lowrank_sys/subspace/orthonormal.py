@@ -2,12 +2,12 @@
 
 import torch
 
-from lowrank_sys import _ops
+from lowrank_sys._ops.rules import expect, expect_dtype, expect_matrix
 from lowrank_sys.subspace import gap as adaptive
 from lowrank_sys.subspace.basis import DENSE, Int4, axis_of, load, store_of
 from lowrank_sys.subspace.iteration import seeded_basis
 from lowrank_sys.subspace.kind import Kind
-from lowrank_sys.subspace.refresh import COLD, is_due, is_taken
+from lowrank_sys.subspace.refresh import COLD, OP, expect_carried, expect_on_host, is_due, is_taken
 from lowrank_sys.subspace.select import SELECT
 from lowrank_sys.subspace.transport import TRANSPORTS
 
@@ -53,7 +53,7 @@ class Orthonormal(Kind):
     hyper = ("update_proj_gap", "cos_threshold", "gamma_proj", "max_update_proj_gap")
     sketched = True
 
-    def selects(self, group):
+    def selections(self):
         return tuple(SELECT)
 
     def check(self, group, names):
@@ -113,23 +113,27 @@ class Orthonormal(Kind):
         return (*self.hyper, *SELECT[group["subspace"]].hyper)
 
     def expect(self, due):
-        matrix, store = due.gradient, store_of(due.state)
-        _ops.rules.expect_matrix("refresh_", "sketch" if due.sketched else "gradient", matrix)
-        d = axis_of(matrix.shape, due.state)
-        _ops.rules.expect(
-            store.fits(d, due.state),
-            "refresh_",
-            lambda: (
-                f"the basis of shape {tuple(due.state['basis'].shape)} must fit a gradient of shape {tuple(matrix.shape)} on the "
-                f"{'left' if due.left else 'right'}"
-            ),
-        )
-        due.rank = store.rank(due.state)
-        most = min(matrix.shape) if not due.sketched else matrix.shape[1 if due.left else 0]
-        _ops.rules.expect(due.rank <= most, "refresh_", lambda: f"rank must be at most {most}, got {due.rank}")
+        matrix, store, state = due.raw, store_of(due.state), due.state
+        expect_matrix(OP, "sketch" if due.sketched else "gradient", matrix)
+        d = axis_of(matrix.shape, state)
+        store.expect(OP, state, d, matrix.device)
+        due.rank = rank = store.rank(state)
+        other = matrix.shape[1 if due.left else 0]
+        most = other if due.sketched else min(d, other)
+        expect(rank <= most, OP, lambda: f"rank must be at most {most}, got {rank}")
+        if due.sketched:
+            expect_dtype(OP, "sketch", matrix, torch.float32)
+            other = None
+        expect_carried(due, (rank, other) if due.left else (other, rank), matrix.device)
+        if "gap" in state:
+            expect_on_host("gap", state["gap"])
+            queue = state["overlaps"]
+            fits = queue.dim() == 1 and queue.dtype == torch.float32
+            expect(fits, OP, lambda: f"overlaps must be a vector of float32, got shape {tuple(queue.shape)}, {queue.dtype}")
+        due.sized = SELECT[due.select].sized
 
     def renew(self, due):
-        store, d = store_of(due.state), axis_of(due.gradient.shape, due.state)
+        store, d = store_of(due.state), axis_of(due.raw.shape, due.state)
         if due.sketched or not due.first:
             due.old = store.load(due.state, d)
         new, energies = SELECT[due.select].choose(due)

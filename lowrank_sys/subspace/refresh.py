@@ -2,8 +2,12 @@
 
 import torch
 
-from lowrank_sys import _ops
+from lowrank_sys._ops.blockwise import expect_codes
+from lowrank_sys._ops.rules import check_lists, expect, expect_dtype, expect_like, expect_number, expect_scalar, fake
 from lowrank_sys.subspace.moments import absmax_of, decode, encode, is_coded
+from lowrank_sys.subspace.transport import TRANSPORTS
+
+OP = "refresh_"
 
 # A countdown of COLD says that there is no basis of the gradient yet.
 COLD = -1
@@ -15,18 +19,27 @@ KINDS = {}
 class Due:
     """A matrix whose basis is due.
 
-    state: its tensors and integers. gradient: G (m, n), or with `sketched` the sketch Y = G Omega (d, l), right: (l, d).
+    state: its tensors and integers. raw: G (m, n), or with `sketched` the sketch Y = G Omega (d, l), right: (l, d), as it came.
     first: whether it has had no gradient's basis yet. moments: {name: whether it has a sign}. h: numbers of its group.
     select, transport: names of what renews it. training: False for a rate of 0.
     """
 
     def __init__(self, state, gradient, first, call):
-        self.state, self.gradient, self.first = state, gradient, first
+        self.state, self.first = state, first
+        self.raw, self._scale, self._go = gradient, call.scale, call.go
         self.left, self.seed = call.left, state.get("seed")
         self.sketched, self.training, self.h = call.sketched, call.training, call.h
         self.select, self.transport, self.moments = call.select, call.transport, call.moments
         self.old = self.rank = None  # the basis (d, r) as it is, and r: for selectors
+        self.sized = False  # whether the selector asks for the size of the gradient
         self.mean = None  # of the last overlaps, where the gap is the matrix's own
+
+    @property
+    def gradient(self):
+        """`raw`, without a GradScaler's factor where the selector asks for its size; NaN, which chooses nothing, in a step that is
+        none. A copy in these cases, to be dropped soon."""
+        scaled = self.raw if self._scale is None or not self.sized else self.raw.float() * self._scale
+        return scaled if self._go is None else torch.where(self._go, scaled, torch.nan)
 
     def moment(self, name):
         """A moment of R's shape, fp32."""
@@ -50,15 +63,36 @@ class Call:
 
     def __init__(
         self, tensors, gradients, numbers, lr, *, kind, select, transport, keys, number_keys, moments, signed, hyper_keys, hyper,
-        left, sketched,
+        left, sketched, grad_scale=None, found_inf=None,
     ):  # fmt: skip
+        _expect_names(kind, select, transport)
+        _expect_lists(tensors, gradients, numbers, keys, number_keys, moments, signed, hyper_keys, hyper)
         self.kind, self.select, self.transport = KINDS[kind], select, transport
-        self.left, self.sketched, self.training = left, sketched, trains(lr)
+        self.left, self.sketched, self.training = left, sketched, None
         self.moments, self.h = dict(zip(moments, signed)), dict(zip(hyper_keys, hyper))
+        self.scale = None if grad_scale is None else grad_scale.reshape(())
+        self.go = None if found_inf is None else found_inf.reshape(()) == 0
         self.gradients = gradients
         self._tensors, self._keys = tensors, keys
         self._numbers, self._number_keys = numbers, number_keys
         self.countdowns = self.column("countdown")
+        self._expect_schedule(lr, (grad_scale, found_inf))
+
+    def _expect_schedule(self, lr, guards):
+        expect_number(OP, "lr", lr, lr.device)
+        for name, guard in zip(("grad_scale", "found_inf"), guards):
+            if guard is not None:
+                expect(guard.numel() == 1, OP, lambda: f"{name} must have one element, got shape {tuple(guard.shape)}")
+                expect_dtype(OP, name, guard, torch.float32)
+        gap = self.h.get("update_proj_gap", 1)
+        expect(gap >= 1, OP, lambda: f"update_proj_gap must be at least 1, got {gap}")
+        if "first_gap" in self._number_keys:
+            first = self._numbers[self._number_keys.index("first_gap") :: len(self._number_keys)]
+            expect(min(first, default=1) >= 1, OP, lambda: f"first_gap must be at least 1, got {min(first)}")
+        # Every step of every matrix comes by here: one comparison each, and a message only for a bad one.
+        for i, c in enumerate(self.countdowns):
+            if not (c.dtype is torch.int64 and c.dim() == 0 and c.is_cpu):
+                expect_on_host(f"countdown of matrix {i}", c)
 
     def column(self, key):
         """One tensor of the state of each matrix."""
@@ -80,7 +114,7 @@ class Call:
         return True
 
 
-def refresh_(tensors, gradients, numbers, lr, *, sketched=False, **options):
+def refresh_(tensors, gradients, numbers, lr, *, sketched=False, grad_scale=None, found_inf=None, **options):
     """Advance the refresh schedule of many matrices by one step, choosing anew each basis that is due.
 
     A matrix whose gradient is zero or not finite keeps its basis, or gets a seeded one if it has none, and stays due.
@@ -98,9 +132,11 @@ def refresh_(tensors, gradients, numbers, lr, *, sketched=False, **options):
         moments, signed: names of the moments of R's shape, and whether each has a sign.
         hyper_keys, hyper: numbers of the group.
         left: the side of the bases.
+        grad_scale: one element, that gradients are to be multiplied by. found_inf: one element; where it is not zero, nothing is
+            chosen from them.
     """
-    _ops.refresh.check_refresh(tensors, gradients, numbers, lr, **options)
-    call = Call(tensors, gradients, numbers, lr, sketched=sketched, **options)
+    call = Call(tensors, gradients, numbers, lr, sketched=sketched, grad_scale=grad_scale, found_inf=found_inf, **options)
+    call.training = trains(lr)
     if not gradients or (sketched and not call.training):
         return
     waits = torch.stack(call.countdowns).tolist()
@@ -120,6 +156,64 @@ def refresh_(tensors, gradients, numbers, lr, *, sketched=False, **options):
         elif not sketched or is_due(wait):
             call.countdowns[i].fill_(wait + 1)
     count_down_(call.countdowns)
+
+
+@fake(OP)
+def _(tensors, gradients, numbers, lr, *, sketched=False, **options):
+    call = Call(tensors, gradients, numbers, lr, sketched=sketched, **options)
+    for i, gradient in enumerate(gradients):  # whether a matrix is due only its countdown knows
+        if not sketched or gradient.numel() > 0:
+            call.kind.expect(call.due(i, 0))
+
+
+def expect_on_host(name, number):
+    """`number` is a 0-dim int64 tensor on the CPU."""
+    fits = number.dtype is torch.int64 and number.dim() == 0 and number.is_cpu
+    expect(
+        fits,
+        OP,
+        lambda: (
+            f"{name} must be a 0-dim int64 tensor on the CPU, got shape {tuple(number.shape)}, {number.dtype} on {number.device}"
+        ),
+    )
+
+
+def _expect_names(kind, select, transport):
+    expect(kind in KINDS, OP, lambda: f"kind must be one of {', '.join(KINDS)}, got {kind}")
+    names = KINDS[kind].selections()
+    expect(not names or select in names, OP, lambda: f"select must be one of {', '.join(names)}, got {select}")
+    expect(transport in TRANSPORTS, OP, lambda: f"transport must be one of {', '.join(TRANSPORTS)}, got {transport}")
+
+
+def _expect_lists(tensors, gradients, numbers, keys, number_keys, moments, signed, hyper_keys, hyper):
+    for name, got, names in (("tensors", tensors, keys), ("numbers", numbers, number_keys)):
+        count, wanted = len(gradients), ", ".join(names)
+        expect(
+            len(got) == count * len(names), OP, lambda: f"{name} must have {wanted} for each of {count} gradients, got {len(got)}"
+        )
+    check_lists(OP, moments=moments, signed=signed)
+    check_lists(OP, hyper_keys=hyper_keys, hyper=hyper)
+    expect("countdown" in keys, OP, lambda: f"keys must name a countdown, got {', '.join(keys)}")
+
+
+def expect_carried(due, shape, device):
+    """The moments that are to be carried over, and the step, are R's: `shape`, in which None is any size."""
+    if due.transport == "keep":
+        return
+    for name in due.moments:
+        expect(name in due.state, OP, lambda: f"keys must name {name}, got {', '.join(due.state)}")
+        moment = due.state[name]
+        fits = moment.dim() == 2 and all(want in (None, got) for want, got in zip(shape, moment.shape))
+        expect(fits, OP, lambda: f"{name} must have shape {shape}, got {tuple(moment.shape)}")
+        if is_coded(due.state, name):
+            absmax = due.state[absmax_of(name)]
+            expect_codes(OP, name, moment, absmax_of(name), absmax, moment.shape, device)
+        else:
+            expect_like(OP, name, moment, moment.shape, device)
+            expect_dtype(OP, name, moment, torch.float32)
+    expect("step" in due.state, OP, lambda: f"keys must name step, got {', '.join(due.state)}")
+    expect_scalar(OP, "step", due.state["step"], device, own_device=True)
+    expect_dtype(OP, "step", due.state["step"], torch.float32)
 
 
 def is_due(wait):

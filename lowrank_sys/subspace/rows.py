@@ -2,12 +2,12 @@
 
 import torch
 
-from lowrank_sys import _ops
-from lowrank_sys._ops.sparse import METHODS
+from lowrank_sys._ops.rules import expect, expect_matrix
+from lowrank_sys._ops.sparse import METHODS, expect_indices, expect_row_scale
 from lowrank_sys.subspace.basis import ROWS
 from lowrank_sys.subspace.keys import CARRIED
 from lowrank_sys.subspace.kind import Kind
-from lowrank_sys.subspace.refresh import COLD, is_taken
+from lowrank_sys.subspace.refresh import COLD, OP, expect_carried, expect_on_host, is_taken
 from lowrank_sys.subspace.transport import TRANSPORTS
 
 
@@ -28,7 +28,7 @@ class Rows(Kind):
     on_host = (*Kind.on_host, "refreshes")
     # A norm is not linear in the gradient: no sketch of it adds up over micro-batches.
 
-    def selects(self, group):
+    def selections(self):
         return METHODS
 
     def transports(self, group):
@@ -46,7 +46,15 @@ class Rows(Kind):
         return shape
 
     def expect(self, due):
-        _ops.rules.expect_matrix("refresh_", "gradient", due.gradient)
+        grad, indices = due.raw, due.state["indices"]
+        expect_matrix(OP, "gradient", grad)
+        expect_indices(OP, indices, grad.device)
+        expect_row_scale(OP, "row_scale", due.state.get("row_scale"), indices)
+        expect_on_host("refreshes", due.state["refreshes"])
+        rank, (m, n) = indices.shape[0], grad.shape
+        most = m if due.left else n
+        expect(rank <= most, OP, lambda: f"rank must be at most {most} for a gradient of shape ({m}, {n}), got {rank}")
+        expect_carried(due, (rank, n) if due.left else (m, rank), grad.device)
 
     def renew(self, due):
         state = due.state

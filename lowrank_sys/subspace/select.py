@@ -12,6 +12,7 @@ from lowrank_sys.subspace.iteration import basis_from_sketch, svd_basis
 class Selector:
     """Base of the ways to choose a basis."""
 
+    sized = False  # whether the size of the gradient matters, not its directions alone
     sketched = False  # whether a sketch of the gradient is enough
     moments = ()  # keys of the state that it reads: moments by name, "step"
     hyper = ()  # group keys that it reads, numbers

@@ -49,12 +49,16 @@ def test_refresh(left, options):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"keys": ["basis", "countdown"]}, r"tensors must have 2 for each of 2 gradients \(basis, countdown\), got 10"),
-        ({"number_keys": ["seed"]}, r"numbers must have 1 for each of 2 gradients \(seed\), got 4"),
+        ({"kind": "Nothing"}, "kind must be one of .*Orthonormal.*, got Nothing"),
+        ({"select": "pca"}, "select must be one of randomized, svd, .*got pca"),
+        ({"transport": "drop"}, "transport must be one of keep, reset, rotate, .*got drop"),
+        ({"hyper_keys": ["update_proj_gap"], "hyper": [0.0]}, "update_proj_gap must be at least 1, got 0"),
+        ({"keys": ["basis", "countdown"]}, "tensors must have basis, countdown for each of 2 gradients, got 10"),
+        ({"number_keys": ["seed"]}, "numbers must have seed for each of 2 gradients, got 4"),
         ({"keys": ["basis", "wait", "exp_avg", "exp_avg_sq", "step"]}, "keys must name a countdown, got basis, wait"),
         ({"signed": [True]}, "signed must have 2 tensors like moments, got 1"),
         ({"hyper": []}, "hyper must have 1 tensors like hyper_keys, got 0"),
-        ({"countdowns": (0, 1.5)}, r"the countdown of matrix 1 must be a 0-dim int64 tensor on the CPU"),
+        ({"countdowns": (0, 1.5)}, r"countdown of matrix 1 must be a 0-dim int64 tensor on the CPU"),
     ],
 )
 def test_refresh_refuses(changes, message):
@@ -69,7 +73,7 @@ def test_refresh_refuses(changes, message):
 @pytest.mark.parametrize(
     "gradient, message",
     [
-        (torch.randn(M + 1, N), r"the basis of shape \(12, 4\) must fit a gradient of shape \(13, 20\) on the left"),
+        (torch.randn(M + 1, N), r"basis must have shape \(13, r\), got \(12, 4\)"),
         (torch.randn(M), "gradient must be a matrix"),
         (torch.randn(M, R - 1), "rank must be at most 3, got 4"),
     ],

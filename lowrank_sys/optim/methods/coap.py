@@ -18,7 +18,7 @@ class CorrelationAware(Selector):
     that are kept mean one direction; the authors take those of the SVD.
     """
 
-    moments, hyper, counts = ("exp_avg",), ("reproject_factor",), True
+    moments, hyper, counts, sized = ("exp_avg",), ("reproject_factor",), True, True
 
     def choose(self, due):
         g = due.gradient.float().T if due.left else due.gradient.float()  # (channels, d)
