@@ -10,12 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowrank_sys import backends, reference
+from lowrank_sys.memory.shapes import SHAPES
 from lowrank_sys.memory.storages import storages
 from lowrank_sys.memory.workspace import op_name, scratch_bytes
 from lowrank_sys.subspace import operators
 
 # Where the host reads a value.
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default, torch.ops.aten.is_nonzero.default)
+
+# Of a fake tensor, `.device` is an operator: most of what a rehearsal dispatches.
+DEVICE = torch.ops.prim.device.default
 
 # torch.tensor() shows no other operator, and this one returns its input.
 FRESH = torch.ops.aten.lift_fresh.default
@@ -51,6 +55,8 @@ class LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         if func in READS:
             return _read(func, args)
         if func.namespace == "lowrank":
@@ -59,7 +65,10 @@ class LiveStorages(TorchDispatchMode):
                 return scratch.value
         else:
             scratch = None
-        out = func(*args, **kwargs)
+        if func in SHAPES and isinstance(args[0], FakeTensor):
+            out = SHAPES[func](*args, **kwargs)
+        else:
+            out = func(*args, **kwargs)
         given = {id(storage): storage for tensor in _tensors((args, kwargs)) for storage in storages(tensor)}
         for tensor in _tensors(out):
             if func is FRESH or not any(id(own) in given for own in storages(tensor)):  # a view of something from before the mode
