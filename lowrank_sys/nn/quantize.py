@@ -43,9 +43,9 @@ def quantize_model(model, *, target_modules=None, group_size=256):
     """Keep the weights of the model's linear layers in INT8, in place; returns the model.
 
     The layers are those that `lowrank_sys.optim.param_groups` trains in a subspace, as far as they are nn.Linear: embeddings,
-    output heads and tied weights stay, and experts that are stacked in one parameter (said in a warning). Values are rounded to the nearest code. One layer at a time: at most one layer's float
-    weight exists beside the INT8 ones, unless something else (an optimizer) still holds the old parameters. Hooks on the
-    replaced modules are not carried over.
+    output heads and tied weights stay, and experts that are stacked in one parameter (said in a warning). Values are rounded
+    to the nearest code. One layer at a time: at most one layer's float weight exists beside the INT8 ones, unless something
+    else (an optimizer) still holds the old parameters. Hooks on the replaced modules are not carried over.
 
     Args:
         model: nn.Module with weights in fp32, bf16 or fp16.

@@ -69,7 +69,7 @@ def assert_same_loss(model, ids, labels, **options):
     theirs = model(input_ids=ids, labels=labels).loss
     ours = causal_lm_loss(model, ids, labels, **options)
     assert abs(ours - theirs) <= 2e-6 * theirs
-    params = [p for p in model.parameters()]
+    params = list(model.parameters())
     got, want = (torch.autograd.grad(loss, params, allow_unused=True) for loss in (ours, theirs))
     for (name, _), a, b in zip(model.named_parameters(), got, want, strict=True):
         assert (a is None) == (b is None), name
