@@ -66,21 +66,20 @@ class Fakes:
         return self._made(known, tensors)
 
     def _made(self, known, tensors):
-        made, new = [], []
-        for o in known.outputs:
-            if o.itself:
-                made.append(tensors[o.argument])
-                continue
-            with in_kernel_invocation_manager(self._mode):
-                if o.argument is None:
-                    bare = torch.empty_strided(o.shape, o.stride, dtype=o.dtype, device="meta")
-                else:
-                    bare = torch.empty(0, dtype=o.dtype, device="meta")
-                    bare.set_(tensors[o.argument].untyped_storage(), o.offset, o.shape, o.stride)
-            made.append(FakeTensor(self._mode, bare, o.device))
-            if o.argument is None:
-                new.append(made[-1])
+        with in_kernel_invocation_manager(self._mode):
+            bare = [None if o.itself else _bare(o, tensors) for o in known.outputs]
+        made = [
+            tensors[o.argument] if o.itself else FakeTensor(self._mode, tensor, o.device) for o, tensor in zip(known.outputs, bare)
+        ]
+        new = [tensor for o, tensor in zip(known.outputs, made) if o.argument is None]
         return (made[0] if known.kind is torch.Tensor else None if known.kind is type(None) else known.kind(made)), new
+
+
+def _bare(o, tensors):
+    """The meta tensor inside an output."""
+    if o.argument is None:
+        return torch.empty_strided(o.shape, o.stride, dtype=o.dtype, device="meta")
+    return torch.empty(0, dtype=o.dtype, device="meta").set_(tensors[o.argument].untyped_storage(), o.offset, o.shape, o.stride)
 
 
 def _key(value, tensors):

@@ -29,8 +29,8 @@ KEPT = ("method", "data", "text_field", "tokenizer", "dtype", "subspace", "weigh
 
 # Flags that change neither.
 UNRELATED = (
-    "model", "out", "run", "command", "json", "device_memory", "resume", "save_steps", "eval_steps", "keep", "seed", "lr", "plain_lr",
-    "scale", "weight_decay", "warmup_ratio", "warmup_steps", "min_lr_ratio", "data", "as_given",
+    "model", "out", "run", "command", "json", "device_memory", "resume", "save_steps", "eval_steps", "keep", "seed", "lr",
+    "plain_lr", "scale", "weight_decay", "warmup_ratio", "warmup_steps", "min_lr_ratio", "data", "as_given",
 )  # fmt: skip
 PACKAGE = Path(__file__).resolve().parents[1]
 
