@@ -25,7 +25,6 @@ DEVICE = torch.ops.prim.device.default
 # torch.tensor() shows no other operator, and this one returns its input.
 FRESH = torch.ops.aten.lift_fresh.default
 
-
 # What compositions change in the log, by their signatures: the same in every rehearsal.
 _COMPOSITIONS = {}
 
@@ -35,7 +34,8 @@ class LiveStorages(TorchDispatchMode):
 
     A storage lives until its last reference is gone: views, what autograd saved and what C++ holds included. Scratch memory
     inside an operator is no tensor; `workspace.scratch_bytes` says how much there is, and it counts while the operator runs.
-    Ops that are Python here, compositions and the oracle, are run op by op, so that all they allocate is seen.
+    Ops that are Python here, compositions and the oracle, are run op by op, so that all they allocate is seen; the same op on
+    fake tensors of the same sizes is counted again without being run.
 
     Nobody knows the values of fake tensors. Where the host reads one, numbers are 0 and conditions hold, so a refresh is due.
 
