@@ -9,6 +9,7 @@ from typing import Any
 from lowrank_sys.cli import CommandError, say
 from lowrank_sys.memory import units
 from lowrank_sys.train import command
+from lowrank_sys.train.methods import settle
 
 NO_FIT = 3
 
@@ -60,9 +61,11 @@ def make(args: argparse.Namespace, memory: int | None) -> dict[str, Any]:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.dtype = {"auto": "bf16" if args.device == "cuda" else "fp32"}.get(args.dtype, args.dtype)
 
+    settle(args, say)
     planner = Planner(args, memory, tell=lambda line: say(f"{line} ..."))
     plan = planner.plan()
-    turned = planner.other_checkpointing()["tensors"]["activations"]
+    turned = planner.other_checkpointing()
+    turned = None if turned is None else turned["tensors"]["activations"]
     with_, without = (plan["tensors"]["activations"], turned)[:: 1 if args.gradient_checkpointing else -1]
     result = {
         "model": args.model,
@@ -97,8 +100,9 @@ def report(plan: dict[str, Any]) -> str:
         rows[-1] = ("peak", plan["peak_bytes"], "at the end, when plots and files are made")
     lines = [f"{plan['model']}, {plan['method']}, {plan['dtype']} on {plan['device']}"]
     lines += [f"  {name:<16}{units.show(size):>12}  {note}".rstrip() for name, size, note in rows]
-    with_, without = (units.show(plan[f"activations_{w}_checkpointing_bytes"]) for w in ("with", "without"))
-    lines.append(f"activations at the peak: {with_} with --gradient-checkpointing, {without} without")
+    with_, without = (plan[f"activations_{w}_checkpointing_bytes"] for w in ("with", "without"))
+    known = "not possible" if with_ is None else units.show(with_)
+    lines.append(f"activations at the peak: {known} with --gradient-checkpointing, {units.show(without)} without")
     if plan["fits"] is None:
         return "\n".join(lines)
     memory = units.show(plan["device_memory_bytes"])

@@ -80,9 +80,12 @@ class Planner:
         tight = allocator.is_saving() or allocator.should_save(args, run.model, available)
         return round(allocator.TIGHT_SHARE * run.peak if tight else allocator.HEAP_SHARE * run.in_heap), tight
 
-    def other_checkpointing(self) -> dict[str, Any]:
-        """The plan with gradient checkpointing where the run has none, and the reverse."""
-        return self.plan(gradient_checkpointing=not self._args.gradient_checkpointing)
+    def other_checkpointing(self) -> dict[str, Any] | None:
+        """The plan with gradient checkpointing where the run has none, and the reverse; None for a model that has none."""
+        try:
+            return self.plan(gradient_checkpointing=not self._args.gradient_checkpointing)
+        except CommandError:
+            return None
 
     def suggestions(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """(changes that make the run fit, the smallest plan found); a change: {"flags", "peak_bytes"}, every one planned.

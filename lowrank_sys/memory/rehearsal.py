@@ -46,10 +46,11 @@ def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
     with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as modes, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of flags that newer releases of transformers rename
         args.out = out
+        mode = None
         if fake:
-            modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            mode = modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             modes.enter_context(_as_if_real())
-        live = modes.enter_context(LiveStorages(cuda=args.device == "cuda"))
+        live = modes.enter_context(LiveStorages(args.device == "cuda", mode))
         model = _model(args, cpu)
         if fake:
             model.to = lambda *_, **__: model  # a fake weight cannot be swapped, and there is nowhere to go

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowrank_sys.nn.quant_linear import QuantLinear
-from lowrank_sys.nn.quantize import mark, places, quantizable_layers, replace
+from lowrank_sys.nn.quantize import mark, places, quantizable_layers, replace, tell_of_stacks
 from lowrank_sys.nn.skeleton import Builder, skeleton, visit
 
 if TYPE_CHECKING:
@@ -29,27 +29,49 @@ def quantized_from_config(
     """A freshly initialised causal language model with INT8 weights, as quantize_model makes them.
 
     Layer by layer the weights are drawn by the model's own rule, quantized and dropped: the peak is the INT8 model and the
-    float weight of one layer.
+    float weight of one layer, and of those that the rule of a module around them draws again.
 
     dtype: of what stays float, and of the computation. seed: of the draws; None: torch's global generator.
     target_modules, group_size: as of quantize_model. Raises ValueError as quantize_model.
     """
     model = skeleton(config, dtype)
-    chosen = {module for _, module in quantizable_layers(model, target_modules, group_size)}
+    tell_of_stacks(model)
+    chosen = _last_writers(model, [module for _, module in quantizable_layers(model, target_modules, group_size)])
     found, builder = places(model), Builder(model, torch.device(device))
 
     def make(owner, module):
         builder.allocate(module)
         owner._init_weights(module)
-        if module in chosen:
-            replace(found, module, QuantLinear.from_linear(module, group_size))
-            module.weight = None  # whoever still holds the module
+        for linear in chosen.get(module, ()):
+            replace(found, linear, QuantLinear.from_linear(linear, group_size))
+            linear.weight = None  # whoever still holds the module
 
     with _seeded(seed):
         visit(model, make)
     model.tie_weights()
     mark(model, group_size)
     return model
+
+
+def _last_writers(model, layers):
+    """module -> those of `layers` whose weight its initialisation is the last to write: itself, or a module around it.
+
+    Tried on the skeleton, whose tensors count how often they were written.
+    """
+    last = {linear: linear for linear in layers}
+
+    def write(owner, module):
+        inside = [child for child in module.modules() if child in last and child is not module]
+        before = [child.weight._version for child in inside]
+        if inside:
+            owner._init_weights(module)
+        last.update((child, module) for child, version in zip(inside, before) if child.weight._version != version)
+
+    visit(model, write)
+    by_writer = {}
+    for linear, module in last.items():
+        by_writer.setdefault(module, []).append(linear)
+    return by_writer
 
 
 @contextlib.contextmanager

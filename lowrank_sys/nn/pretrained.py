@@ -12,7 +12,7 @@ from torch import nn
 
 from lowrank_sys.nn import manifest
 from lowrank_sys.nn.quant_linear import QuantLinear
-from lowrank_sys.nn.quantize import is_marked, mark, places, quantizable_layers, replace
+from lowrank_sys.nn.quantize import is_marked, mark, places, quantizable_layers, replace, tell_of_stacks
 from lowrank_sys.nn.skeleton import Builder, skeleton, visit
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def quantized_from_pretrained(
         group_size = config.quantization_config.get("group_size")
 
     model = skeleton(config, dtype or config.dtype or torch.float32)
+    tell_of_stacks(model)
     chosen = quantizable_layers(model, None if coded else target_modules, group_size)
     found = places(model)
     for name, linear in chosen:

@@ -1,10 +1,13 @@
 """quantize_model and dequantize_model: the linear layers of a model to INT8 and back, in place, one at a time."""
 
+import warnings
+
 import torch
 from torch import nn
 
 from lowrank_sys.nn.linear_layers import linear_layers
 from lowrank_sys.nn.quant_linear import QuantLinear, check_quantizable
+from lowrank_sys.nn.readers import read_by_others
 
 # What a Hugging Face configuration says about weights that quantize_model made.
 METHOD = "lowrank_int8"
@@ -14,17 +17,17 @@ def quantizable_layers(model, target_modules=None, group_size=256):
     """[(name, nn.Linear)] that quantize_model replaces; ValueError where it would refuse.
 
     Subclasses of nn.Linear are left alone, for they may use their weight in ways of their own, and so are weights that
-    several modules share.
+    several modules share, and those that the module around them reads itself.
     """
     check_quantizable(torch.float32, group_size)
-    owners = {}
+    owners, read = {}, read_by_others(model)
     for module in model.modules():
         for param in module._parameters.values():
             owners.setdefault(id(param), []).append(module)
     layers = [
         (name, module)
         for name, module in linear_layers(model, target_modules)
-        if type(module) is nn.Linear and module is not model and len(owners[id(module.weight)]) == 1
+        if type(module) is nn.Linear and module is not model and len(owners[id(module.weight)]) == 1 and module not in read
     ]
     for target in target_modules or ():
         if not any(target in name for name, _ in layers):
@@ -40,9 +43,9 @@ def quantize_model(model, *, target_modules=None, group_size=256):
     """Keep the weights of the model's linear layers in INT8, in place; returns the model.
 
     The layers are those that `lowrank_sys.optim.param_groups` trains in a subspace, as far as they are nn.Linear: embeddings,
-    output heads and tied weights stay. Values are rounded to the nearest code. One layer at a time: at most one layer's float
-    weight exists beside the INT8 ones, unless something else (an optimizer) still holds the old parameters. Hooks on the
-    replaced modules are not carried over.
+    output heads and tied weights stay, and experts that are stacked in one parameter (said in a warning). Values are rounded
+    to the nearest code. One layer at a time: at most one layer's float weight exists beside the INT8 ones, unless something
+    else (an optimizer) still holds the old parameters. Hooks on the replaced modules are not carried over.
 
     Args:
         model: nn.Module with weights in fp32, bf16 or fp16.
@@ -50,6 +53,7 @@ def quantize_model(model, *, target_modules=None, group_size=256):
         group_size: neighbours of a row that share a scale; a power of two from 32 to 1024.
     """
     layers = quantizable_layers(model, target_modules, group_size)
+    tell_of_stacks(model)
     found = places(model)
     while layers:
         _, linear = layers.pop()
@@ -57,6 +61,19 @@ def quantize_model(model, *, target_modules=None, group_size=256):
         replace(found, linear, quantized)
     mark(model, group_size)
     return model
+
+
+def tell_of_stacks(model):
+    """Warn of matrices that are stacked in one parameter, as experts are: they stay float, and may be most of the model."""
+    stacks = [(name, p) for name, p in model.named_parameters() if p.dim() > 2 and min(p.shape) > 1]
+    if stacks:
+        name, p = max(stacks, key=lambda pair: pair[1].numel())
+        share = sum(p.numel() for _, p in stacks) / sum(p.numel() for p in model.parameters())
+        warnings.warn(
+            f"{len(stacks)} parameters of several matrices each stay in {p.dtype}, {share:.0%} of all weights, such as {name} of "
+            f"shape {tuple(p.shape)}",
+            stacklevel=3,
+        )
 
 
 def dequantize_model(model):

@@ -253,7 +253,7 @@ def _train(args: argparse.Namespace) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    args = settle(args)
+    args = settle(args, say)
     out, device = Path(args.out), _device(args.device)
     args.dtype = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(args.dtype, args.dtype)
 

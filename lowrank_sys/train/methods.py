@@ -8,6 +8,7 @@ from lowrank_sys import optim
 from lowrank_sys.cli import CommandError
 from lowrank_sys.optim.preset import METHODS as LOW_RANK
 from lowrank_sys.optim.preset import Method
+from lowrank_sys.train import models
 
 if TYPE_CHECKING:
     import argparse
@@ -34,10 +35,17 @@ METHODS = {
 LEAN = ("galore8bit", "q-galore", "apollo-mini")
 
 
-def settle(args: argparse.Namespace) -> argparse.Namespace:
-    """`args` with what was left to the method filled in."""
+def settle(args: argparse.Namespace, tell: Callable[[str], None] = lambda line: None) -> argparse.Namespace:
+    """`args` with what was left to the method filled in.
+
+    Weights that a method keeps in INT8 unless it is told otherwise stay float in a model that has none to keep so; tell: called
+    with a line then.
+    """
     method = METHODS[args.method]
     missing = {name: getattr(method, name) for name in DEFAULTS if getattr(args, name) is None}
+    if missing.get("weights") == "int8" and not models.has_int8_layers(args.model):
+        missing["weights"] = "float"
+        tell(f"weights: stay float with --method {args.method}: {args.model} has no plain nn.Linear to keep in INT8")
     return type(args)(**{**vars(args), **missing})
 
 

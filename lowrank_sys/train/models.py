@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -99,6 +100,29 @@ def _forget_foreign_tokens(config) -> None:
         ids = getattr(config, key)
         if ids is not None and not all(0 <= i < config.vocab_size for i in (ids if isinstance(ids, list) else [ids])):
             setattr(config, key, None)
+
+
+def has_int8_layers(name: str) -> bool:
+    """Whether the model `name` has linear layers that quantize_model replaces; True for what is no model at all."""
+    return name in PRESETS or _has_int8_layers(name, Path(name).stat().st_mtime_ns)
+
+
+@functools.lru_cache
+def _has_int8_layers(path: str, changed: int) -> bool:
+    import torch
+    from transformers import AutoConfig
+
+    from lowrank_sys.nn.quantize import quantizable_layers
+    from lowrank_sys.nn.skeleton import skeleton
+
+    try:
+        model = skeleton(AutoConfig.from_pretrained(path), torch.float32)
+    except Exception:  # `config` and `build` say what is wrong with it
+        return True
+    try:
+        return bool(quantizable_layers(model))
+    except ValueError:
+        return False
 
 
 def build(

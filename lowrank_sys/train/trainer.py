@@ -12,9 +12,11 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from lowrank_sys.cli import CommandError
 from lowrank_sys.nn import causal_lm_loss
 from lowrank_sys.nn.pretrained import save_quantized
 from lowrank_sys.nn.quantize import is_marked
+from lowrank_sys.nn.readout import readout
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
 from lowrank_sys.train import checkpoint
 from lowrank_sys.train.data import load_tokenizer
@@ -30,6 +32,7 @@ class LowRankTrainer(Trainer):
 
     save: called with the step and a function that fills a folder with everything a resume needs.
     seen: called with the loss of every micro-batch, a 0-dim tensor on the device, already divided by their number.
+    Raises CommandError for gradient checkpointing of a model that cannot.
     """
 
     def __init__(
@@ -42,6 +45,8 @@ class LowRankTrainer(Trainer):
         save: Callable[[int, Callable[[Path], None]], None],
         seen: Callable[[torch.Tensor], None],
     ):
+        if arguments.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
+            raise CommandError(f"--gradient-checkpointing: {type(model).__name__} of transformers does not support it")
         super().__init__(model, arguments, train_dataset=windows, data_collator=collate, optimizers=(optimizer, schedule))
         # every window has the same number of targets, so the plain mean over micro-batches is the token mean
         self.model_accepts_loss_kwargs = False
@@ -138,7 +143,7 @@ def mean_loss(model: torch.nn.Module, windows: torch.Tensor, batch_size: int) ->
     total = torch.zeros((), dtype=torch.float64, device=device)
     for ids in windows.split(batch_size):
         ids = ids.to(device)
-        if is_marked(model.config):
+        if is_marked(model.config) and readout(model):
             total += causal_lm_loss(model, ids, ids, num_items_in_batch=1)
         else:
             logits = model(input_ids=ids).logits[:, :-1].float()

@@ -5,7 +5,6 @@ import types
 
 import pytest
 import torch
-from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +34,19 @@ def plain(hidden, weight, bias, labels, reduction="mean"):
 
 def grads(loss, *leaves):
     return torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None], torch.tensor(0.7, dtype=loss.dtype))
+
+
+@pytest.mark.parametrize("scale, cap", [(0.0625, None), (-3.0, None), (1.0, 5.0), (0.5, 30.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scaled_and_capped_logits(dtype, scale, cap):
+    *leaves, labels = inputs(dtype)
+    z = scale * (leaves[0].double() @ leaves[1].double().T + leaves[2].double())
+    want = cross_entropy((z if cap is None else cap * torch.tanh(z / cap)).flatten(0, -2), labels.flatten())
+    loss = chunked_loss(leaves[0], leaves[1], labels, leaves[2], scale=scale, cap=cap, tokens=7, vocabulary=13)
+    assert abs(loss.item() - want.item()) <= 1e-5 * abs(want.item())
+    for leaf, got, true in zip(leaves, grads(loss, *leaves), grads(want, *leaves), strict=True):
+        bound = torch.finfo(dtype).eps * true.abs() + 1e-4 * true.abs().max()
+        assert got.dtype == leaf.dtype and ((got - true).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("chunks", CHUNKS, ids=str)
@@ -217,6 +229,10 @@ def test_bad_input_is_named():
     for keys, message in (
         ({"reduction": "none"}, "reduction must be 'mean' or 'sum', got 'none'"),
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
+        ({"scale": 0.0}, "scale must be finite and not 0, got 0.0"),
+        ({"scale": float("nan")}, "scale must be finite and not 0, got nan"),
+        ({"cap": 0.0}, "cap must be above 0 and finite, or None, got 0.0"),
+        ({"cap": float("inf")}, "cap must be above 0 and finite, or None, got inf"),
         ({"vocabulary": -3}, "vocabulary must be at least 1, got -3"),
         ({"hidden": hidden[..., :5]}, r"hidden must have shape .* and weight .*, got \(3, 11, 5\) and \(101, 24\)"),
         ({"labels": labels[:2]}, r"labels must be int64 of shape \(3, 11\), got torch.int64 \(2, 11\)"),
@@ -252,15 +268,3 @@ def test_the_loss_of_a_model_is_its_own(tied, items):
     params = list(model.parameters())
     for got, want in zip(torch.autograd.grad(ours, params), torch.autograd.grad(theirs, params), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
-
-
-def test_models_with_other_logits_are_refused():
-    model = llama()
-    ids = torch.zeros(1, 4, dtype=torch.int64)
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="changes its logits after the head: final_logit_softcapping is 30.0"):
-        causal_lm_loss(model, ids, ids)
-    model.config.final_logit_softcapping = None
-    model.lm_head = nn.Sequential(nn.Linear(64, V))
-    with pytest.raises(ValueError, match="the output head must be nn.Linear, got Sequential"):
-        causal_lm_loss(model, ids, ids)

@@ -246,7 +246,8 @@ def test_an_op_without_a_formula_is_bounded():
 # --- the process
 
 
-def test_the_plan_is_the_systems_figure(tmp_path):
+def test_the_plan_is_the_systems_figure(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     flags = {"--model": "llama-9m", "--batch-size": "4", "--seq-len": "128", "--rank": "64", "--device": "cpu",
              "--data": str(Path(argparse.__file__)), "--eval-tokens": "256", "--steps": "2"}  # fmt: skip
     words = [word for pair in flags.items() for word in pair]
