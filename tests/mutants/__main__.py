@@ -21,7 +21,6 @@ from pathlib import Path
 from table import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).parent
 KEPT = ROOT / "build" / "mutants"
 NATIVE = ("csrc", "CMakeLists.txt", "setup.py")
 COMPILED = [mutant for mutant in MUTANTS if mutant.file.startswith("csrc/")]
