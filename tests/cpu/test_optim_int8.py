@@ -185,6 +185,19 @@ def test_the_seed_decides_the_bits():
     assert torch.equal(models[0], models[1]) and not torch.equal(models[0], models[2])
 
 
+def test_every_matrix_has_bits_of_its_own():
+    layers = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        layers.append(QuantLinear.from_linear(nn.Linear(64, 64, bias=False), 32))
+    optimizer = GaLoreAdamW8bit([{"params": [layer.weight for layer in layers], "rank": 4, "subspace": "svd"}], lr=LR)
+    grad = torch.randn(64, 64)
+    for layer in layers:
+        layer.weight.grad = grad.clone()
+    optimizer.step()
+    assert not torch.equal(layers[0].codes, layers[1].codes)
+
+
 def test_the_ledger_knows_codes_and_scales():
     model, optimizer = make("q-galore")
     train(model, optimizer, range(1))

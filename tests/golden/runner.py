@@ -22,6 +22,7 @@ from lowrank_sys import optim
 
 STEPS, GAP, SAVED = 30, 10, 14  # three matrices refresh in steps of their own; after 14 steps none of them is about to
 RANK, VOCAB, TOKENS = 8, 60, 64
+MAX_NORM = 1.2  # about that of the gradients: some are clipped, some are not
 POISONED = 17  # the step with a gradient that is not finite
 
 GALORE_KEYS = {
@@ -98,7 +99,7 @@ MODES = {
     "accumulate clipped": lambda: "accumulate",
     "accumulate bf16": lambda: optim.Accumulate(torch.bfloat16),
     "in_backward": lambda: "in_backward",
-    "in_backward clipped": lambda: optim.InBackward(max_norm=0.5),
+    "in_backward clipped": lambda: optim.InBackward(MAX_NORM),
 }
 
 
@@ -133,7 +134,7 @@ class Run:
             lowrank_nn.quantize_model(self.model, group_size=32)
         self.weights = list(self.model.state_dict())
         self.mode, self.micro, self.time = mode, 2 if mode.startswith("accumulate") else 1, 0
-        if mode == "poisoned":
+        if mode in ("poisoned", "scaled"):
             self.model[1].weight.register_hook(self.poison)
         name, keys, options = METHODS[method]
         if mode == "clipped in R":
@@ -161,9 +162,9 @@ class Run:
         for part in batch(self.time).chunk(self.micro):
             self.scaler.scale(self.loss(part) / self.micro).backward()
         if self.mode in ("clipped", "accumulate clipped"):
-            nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
+            nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         elif self.mode == "clipped in R":
-            self.optimizer.clip_grad_norm_(0.5)
+            self.optimizer.clip_grad_norm_(MAX_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()

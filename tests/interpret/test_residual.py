@@ -212,3 +212,20 @@ def test_coefficients_of_many_blocks(lane, per_tensor, limiter):
         assert not counters.any()
         if limiter is not None:
             lane.assert_close("limiter", kept.reshape(1), torch.tensor([norm / divisor]), rtol=2e-6, atol=0)
+
+
+@SIDES
+@pytest.mark.parametrize("method", [method for method in METHODS if method.startswith("fira")])
+def test_a_channel_whose_squares_overflow(lane, method, left):
+    """It is not usable, though its R, which knows nothing of that row, is."""
+    step = Step(lane, method, 60, 70, 5, left=left)
+    case, grad = step.case, step.case.grad if left else step.case.grad.T
+    case.basis[3] = 0
+    grad[3, 2] = 1e25
+    before = [t.clone() for t in (case.param, case.exp_avg, case.exp_avg_sq)]
+    skipped = torch.zeros((), dtype=torch.int64, device=lane.device)
+    step.run_list([torch.tensor(2.0, device=lane.device)], skipped=skipped)
+    assert skipped.item() == grad.shape[0]
+    for then, now in zip(before, (case.param, case.exp_avg, case.exp_avg_sq)):
+        same = (then == now) if left else (then == now).T
+        assert same[:, 2].all() and now.isfinite().all() and not same[:, 3:].all(dim=0).any()

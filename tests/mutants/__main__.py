@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,11 +21,11 @@ from pathlib import Path
 from table import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).parent
 KEPT = ROOT / "build" / "mutants"
 NATIVE = ("csrc", "CMakeLists.txt", "setup.py")
+COMPILED = [mutant for mutant in MUTANTS if mutant.file.startswith("csrc/")]
 CASE = "galore, fp32, plain"
-LIMIT = 900  # seconds of one run of tests
+LIMIT = 600  # seconds of one run of tests
 
 
 def files(*under):
@@ -38,7 +39,8 @@ def digest(*parts):
 
 
 def number(mutant):
-    return MUTANTS.index(mutant) + 1
+    """What chooses a C++ mutant, from 1."""
+    return COMPILED.index(mutant) + 1
 
 
 def planted(source, mutant):
@@ -54,14 +56,13 @@ def copy_to(tree):
     listed = "\0".join(path for path in files() if os.path.lexists(ROOT / path))
     packed = subprocess.run(["tar", "-c", "--null", "-T", "-"], cwd=ROOT, input=listed.encode(), check=True, capture_output=True)
     subprocess.run(["tar", "-x", "-C", tree], input=packed.stdout, check=True)
-    for mutant in MUTANTS:
-        if mutant.compiled:
-            path = tree / mutant.file
-            path.write_text(planted(path.read_text(), mutant))
+    for mutant in COMPILED:
+        path = tree / mutant.file
+        path.write_text(planted(path.read_text(), mutant))
 
 
 def environment(tree, mutant=None, **more):
-    chosen = {"LOWRANK_MUTANT": str(number(mutant))} if mutant else {}
+    chosen = {"LOWRANK_MUTANT": str(number(mutant))} if mutant in COMPILED else {}
     flags = f"{os.environ.get('CXXFLAGS', '')} -include {tree / 'tests/mutants/mutant.h'}"
     return {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "CXXFLAGS": flags, "LOWRANK_CUDA": "0", **chosen, **more}
 
@@ -70,7 +71,7 @@ def environment(tree, mutant=None, **more):
 def modules():
     """Folder of the native modules with all mutants."""
     sources = [(path, (ROOT / path).read_text()) for path in files(*NATIVE)]
-    kept = KEPT / digest(sources, [m for m in MUTANTS if m.compiled], sys.version)
+    kept = KEPT / digest(sources, [(m.file, m.old, m.new) for m in COMPILED], sys.version)
     if not kept.exists():
         print("building the native modules with all mutants", flush=True)
         with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
@@ -98,7 +99,7 @@ class Tree:
         copy_to(self.path)
         for module in modules().iterdir():
             (self.path / "lowrank_sys" / module.name).symlink_to(module)
-        if self.mutant and not self.mutant.compiled:
+        if self.mutant and self.mutant not in COMPILED:
             path = self.path / self.mutant.file
             path.write_text(path.read_text().replace(self.mutant.old, self.mutant.new))
         return self
@@ -107,21 +108,23 @@ class Tree:
         self._folder.cleanup()
 
     def python(self, *arguments, **more):
-        """(exit status, stdout and stderr) of a Python program, without a status if it takes too long."""
-        compiled = self.mutant if self.mutant and self.mutant.compiled else None
+        """(exit status, stdout and stderr) of a Python program; no status if it takes too long."""
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=self.path,
+            env=environment(self.path, self.mutant, **more),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                [sys.executable, *arguments],
-                cwd=self.path,
-                env=environment(self.path, compiled, **more),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=LIMIT,
-            )
+            output, _ = process.communicate(timeout=LIMIT)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started
+            process.wait()
             return None, f"takes more than {LIMIT} s"
-        return done.returncode, done.stdout
+        return process.returncode, output
 
     def smoke(self, case):
         """{"before", "after", "digest"}, or what went wrong."""
@@ -135,6 +138,8 @@ class Tree:
         if status == 0:
             return None
         named = [line.split(" ", 1)[1].split(" - ")[0] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+        if status is None:
+            raise TimeoutError(f"{tests[0]} {output}")
         if status != 1 or not named:
             raise RuntimeError(f"pytest {' '.join(tests)}: status {status}\n{output[-2000:]}")
         return named[0]
@@ -195,7 +200,7 @@ def judge(mutant):
 
 def key(mutant):
     """What a verdict was reached with."""
-    paths = [mutant.file, *(test.split("::")[0] for test in mutant.tests)]
+    paths = [mutant.file, "tests/golden/runner.py", *(test.split("::")[0] for test in mutant.tests)]
     return digest(mutant, [(ROOT / path).read_text() for path in paths], modules().name)
 
 
@@ -213,12 +218,15 @@ class Verdicts:
         with self._lock:
             known = self.read().get(key(mutant))
         if known is None:
-            known = judge(mutant)
+            try:
+                known = judge(mutant)
+            except TimeoutError as error:
+                known = f"no verdict: {error}"
             with self._lock:
                 fresh = self._path.with_suffix(".new")
                 fresh.write_text(json.dumps({**self.read(), key(mutant): known}, indent=1))
                 fresh.rename(self._path)
-        print(f"{number(mutant):2} {mutant.file}: {mutant.name}: {known}", flush=True)
+        print(f"{MUTANTS.index(mutant) + 1:2} {mutant.file}: {mutant.name}: {known}", flush=True)
         return known
 
 

@@ -21,10 +21,6 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
     case: str | None = None
 
-    @property
-    def compiled(self):
-        return self.file.startswith("csrc/")
-
 
 def cpu(*names):
     return tuple(f"tests/cpu/test_{name}.py" for name in names)
@@ -218,7 +214,7 @@ MUTANTS = (
         "lowrank_sys/optim/store.py",
         'state["parameter"] = index',
         'state["parameter"] = 0',
-        cpu("optim_int8", "loading"),
+        cpu("optim_int8"),
         "galore, int8, plain",
     ),
     Mutant(
