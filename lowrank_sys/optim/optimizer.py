@@ -4,7 +4,7 @@ import torch
 
 from lowrank_sys.optim import hyper, ledger
 from lowrank_sys.optim.coefficient import weights, with_coefficients, without_coefficients
-from lowrank_sys.optim.loading import check_groups, check_state
+from lowrank_sys.optim.loading import check_groups, check_ranks, check_state
 from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.weight import weight_store
@@ -313,6 +313,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     f"the state's basis of shape {tuple(state['basis'].shape)} does not fit a parameter of shape "
                     f"{tuple(param.shape)}"
                 )
+        check_ranks(self, state_dict["param_groups"])
         check_state(self, saved, zip(groups, params), self._new_states())
         super().load_state_dict(state_dict)
         for i, param in zip(ids, params):

@@ -13,7 +13,6 @@ from lowrank_sys.optim.remainder import Remainder
 from lowrank_sys.optim.update import Change, Update
 from lowrank_sys.optim.weight import weight_store
 from lowrank_sys.subspace.basis import axis_of, store_of
-from lowrank_sys.subspace.kind import NUMBERS
 from lowrank_sys.subspace.orthonormal import Orthonormal
 
 
@@ -100,7 +99,7 @@ class Pipeline:
         names = {name for rule in (self.rule, self.plain) for name in rule.names}
         parts = (self.subspace, self.remainder, self.moments)
         kinds = {key: kind for part in parts for key, kind in part.categories.items()}
-        return {**dict.fromkeys(NUMBERS, "counters"), **kinds, **dict.fromkeys(names, "moments")}
+        return {**kinds, **dict.fromkeys(names, "moments")}
 
     @property
     def from_low_rank(self):

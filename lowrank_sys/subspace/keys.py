@@ -6,7 +6,7 @@ from lowrank_sys._ops.rules import expect_dtype, expect_like
 from lowrank_sys.subspace.basis import KEY
 from lowrank_sys.subspace.kind import Kind
 from lowrank_sys.subspace.orthonormal import Orthonormal
-from lowrank_sys.subspace.refresh import OP, expect_carried
+from lowrank_sys.subspace.refresh import OP, expect_carried, expect_named
 from lowrank_sys.subspace.transport import TRANSPORTS
 
 PROJECTIONS = ("random", "svd")
@@ -33,11 +33,15 @@ class Gaussian(Kind):
         state["countdown"] = torch.tensor(group["update_proj_gap"] - (group["refresh"] == "next"), device="cpu")
         return shape
 
+    def gap(self, due):
+        return int(due.h["update_proj_gap"])
+
     def measured(self, group, grad, state):
         """|R| is |G| on average, and G is there."""
         return grad
 
     def expect(self, due):
+        expect_named(due, "key")
         key = due.state["key"]
         expect_like(OP, "key", key, (4,), key.device)
         expect_dtype(OP, "key", key, torch.int64)

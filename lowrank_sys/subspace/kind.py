@@ -31,7 +31,7 @@ class Kind:
 
     defaults = {"update_proj_gap": 200, "proj_type": "std", "moments": "keep", "seed": 0, "refresh": "now"}
     categories = {"countdown": "counters"}
-    on_host = ("countdown", *NUMBERS)  # state that stays there, for Python to read
+    on_host = ("countdown",)  # state that stays there, for Python to read
     hyper = ("update_proj_gap",)  # group keys that a refresh reads, numbers
     blind = False  # whether a basis is renewed without any gradient
     sketched = False  # whether bases may come from sketches, which add up over micro-batches
@@ -121,7 +121,7 @@ class Kind:
         hyper.update(zip(("beta1", "beta2"), group["betas"] if "betas" in group and reads else ()))
         keys, number_keys = self.keys_of(states[0], reads)
         tensors = [state[key] for state in states for key in keys]
-        numbers = [int(state[key]) for state in states for key in number_keys]
+        numbers = [state[key] for state in states for key in number_keys]
         torch.ops.lowrank.refresh_(
             tensors, gradients, numbers, lr, kind=type(self).__name__, select=group.get("subspace", ""), transport=transport,
             keys=keys, number_keys=number_keys, moments=list(moments), signed=list(moments.values()), hyper_keys=list(hyper),

@@ -36,20 +36,21 @@ def matrices(tensor):
 
 
 def stacked(states):
-    """The state of a batch from those of its matrices: tensors and differing integers with a leading dimension."""
+    """The state of a batch from those of its matrices: tensors with a leading dimension, differing integers as lists."""
     first, one = states[0], {}
     for key, value in first.items():
         values = [state[key] for state in states]
         if isinstance(value, torch.Tensor):
             one[key] = torch.stack(values)
         else:
-            one[key] = value if values.count(value) == len(values) else torch.tensor(values, device="cpu")
+            one[key] = value if values.count(value) == len(values) else values
     return one
 
 
 def parts(state, size):
     """The states of the `size` matrices of a batch: views, so that what is written is in `state`."""
-    rows = {key: value.unbind() for key, value in state.items() if isinstance(value, torch.Tensor)}
+    rows = {key: value for key, value in state.items() if isinstance(value, list)}
+    rows |= {key: value.unbind() for key, value in state.items() if isinstance(value, torch.Tensor)}
     for e in range(size):
         yield {key: rows[key][e] if key in rows else value for key, value in state.items()}
 

@@ -7,7 +7,7 @@ from lowrank_sys.subspace import gap as adaptive
 from lowrank_sys.subspace.basis import DENSE, Int4, axis_of, load, store_of
 from lowrank_sys.subspace.iteration import seeded_basis
 from lowrank_sys.subspace.kind import Kind
-from lowrank_sys.subspace.refresh import COLD, OP, expect_carried, expect_on_host, is_due, is_taken
+from lowrank_sys.subspace.refresh import COLD, OP, expect_carried, expect_named, expect_on_host, is_due, is_taken
 from lowrank_sys.subspace.select import SELECT
 from lowrank_sys.subspace.transport import TRANSPORTS
 
@@ -100,8 +100,8 @@ class Orthonormal(Kind):
         if warm is not None and tuple(warm.shape) != self.shape_of(param, state):
             warm = None
         basis = load(state, param).to(param.dtype)
-        other, seed = param.shape[1 if left else 0], int(state["seed"])
-        return torch.ops.lowrank.sketch_directions(basis, warm, other=other, left=left, seed=seed)
+        other = param.shape[1 if left else 0]
+        return torch.ops.lowrank.sketch_directions(basis, warm, other=other, left=left, seed=state["seed"])
 
     def needs(self, group):
         return {"subspace": SELECT[group["subspace"]].moments, **super().needs(group)}
@@ -114,6 +114,7 @@ class Orthonormal(Kind):
 
     def expect(self, due):
         matrix, store, state = due.raw, store_of(due.state), due.state
+        expect_named(due, *(DENSE if store is None else store).keys, "seed", "first_gap", *(["overlaps"] if "gap" in state else []))
         expect_matrix(OP, "sketch" if due.sketched else "gradient", matrix)
         d = axis_of(matrix.shape, state)
         store.expect(OP, state, d, matrix.device)
@@ -128,6 +129,8 @@ class Orthonormal(Kind):
         if "gap" in state:
             expect_on_host("gap", state["gap"])
             queue = state["overlaps"]
+            rule = "gamma_proj" in due.h or "cos_threshold" not in due.h
+            expect(rule, OP, lambda: f"hyper_keys must name gamma_proj, got {', '.join(due.h)}")
             fits = queue.dim() == 1 and queue.dtype == torch.float32
             expect(fits, OP, lambda: f"overlaps must be a vector of float32, got shape {tuple(queue.shape)}, {queue.dtype}")
         due.sized = SELECT[due.select].sized

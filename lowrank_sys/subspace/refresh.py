@@ -84,7 +84,8 @@ class Call:
             if guard is not None:
                 expect(guard.numel() == 1, OP, lambda: f"{name} must have one element, got shape {tuple(guard.shape)}")
                 expect_dtype(OP, name, guard, torch.float32)
-        gap = self.h.get("update_proj_gap", 1)
+        expect("update_proj_gap" in self.h, OP, lambda: f"hyper_keys must name update_proj_gap, got {', '.join(self.h)}")
+        gap = self.h["update_proj_gap"]
         expect(gap >= 1, OP, lambda: f"update_proj_gap must be at least 1, got {gap}")
         if "first_gap" in self._number_keys:
             first = self._numbers[self._number_keys.index("first_gap") :: len(self._number_keys)]
@@ -137,13 +138,16 @@ def refresh_(tensors, gradients, numbers, lr, *, sketched=False, grad_scale=None
     """
     call = Call(tensors, gradients, numbers, lr, sketched=sketched, grad_scale=grad_scale, found_inf=found_inf, **options)
     call.training = trains(lr)
-    if not gradients or (sketched and not call.training):
+    if not gradients:
         return
     waits = torch.stack(call.countdowns).tolist()
     near = [(i, wait) for i, wait in enumerate(waits) if wait <= 0]
     due = {i: call.due(i, wait) for i, wait in near if call.is_due(i, wait)}
-    for matrix in due.values():
-        call.kind.expect(matrix)
+    for i, wait in enumerate(waits) if sketched else near:  # whoever has a sketch, and whatever is due
+        if i in due or (sketched and gradients[i].numel() > 0):
+            call.kind.expect(due.get(i) or call.due(i, wait))
+    if sketched and not call.training:
+        return
     taken = {i for i, matrix in due.items() if call.kind.renew(matrix)}
     if not call.training:
         return
@@ -196,12 +200,18 @@ def _expect_lists(tensors, gradients, numbers, keys, number_keys, moments, signe
     expect("countdown" in keys, OP, lambda: f"keys must name a countdown, got {', '.join(keys)}")
 
 
+def expect_named(due, *names):
+    """The state has these tensors and integers."""
+    for name in names:
+        expect(name in due.state, OP, lambda: f"keys or number_keys must name {name}, got {', '.join(due.state)}")
+
+
 def expect_carried(due, shape, device):
     """The moments that are to be carried over, and the step, are R's: `shape`, in which None is any size."""
     if due.transport == "keep":
         return
+    expect_named(due, *due.moments, "step")
     for name in due.moments:
-        expect(name in due.state, OP, lambda: f"keys must name {name}, got {', '.join(due.state)}")
         moment = due.state[name]
         fits = moment.dim() == 2 and all(want in (None, got) for want, got in zip(shape, moment.shape))
         expect(fits, OP, lambda: f"{name} must have shape {shape}, got {tuple(moment.shape)}")
@@ -211,7 +221,6 @@ def expect_carried(due, shape, device):
         else:
             expect_like(OP, name, moment, moment.shape, device)
             expect_dtype(OP, name, moment, torch.float32)
-    expect("step" in due.state, OP, lambda: f"keys must name step, got {', '.join(due.state)}")
     expect_scalar(OP, "step", due.state["step"], device, own_device=True)
     expect_dtype(OP, "step", due.state["step"], torch.float32)
 

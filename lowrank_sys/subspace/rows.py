@@ -7,7 +7,7 @@ from lowrank_sys._ops.sparse import METHODS, expect_indices, expect_row_scale
 from lowrank_sys.subspace.basis import ROWS
 from lowrank_sys.subspace.keys import CARRIED
 from lowrank_sys.subspace.kind import Kind
-from lowrank_sys.subspace.refresh import COLD, OP, expect_carried, expect_on_host, is_taken
+from lowrank_sys.subspace.refresh import COLD, OP, expect_carried, expect_named, expect_on_host, is_taken
 from lowrank_sys.subspace.transport import TRANSPORTS
 
 
@@ -46,6 +46,7 @@ class Rows(Kind):
         return shape
 
     def expect(self, due):
+        expect_named(due, "indices", "refreshes", "seed", "parameter", "first_gap")
         grad, indices = due.raw, due.state["indices"]
         expect_matrix(OP, "gradient", grad)
         expect_indices(OP, indices, grad.device)

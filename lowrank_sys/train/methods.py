@@ -29,7 +29,7 @@ def _plain_groups(model, rank=None, *, plain=None, target_modules=None, **keys):
 METHODS = {
     "adamw": Method(optim.GaLoreAdamW, lr=3e-4, plain_lr=1e-2, groups=_plain_groups, low_rank=False),
     "adamw8bit": Method(optim.GaLoreAdamW8bit, lr=3e-4, plain_lr=1e-2, groups=_plain_groups, low_rank=False),
-    **LOW_RANK,
+    **dict(sorted(LOW_RANK.items())),
 }
 
 # Those that are known to need little memory: what `lowrank plan` tries where a run does not fit.

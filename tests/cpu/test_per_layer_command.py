@@ -93,7 +93,7 @@ def test_lowrank_train(text, tmp_path, flags):
             "--per-layer needs a method with low-rank gradients, got --method adamw8bit",
         ),
         (["--per-layer", "accumulate", "--method", "adamw"], "--per-layer needs a method with low-rank gradients"),
-        (["--per-layer", "accumulate", "--method", "galore-adafactor"], "needs a rule that can start from R"),
+        (["--per-layer", "accumulate", "--method", "fira"], "needs a rule that can start from R"),
     ],
 )
 def test_bad_flags(text, tmp_path, capsys, flags, message):

@@ -206,7 +206,7 @@ def test_full_disk(text, tmp_path, capsys):
 
 @pytest.mark.parametrize("flag, value, parts", [
     ("model", "llama-2m", ["--model: unknown 'llama-2m'; valid: llama-1m, llama-9m,", "llama-13b"]),
-    ("method", "sgd", ["--method: unknown 'sgd'; valid: adamw, adamw8bit, galore"]),
+    ("method", "sgd", ["--method: unknown 'sgd'; valid: adamw, adamw8bit, apollo"]),
     ("dtype", "fp8", ["--dtype: unknown 'fp8'; valid: auto, fp32, bf16"]),
     ("device", "tpu", ["--device: unknown 'tpu'; valid: auto, cpu, cuda"]),
     ("subspace", "lucky", ["lucky", "randomized"]),

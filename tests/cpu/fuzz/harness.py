@@ -181,6 +181,20 @@ def spoiled_tensor(tensor, draw):
     return resized(tensor, draw) if kind == "shape" else strided(tensor)
 
 
+# An entry of a list that had none, by the type of the list.
+FILLERS = {
+    "List[Tensor]": lambda: torch.zeros(2), "List[int]": lambda: 0, "List[str]": lambda: "nothing", "List[bool]": lambda: False,
+    "List[float]": lambda: 0.0,
+}  # fmt: skip
+
+
+def spoiled_plain(value, draw):
+    """Something else of a plain value's type."""
+    if isinstance(value, str):
+        return "nothing"
+    return not value if isinstance(value, bool) else type(value)(draw.of(0, -1))
+
+
 def spoiled(op, arguments, draw):
     """`arguments` with one of them changed, legal or not."""
     kinds = {a.name: str(a.type) for a in overload(op)._schema.arguments}
@@ -194,13 +208,13 @@ def spoiled(op, arguments, draw):
     if isinstance(value, torch.Tensor):
         value = spoiled_tensor(value, draw)
     elif isinstance(value, list) and (not value or draw.of(False, True)):
-        value = value[:-1] if draw.of(True, False) else value + (value[-1:] or [0 if "int" in kinds[name] else torch.zeros(2)])
+        value = value[:-1] if draw.of(True, False) else value + (value[-1:] or [FILLERS[kinds[name]]()])
     elif isinstance(value, list):
         i = draw.integer(0, len(value) - 1)
-        item = spoiled_tensor(value[i], draw) if isinstance(value[i], torch.Tensor) else draw.of(0, -1)
+        item = spoiled_tensor(value[i], draw) if isinstance(value[i], torch.Tensor) else spoiled_plain(value[i], draw)
         value = [*value[:i], item, *value[i + 1 :]]
     else:
-        value = "nothing" if isinstance(value, str) else draw.of(0, -1)
+        value = spoiled_plain(value, draw)
     return arguments | {name: value}
 
 

@@ -80,8 +80,13 @@ def unpacked(arguments):
     }  # fmt: skip
 
 
-def refreshes(kind, lists, compare):
-    return Fuzz(packed(kind, lists), lambda before, after, result: compare(unpacked(before), unpacked(after), result))
+NOT_DUE = "a matrix whose refresh is not due is not looked at"
+
+
+def refreshes(kind, lists, compare, lenient=""):
+    return Fuzz(
+        packed(kind, lists), lambda before, after, result: compare(unpacked(before), unpacked(after), result), lenient=lenient
+    )
 
 
 def iteration_arguments(draw):
@@ -356,7 +361,9 @@ def compare_full(before, after, result):
             for name, absmax, value, signed in zip(
                 ("exp_avgs", "exp_avg_sqs"), ("exp_avg_absmaxes", "exp_avg_sq_absmaxes"), want, (True, False)
             ):
-                if before[absmax]:
+                if before[absmax] and torch.equal(new, old.float()):  # a basis that was kept leaves codes to the byte
+                    assert same_bits(after[name][i], before[name][i])
+                elif before[absmax]:
                     assert all(map(same_bits, (after[name][i], after[absmax][i]), quantize_blockwise(value, signed=signed)))
                 else:
                     assert same_bits(after[name][i], value)
@@ -386,8 +393,8 @@ def check_schedule(before, after, i, wait, old, new, done, trains):
 FUZZ = {
     "sketch_directions": Fuzz(directions_arguments, compare_directions),
     "subspace_iteration": Fuzz(iteration_arguments, compare_iteration),
-    "refresh_": refreshes("Orthonormal", refresh_arguments, compare_refresh),
+    "refresh_": refreshes("Orthonormal", refresh_arguments, compare_refresh, NOT_DUE),
     "refresh_ sketched": refreshes("Orthonormal", sketch_arguments, compare_sketch),
-    "refresh_ full": refreshes("Orthonormal", full(refresh_arguments), compare_full),
+    "refresh_ full": refreshes("Orthonormal", full(refresh_arguments), compare_full, NOT_DUE),
     "refresh_ full sketched": refreshes("Orthonormal", full(sketch_arguments), compare_full),
 }
