@@ -11,23 +11,27 @@ PEERS = galore-torch apollo-torch bitsandbytes
 RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY = $(VENV:%=%/.ready)
 LOWRANK = $(RUN) -m lowrank_sys
-PYTEST = $(RUN) -m pytest
+PYTEST = $(RUN) -m pytest --durations=5 $(if $(FULL),--full)
 # One thread a worker: two thread pools on the same cores would wait for each other.
 WORKERS ?= 2
 SPREAD = OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS)
 SOURCES = 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'
 NATIVE = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: train test test-all test-cpu test-interpret test-compile test-host test-parity test-gpu test-torch211 golden mutants lint format floors clean
+.PHONY: train test test-full test-all test-cpu test-interpret test-compile test-host test-parity test-gpu test-torch211 golden mutants lint format floors clean
 
 train: $(READY)
 	$(LOWRANK) train --out $(OUT)
 
 test: test-gpu test-parity test-host test-interpret test-compile test-cpu
 
+# The same, and what takes long and seldom breaks: all ops under the address sanitizer, kernels for all architectures.
+test-full: FULL = 1
+test-full: test
+
 # The same, with every variant of every kernel compiled (days) instead of a cover of at most 300 builds.
 test-all: export LOWRANK_COMPILE = all
-test-all: test
+test-all: test-full
 
 test-cpu: $(READY)
 	$(SPREAD) tests/cpu

@@ -7,6 +7,21 @@ import pytest
 SEEN = collections.defaultdict(set)  # what -> keys, plain tuples
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run what takes long and seldom breaks, too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: takes long and seldom breaks; runs with --full")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
 @pytest.fixture(scope="session")
 def count():
     """count(what, *key) for the lane's last line."""

@@ -13,9 +13,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = 6  # an op and test: a call takes several times as long here
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("cmake") and shutil.which("g++") and sys.platform == "linux"), reason="needs cmake and g++ on Linux"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not (shutil.which("cmake") and shutil.which("g++") and sys.platform == "linux"), reason="needs cmake and g++ on Linux"
+    ),
+    pytest.mark.full,
+]
 
 
 def library(name):
