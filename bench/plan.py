@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lowrank_sys.bench import machine, report
 from lowrank_sys.cli import CommandError
-from lowrank_sys.train import command
+from lowrank_sys.train import flags
 
 LOWRANK = "import sys; from lowrank_sys import cli; sys.exit(cli.main())"
 COUNT = "import sys; from lowrank_sys.bench import plan; print(plan.counted(sys.argv[1:]))"
@@ -79,8 +79,8 @@ def counted(words):
     from lowrank_sys.memory.rehearsal import rehearse
 
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    flags.add_arguments(parser)
     args = parser.parse_args(words)
-    command.check(args)
+    flags.check(args)
     args.dtype = "fp32" if args.dtype == "auto" else args.dtype
     return rehearse(args, fake=False).peak

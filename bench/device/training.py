@@ -86,13 +86,13 @@ class Models:
 
 def arguments(run):
     """Those of `lowrank train`."""
-    from lowrank_sys.train import command
+    from lowrank_sys.train import flags
 
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    flags.add_arguments(parser)
     words = ["--model", run.model, "--method", run.method, "--batch-size", str(run.batch), "--seq-len", str(run.seq_len)]
     args = parser.parse_args([*words, *run.flags.split()])
-    command.check(args)
+    flags.check(args)
     return args
 
 

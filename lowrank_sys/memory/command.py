@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank_sys.cli import CommandError, say
 from lowrank_sys.memory import units
-from lowrank_sys.train import command
+from lowrank_sys.train import flags
 from lowrank_sys.train.methods import settle
 
 NO_FIT = 3
@@ -25,7 +25,7 @@ KINDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `lowrank train`, and those of the plan; imports nothing heavy."""
-    command.add_arguments(parser)
+    flags.add_arguments(parser)
     parser.description = (
         "Say what a run of `lowrank train` with the same flags will need, before it runs: put `plan` in the place of `train`. "
         "Two steps are rehearsed on tensors that hold nothing; the process without tensors is measured in a fresh one. "
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan; returns 0, or NO_FIT where the run does not fit. Raises CommandError, code 2 for bad input."""
     memory = None if args.device_memory is None else units.parse(args.device_memory, "--device-memory")
-    command.check(args)
+    flags.check(args)
     try:
         result = make(args, memory)
     except ModuleNotFoundError as error:

@@ -17,7 +17,7 @@ from lowrank_sys.cli import CommandError
 from lowrank_sys.memory import allocator, process
 from lowrank_sys.memory.rehearsal import Rehearsal, rehearse
 from lowrank_sys.optim.ledger import CATEGORIES
-from lowrank_sys.train.command import check
+from lowrank_sys.train.flags import check
 from lowrank_sys.train.methods import LEAN, settle
 
 PARTS = (*CATEGORIES, "activations", "workspace")

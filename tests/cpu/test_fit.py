@@ -12,7 +12,7 @@ import torch
 from lowrank_sys import cli
 from lowrank_sys.cli import CommandError
 from lowrank_sys.memory import fit, rehearsal
-from lowrank_sys.train import command
+from lowrank_sys.train import flags
 from lowrank_sys.train.methods import settle
 
 LEAN = {"gradient_checkpointing": True, "per_layer": "in_backward"}
@@ -20,12 +20,12 @@ LEAN = {"gradient_checkpointing": True, "per_layer": "in_backward"}
 
 def arguments(**changes):
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    flags.add_arguments(parser)
     small = {"model": "llama-1m", "method": "q-galore", "rank": 32, "batch_size": 8, "seq_len": 64, "device": "cpu",
              "dtype": "bf16"}  # fmt: skip
     args = parser.parse_args([])
     vars(args).update({**small, **changes})
-    command.check(args)
+    flags.check(args)
     return settle(args)
 
 

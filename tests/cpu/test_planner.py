@@ -15,7 +15,7 @@ from lowrank_sys import cli
 from lowrank_sys._ops import workspace
 from lowrank_sys.memory import allocator, planner, process, rehearsal, units
 from lowrank_sys.memory.workspace import scratch_bytes
-from lowrank_sys.train import command
+from lowrank_sys.train import flags
 from lowrank_sys.train.methods import METHODS
 
 GIB = 2**30
@@ -23,10 +23,10 @@ GIB = 2**30
 
 def arguments(**changes):
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    flags.add_arguments(parser)
     args = parser.parse_args(["--device", "cpu", "--dtype", "fp32"])
     vars(args).update(changes)
-    command.check(args)
+    flags.check(args)
     return args
 
 
@@ -443,7 +443,7 @@ def test_plan_takes_every_flag_of_train():
     from lowrank_sys.memory import command as plan_command
 
     parsers = []
-    for add in (command.add_arguments, plan_command.add_arguments):
+    for add in (flags.add_arguments, plan_command.add_arguments):
         parsers.append(argparse.ArgumentParser())
         add(parsers[-1])
     train, plans = ({action.dest for action in parser._actions} for parser in parsers)

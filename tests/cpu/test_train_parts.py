@@ -107,7 +107,7 @@ def test_rows_after_a_kill(tmp_path):
 
 def test_the_flags_import_nothing_heavy():
     code = (
-        "import argparse, sys; from lowrank_sys.train import command; command.add_arguments(argparse.ArgumentParser()); "
+        "import argparse, sys; from lowrank_sys.train import flags; flags.add_arguments(argparse.ArgumentParser()); "
         "print([m for m in ('transformers', 'datasets', 'accelerate', 'matplotlib', 'pyarrow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

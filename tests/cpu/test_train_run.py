@@ -15,6 +15,7 @@ import torch
 
 from lowrank_sys import cli
 from lowrank_sys.train import command, models
+from lowrank_sys.train import flags as train_flags
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_checkpoint import flip, full_disk
@@ -317,8 +318,8 @@ def test_products_in_int8(text, tmp_path, capsys):
 
 def test_every_flag_is_bound_or_free_for_a_resume():
     parser = cli.Parser()
-    command.add_arguments(parser)
-    assert sorted(command.BOUND + command.FREE) == sorted(a.dest for a in parser._actions if a.dest != "help")
+    train_flags.add_arguments(parser)
+    assert sorted(train_flags.BOUND + train_flags.FREE) == sorted(a.dest for a in parser._actions if a.dest != "help")
 
 
 def test_a_missing_package_is_named(text, tmp_path, capsys, monkeypatch):
