@@ -37,6 +37,11 @@ def ourselves(setting, phase):
     ]
 
 
+def _interruptible():
+    """A shell starts what runs in the background with interrupts ignored, and so would this program's children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def expect(setting, command, **environment):
     """Append the output of a command, print its last line; Failed with that line if it fails.
 
@@ -46,7 +51,9 @@ def expect(setting, command, **environment):
     with path.open("a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(command)}\n")
         file.flush()
-        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment})
+        child = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}, preexec_fn=_interruptible
+        )
         try:
             child.wait(max(setting.left, 0))
         except subprocess.TimeoutExpired:
