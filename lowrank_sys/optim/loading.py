@@ -5,8 +5,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_sys.optim.names import name_of
 
-# What some way to take the gradients adds, and any other takes up: the norm that per_layer='in_backward' clips by.
-OPTIONAL = {"norm"}
+# What may be there or not: the norm that per_layer='in_backward' clips by, and what a GPU says of its last choice of a basis.
+OPTIONAL = {"norm", "missed"}
 
 
 def check_groups(optimizer, saved_groups):
@@ -44,12 +44,12 @@ def check_state(optimizer, saved, params, new_state):
     }
     for param, want in wanted.items():
         state, where = saved[param], f"the loaded state of {names[param]}"
-        if lacking := sorted(want.keys() - state.keys()):
+        if lacking := sorted(want.keys() - state.keys() - OPTIONAL):
             raise ValueError(f"{where} must have what {type(optimizer).__name__} keeps, it lacks {', '.join(lacking)}")
         if surplus := sorted(state.keys() - want.keys() - OPTIONAL):
             raise ValueError(f"{where} must have what {type(optimizer).__name__} keeps, it has {', '.join(surplus)} too")
         for key, value in want.items():
-            if isinstance(value, torch.Tensor) and not _alike(value, state[key]):
+            if key in state and isinstance(value, torch.Tensor) and not _alike(value, state[key]):
                 raise ValueError(f"{where}: {key} must be {_spell(value)}, got {_spell(state[key])}")
 
 

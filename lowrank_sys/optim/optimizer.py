@@ -319,7 +319,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for i, param in zip(ids, params):
             for key, value in state_dict["state"].get(i, {}).items():
                 if isinstance(value, torch.Tensor):
-                    self.state[param][key] = value.to("cpu" if key in self.pipeline.subspace.on_host else param.device)
+                    self.state[param][key] = self.pipeline.subspace.placed(key, value, param.device)
         for group in self.param_groups:
             if "rank" in group:
                 self._set_defaults(group)  # keys that an older checkpoint lacks

@@ -86,6 +86,13 @@ class Kind:
         store = store_of(state)
         return store is None or (param.dim() == 2 and store.fits(axis_of(param.shape, state), state))
 
+    def placed(self, key, value, device):
+        """A loaded tensor of a state of a weight on `device`, where it belongs."""
+        if key not in self.on_host:
+            return value.to(device)
+        value = value.to("cpu")
+        return value.pin_memory() if key == "missed" and device.type == "cuda" else value
+
     # What a step asks for.
 
     def project(self, group, grad, state):

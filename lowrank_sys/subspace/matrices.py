@@ -41,7 +41,7 @@ def stacked(states):
     for key, value in first.items():
         values = [state[key] for state in states]
         if isinstance(value, torch.Tensor):
-            one[key] = torch.stack(values)
+            one[key] = torch.stack(values).pin_memory() if value.is_pinned() else torch.stack(values)
         else:
             one[key] = value if values.count(value) == len(values) else values
     return one

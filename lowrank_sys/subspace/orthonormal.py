@@ -7,7 +7,7 @@ from lowrank_sys.subspace import gap as adaptive
 from lowrank_sys.subspace.basis import DENSE, Int4, axis_of, load, store_of
 from lowrank_sys.subspace.iteration import seeded_basis
 from lowrank_sys.subspace.kind import Kind
-from lowrank_sys.subspace.refresh import COLD, OP, expect_carried, expect_named, expect_on_host, is_due, is_taken
+from lowrank_sys.subspace.refresh import COLD, OP, expect_carried, expect_named, expect_on_host, is_due, is_taken, new_verdict
 from lowrank_sys.subspace.select import SELECT
 from lowrank_sys.subspace.transport import TRANSPORTS
 
@@ -48,8 +48,12 @@ class Orthonormal(Kind):
         "max_update_proj_gap": None,
         "int8_gemm": False,
     }
-    categories = {**DENSE.categories, **Int4.categories, **dict.fromkeys(("countdown", "gap", "overlaps", "refreshes"), "counters")}
-    on_host = (*Kind.on_host, "gap", "refreshes")
+    categories = {
+        **DENSE.categories,
+        **Int4.categories,
+        **dict.fromkeys(("countdown", "missed", "gap", "overlaps", "refreshes"), "counters"),
+    }
+    on_host = (*Kind.on_host, "missed", "gap", "refreshes")
     hyper = ("update_proj_gap", "cos_threshold", "gamma_proj", "max_update_proj_gap")
     sketched = True
 
@@ -81,6 +85,7 @@ class Orthonormal(Kind):
         state.update(zip(store.keys, store.make(d, rank, param)))
         state.update(store.options)
         state["countdown"] = torch.tensor(COLD, device="cpu")
+        state.update(new_verdict(param.device))
         if group["refresh"] == "next":
             store.write(state, seeded_basis(d, rank, group["seed"] + index, param))
             state["countdown"] -= index * min(gap, FIRST_SKETCHES) // count
@@ -140,7 +145,7 @@ class Orthonormal(Kind):
         if due.sketched or not due.first:
             due.old = store.load(due.state, d)
         new, energies = SELECT[due.select].choose(due)
-        taken, old, due.old = is_taken(energies), due.old, None
+        taken, old, due.old = is_taken(energies, due.state), due.old, None
         if old is None:
             store.write(due.state, new)
         elif taken:

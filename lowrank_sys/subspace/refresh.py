@@ -95,6 +95,19 @@ class Call:
             if not (c.dtype is torch.int64 and c.dim() == 0 and c.is_cpu):
                 expect_on_host(f"countdown of matrix {i}", c)
 
+    def waits(self):
+        """The countdowns as numbers; a choice of which a GPU has found since that it was none is due again."""
+        waits = torch.stack(self.countdowns).tolist()
+        missed = self.column("missed") if "missed" in self._keys else ()
+        for i, verdict in enumerate(torch.stack(missed).tolist() if missed else ()):
+            if verdict and waits[i] > 0:
+                missed[i].zero_()
+                if self.sketched:  # the next step takes its sketch
+                    self.countdowns[i].fill_(1)
+                else:
+                    waits[i] = 0
+        return waits
+
     def column(self, key):
         """One tensor of the state of each matrix."""
         return self._tensors[self._keys.index(key) :: len(self._keys)]
@@ -140,7 +153,7 @@ def refresh_(tensors, gradients, numbers, lr, *, sketched=False, grad_scale=None
     call.training = trains(lr)
     if not gradients:
         return
-    waits = torch.stack(call.countdowns).tolist()
+    waits = call.waits()
     near = [(i, wait) for i, wait in enumerate(waits) if wait <= 0]
     due = {i: call.due(i, wait) for i, wait in near if call.is_due(i, wait)}
     for i, wait in enumerate(waits) if sketched else near:  # whoever has a sketch, and whatever is due
@@ -230,12 +243,24 @@ def is_due(wait):
     return wait in (0, COLD)
 
 
-def is_taken(energies):
+def new_verdict(device):
+    """{} on a CPU; else the `missed` of a state, where a GPU notes that a choice was none: 0-dim uint8, pinned on the host."""
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return {}
+    return {"missed": torch.zeros((), dtype=torch.uint8, device="cpu", pin_memory=True)}
+
+
+def is_taken(energies, state):
     """Whether a choice with these energies (r,), or norms, is one: there was a gradient, and it was finite.
 
-    What is not taken stays due. A GPU is not asked, which would make the host wait: there every choice counts as taken.
+    What is not taken stays due. A GPU is not asked, which would make the host wait: its choice counts as taken, and its verdict is
+    copied to `missed` of the state, which a later step reads when it is there.
     """
-    return energies.device.type != "cpu" or bool(((energies > 0) & (energies < float("inf"))).any())
+    usable = ((energies > 0) & (energies < float("inf"))).any()
+    if "missed" in state:
+        state["missed"].copy_(~usable, non_blocking=True)
+        return True
+    return energies.device.type != "cpu" or bool(usable)
 
 
 def trains(lr):

@@ -7,7 +7,7 @@ from lowrank_sys._ops.sparse import METHODS, expect_indices, expect_row_scale
 from lowrank_sys.subspace.basis import ROWS
 from lowrank_sys.subspace.keys import CARRIED
 from lowrank_sys.subspace.kind import Kind
-from lowrank_sys.subspace.refresh import COLD, OP, expect_carried, expect_named, expect_on_host, is_taken
+from lowrank_sys.subspace.refresh import COLD, OP, expect_carried, expect_named, expect_on_host, is_taken, new_verdict
 from lowrank_sys.subspace.transport import TRANSPORTS
 
 
@@ -24,8 +24,8 @@ class Rows(Kind):
     """
 
     defaults = {**Kind.defaults, "subspace": "top", "moments": "reset"}
-    categories = {**Kind.categories, **ROWS.categories, "refreshes": "counters"}
-    on_host = (*Kind.on_host, "refreshes")
+    categories = {**Kind.categories, **ROWS.categories, "missed": "counters", "refreshes": "counters"}
+    on_host = (*Kind.on_host, "missed", "refreshes")
     # A norm is not linear in the gradient: no sketch of it adds up over micro-batches.
 
     def selections(self):
@@ -41,6 +41,7 @@ class Rows(Kind):
         if group["subspace"] != "top":
             state["row_scale"] = torch.ones(rank, dtype=torch.float32, device=param.device)
         state["countdown"], state["refreshes"] = torch.tensor(COLD, device="cpu"), torch.tensor(0, device="cpu")
+        state.update(new_verdict(param.device))
         state["first_gap"] = index * gap // count + 1
         state["seed"], state["parameter"] = group["seed"], index
         return shape
@@ -60,7 +61,7 @@ class Rows(Kind):
     def renew(self, due):
         state = due.state
         norms = torch.ops.lowrank.row_norms(due.gradient, left=due.left)
-        taken = is_taken(norms)
+        taken = is_taken(norms, state)
         if taken or due.first:
             indices, scale = torch.ops.lowrank.select_rows(
                 norms, r=ROWS.rank(state), method=due.select, seed=due.seed, step=state["refreshes"].item(),

@@ -124,3 +124,33 @@ def test_what_was_not_taken_is_resumed():
         p.grad = gradient(i, 2)
     other.step()
     assert min(share(other, p, gradient(i, 2)) for i, p in enumerate(copies)) > 0.85
+
+
+@pytest.mark.parametrize("refresh", ["now", "next"])
+@pytest.mark.parametrize("spoil", SPOILED)
+def test_a_verdict_that_comes_later(spoil, refresh):
+    """A GPU notes in the state that a choice was none; the step that reads it makes the basis due again."""
+    param = nn.Parameter(torch.zeros(M, N))
+    optimizer = optim.GaLoreAdamW([{"params": [param], "rank": R, "update_proj_gap": GAP, "refresh": refresh}])
+    optimizer.make_states([param])
+    optimizer.state[param]["missed"] = torch.zeros((), dtype=torch.uint8)
+    countdowns = []
+    for step in range(8):
+        g = gradient(0, step)
+        param.grad = SPOILED[spoil](g) if step < 3 else g
+        optimizer.step()
+        countdowns.append(int(optimizer.state[param]["countdown"]))
+    assert share(optimizer, param, gradient(0, 7)) > 0.85
+    assert not optimizer.state[param]["missed"] and countdowns[-1] > 0
+
+
+def test_a_verdict_is_optional_in_a_loaded_state():
+    params, optimizer, _ = run("randomized", "zeros", bad=set(), steps=2)
+    state = optimizer.state_dict()
+    for one in state["state"].values():
+        one["missed"] = torch.zeros((), dtype=torch.uint8)
+    optimizer.load_state_dict(state)
+    for i, p in enumerate(params):
+        p.grad = gradient(i, 2)
+    optimizer.step()
+    assert optimizer.memory()["other"] == 0

@@ -220,8 +220,8 @@ MUTANTS = (
     Mutant(
         "a loaded state begins at step 0",
         "lowrank_sys/optim/optimizer.py",
-        "self.state[param][key] = value.to(",
-        'self.state[param][key] = (value * (key != "step")).to(',
+        "placed(key, value, param.device)",
+        'placed(key, value * (key != "step"), param.device)',
         cpu("optim"),
         "galore, fp32, plain",
     ),
