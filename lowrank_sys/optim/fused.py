@@ -8,6 +8,7 @@ import torch
 from lowrank_sys.optim.remainder import GROWTH
 from lowrank_sys.optim.weight import by_rows, put_back, weight_store
 from lowrank_sys.subspace.basis import load, store_of
+from lowrank_sys.subspace.select import gram_of
 
 CODED = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
 ops = torch.ops.lowrank
@@ -30,6 +31,12 @@ def _bases(batch):
 
 def _limiters(batch):
     return batch.column("limiter") if "limiter" in batch.states[0] else []
+
+
+def _grams(batch):
+    """BᵀB of bases that are not orthonormal, else none."""
+    grams = [gram_of(basis, batch.group) for basis in batch.column("basis")]
+    return [] if grams[0] is None else grams
 
 
 def _common(batch, lr):
@@ -85,7 +92,7 @@ def _apollo(batch, method, lr):
 
 def _fira(batch, method, lr):
     ops.fira_step.list(
-        batch.written, batch.gradients, *_bases(batch), *_moments(batch), _limiters(batch), [], batch.column("step"),
+        batch.written, batch.gradients, *_bases(batch), *_moments(batch), _limiters(batch), _grams(batch), batch.column("step"),
         alpha=batch.group["alpha"], growth=GROWTH, **_common(batch, lr),
     )  # fmt: skip
 

@@ -109,6 +109,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         parts = (pipeline.subspace.defaults, pipeline.remainder.defaults, self.gradients.defaults, self.low_rank_defaults)
         for key, value in {key: value for part in parts for key, value in part.items()}.items():
             group.setdefault(key, value)
+        for key, value in pipeline.subspace.more_defaults(group).items():
+            group.setdefault(key, value)
 
     def _loaded_group(self, g, saved):
         """The keys of a loaded group, with those that an older checkpoint lacks; ValueError for one that the parts cannot serve."""

@@ -11,6 +11,7 @@ from lowrank_sys._ops.numerics import usable
 from lowrank_sys.optim.update import Update
 from lowrank_sys.optim.weight import panels
 from lowrank_sys.subspace.basis import store_of
+from lowrank_sys.subspace.select import gram_of
 
 # A norm may grow by this factor a step (Fira, section 3.3; APOLLO, section 4.2).
 GROWTH = 1.01
@@ -109,7 +110,7 @@ class _Scaled(_FromGradient):
             ok = ok & (s.g_squares < OVERFLOW)
         return ok
 
-    def coefficients(self, r, x, s, state, *, front=1.0, alpha=0.0, whole=False):
+    def coefficients(self, r, x, s, state, h, *, front=1.0, alpha=0.0, whole=False):
         """c by channel, or one for the matrix (`whole`), times `front`, over the limiter's divisor, whose norm is that of
         c o (G - alpha back(R)): by channel |G|² - 2 alpha |R|² + alpha² Rᵀ(BᵀB)R."""
         r_squares, x_squares = torch.where(s.ok, s.r_squares, 0), _squares(x, state)
@@ -118,19 +119,17 @@ class _Scaled(_FromGradient):
         else:
             c = x_squares.sqrt() / (r_squares.sqrt() + TINY) * front
         if self.limited:
-            inside = r_squares if alpha == 0 else self._inside(r, r_squares, s, state)
+            inside = r_squares if alpha == 0 else self._inside(r, r_squares, s, state, h)
             squares = (torch.where(s.ok, s.g_squares, 0) - 2 * alpha * r_squares + alpha**2 * inside).clamp(min=0)
             c = c / limit((c * c * squares).double().sum().sqrt(), state["limiter"])
         return c.to(r.dtype)
 
-    def _inside(self, r, r_squares, s, state):
+    def _inside(self, r, r_squares, s, state, h):
         """Rᵀ (BᵀB) R by channel."""
         store = store_of(state)
-        if store.orthonormal:
-            return r_squares
-        basis = store.load(state, s.d).float()
-        gram = basis.T @ basis
-        return (r * (gram @ r if state["left"] else r @ gram)).sum(_axis(state), keepdim=True)
+        basis = store.load(state, s.d)
+        gram = gram_of(basis, h) if store.orthonormal else basis.float().T @ basis.float()
+        return r_squares if gram is None else (r * (gram @ r if state["left"] else r @ gram)).sum(_axis(state), keepdim=True)
 
 
 class ScaledGradient(_Scaled):
@@ -155,7 +154,7 @@ class ScaledGradient(_Scaled):
 
     def of(self, g, r, x, s, state, h):
         root = math.sqrt(h["scale"])
-        c = self.coefficients(r, x, s, state, front=root if self.front else 1.0, whole=h["scale_type"] == "tensor")
+        c = self.coefficients(r, x, s, state, h, front=root if self.front else 1.0, whole=h["scale_type"] == "tensor")
         return Update(phi=g, scale=s.grad_scale, c=(c if self.front else c * root,))
 
 
@@ -169,7 +168,7 @@ class ScaledResidual(_Scaled):
     defaults = {"alpha": 0.25}
 
     def of(self, g, r, x, s, state, h):
-        c = self.coefficients(r, x, s, state, alpha=h["alpha"])
+        c = self.coefficients(r, x, s, state, h, alpha=h["alpha"])
         return Update(x=h["alpha"] * (x - c * r), phi=g, scale=s.grad_scale, c=(c,))
 
 

@@ -136,6 +136,10 @@ class Kind:
             grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip
 
+    def more_defaults(self, group):
+        """Defaults of the keys that what a group has chosen asks for."""
+        return {}
+
     def needs(self, group):
         """{group key: names of the state that the part it names reads}."""
         return {"moments": TRANSPORTS[group["moments"]].needs}

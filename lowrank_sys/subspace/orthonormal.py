@@ -108,6 +108,9 @@ class Orthonormal(Kind):
         other = param.shape[1 if left else 0]
         return torch.ops.lowrank.sketch_directions(basis, warm, other=other, left=left, seed=state["seed"])
 
+    def more_defaults(self, group):
+        return next((dict(selector.hyper) for name, selector in SELECT.items() if name == group["subspace"]), {})
+
     def needs(self, group):
         return {"subspace": SELECT[group["subspace"]].moments, **super().needs(group)}
 

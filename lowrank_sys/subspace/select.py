@@ -12,10 +12,11 @@ from lowrank_sys.subspace.iteration import basis_from_sketch, svd_basis
 class Selector:
     """Base of the ways to choose a basis."""
 
+    orthonormal = True  # whether its bases are, to rounding
     sized = False  # whether the size of the gradient matters, not its directions alone
     sketched = False  # whether a sketch of the gradient is enough
     moments = ()  # keys of the state that it reads: moments by name, "step"
-    hyper = ()  # group keys that it reads, numbers
+    hyper = {}  # group keys that it reads, numbers, and their defaults
     counts = False  # whether it asks how many bases were chosen so far
     staggered = True  # whether the refreshes of a model's matrices are spread over the gap
 
@@ -53,3 +54,9 @@ def randomized_basis(grad, basis, *, rank, left, seed=0):
 
 
 SELECT = {"randomized": Randomized(), "svd": Svd()}
+
+
+def gram_of(basis, group):
+    """BᵀB (r, r) fp32 of a basis (d, r) that its selector does not make orthonormal; None where it is I."""
+    selector = SELECT.get(group.get("subspace"))
+    return None if selector is None or selector.orthonormal else basis.float().T @ basis.float()

@@ -14,10 +14,10 @@ import transcriptions
 from small_model import backward, build, loss_of, tokens
 from torch import nn
 
-from lowrank_sys import cli
+from lowrank_sys import cli, optim
 from lowrank_sys.memory import process
 from lowrank_sys.nn import quantize_model
-from lowrank_sys.optim import SCALE, CapturedStep, COAPAdamW, FiraLion, GaLoreAdafactor, GaLoreAdamW, LDAdamW, SinkGD
+from lowrank_sys.optim import SCALE, CapturedStep, COAPAdamW, FiraLion, GaLoreAdafactor, GaLoreAdamW, LDAdamW, SinkGD, fused
 from lowrank_sys.optim.preset import METHODS
 from lowrank_sys.subspace.iteration import seeded_basis
 from lowrank_sys.subspace.select import SELECT
@@ -519,3 +519,25 @@ def test_scale_s_groups(tied):
     model(torch.arange(12)[None], labels=torch.arange(12)[None]).loss.backward()
     optimizer.step()
     assert [p.shape for p in model.parameters() if p.dim() == 2 and "exp_avg" in optimizer.state[p]] == [(40, 16)]
+
+
+@pytest.mark.parametrize("general", [False, True], ids=["fused", "general"])
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+def test_fira_measures_what_a_basis_that_is_not_orthonormal_leaves(left, general, monkeypatch):
+    if general:
+        monkeypatch.setattr(fused, "fused", lambda batch, method: None)
+    param = nn.Parameter(torch.zeros(24, 36))
+    keys = {"rank": 4, "subspace": "coap", "proj_type": "left" if left else "right", "alpha": 0.5}
+    optimizer = optim.FiraAdamW([{"params": [param], **keys}], lr=1e-2)
+    optimizer.make_states([param])
+    state, g = optimizer.state[param], torch.randn(24, 36, generator=torch.Generator().manual_seed(0))
+    state["basis"].copy_(torch.randn(24 if left else 36, 4, generator=torch.Generator().manual_seed(1)))
+    state["countdown"].fill_(9)
+    param.grad = g.clone()
+    optimizer.step()
+    b, g = state["basis"].double(), g.double()
+    r = b.T @ g if left else g @ b
+    n, axis = 0.1 * r / ((0.001 * r * r).sqrt() + 1e-6), 0 if left else 1
+    s = n.norm(dim=axis, keepdim=True) / r.norm(dim=axis, keepdim=True)
+    rest = s * (g - 0.5 * (b @ r if left else r @ b.T))
+    assert torch.allclose(state["limiter"].double(), rest.norm(), rtol=1e-4)

@@ -18,7 +18,7 @@ class CorrelationAware(Selector):
     that are kept mean one direction; the authors take those of the SVD.
     """
 
-    moments, hyper, counts, sized = ("exp_avg",), ("reproject_factor",), True, True
+    moments, hyper, counts, sized, orthonormal = ("exp_avg",), {"reproject_factor": 5}, True, True, False
 
     def choose(self, due):
         g = due.gradient.float().T if due.left else due.gradient.float()  # (channels, d)
@@ -69,4 +69,4 @@ class COAPAdamW(Preset):
     State of a matrix: that of GaLoreAdamW, and `refreshes`.
     """
 
-    low_rank_defaults = {"subspace": "coap", "update_proj_gap": 32, "scale": 1.0, "reproject_factor": 5}
+    low_rank_defaults = {"subspace": "coap", "update_proj_gap": 32, "scale": 1.0}

@@ -19,7 +19,7 @@ def corrected(due):
 class PowerStep(Selector):
     """QR of one power step on rho back(M) + (1 - rho) G from the old basis; a first one is the exact SVD's."""
 
-    moments, hyper, staggered = ("exp_avg", "exp_avg_sq", "step", "error"), ("rho",), False
+    moments, hyper, staggered = ("exp_avg", "exp_avg_sq", "step", "error"), {"rho": 0.908}, False
 
     def choose(self, due):
         if due.old is None:
@@ -62,7 +62,7 @@ class LDAdamW(Preset):
     """
 
     remainder = ErrorFeedback()
-    low_rank_defaults = {"subspace": "power", "moments": "covariance", "update_proj_gap": 1, "rho": 0.908}
+    low_rank_defaults = {"subspace": "power", "moments": "covariance", "update_proj_gap": 1}
 
     def __init__(self, params, lr=1e-3, betas=(0.908, 0.99), **options):
         super().__init__(params, lr, betas=betas, **options)
