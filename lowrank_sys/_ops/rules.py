@@ -130,17 +130,21 @@ def check_lists(op, **lists):
         expect(len(other) == len(tensors), op, lambda: f"{name} must have {len(tensors)} tensors like {first}, got {len(other)}")
 
 
-def check_guards(op, params, steps, lr, grad_scale, found_inf, skipped, first="params"):
+def check_guards(op, params, steps, lr, grad_scale, found_inf, skipped, first="params", counted=True):
     """`skipped` is an int64 counter; the guards and the counters are 0-dim tensors of the parameters' device.
 
-    `first` is the name of the list `params`; lr is None, and params are not empty, where the op has no rate.
+    `first` is the name of the list `params`; lr is None, and params are not empty, where the op has no rate. Unless the steps are
+    `counted` they are numbers, which the op only reads.
     """
     device = params[0].device if params else lr.device
     if lr is not None:
         expect_number(op, "lr", lr, device)
     for i, step in enumerate(steps):
-        expect_scalar(op, f"steps[{i}]", step, params[i].device, own_device=True)
-        expect_dtype(op, f"steps[{i}]", step, torch.float32)
+        if counted:
+            expect_scalar(op, f"steps[{i}]", step, params[i].device, own_device=True)
+            expect_dtype(op, f"steps[{i}]", step, torch.float32)
+        else:
+            expect_number(op, f"steps[{i}]", step, params[i].device)
     for i, param in enumerate(params):
         expect(param.device == device, op, lambda: f"{first}[{i}] must be on {device} like {first}[0], got {param.device}")
     for name, tensor in (("grad_scale", grad_scale), ("found_inf", found_inf)):
