@@ -1,21 +1,26 @@
-"""Layers and losses that need less memory: linear layers on INT8 weights, and the loss without its logits."""
+"""Layers and losses that need less memory: linear layers on INT8 weights or of low-rank gradients, and the loss without its logits."""
 
 from lowrank_sys.nn.chunked_loss import causal_lm_loss, chunked_loss
 from lowrank_sys.nn.from_config import quantized_from_config
 from lowrank_sys.nn.pretrained import quantized_from_pretrained, save_quantized
+from lowrank_sys.nn.project import project_model, unproject_model
+from lowrank_sys.nn.projected_linear import ProjectedLinear
 from lowrank_sys.nn.quant_linear import QuantLinear
 from lowrank_sys.nn.quant_weight import QuantWeight, is_quantized
 from lowrank_sys.nn.quantize import dequantize_model, quantize_model
 
 __all__ = [
+    "ProjectedLinear",
     "QuantLinear",
     "QuantWeight",
     "causal_lm_loss",
     "chunked_loss",
     "dequantize_model",
     "is_quantized",
+    "project_model",
     "quantize_model",
     "quantized_from_config",
     "quantized_from_pretrained",
     "save_quantized",
+    "unproject_model",
 ]

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lowrank_sys.nn.linear_layers import linear_layers
+from lowrank_sys.nn.projected_linear import ProjectedLinear
 from lowrank_sys.nn.quant_linear import QuantLinear, check_quantizable
 from lowrank_sys.nn.readers import read_by_others
 
@@ -83,6 +84,8 @@ def dequantize_model(model):
     """
     found = places(model)
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    if any(isinstance(layer, ProjectedLinear) for layer in layers):
+        raise ValueError("model has projected layers: call unproject_model first")
     if not layers:
         raise ValueError(f"model has no INT8 weights, got {type(model).__name__}")
     while layers:

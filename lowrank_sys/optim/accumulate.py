@@ -5,18 +5,12 @@ Clipping, unscaling and schedulers are the caller's ordinary code on these `.gra
 
 import torch
 
+from lowrank_sys.nn.coefficient import CONTAINER, LowRankGradients, coefficient_like, is_coefficient, put_last, restore_order, zero
+from lowrank_sys.nn.projected_linear import ProjectedLinear
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
-from lowrank_sys.optim.coefficient import (
-    CONTAINER,
-    LowRankGradients,
-    coefficient_like,
-    is_coefficient,
-    put_last,
-    restore_order,
-    weights,
-    zero,
-)
-from lowrank_sys.optim.gradients import Hooked, expect_one_process
+from lowrank_sys.optim.coefficient import weights
+from lowrank_sys.optim.gradients import Hooked, WeakHook, expect_one_process, hooked
+from lowrank_sys.subspace.basis import axis_of, store_of
 
 # The category of R's accumulators in an account of memory.
 ACCUMULATORS = "accumulators"
@@ -25,8 +19,9 @@ ACCUMULATORS = "accumulators"
 class Accumulate(Hooked):
     """per_layer="accumulate": gradients are projected as soon as they exist, and R accumulates.
 
-    `coefficient.grad += project(W.grad); W.grad = None`, once a backward. All micro-batches between two steps share one basis;
-    a basis that is due comes from their accumulated sketch and serves from the next step on (refresh='next', which see).
+    `coefficient.grad += project(W.grad); W.grad = None`, once a backward; the backward of a ProjectedLinear does without W.grad.
+    All micro-batches between two steps share one basis; a basis that is due comes from their accumulated sketch and serves from the
+    next step on (refresh='next', which see).
 
     Args:
         dtype: of the accumulators, torch.float32 or torch.bfloat16 (rounded once a micro-batch).
@@ -36,6 +31,8 @@ class Accumulate(Hooked):
     sketch of the matrix is as large again.
     """
 
+    takes_low_rank = True
+
     def __init__(self, dtype=torch.float32, model=None):
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype of the accumulators must be float32 or bfloat16, got {dtype}")
@@ -44,6 +41,8 @@ class Accumulate(Hooked):
         self.dtype = dtype
         self.model = model
         self.coefficients = {}
+        self._layers = {}  # weight -> its ProjectedLinear, if it is in one
+        self._complete = False  # whether the optimizer has its first groups
         self._names = {}  # weight -> its name in the model, and its coefficient's
         self._window = {}  # weight -> its sketch, or None: what has had a gradient since the last step
         self._stepped = {}  # weight -> which gradient the last step used
@@ -59,6 +58,8 @@ class Accumulate(Hooked):
         super().bind(optimizer)
         for weight in self.coefficients:
             self.serve(weight)
+        if self._complete:
+            self._announce(optimizer)
 
     def check(self, optimizer):
         if not optimizer.pipeline.from_low_rank:
@@ -82,30 +83,86 @@ class Accumulate(Hooked):
             if weight.dim() != 2:
                 raise ValueError(f"per_layer='accumulate' takes matrices, got {name} of shape {tuple(weight.shape)}")
         for weight in list(group["params"]):
-            _, shape = optimizer.pipeline.subspace.low_rank_shape(group, weight)
-            coefficient = self.coefficients[weight] = coefficient_like(shape, self.dtype, weight.device)
             path, _, name = where[weight].rpartition(".")
             owner = self.model.get_submodule(path)
-            if not hasattr(owner, CONTAINER):
-                owner.add_module(CONTAINER, LowRankGradients())
-            getattr(owner, CONTAINER).add(name, coefficient)
-            put_last(self.model, path)
-            full_name = ".".join(filter(None, (path, CONTAINER, name)))
+            if isinstance(owner, ProjectedLinear):
+                self._layers[weight], coefficient = owner, owner.coefficient
+            else:
+                coefficient = self._add_coefficient(optimizer, group, weight, owner, where[weight])
+            self.coefficients[weight] = coefficient
             group["params"].append(coefficient)
+            full_name = ".".join(filter(None, (path, CONTAINER, name)))
             if "param_names" in group:
                 group["param_names"].append(full_name)
             self._names[weight] = (where[weight], full_name)
             self.serve(weight)
-            # DDP would hand the weights a zero gradient of their size, and cannot broadcast into an expanded tensor.
-            self.model._ddp_params_and_buffers_to_ignore = [*self._ddp_ignores(), *self._names[weight]]
+            if weight not in self._layers:
+                # DDP would hand the weights a zero gradient of their size, and cannot broadcast into an expanded tensor.
+                self.model._ddp_params_and_buffers_to_ignore = [*self._ddp_ignores(), *self._names[weight]]
+        if self._complete:
+            self._announce(optimizer)
+
+    def _add_coefficient(self, optimizer, group, weight, owner, full_name):
+        path, _, name = full_name.rpartition(".")
+        _, shape = optimizer.pipeline.subspace.low_rank_shape(group, weight)
+        coefficient = coefficient_like(shape, self.dtype, weight.device)
+        if not hasattr(owner, CONTAINER):
+            owner.add_module(CONTAINER, LowRankGradients())
+        getattr(owner, CONTAINER).add(name, coefficient)
+        put_last(self.model, path)
+        return coefficient
+
+    def ready(self, optimizer):
+        self._complete = True
+        self._announce(optimizer)
+
+    @torch.no_grad()
+    def _announce(self, optimizer):
+        """Tell the projected layers the basis of the next window, and what to sketch for the one after it."""
+        if not self._layers:
+            return
+        optimizer.make_states(self._layers)
+        for group in optimizer.param_groups:
+            for weight in weights(group):
+                if weight in self._layers:
+                    self._serve_layer(optimizer, group, weight)
+
+    def _serve_layer(self, optimizer, group, weight):
+        state, on = optimizer.state[weight], self._layers[weight].projection
+        if state["step"].device != weight.device:  # the model was moved
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    state[key] = optimizer.pipeline.subspace.placed(key, value, weight.device)
+        self._fit(optimizer, weight, self.coefficients[weight], state)
+        store, on.left = store_of(state), state["left"]
+        basis, omega = [state[key] for key in store.keys], optimizer.pipeline.directions(group, weight, state)
+        if omega is None:
+            on.serve(store, basis)
+        else:
+            d, columns = axis_of(weight.shape, state), omega.shape[1]
+            shape = (d, columns) if on.left else (columns, d)
+            on.serve(store, basis, omega, shape, WeakHook(self, "take_sketch", weight))
 
     def _ddp_ignores(self):
         return getattr(self.model, "_ddp_params_and_buffers_to_ignore", [])
+
+    def hooks(self, weight):
+        if weight not in self._layers:
+            return super().hooks(weight)
+        leaf = self.coefficients[weight]
+        return [
+            hooked(leaf, leaf.register_hook, WeakHook(self, "expect_more", weight)),
+            hooked(leaf, leaf.register_post_accumulate_grad_hook, WeakHook(self, "remember", weight)),
+        ]
 
     def drop(self, weight):
         super().drop(weight)
         coefficient, names = self.coefficients.pop(weight), self._names.pop(weight)
         coefficient.grad = None
+        layer = self._layers.pop(weight, None)
+        if layer is not None:
+            layer.projection.clear()
+            return
         self.model._ddp_params_and_buffers_to_ignore = [name for name in self._ddp_ignores() if name not in names]
         for owner in list(self.model.modules()):
             held = owner._modules.get(CONTAINER)
@@ -124,28 +181,53 @@ class Accumulate(Hooked):
                     group[key] = [group[key][i] for i in kept]
 
     def use(self, optimizer, weight, grad):
-        state, coefficient, subspace = optimizer.state_of(weight), self.coefficients[weight], optimizer.pipeline.subspace
-        group = optimizer.group_of(weight)
-        if weight not in self._window:
-            self._open(optimizer, group, weight, coefficient, state)
-        sketch = self._window[weight]
+        coefficient, subspace = self.coefficients[weight], optimizer.pipeline.subspace
+        sketch, group, state = self._opened(weight), optimizer.group_of(weight), optimizer.state_of(weight)
         low_rank = subspace.project(group, grad, state)
         if sketch is not None:
-            sketch.add(subspace.sketch(grad, sketch.omega, state["left"]), coefficient.grad)
+            sketch.expect(coefficient.grad)
+            sketch.add(subspace.sketch(grad, sketch.omega, state["left"]))
         if coefficient.grad is None:
             coefficient.grad = low_rank.to(self.dtype)
         else:
             coefficient.grad.add_(low_rank)
+        self.remember(weight, coefficient)
+
+    # What autograd does with the coefficient of a projected layer.
+
+    def expect_more(self, weight, grad):
+        """R is about to be added to."""
+        sketch = self._opened(weight)
+        if sketch is not None:
+            sketch.expect(self.coefficients[weight].grad)
+
+    def take_sketch(self, weight, leaf):
+        """The sketch of a backward is there, before its R or after."""
+        product, leaf.grad = leaf.grad, None
+        sketch = self._opened(weight)
+        if sketch is not None:
+            sketch.add(product)
+
+    def remember(self, weight, coefficient):
+        """R was added to."""
+        sketch = self._window.get(weight)
         if sketch is not None:
             sketch.version = coefficient.grad._version
 
-    def _open(self, optimizer, group, weight, coefficient, state):
-        """The first gradient of this weight since the last step."""
-        expect_one_process()
-        self._expect_new(weight, coefficient)
-        self._fit(optimizer, weight, coefficient, state)
-        omega = optimizer.pipeline.directions(group, weight, state)
-        self._window[weight] = None if omega is None else _Sketch(omega)
+    def _opened(self, weight):
+        """The sketch of this weight since the last step, None if its basis is not due."""
+        if weight not in self._window:
+            optimizer, coefficient = self.optimizer, self.coefficients[weight]
+            expect_one_process()
+            self._expect_new(weight, coefficient)
+            if weight in self._layers:
+                omega = self._layers[weight].projection.omega
+            else:
+                state = optimizer.state_of(weight)
+                self._fit(optimizer, weight, coefficient, state)
+                omega = optimizer.pipeline.directions(optimizer.group_of(weight), weight, state)
+            self._window[weight] = None if omega is None else _Sketch(omega)
+        return self._window[weight]
 
     def _expect_new(self, weight, coefficient):
         if coefficient.grad is not None and self._stepped.get(weight) == _identity(coefficient.grad):
@@ -203,6 +285,7 @@ class Accumulate(Hooked):
     def finish(self, optimizer):
         self._window.clear()
         self._stepped = {w: _identity(c.grad) for w, c in self.coefficients.items() if c.grad is not None}
+        self._announce(optimizer)
 
     def zero(self):
         self._window.clear()
@@ -223,37 +306,57 @@ class Accumulate(Hooked):
         for group in optimizer.param_groups:
             if "rank" in group:
                 group["refresh"] = "next"
+        self._announce(optimizer)
 
     def held(self, optimizer):
         """For the ledger: the coefficients, the low-rank gradients and the sketches that are alive."""
-        sketches = [t for sketch in self._window.values() if sketch is not None for t in (sketch.omega, sketch.total)]
         grads = [coefficient.grad for coefficient in self.coefficients.values()]
-        for tensor in (*self.coefficients.values(), *grads, *sketches):
+        for tensor in (*self.coefficients.values(), *grads, *self._sketches()):
             if tensor is not None:
                 yield ACCUMULATORS, tensor
 
+    def _sketches(self):
+        """Omegas and sums of what is due."""
+        yield from (layer.projection.omega for layer in self._layers.values())
+        for weight, sketch in self._window.items():
+            if sketch is not None:
+                yield sketch.total
+                if weight not in self._layers:
+                    yield sketch.omega
+
     def memory(self):
-        sketches = [t for sketch in self._window.values() if sketch is not None for t in (sketch.omega, sketch.total)]
         held = sum(c.numel() * c.element_size() for c in self.coefficients.values())
-        return {ACCUMULATORS: held + sum(t.numel() * t.element_size() for t in sketches if t is not None)}
+        return {ACCUMULATORS: held + sum(t.numel() * t.element_size() for t in self._sketches() if t is not None)}
 
 
 class _Sketch:
-    """Y = G Omega, summed over a window beside R."""
+    """Y = G Omega, summed over a window beside R. Of each gradient `expect` and `add` are called once, in any order."""
 
     def __init__(self, omega):
         self.omega = omega
         self.total = None
         self.version = None  # of the accumulated R after the last sum
+        self._expected, self._waiting = False, None
 
-    def add(self, product, low_rank_grad):
-        """Add a micro-batch. low_rank_grad: R so far; if zero_grad was called since, so is the sketch."""
-        if self.total is None or low_rank_grad is None:
-            self.total = product
-            return
-        if low_rank_grad._version != self.version:
+    def expect(self, low_rank_grad):
+        """R so far, before a gradient is added; if zero_grad was called since the last one, the sum is zeroed too."""
+        if low_rank_grad is None:
+            self.total = None
+        elif self.total is not None and low_rank_grad._version != self.version:
             self.total.masked_fill_(~low_rank_grad.any(), 0)
-        self.total.add_(product)
+        waiting, self._waiting, self._expected = self._waiting, None, True
+        if waiting is not None:
+            self.add(waiting)
+
+    def add(self, product):
+        """The sketch of that gradient, which is taken."""
+        if not self._expected:
+            self._waiting = product
+        elif self.total is None:
+            self.total, self._expected = product, False
+        else:
+            self.total.add_(product)
+            self._expected = False
 
 
 def _identity(grad):

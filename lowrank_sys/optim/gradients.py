@@ -15,6 +15,7 @@ class AtStep:
     """Gradients stay whole until the step, as in any optimizer."""
 
     served_by_hooks = False
+    takes_low_rank = False  # whether it serves layers whose backward gives R
     defaults = {}  # group keys that differ from the subspace's
 
     def check(self, optimizer):
@@ -24,6 +25,9 @@ class AtStep:
         """Prepare for a new group; names of its parameters. An older optimizer's hooks on them are removed."""
         for param in group["params"]:
             _release(param, self)
+
+    def ready(self, optimizer):
+        """All groups of a new optimizer are there."""
 
     def of(self, group):
         """[(parameter, gradient)] of what has one."""
@@ -108,15 +112,16 @@ class Hooked(AtStep):
 
     def serve(self, weight):
         _release(weight, self)
-        frozen = not weight.requires_grad
-        # A hook needs requires_grad once, and then also serves a weight that is unfrozen later.
-        weight.requires_grad_(True)
-        self._handles[weight] = weight.register_post_accumulate_grad_hook(_WeakHook(self))
-        weight.requires_grad_(not frozen)
+        self._handles[weight] = self.hooks(weight)
         _SERVED[weight] = weakref.ref(self)
 
+    def hooks(self, weight):
+        """The handles of new hooks that serve a weight."""
+        return [hooked(weight, weight.register_post_accumulate_grad_hook, WeakHook(self, "take"))]
+
     def drop(self, weight):
-        self._handles.pop(weight).remove()
+        for handle in self._handles.pop(weight):
+            handle.remove()
         self._released = True
 
     def release(self, optimizer):
@@ -152,16 +157,27 @@ class Hooked(AtStep):
             )
 
 
-class _WeakHook:
-    """A hook that keeps nothing alive: without its optimizer a gradient is an ordinary one again."""
+def hooked(leaf, register, hook):
+    """The handle of a hook. register: a method of the leaf that takes it; it needs requires_grad once, and then also serves a leaf
+    that is unfrozen later."""
+    frozen = not leaf.requires_grad
+    leaf.requires_grad_(True)
+    handle = register(hook)
+    leaf.requires_grad_(not frozen)
+    return handle
 
-    def __init__(self, part):
-        self.part = weakref.ref(part)
 
-    def __call__(self, weight):
+class WeakHook:
+    """A hook that calls `part.method(*args, what it is given)`; it does not keep the part alive, and does nothing without its
+    optimizer: then a gradient is an ordinary one."""
+
+    def __init__(self, part, method, *args):
+        self.part, self.method, self.args = weakref.ref(part), method, args
+
+    def __call__(self, given):
         part = self.part()
         if part is not None and part.optimizer is not None:
-            part.take(weight)
+            getattr(part, self.method)(*self.args, given)
 
 
 def _dense(param, grad):

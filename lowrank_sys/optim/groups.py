@@ -2,10 +2,11 @@
 
 import warnings
 
+from lowrank_sys.nn.coefficient import is_coefficient
 from lowrank_sys.nn.linear_layers import experts, linear_layers
+from lowrank_sys.nn.projected_linear import ProjectedLinear
 from lowrank_sys.nn.quant_weight import is_quantized
 from lowrank_sys.optim import hyper
-from lowrank_sys.optim.coefficient import is_coefficient
 from lowrank_sys.optim.remainder import Remainder
 from lowrank_sys.subspace.matrices import matrix_shape
 from lowrank_sys.subspace.refresh import KINDS
@@ -22,11 +23,14 @@ def known_keys():
 
 
 class ParamGroups(list):
-    """Parameter groups that know their model, which per_layer='accumulate' asks for."""
+    """Parameter groups that know their model, which per_layer='accumulate' asks for.
 
-    def __init__(self, groups, model):
+    projected: whether some of its layers are of project_model.
+    """
+
+    def __init__(self, groups, model, projected=False):
         super().__init__(groups)
-        self.model = model
+        self.model, self.projected = model, projected
 
     @property
     def share(self):
@@ -39,7 +43,8 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, narrow="pl
     """Two optimizer groups: weights of linear layers in a subspace, everything else plain.
 
     Embeddings, norms, biases, output heads and weights tied to an embedding are plain. The INT8 weight of a QuantLinear is one
-    of a linear layer. Experts of three dimensions, as transformers keeps them, are matrices one by one.
+    of a linear layer. Experts of three dimensions, as transformers keeps them, are matrices one by one. Layers of project_model
+    keep their rank and side, in a group for each.
 
     Args:
         model: nn.Module. Frozen parameters are left out.
@@ -62,21 +67,28 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, narrow="pl
     rank = keys["rank"]
     if narrow not in ("plain", "own"):
         raise ValueError(f"narrow must be 'plain' or 'own', got {narrow!r}")
+    layers = _projected(model, rank, target_modules, low_rank)
     chosen = {id(module.weight) for _, module in linear_layers(model, target_modules)}
     chosen |= {id(p) for _, p in experts(model, target_modules)}
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not is_coefficient(p)]
+    named = [(name, p) for name, p in model.named_parameters() if (p.requires_grad or id(p) in layers) and not is_coefficient(p)]
     matrices = [(name, p) for name, p in named if id(p) in chosen]
     if not matrices:
         wanted = "" if target_modules is None else f" whose name contains one of {', '.join(target_modules)}"
         raise ValueError(f"model has no trainable linear layer{wanted}")
-    by_rank = {rank: []}
+    by_rank = {(rank, None): []}
     for name, p in matrices:
         full = min(matrix_shape(p.shape))
-        if rank is None or full >= rank:
-            by_rank[rank].append((name, p))
+        if id(p) in layers:
+            by_rank.setdefault(layers[id(p)], []).append((name, p))
+        elif rank is None or full >= rank:
+            by_rank[rank, None].append((name, p))
         elif full > 0 and (narrow == "own" or is_quantized(p)):
-            by_rank.setdefault(full, []).append((name, p))
-    low = [{"params": params, **keys, "rank": r} for r, params in by_rank.items()]
+            by_rank.setdefault((full, None), []).append((name, p))
+    low = [
+        {"params": params, **keys, "rank": r, **({"proj_type": side} if side else {})}
+        for (r, side), params in by_rank.items()
+        if params or not layers
+    ]
     if not any(group["params"] for group in low):
         name, p = matrices[0]
         most = min(matrix_shape(p.shape))
@@ -85,7 +97,23 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, narrow="pl
     narrow_ones = [name for name, p in matrices if rank is not None and min(matrix_shape(p.shape)) < rank]
     _tell_of_narrow(narrow_ones, rank, own=len(low) > 1)
     others = [(name, p) for name, p in named if id(p) not in inside]
-    return ParamGroups([{"params": others, **(plain or {})}, *low], model)
+    return ParamGroups([{"params": others, **(plain or {})}, *low], model, bool(layers))
+
+
+def _projected(model, rank, target_modules, keys):
+    """{id of a weight: (rank, side)} of the layers of project_model that train."""
+    found = {}
+    for name, layer in linear_layers(model, None):
+        if isinstance(layer, ProjectedLinear) and layer.coefficient.requires_grad:
+            if target_modules is not None and not any(target in name for target in target_modules):
+                raise ValueError(f"target_modules must name every projected layer, got none for {name}")
+            found[id(layer.weight)] = (layer.rank, "left" if layer.projection.left else "right")
+    if found and "proj_type" in keys:
+        raise ValueError(f"proj_type must be left out for a model of projected layers, got {keys['proj_type']!r}")
+    ranks = sorted({own for own, _ in found.values()})
+    if found and rank not in ranks:
+        raise ValueError(f"rank must be {ranks[-1]}, as project_model was given, got {rank}")
+    return found
 
 
 def _tell_of_narrow(names, rank, own):

@@ -21,8 +21,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         defaults: the rule's hyper-parameters, with `lr` (float or 0-dim tensor).
         nonfinite: 'skip': a gradient that is not finite leaves its channel (plain groups: its element) untouched, counted
             by `skipped()`; 'raise': FloatingPointError before anything is written.
-        per_layer: when the gradients of the matrices are projected (lowrank_sys.optim.per_layer). None: in step().
-            'accumulate' or an Accumulate: as soon as they exist. 'in_backward' or an InBackward: with their whole step.
+        per_layer: when the gradients of the matrices are projected (lowrank_sys.optim.per_layer). None: in step(), or 'accumulate'
+            for a model of projected layers. 'accumulate' or an Accumulate: as soon as they exist. 'in_backward' or an InBackward:
+            with their whole step.
 
     The state is tensors and plain numbers only: torch.load(weights_only=True), DCP and safetensors work, and a resumed run is
     exact to the bit.
@@ -44,6 +45,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if self.gradients.served_by_hooks:
             self.gradients.bind(self)
         super().__init__(params, defaults)
+        self.gradients.ready(self)
 
     def __getstate__(self):
         # torch's names three fields only: a copy would lose its parts.

@@ -8,13 +8,19 @@ MODES = {"accumulate": Accumulate, "in_backward": InBackward}
 
 
 def resolve(per_layer, groups):
-    """The part for an argument per_layer: None, a name of MODES, or an Accumulate or InBackward. groups: of param_groups."""
-    if per_layer is None:
+    """The part for an argument per_layer: None, a name of MODES, or an Accumulate or InBackward. groups: of param_groups.
+
+    Projected layers give R, which accumulates.
+    """
+    projected = getattr(groups, "projected", False)
+    if per_layer is None and not projected:
         return AtStep()
-    part = per_layer
+    part = "accumulate" if per_layer is None else per_layer
     if not isinstance(part, Hooked):
         if not isinstance(part, str) or part not in MODES:
             raise ValueError(f"per_layer must be None, {', '.join(MODES)}, an Accumulate or an InBackward, got {per_layer!r}")
         part = MODES[part]()
+    if projected and not part.takes_low_rank:
+        raise ValueError(f"per_layer must be None, 'accumulate' or an Accumulate for a model of projected layers, got {per_layer!r}")
     part.know(groups)
     return part

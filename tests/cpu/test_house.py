@@ -26,7 +26,7 @@ PARTS = ("optim", "subspace", "nn")
 # Arguments of users, of which a message says what they must be.
 ARGUMENTS = {("optim/per_layer.py", "Hooked"), ("optim/captured.py", "LowRankOptimizer")}
 # Modules of a user's model are told by their class.
-LAYERS = {"QuantLinear"}
+LAYERS = {"ProjectedLinear", "QuantLinear"}
 # Torch's own names.
 TORCH = {"_parameters", "_buffers"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name not in ("__init__.py", "__main__.py") or path.parent != ROOT)

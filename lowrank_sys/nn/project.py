@@ -1,0 +1,112 @@
+"""project_model and unproject_model: the linear layers of a model to ProjectedLinear and back, in place."""
+
+from torch import nn
+
+from lowrank_sys._ops import FLOATS
+from lowrank_sys.nn.coefficient import put_last, restore_order
+from lowrank_sys.nn.linear_layers import linear_layers
+from lowrank_sys.nn.projected_linear import ProjectedLinear, convert, revert
+from lowrank_sys.nn.quant_linear import QuantLinear
+from lowrank_sys.nn.quant_weight import is_quantized
+from lowrank_sys.nn.readers import read_by_others
+
+SIDES = ("left", "right", "auto")
+# Bytes that R costs an element: two moments and its gradient in fp32.
+LOW_RANK_BYTES = 12
+
+
+def project_model(model, rank=128, side="auto", *, target_modules=None, tokens=2048):
+    """Let the linear layers of a model give low-rank gradients in backward, in place (ProjectedLinear); returns the model.
+
+    The layers are those that `lowrank_sys.optim.param_groups` trains in a subspace, as far as they are nn.Linear, transformers'
+    Conv1D or QuantLinear, or a subclass that computes as they do. Others (LoRA's, experts stacked in one parameter, layers whose
+    weight the module around them reads) stay as they are: the same optimizer projects their gradients itself. So do frozen ones,
+    and those with a side below the rank; an INT8 weight is then projected at the rank it has. A layer keeps its parameters, its
+    hooks and its place.
+
+    Args:
+        model: nn.Module with weights in fp32, bf16, fp16 or INT8.
+        rank: r, the rank of the optimizer's groups.
+        side: where the basis is. 'right': of a weight (out, in) on the input's side, a layer keeps X B (tokens, r) for backward in
+            place of X (tokens, in). 'left': it keeps X. 'auto': for each layer the side that costs fewer bytes at `tokens`, of the
+            basis, R, its two moments, and what is kept.
+        target_modules: substrings of module names; a layer is projected if its name contains one. All by default.
+        tokens: in one backward, for 'auto'.
+
+    Raises ValueError for what is none of these, and for a weight that several modules share: its gradient is the sum of theirs.
+    """
+    _expect_whole("rank", rank)
+    _expect_whole("tokens", tokens)
+    if side not in SIDES:
+        raise ValueError(f"side must be one of {', '.join(SIDES)}, got {side!r}")
+    chosen = _chosen(model, rank, target_modules)
+    for name, layer, full in chosen:
+        transposed, own = _transposed(layer), min(rank, full)
+        left = _cheaper_left(layer.weight, own, tokens, transposed) if side == "auto" else side == "left"
+        convert(layer, own, left, transposed)
+        put_last(model, name)
+    return model
+
+
+def unproject_model(model):
+    """The inverse: layers whose weights get gradients as any do; returns the model. ValueError if it has no ProjectedLinear."""
+    layers = [module for module in model.modules() if isinstance(module, ProjectedLinear)]
+    if not layers:
+        raise ValueError(f"model has no projected layers, got {type(model).__name__}")
+    for layer in layers:
+        revert(layer)
+    restore_order(model)
+    return model
+
+
+def _expect_whole(name, value):
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def _chosen(model, rank, target_modules):
+    """[(name, layer, the rank its weight can have)]; ValueError where project_model refuses."""
+    owners, read = {}, read_by_others(model)
+    for name, module in model.named_modules():
+        for param in module._parameters.values():
+            owners.setdefault(id(param), []).append(name)
+    found = []
+    for name, layer in linear_layers(model, target_modules):
+        if isinstance(layer, ProjectedLinear):
+            raise ValueError(f"{name} is projected already: call unproject_model first")
+        if not _computes_plainly(layer) or layer in read or not layer.weight.requires_grad:
+            continue
+        weight, full = layer.weight, min(layer.weight.shape)
+        if layer is model:
+            raise ValueError(f"model must be a module around its linear layers, got {type(model).__name__}")
+        if len(owners[id(weight)]) > 1:
+            raise ValueError(
+                f"{name}.weight must belong to one module, got it in {', '.join(owners[id(weight)])}: leave them out by target_modules"
+            )
+        if weight.dtype not in FLOATS:
+            raise ValueError(f"{name}.weight must be float32, bfloat16 or float16, got {weight.dtype}")
+        if full >= rank or (full > 0 and is_quantized(weight)):
+            found.append((name, layer, full))
+    if not found:
+        raise ValueError(f"model has no trainable linear layer to project at rank {rank}, got {type(model).__name__}")
+    return found
+
+
+def _computes_plainly(layer):
+    """Whether y = x W + b is all it does: a subclass, or a forward put in place of its own, may do more, and a parametrized weight is
+    computed."""
+    plain = type(layer).forward in (nn.Linear.forward, QuantLinear.forward) or type(layer).__name__ == "Conv1D"
+    return plain and "forward" not in vars(layer) and layer._parameters.get("weight") is not None
+
+
+def _transposed(layer):
+    """Whether the weight is (in, out)."""
+    return type(layer).__name__ == "Conv1D"
+
+
+def _cheaper_left(weight, rank, tokens, transposed):
+    out, inner = weight.shape[::-1] if transposed else weight.shape
+    size = weight.element_size()
+    on_input = LOW_RANK_BYTES * rank * out + size * rank * inner + size * tokens * rank
+    on_output = LOW_RANK_BYTES * rank * inner + size * rank * out + size * tokens * inner
+    return (on_input <= on_output) == transposed
