@@ -1,4 +1,4 @@
-"""Layers and losses that need less memory: linear layers on INT8 weights or of low-rank gradients, and the loss without its logits."""
+"""Layers and losses that need less memory: linear layers on INT8 weights, low-rank gradients, the loss without its logits."""
 
 from lowrank_sys.nn.chunked_loss import causal_lm_loss, chunked_loss
 from lowrank_sys.nn.from_config import quantized_from_config

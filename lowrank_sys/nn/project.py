@@ -81,7 +81,7 @@ def _chosen(model, rank, target_modules):
             raise ValueError(f"model must be a module around its linear layers, got {type(model).__name__}")
         if len(owners[id(weight)]) > 1:
             raise ValueError(
-                f"{name}.weight must belong to one module, got it in {', '.join(owners[id(weight)])}: leave them out by target_modules"
+                f"{name}.weight must be of one module, got {', '.join(owners[id(weight)])}: leave it out by target_modules"
             )
         if weight.dtype not in FLOATS:
             raise ValueError(f"{name}.weight must be float32, bfloat16 or float16, got {weight.dtype}")
@@ -93,8 +93,8 @@ def _chosen(model, rank, target_modules):
 
 
 def _computes_plainly(layer):
-    """Whether y = x W + b is all it does: a subclass, or a forward put in place of its own, may do more, and a parametrized weight is
-    computed."""
+    """Whether y = x W + b is all it does: a subclass, or a forward in place of its own, may do more, and a parametrized weight
+    is computed."""
     plain = type(layer).forward in (nn.Linear.forward, QuantLinear.forward) or type(layer).__name__ == "Conv1D"
     return plain and "forward" not in vars(layer) and layer._parameters.get("weight") is not None
 

@@ -118,8 +118,8 @@ class ProjectedLinear(nn.Module):
             return y
         if self.weight.requires_grad:
             raise RuntimeError(
-                "the weight of a ProjectedLinear must not require a gradient, its low_rank_gradients.weight does: freeze it, or call "
-                "unproject_model"
+                "the weight of a ProjectedLinear must not require a gradient, its low_rank_gradients.weight does: freeze it, "
+                "or call unproject_model"
             )
         coefficient, on = self.coefficient, self.projection
         if not coefficient.requires_grad:
@@ -133,7 +133,7 @@ class ProjectedLinear(nn.Module):
 
     @property
     def coefficient(self):
-        return self._modules[CONTAINER]._parameters["weight"]
+        return self.low_rank_gradients.weight
 
     @property
     def rank(self):

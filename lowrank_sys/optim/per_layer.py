@@ -21,6 +21,6 @@ def resolve(per_layer, groups):
             raise ValueError(f"per_layer must be None, {', '.join(MODES)}, an Accumulate or an InBackward, got {per_layer!r}")
         part = MODES[part]()
     if projected and not part.takes_low_rank:
-        raise ValueError(f"per_layer must be None, 'accumulate' or an Accumulate for a model of projected layers, got {per_layer!r}")
+        raise ValueError(f"per_layer must be None, accumulate or an Accumulate for projected layers, got {per_layer!r}")
     part.know(groups)
     return part
