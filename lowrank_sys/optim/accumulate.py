@@ -127,6 +127,10 @@ class Accumulate(Hooked):
                 if weight in self._layers:
                     self._serve_layer(optimizer, group, weight)
 
+    def announced(self):
+        """Names of the weights of projected layers whose next backward also sketches, for a basis that is due."""
+        return [self._names[weight][0] for weight, layer in self._layers.items() if layer.projection.omega is not None]
+
     def _serve_layer(self, optimizer, group, weight):
         state, on = optimizer.state[weight], self._layers[weight].projection
         if state["step"].device != weight.device:  # the model was moved
