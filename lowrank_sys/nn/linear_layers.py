@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from lowrank_sys.nn.projected_linear import ProjectedLinear
 from lowrank_sys.nn.quant_weight import is_quantized
 
 # Output heads by name, where the model does not say which module it is.
@@ -9,8 +10,9 @@ HEADS = ("lm_head", "head", "classifier", "score", "output")
 
 
 def _is_linear(module):
-    # transformers' Conv1D (GPT-2) is a linear layer with a transposed weight.
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or is_quantized(getattr(module, "weight", None))
+    if isinstance(module, (nn.Linear, ProjectedLinear)) or is_quantized(getattr(module, "weight", None)):
+        return True
+    return type(module).__name__ == "Conv1D"  # of transformers (GPT-2): a linear layer with a transposed weight
 
 
 def experts(model, target_modules=None):

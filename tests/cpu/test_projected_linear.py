@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowrank_sys.nn import ProjectedLinear, QuantLinear, dequantize_model, project_model, quantize_model, unproject_model
 from lowrank_sys.optim import Accumulate, FiraAdamW, GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit, param_groups
 
-RANK, GAP, LR, EPS = 8, 4, 1e-2, 1e-3
+RANK, GAP, LR, EPS = 8, 4, 3e-2, 1e-3
 BATCH, LENGTH, VOCAB = 4, 17, 64  # 68 tokens: a size that no weight has
 # Two orders of summation of the same numbers: rounding of a loss near 4, and of weights below 1 that steps of Adam, with an eps far
 # above the gradients' rounding, carry on.
@@ -49,7 +49,7 @@ def projected(side="right", model=None, cls=GaLoreAdamW, per_layer=None, **keys)
 
 
 def batch(step):
-    return torch.randint(0, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(step))
+    return torch.randint(0, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(step % 4))
 
 
 def backward(model, step, micro=1):
@@ -107,8 +107,9 @@ def test_the_loss_curve_of_optimizer_side_galore(side, keys, clipped):
         torch.testing.assert_close(losses, train(other, theirs, range(36), clip=clip_by_optimizer if clipped else None), **CLOSE)
         for (name, layer), p in zip(layers(model).items(), theirs.param_groups[1]["params"]):
             ours, basis = (o.state[w]["basis"] for o, w in ((optimizer, layer.weight), (theirs, p)))
-            torch.testing.assert_close(ours, basis, atol=1e-3, rtol=0, msg=lambda m: f"{name}: {m}")
-            assert (p - layer.weight).abs().max() < 1e-4 < 1e-2 < (p - llama().get_parameter(f"{name}.weight")).abs().max()
+            assert (ours.T @ basis).square().sum() > RANK - 1e-3, name  # one subspace: random ones share 2 of 8
+            moved = (p - llama().get_parameter(f"{name}.weight")).abs().max()
+            assert (p - layer.weight).abs().max() < 1e-5 < 1e-3 < moved, name
 
 
 def test_it_learns():
@@ -146,7 +147,7 @@ def made_in_backward(model, step):
 def test_no_gradient_of_a_weight_is_made(side, int8):
     """Not in a refresh either, which has but a sketch."""
     # sizes of weights that no activation has
-    sizes = {tuple(sorted(layer.weight.shape)) for layer in layers(project_model(llama())).values()}
+    sizes = {tuple(sorted(layer.weight.shape)) for layer in layers(project_model(llama(), RANK)).values()}
     assert sizes <= set(made_in_backward(llama(), 0))  # as it would be seen
     model = llama()
     if int8:
@@ -333,9 +334,8 @@ def test_compile_is_one_graph():
         model, optimizer = projected("right")
         assert optimizer.gradients.announced()
         forward = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(
-            train(model, optimizer, range(2), forward=forward), train(*projected("right"), range(2)), **CLOSE
-        )
+        losses = train(model, optimizer, range(2), forward=forward)
+        torch.testing.assert_close(losses, train(*projected("right"), range(2)), **CLOSE)
 
 
 class Twice(nn.Module):
@@ -378,11 +378,15 @@ def test_a_transposed_weight(side):
     assert found == [(rows, RANK) if side == "left" else (rows, 128)]
 
 
+def codes_of(model):
+    return [buffer.clone() for name, buffer in model.named_buffers() if name.endswith("codes")]
+
+
 @pytest.mark.parametrize("cls", [GaLoreAdamW, QGaLoreAdamW8bit], ids=["galore", "q-galore"])
 @BOTH
 def test_int8_weights(side, cls):
-    """R is the optimizer-side one to rounding. Stochastic rounding of weights tells apart what R's last bits do not."""
-    losses = []
+    """R is the optimizer-side one to rounding, and so are the losses. Of the weights' codes some are rounded the other way."""
+    found = []
     for project in (True, False):
         model = quantize_model(llama(), group_size=32)
         if project:
@@ -391,14 +395,15 @@ def test_int8_weights(side, cls):
             assert all(isinstance(layer, QuantLinear) for layer in layers(model).values())
         else:
             optimizer = galore(model, "accumulate", cls, proj_type=side)
-        losses.append(
-            (train(model, optimizer, range(12)), {n: p.codes.clone() for n, p in model.named_parameters() if hasattr(p, "codes")})
-        )
-    torch.testing.assert_close(losses[0][0], losses[1][0], atol=5e-3, rtol=0)
-    start = quantize_model(llama(), group_size=32)
-    for name, codes in losses[0][1].items():
-        moved = (codes != start.get_parameter(name).codes).float().mean()
-        assert (codes != losses[1][1][name]).float().mean() < 0.1 * moved, name
+        backward(model, 0)
+        grads = [p.grad for p in coefficients(model).values()]
+        optimizer.zero_grad()
+        found.append((grads, train(model, optimizer, range(12)), codes_of(model)))
+    (ours, losses, codes), (theirs, other, others) = found
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(losses, other, atol=5e-3, rtol=0)
+    for before, mine, his in zip(codes_of(quantize_model(llama(), group_size=32)), codes, others, strict=True):
+        assert (mine != his).sum() < 0.25 * (mine != before).sum()
 
 
 @BOTH
@@ -424,9 +429,8 @@ def test_a_model_that_is_cast_afterwards(dtype):
     for p in coefficients(model).values():
         assert p.dtype == torch.float32 and p.untyped_storage().nbytes() == 4 and p.requires_grad
     train(model, optimizer, range(6), 2)
-    assert not torch.equal(
-        model.model.layers[0].self_attn.q_proj.weight, llama().to(dtype).float().model.layers[0].self_attn.q_proj.weight
-    )
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(model.get_parameter(name), llama().to(dtype).float().get_parameter(name))
 
 
 def test_the_coefficient():
@@ -513,7 +517,6 @@ def test_what_computes_otherwise_is_projected_by_its_optimizer():
     """So it trains as it did; a subclass that adds nothing is converted, with its hooks."""
     for cls, converts in ((Scaled, 0), (Named, 1)):
         model, other = Twice(cls), Twice(cls)
-        model.more = other.more = None
         torch.manual_seed(1)
         model.embed = nn.Sequential(model.embed, nn.Linear(24, 24))
         torch.manual_seed(1)
@@ -522,7 +525,11 @@ def test_what_computes_otherwise_is_projected_by_its_optimizer():
         model.one.register_forward_hook(lambda *args: seen.append(1))
         model, optimizer = projected("left", model)
         assert len(layers(model)) == 1 + converts and isinstance(model.one, cls)
-        theirs = galore(other, "accumulate", proj_type="left")
+        groups = param_groups(other, RANK, update_proj_gap=GAP, proj_type="left")
+        if not converts:  # what its optimizer projects is a group of its own, the first, on the side of param_groups
+            low = groups[1]
+            groups[1:] = [{**low, "params": low["params"][1:], "proj_type": "std"}, {**low, "params": low["params"][:1]}]
+        theirs = GaLoreAdamW(groups, lr=LR, eps=EPS, weight_decay=0.1, per_layer="accumulate")
         torch.testing.assert_close(train(model, optimizer, range(8)), train(other, theirs, range(8)), **CLOSE)
         assert seen
     attention = nn.ModuleDict({"a": nn.MultiheadAttention(16, 2), "b": nn.Linear(16, 16), "c": nn.Linear(16, 16)})
@@ -539,18 +546,8 @@ def test_auto_takes_the_cheaper_side():
             right = 12 * m * RANK + 4 * n * RANK + 4 * tokens * RANK
             left = 12 * n * RANK + 4 * m * RANK + 4 * tokens * n
             assert layer.projection.left == (left < right), name
-    assert {
-        name.rpartition(".")[2]: layer.projection.left
-        for name, layer in layers(project_model(llama(hidden_size=64, intermediate_size=512), RANK, "auto", tokens=10)).items()
-    } == {
-        "q_proj": False,
-        "k_proj": False,
-        "v_proj": False,
-        "o_proj": False,
-        "gate_proj": True,
-        "up_proj": True,
-        "down_proj": False,
-    }
+    wide = layers(project_model(llama(hidden_size=64, intermediate_size=512), RANK, "auto", tokens=10))
+    assert {name.rpartition(".")[2] for name, layer in wide.items() if layer.projection.left} == {"gate_proj", "up_proj"}
 
 
 def tied():
@@ -573,7 +570,7 @@ REFUSED = {
     "tokens": (lambda: project_model(llama(), RANK, tokens=0.5), "tokens must be an integer of at least 1, got 0.5"),
     "a layer": (lambda: project_model(nn.Linear(16, 16), RANK), "model must be a module around its linear layers, got Linear"),
     "float64": (lambda: project_model(llama().double(), RANK), "must be float32, bfloat16 or float16, got torch.float64"),
-    "another rank": (lambda: param_groups(project_model(llama(), RANK), rank=16), "rank must be 8, as project_model was given, got 16"),
+    "another rank": (lambda: param_groups(project_model(llama(), RANK), rank=16), "rank must be 8, .* got 16"),
     "proj_type": (lambda: param_groups(project_model(llama(), RANK), RANK, proj_type="std"), "proj_type must be left out .*'std'"),
     "targets": (
         lambda: param_groups(project_model(llama(), RANK), RANK, target_modules=["mlp"]),
@@ -581,7 +578,7 @@ REFUSED = {
     ),
     "refresh": (lambda: projected(refresh="now"), "refresh must be 'next' with per_layer='accumulate', got 'now'"),
     "svd": (lambda: projected(subspace="svd"), "subspace must be .* with refresh='next', got 'svd'"),
-    "in_backward": (lambda: projected(per_layer="in_backward"), "per_layer must be None, accumulate or an Accumulate .*'in_backward'"),
+    "in_backward": (lambda: projected(per_layer="in_backward"), "per_layer must be None, accumulate or .*'in_backward'"),
     "fira": (lambda: projected(cls=FiraAdamW), "needs a rule that can start from R, got FiraAdamW"),
     "dequantize": (
         lambda: dequantize_model(project_model(quantize_model(llama(), group_size=32), RANK)),
