@@ -2,7 +2,7 @@
 
 import argparse
 
-from lowrank_sys.bench import floors, kernels, optimizers, plan, quality, train
+from lowrank_sys.bench import floors, kernels, optimizers, plan, projected, quality, train
 from lowrank_sys.bench.device import command as device
 from lowrank_sys.bench.static import command as static
 
@@ -12,6 +12,7 @@ COMMANDS = {
     "train": (train, "train one model by several methods: loss, memory and speed beside each other"),
     "quality": (quality, "train a miniature by every method, over several seeds: validation losses and their spread"),
     "plan": (plan, "compare what lowrank plan says with what real runs take"),
+    "projected": (projected, "measure what layers of project_model save: gradients, activations, the peak of a step"),
     "device": (device, "check and measure a GPU from end to end"),
     "floors": (floors, "measure every promise of speed; exit 1 on a miss"),
 }

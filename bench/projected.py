@@ -1,0 +1,136 @@
+"""`lowrank bench projected`: what layers that give low-rank gradients save: gradients, activations, and the peak of a step."""
+
+import functools
+
+import torch
+
+from lowrank_sys.bench import machine, report
+from lowrank_sys.cli import CommandError
+from lowrank_sys.memory.live import LiveStorages
+from lowrank_sys.nn import causal_lm_loss, project_model
+from lowrank_sys.nn.linear_layers import linear_layers
+from lowrank_sys.optim import GaLoreAdamW, param_groups
+from lowrank_sys.train import models
+
+SEQUENCE = 256
+SETTLED = 5  # steps after which the first bases have come from gradients
+
+
+def _adamw(model, rank, tokens):
+    return torch.optim.AdamW(model.parameters())
+
+
+def _galore(model, rank, tokens, per_layer=None):
+    return GaLoreAdamW(param_groups(model, rank), per_layer=per_layer)
+
+
+def _projected(model, rank, tokens, side):
+    return GaLoreAdamW(param_groups(project_model(model, rank, side, tokens=tokens), rank))
+
+
+VARIANTS = {
+    "adamw": _adamw,
+    "galore": _galore,
+    "galore, accumulate": functools.partial(_galore, per_layer="accumulate"),
+    **{f"projected, {side}": functools.partial(_projected, side=side) for side in ("left", "right", "auto")},
+}
+
+
+def add_arguments(parser):
+    parser.add_argument("--model", default="llama-60m", help="as --model of lowrank train (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=128, help="of all low-rank variants (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=2048, help=f"in a step, in sequences of up to {SEQUENCE} (default: %(default)s)"
+    )
+    report.add_output_arguments(parser)
+
+
+def run(args):
+    if not models.is_known(args.model):
+        raise CommandError(f"--model {args.model}: must be one of {', '.join(models.PRESETS)} or a config.json")
+    if args.tokens < SEQUENCE or args.tokens % SEQUENCE:
+        raise CommandError(f"--tokens must be a multiple of {SEQUENCE}, got {args.tokens}")
+    out = report.Report(args, machine.describe("cpu"))
+    out.say(machine.line(out.facts))
+    try:
+        rows = [_row(name, make, args) for name, make in VARIANTS.items()]
+    except ValueError as error:
+        raise CommandError(f"--rank {args.rank}: {error}") from None
+    title = f"{args.model}, r = {args.rank}, {args.tokens} tokens a step, fp32: bytes of its linear layers, and of a step"
+    out.table(title, COLUMNS, rows)
+    out.write()
+    return 0
+
+
+COLUMNS = [
+    ("variant", lambda row: row["variant"]),
+    ("gradients", lambda row: report.size(row["gradient_bytes"])),
+    ("kept for backward", lambda row: report.size(row["kept_bytes"])),
+    ("while first bases are due", lambda row: report.size(row["kept_at_first_bytes"])),
+    ("state", lambda row: report.size(row["state_bytes"])),
+    ("peak of a step beside weights and state", lambda row: report.size(row["step_peak_bytes"])),
+]
+
+
+def _row(name, make, args):
+    torch.manual_seed(0)
+    model = models.build(models.config(args.model), dtype=torch.float32, device=torch.device("cpu"))
+    chosen = [layer for _, layer in linear_layers(model)]
+    optimizer = make(model, args.rank, args.tokens)
+    draw = torch.Generator().manual_seed(0)
+
+    def loss(tokens):
+        ids = torch.randint(model.config.vocab_size, (max(1, tokens // SEQUENCE), min(tokens, SEQUENCE)), generator=draw)
+        return causal_lm_loss(model, ids, ids)
+
+    kept_at_first = kept_bytes(chosen, lambda: loss(args.tokens))
+    for _ in range(SETTLED):
+        loss(16).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    kept = kept_bytes(chosen, lambda: loss(args.tokens))
+    with LiveStorages() as live:
+        loss(args.tokens).backward()
+        grads = [p.grad for layer in chosen for p in layer.parameters() if p.grad is not None]
+        gradient_bytes = sum({g.untyped_storage()._cdata: g.untyped_storage().nbytes() for g in grads}.values())
+        del grads
+        optimizer.step()
+        optimizer.zero_grad()
+    state = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+    return {
+        "variant": name,
+        "model": args.model,
+        "rank": args.rank,
+        "tokens": args.tokens,
+        "gradient_bytes": gradient_bytes,
+        "kept_bytes": kept,
+        "kept_at_first_bytes": kept_at_first,
+        "state_bytes": sum(t.untyped_storage().nbytes() for t in state),
+        "step_peak_bytes": live.peak,
+    }
+
+
+def kept_bytes(layers, forward):
+    """Bytes of distinct storages that these layers keep for backward, what is there without them (parameters, bases) left out."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    def wrapped(call, *args):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return call(*args)
+
+    standing = set()
+    for layer in layers:
+        on = getattr(layer, "projection", None)
+        tensors = [*layer.parameters(), *layer.buffers(), *(() if on is None else (*on.basis, on.omega))]
+        standing |= {tensor.untyped_storage()._cdata for tensor in tensors if tensor is not None}
+        layer.forward = functools.partial(wrapped, layer.forward)
+    try:
+        result = forward()  # noqa: F841  its graph keeps them
+    finally:
+        for layer in layers:
+            del layer.forward
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in standing)
