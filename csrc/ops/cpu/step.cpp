@@ -37,17 +37,18 @@ class Step {
     const Tensor r = p_.projected ? x_.gradient : work_.low_rank.matrix(rows(), columns());
     if (!p_.projected) project(r);
     const int64_t skipped = p_.ratio() ? scaled(r) : p_.remainder == Remainder::state_free ? state_free(r) : plain(r);
-    return skipped * x_.weight.size(left_ ? 0 : 1);
+    return skipped * depth();
   }
 
  private:
+  int64_t depth() const { return x_.weight.size(left_ ? 0 : 1); }
   int64_t rows() const { return x_.moments.exp_avg.size(0); }
   int64_t columns() const { return x_.moments.exp_avg.size(1); }
   Tensor update() { return work_.update.matrix(rows(), columns()); }
 
   Basis stored_basis() {
     if (p_.basis == BasisKind::dense) return as_fp32(x_.basis, work_.basis);
-    return as_int4(x_.basis, *x_.basis_scale, *x_.basis_offset, x_.weight.size(left_ ? 0 : 1), o_.basis_group_size);
+    return as_int4(x_.basis, *x_.basis_scale, *x_.basis_offset, depth(), o_.basis_group_size);
   }
 
   void project(const Tensor& r) {
@@ -69,28 +70,36 @@ class Step {
     if (p_.int8_gemm) {
       back_project_int8_gemm(x_.weight, x, x_.basis, left_, adam_.decay, adam_.alpha, c.flags(), work_);
     } else {
-      apply({left_, adam_.decay, adam_.alpha, &basis_, &x, c.flags()});
+      apply({.left = left_, .decay = adam_.decay, .alpha = adam_.alpha, .basis = &basis_, .x = &x, .ok = c.flags()});
     }
     return c.skipped;
+  }
+
+  Scaling scaling() const {
+    if (p_.remainder == Remainder::scaled_residual) return {o_.hyper.scale, 1.0, 1.0, o_.per_tensor, o_.growth};
+    const double root = std::sqrt(o_.hyper.scale);
+    return {0.0, o_.scale_front ? root : 1.0, o_.scale_front ? 1.0 : root, o_.per_tensor, o_.growth};
   }
 
   // W <- decay W + a (s o G), or + a (scale back(N) + s o (G - scale back(R))) = + a (back(scale N - scale s o R) + s o G): the
   // correction of Adam's bias is in the rate a, and s are norm ratios.
   int64_t scaled(const Tensor& r) {
     const bool residual = p_.remainder == Remainder::scaled_residual;
-    const double scale = o_.hyper.scale, root = std::sqrt(scale);
-    const Scaling how = residual ? Scaling{scale, 1.0, 1.0, o_.per_tensor, o_.growth}
-                                 : Scaling{0.0, o_.scale_front ? root : 1.0, o_.scale_front ? 1.0 : root, o_.per_tensor, o_.growth};
     const std::optional<Tensor> n = residual ? std::optional<Tensor>(update()) : std::nullopt;
     const Channels c = ratio(r, x_.moments, n ? &*n : nullptr, x_.limiter ? &x_.gradient : nullptr, adam_, grad_scale_, left_);
     if (c.skipped == c.count()) return c.skipped;
     std::vector<float> in_basis;
-    if (x_.limiter && x_.gram) in_basis = norms_in_basis(r, *x_.gram, work_.inside.matrix(rows(), columns()), left_);
-    auto s = ratio_coefficients(c, how, x_.limiter ? data<float>(*x_.limiter) : nullptr, in_basis, grad_scale_);
-    if (n) combine(*n, r, s, scale, scale, left_);
+    if (x_.limiter && x_.gram) in_basis = norms_in_basis(r, *x_.gram, work_.tile.matrix(rows(), columns()), left_);
+    auto s = ratio_coefficients(c, scaling(), x_.limiter ? data<float>(*x_.limiter) : nullptr, in_basis, grad_scale_);
+    if (n) combine(*n, r, s, o_.hyper.scale, o_.hyper.scale, left_);
     for (float& coefficient : s) coefficient *= grad_scale_;
-    const float rate = adam_.alpha * (std::sqrt(adam_.correction2) / adam_.correction1);
-    apply({left_, adam_.decay, rate, &basis_, n ? &*n : nullptr, nullptr, &x_.gradient, nullptr, s.data()});
+    apply({.left = left_,
+           .decay = adam_.decay,
+           .alpha = adam_.alpha * (std::sqrt(adam_.correction2) / adam_.correction1),
+           .basis = &basis_,
+           .x = n ? &*n : nullptr,
+           .gradient = &x_.gradient,
+           .coefficients = s.data()});
     return c.skipped;
   }
 
@@ -103,7 +112,14 @@ class Step {
     const double unit = o_.sign ? double((grad_scale_ > 0.0f) - (grad_scale_ < 0.0f)) : double(grad_scale_);
     const auto s = equal_coefficients(c, o_.residual_scale * unit);
     combine(x, r, s, o_.hyper.scale, o_.sign ? 0.0 : 1.0, left_);
-    apply({left_, adam_.decay, adam_.alpha, &basis_, &x, nullptr, &x_.gradient, o_.sign ? &r : nullptr, s.data()});
+    apply({.left = left_,
+           .decay = adam_.decay,
+           .alpha = adam_.alpha,
+           .basis = &basis_,
+           .x = &x,
+           .gradient = &x_.gradient,
+           .inside = o_.sign ? &r : nullptr,
+           .coefficients = s.data()});
     return c.skipped;
   }
 
