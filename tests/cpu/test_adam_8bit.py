@@ -365,9 +365,9 @@ BAD = {
     "basis shape": (2, torch.zeros(30, 4), "basis must have shape (m = 20, r)"),
     "codes shape": (3, torch.zeros(4, 29, dtype=torch.uint8), "exp_avg must have shape (4, 30), got (4, 29)"),
     "codes fp32": (3, torch.zeros(4, 30), "exp_avg must be torch.uint8, got torch.float32"),
-    "absmax shape": (5, torch.zeros(2), "exp_avg_absmax must have shape (1,), got (2,)"),
+    "absmax shape": (5, torch.zeros(2), "exp_avg_absmax must have shape (4, 1), got (2,)"),
     "second codes": (4, torch.zeros(30, 4, dtype=torch.uint8).T, "exp_avg_sq must be contiguous"),
-    "second absmax": (6, torch.zeros(1).half(), "exp_avg_sq_absmax must be torch.float32, got torch.float16"),
+    "second absmax": (6, torch.zeros(4, 1).half(), "exp_avg_sq_absmax must be torch.float32, got torch.float16"),
 }
 
 
