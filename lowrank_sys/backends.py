@@ -14,52 +14,24 @@ from typing import NamedTuple
 import torch
 
 from lowrank_sys import _ops, reference
+from lowrank_sys._ops import named_steps
 from lowrank_sys._ops.rules import implement
 from lowrank_sys.subspace import operators
 
 # Launchers of the GEMM-shaped ops on a GPU: op -> (module of lowrank_sys.kernels, function).
 TRITON = {
-    "galore_step.tensor": ("galore", "galore_step"),
-    "galore_step": ("galore", "galore_step"),
-    "galore_step.list": ("galore", "galore_step_list"),
-    "galore_step_8bit.tensor": ("blockwise", "galore_step_8bit"),
-    "galore_step_8bit": ("blockwise", "galore_step_8bit"),
-    "galore_step_8bit.list": ("blockwise", "galore_step_8bit_list"),
-    "galore_step_8bit.int4": ("blockwise", "galore_step_8bit_int4"),
-    "subspace_step_8bit.list": ("blockwise", "subspace_step_8bit_list"),
-    "subspace_step_8bit.int4": ("blockwise", "subspace_step_8bit_int4"),
-    "subspace_step.tensor": ("galore", "subspace_step"),
-    "subspace_step": ("galore", "subspace_step"),
-    "subspace_step.list": ("galore", "subspace_step_list"),
     "project": ("project", "project"),
     "back_project_": ("back_project", "back_project_"),
-    "apollo_int8_step": ("apollo_int8", "apollo_int8_step"),
-    "apollo_int8_step.list": ("apollo_int8", "apollo_int8_step_list"),
-    "apollo_int8_step.tensor": ("apollo_int8", "apollo_int8_step"),
-    "apollo_step": ("residual", "apollo_step"),
-    "apollo_step.list": ("residual", "apollo_step_list"),
-    "apollo_step.tensor": ("residual", "apollo_step"),
     "back_project_int4_": ("back_project", "back_project_int4_"),
     "back_project_int8_": ("qgalore", "back_project_int8_"),
     "back_project_int8_.tensor": ("qgalore", "back_project_int8_"),
-    "fira_step": ("residual", "fira_step"),
-    "fira_step.list": ("residual", "fira_step_list"),
-    "fira_step.tensor": ("residual", "fira_step"),
-    "frugal_step": ("residual", "frugal_step"),
-    "frugal_step.list": ("residual", "frugal_step_list"),
-    "frugal_step.tensor": ("residual", "frugal_step"),
     "gaussian_back_project_": ("gaussian", "gaussian_back_project_"),
     "gaussian_basis_": ("gaussian", "gaussian_basis_"),
     "gaussian_project": ("gaussian", "gaussian_project"),
     "int8_linear": ("int8_linear", "int8_linear"),
     "int8_linear_backward": ("int8_linear", "int8_linear_backward"),
     "project_int4": ("project", "project_int4"),
-    "qgalore_step": ("qgalore", "qgalore_step"),
-    "qgalore_step.list": ("qgalore", "qgalore_step_list"),
-    "qgalore_step.tensor": ("qgalore", "qgalore_step"),
-    "qgalore_subspace_step": ("qgalore", "qgalore_subspace_step"),
-    "qgalore_subspace_step.list": ("qgalore", "qgalore_subspace_step_list"),
-    "qgalore_subspace_step.tensor": ("qgalore", "qgalore_subspace_step"),
+    "step": ("step", "step"),
 }
 
 
@@ -114,22 +86,26 @@ def _serves(op, key):
 
 def table():
     """Rows `Served`, op by op: the CPU, and CUDA where this machine has a device."""
-    rows = []
+    rows = {}
     devices = [("cpu", "CPU", "C++")] + ([("cuda", "CUDA", "CUDA C++")] if torch.cuda.is_available() else [])
-    for op in _ops.SCHEMAS:
+    for op in sorted(_ops.SCHEMAS, key=lambda op: op in named_steps.FORMS):  # what an alias calls comes before it
         for device, key, native in devices:
-            if op in operators.IMPLEMENTATIONS:
-                rows.append(Served(op, device, "composition", "calls the other ops and torch.linalg"))
+            if op in named_steps.FORMS:
+                served = named_steps.served_by(op)
+                rows[op, device] = Served(op, device, rows[served, device].implementation, f"alias of {served}")
+            elif op in operators.IMPLEMENTATIONS:
+                rows[op, device] = Served(op, device, "composition", "calls the other ops and torch.linalg")
             elif device == "cuda" and op in TRITON and not TRITON_MISSING:
-                rows.append(Served(op, device, "Triton", ""))
+                rows[op, device] = Served(op, device, "Triton", "")
             elif _serves(op, key):
-                rows.append(Served(op, device, native, ""))
+                rows[op, device] = Served(op, device, native, "")
             else:
-                rows.append(Served(op, device, "reference", NATIVE_MISSING or TRITON_MISSING or "built without it"))
-    return rows
+                rows[op, device] = Served(op, device, "reference", NATIVE_MISSING or TRITON_MISSING or "built without it")
+    return list(rows.values())
 
 
 reference.register()
 operators.register()
+named_steps.register()
 NATIVE_MISSING = _load_native()
 TRITON_MISSING = _load_triton()

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from lowrank_sys.optim.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from lowrank_sys.subspace.basis import load
 from lowrank_sys.subspace.iteration import svd_basis
 
+ops = torch.ops.lowrank
 LR, SCALE = 1e-2, 0.25
 # R of the two matrices of the small model has 96 * 16 elements: one with rows of 96, which is coded, one with rows of 16, which
 # stays in fp32 as biases and norms do.
@@ -313,9 +315,36 @@ def test_the_state_goes_through_bitsandbytes():
     for param in model.parameters():
         state = optimizer.state[param]
         back = from_bitsandbytes(to_bitsandbytes(state))
+        if state["exp_avg"].shape == (16, 96) and state["exp_avg"].dtype == torch.uint8:  # by row: encoded again in flat blocks
+            for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+                values = ops.dequantize_blockwise(state[name], state[f"{name}_absmax"], signed=signed)
+                codes, absmax = ops.quantize_blockwise(values, signed=signed)
+                assert torch.equal(back[name], codes) and torch.equal(back[f"{name}_absmax"], absmax)
+            kinds.add("by row")
+            continue
         assert all(torch.equal(value, state[key]) for key, value in back.items())
         kinds.add(back["exp_avg"].dtype)
-    assert kinds == {torch.uint8, torch.float32}
+    assert kinds == {torch.uint8, torch.float32, "by row"}
+
+
+def test_whole_blocks_go_through_bitsandbytes_to_the_bit():
+    """Rows of 512: blocks by row are the flat ones, and the state comes back by load_state_dict without a word."""
+    param = nn.Parameter(torch.randn(60, 512))
+    optimizer = GaLoreAdamW8bit([{"params": [param], "rank": 4}], lr=LR, min_8bit_size=0)
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    state = optimizer.state[param]
+    assert state["exp_avg_absmax"].shape == (4, 2)
+    theirs = to_bitsandbytes(state)
+    assert theirs["absmax1"].shape == (8,)
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {**state, **from_bitsandbytes(theirs)}}
+    other = GaLoreAdamW8bit([{"params": [nn.Parameter(param.detach().clone())], "rank": 4}], lr=LR, min_8bit_size=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(saved)
+    (back,) = other.state.values()
+    assert all(torch.equal(back[key], state[key]) for key in ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax"))
 
 
 def test_one_graph_for_all_steps():

@@ -65,7 +65,7 @@ def options(form):
 
 def oracle(lane, case, *, step, grad_scale=1.0):
     want = case.wants
-    reference.galore_step_8bit(
+    reference.named("galore_step_8bit")(
         want["param"],
         want["grad"] * grad_scale,
         want["basis"],

@@ -82,7 +82,7 @@ def test_step(lane, card, shape, projected, left):
     case = lane.case(*shape, left)
     gradient = "low_rank" if projected else "grad"
     want = [tensor.clone() for tensor in case.tensors(gradient)]
-    step, oracle = (subspace_step, reference.subspace_step) if projected else (galore_step, reference.galore_step)
+    step, oracle = (subspace_step, reference.named("subspace_step")) if projected else (galore_step, reference.named("galore_step"))
     step(*case.tensors(gradient), step=2, lr=1e-2, left=left, int8_gemm=True, **lane.hyper)
     oracle(*want, step=2, lr=1e-2, left=left, int8_gemm=True, **lane.hyper)
     if not projected:  # whose sums may be in another order

@@ -137,7 +137,7 @@ def test_steps(lane, op, int4, grad, left):
     matrix = Matrix(lane, op, 70, 200, 6, left, int4, grad=grad, limited=True)
     before = matrix.want["codes"].clone()
     call = dict(step=3, lr=0.1, seed=2**40, parameter=1, offset=8, **matrix.settings)
-    getattr(reference, op)(*matrix.want.values(), **call)
+    reference.ORACLES[op](*matrix.want.values(), **call)
     getattr(matrix.module, op)(*matrix.got.values(), **call)
     matrix.check()
     assert (matrix.want["codes"] != before).double().mean() > 0.3
@@ -164,7 +164,7 @@ def test_lists(lane, op, left):
     before = matrices[0].want["codes"].clone()
     steps = [torch.tensor(float(i)) for i in (0, 4, 9)]
     results = {}
-    for which, function in (("want", reference.IMPLEMENTATIONS[f"{op}.list"]), ("got", getattr(matrices[0].module, f"{op}_list"))):
+    for which, function in (("want", reference.ORACLES[f"{op}.list"]), ("got", getattr(matrices[0].module, f"{op}_list"))):
         device = lane.device if which == "got" else "cpu"
         its_steps = [step.clone().to(device) for step in steps]
         skipped = torch.tensor(1, device=device)
