@@ -406,7 +406,8 @@ def test_bad_lists(name, op):
     lists, hyper = as_lists(2, True), dict(lr=torch.tensor(0.1), **LOW_RANK, left=True)
     if op != "galore_step_8bit":
         low_rank = [torch.randn(4, 30) for _ in range(2)]
-        lists = [low_rank, clone(low_rank), *lists[3:]]
+        flat = map(list, zip(*(stored(r.shape) for r in low_rank)))
+        lists = [low_rank, clone(low_rank), *(flat if op == "adam_8bit_" else lists[3:])]
         hyper = dict(lr=torch.tensor(0.1), **ADAM) if op == "adam_8bit_" else dict(beta1=0.9, beta2=0.99, eps=1e-8, left=True)
     lists.append([torch.tensor(0.0), torch.tensor(1.0)])
     change(lists, hyper)

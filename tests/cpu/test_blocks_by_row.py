@@ -66,7 +66,7 @@ def steps_from(optimizer, param, low_rank_grads):
 
 def test_a_state_that_is_split_by_rows_goes_on_as_the_whole():
     """A right basis of 72 columns: each shard has rows of W, of both moments and of their scales, and the whole basis."""
-    rows, n, rank, cut = 90, 80, 72, 31
+    rows, n, rank, cut = 160, 80, 72, 75
     param = nn.Parameter(torch.randn(rows, n))
     keys = {"rank": rank, "proj_type": "right", "update_proj_gap": 100}
     optimizer = optim.GaLoreAdamW8bit([{"params": [param], **keys}], lr=0.01, min_8bit_size=0)
@@ -79,7 +79,8 @@ def test_a_state_that_is_split_by_rows_goes_on_as_the_whole():
     for part in (slice(0, cut), slice(cut, rows)):
         shard = nn.Parameter(before[part].clone())
         other = optim.GaLoreAdamW8bit([{"params": [shard], **keys}], lr=0.01, min_8bit_size=0)
-        state = saved["state"][0] | {key: saved["state"][0][key][part].clone() for key in KEYS}
+        state = copy.deepcopy(saved["state"][0])
+        state |= {key: state[key][part].clone() for key in KEYS}
         other.load_state_dict({**saved, "state": {0: state}})
         steps_from(other, shard, r[:, part])
         assert all(same(other.state[shard][key], optimizer.state[param][key][part]) for key in KEYS)
@@ -171,7 +172,7 @@ def test_flat_blocks_are_encoded_again_once_and_it_is_said():
 
 def test_what_was_encoded_again_goes_on_to_the_bit():
     model, optimizer, _ = loaded(with_flat_blocks(trained()[1].state_dict()))
-    again, other, said = loaded(optimizer.state_dict())
+    again, other, said = loaded(copy.deepcopy(optimizer.state_dict()))
     assert not said
     train(model, optimizer, range(3, 6))
     train(again, other, range(3, 6))
@@ -196,7 +197,8 @@ def test_scales_that_fit_neither_are_refused(cls):
     other = cls([{"params": [model.odd, model.even, model.short, model.experts], "rank": 4}, {"params": [model.plain]}], **options)
     if cls is optim.GaLoreAdamW8bit:
         old["state"][0]["exp_avg_absmax"] = torch.zeros(6)
-    with pytest.raises(ValueError, match="exp_avg"):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="exp_avg"):
+        warnings.simplefilter("ignore")
         other.load_state_dict(old)
     assert not other.state
 

@@ -216,7 +216,7 @@ def test_bytes_are_those_of_the_formula():
         assert live.bytes == optimizer.memory()["total"] - optimizer.memory()["weights"]
     low_rank = r * n  # m < n: the basis is on the left, its vectors have m entries
     basis, basis_scales = r * m // 2, 2 * 4 * r * 2  # two groups of 256 a vector
-    coded, absmaxes = 2 * (low_rank + 5000), 2 * 4 * (-(-low_rank // 256) + -(-5000 // 256))
+    coded, absmaxes = 2 * (low_rank + 5000), 2 * 4 * (r * -(-n // 256) + -(-5000 // 256))  # by row, flat
     counters = 3 * 4 + 8 + 8 + 5 * 4  # steps, countdown, gap, queue
     sums = optimizer.memory()
     assert sums["basis"] == basis
