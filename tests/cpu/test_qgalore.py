@@ -156,7 +156,7 @@ class Matrix:
                     ops.quantize_int4(basis, group_size=basis_group_size) if int4 else (basis, None, None),
                 )
             )
-            moments = [reference.quantize_blockwise(x, signed=signed) for x, signed in ((first, True), (second, False))]
+            moments = [reference.quantize_blockwise(x, signed=s, by_row=True) for x, s in ((first, True), (second, False))]
             self.args |= dict(
                 exp_avg=moments[0][0], exp_avg_sq=moments[1][0], exp_avg_absmax=moments[0][1], exp_avg_sq_absmax=moments[1][1]
             )

@@ -5,25 +5,26 @@
 #include "rule.h"
 
 namespace lowrank {
-
 namespace {
 
-std::tuple<Tensor, Tensor> quantize_blockwise(const Tensor& x, bool is_signed) {
-  check_quantize_blockwise(x);
+std::tuple<Tensor, Tensor> quantize_blockwise(const Tensor& x, bool is_signed, bool by_row) {
+  check_quantize_blockwise(x, by_row);
   const auto sizes = x.sizes();
-  const int64_t count = blocks(sizes);
-  const Tensor codes = empty(Shape(sizes.begin(), sizes.end()), aoti_torch_dtype_uint8()), absmax = empty({count});
-  const Blockwise work{storage(x), data<void>(x), data<uint8_t>(codes), data<float>(absmax), x.numel(), is_signed};
-  parallel(count, kBlock, [&](int64_t begin, int64_t end) { blockwise_kernels().quantize(work, begin, end); });
+  const RowBlocks blocks = blocks_of(sizes, by_row);
+  const Tensor codes = empty(Shape(sizes.begin(), sizes.end()), aoti_torch_dtype_uint8());
+  const Tensor absmax = empty(absmax_shape(sizes, by_row));
+  const Blockwise work{storage(x), data<void>(x), data<uint8_t>(codes), data<float>(absmax), blocks, is_signed};
+  parallel(block_count(blocks), kBlock, [&](int64_t begin, int64_t end) { blockwise_kernels().quantize(work, begin, end); });
   return {codes, absmax};
 }
 
 Tensor dequantize_blockwise(const Tensor& codes, const Tensor& absmax, bool is_signed) {
   check_dequantize_blockwise(codes, absmax);
   const auto sizes = codes.sizes();
+  const RowBlocks blocks = blocks_of(sizes, is_by_row(codes, absmax));
   const Tensor x = empty(Shape(sizes.begin(), sizes.end()));
-  const Blockwise work{DType::f32, data<void>(x), data<uint8_t>(codes), data<float>(absmax), x.numel(), is_signed};
-  parallel(blocks(sizes), kBlock, [&](int64_t begin, int64_t end) { blockwise_kernels().dequantize(work, begin, end); });
+  const Blockwise work{DType::f32, data<void>(x), data<uint8_t>(codes), data<float>(absmax), blocks, is_signed};
+  parallel(block_count(blocks), kBlock, [&](int64_t begin, int64_t end) { blockwise_kernels().dequantize(work, begin, end); });
   return x;
 }
 
@@ -42,7 +43,7 @@ void adam_8bit(const Tensors& params, const Tensors& grads, const Tensors& exp_a
     const Adam8bit adam{storage(params[i]),       storage(grads[i]), data<void>(params[i]), data<void>(grads[i]),
                         moments.at(i).pointers(), params[i].numel(), grad_scale_of(guards), hyper.at(step, rate)};
     std::atomic<int64_t> left_out = 0;
-    parallel(blocks(params[i].sizes()), kBlock,
+    parallel(block_count({1, adam.numel}), kBlock,
              [&](int64_t begin, int64_t end) { left_out += blockwise_kernels().adam(adam, begin, end); });
     count_skipped(guards, left_out);
   }

@@ -17,13 +17,13 @@ void for_channels(const Tensor& t, bool left, const F& f) {
 // Calls f(begin, end) on parts of the blocks of R.
 template <class F>
 void for_blocks(const Tensor& r, const F& f) {
-  parallel(blocks(r.sizes()), kBlock, f);
+  parallel(block_count(blocks_of(r.sizes(), true)), kBlock, f);
 }
 
 LowRankAdam8bit adam_8bit_of(const Tensor& r, const Moments& moments, const Tensor& x, const AdamStep& step, float grad_scale,
                              bool left) {
-  return {data<float>(r), storage(x), data<void>(x), moments.stored().pointers(), nullptr, r.size(0), r.size(1),
-          left,           grad_scale, step};
+  return {data<float>(r), storage(x), data<void>(x), moments.stored().pointers(), nullptr, blocks_of(r.sizes(), true), left,
+          grad_scale, step};
 }
 
 void advance_8bit(LowRankAdam8bit a, const Tensor& r, const Channels& c) {
