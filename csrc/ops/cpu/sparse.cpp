@@ -114,8 +114,8 @@ void step_rows(const Tensors& weights, const Tensors& gradients, const Tensors& 
   const RowLists lists{weights, gradients, indices, row_scales, exp_avgs, exp_avg_sqs, steps};
   check_rows(op, lists, lr, left, advance, guards);
   std::vector<std::vector<uint32_t>> owner;
-  for (size_t i = 0; i < weights.size(); ++i)
-    owner.push_back(owners(place_in(op, i, weights.size()).c_str(), indices[i], weights[i].size(left ? 0 : 1)));
+  Where where(op, weights.size());
+  for (size_t i = 0; i < weights.size(); ++i) owner.push_back(owners(where.at(i), indices[i], weights[i].size(left ? 0 : 1)));
   if (is_no_op(guards)) return;
   const Hyper hyper{beta1, beta2, eps, weight_decay, scale};
   const double rate = read_number(lr);
