@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../core/adam_8bit.h"
-#include "int4.h"
+#include "projection.h"
 
 namespace lowrank {
 
@@ -114,44 +114,6 @@ inline void check_adam_8bit_low_rank(const Tensors& low_rank_grads, const Tensor
     expect_like(op, Item{"updates", i}, updates[i], r.sizes(), place_of(r));
     moments.at(i).check(op, r.sizes(), true, place_of(r), i);
   }
-}
-
-// A basis as a step takes it: a matrix.
-struct DenseBasis {
-  const Tensor& basis;
-
-  Shape check(const char* op, const Tensor& param, bool left) const {
-    expect_basis(op, param, basis, left);
-    return low_rank_shape(param, basis, left);
-  }
-};
-
-// In INT4.
-struct Int4Basis {
-  const Tensor &packed, &scale, &offset;
-  int64_t group_size;
-
-  Shape check(const char* op, const Tensor& param, bool left) const {
-    expect_int4(op, packed, scale, offset, param.size(left ? 0 : 1), group_size, place_of(param),
-                {"basis", "basis_scale", "basis_offset"});
-    return int4_low_rank_shape(param, packed, left);
-  }
-};
-
-// One matrix of a step with 8-bit moments; `gradient` is R if `projected`, else G.
-template <class Basis>
-void check_low_rank_step_8bit(const char* op, const Tensor& param, const Tensor& gradient, const Basis& basis,
-                              const Stored& moments, bool projected, bool left) {
-  expect_matrix(op, "param", param);
-  const Shape shape = basis.check(op, param, left);
-  const Place place = place_of(param);
-  if (projected) {
-    expect_low_rank(op, "low_rank_grad", gradient, shape, place);
-  } else {
-    expect_float(op, "grad", gradient);
-    expect_like(op, "grad", gradient, param.sizes(), place);
-  }
-  moments.check(op, shape, place);
 }
 
 }  // namespace lowrank

@@ -489,8 +489,8 @@ def test_bad_arguments(case, expected):
 @pytest.mark.parametrize(
     "name, value, expected",
     [
-        ("parameters", [], "parameters must have 1 numbers, one for each of codes, got 0"),
-        ("offsets", [0, 0], "offsets must have 1 numbers, one for each of codes, got 2"),
+        ("parameters", [], "parameters must have 1 numbers, one a weight, got 0"),
+        ("offsets", [0, 0], "offsets must have 1 numbers, one a weight, got 2"),
         ("parameters", [-1], "parameter must be from 0 to 2^32 - 1, got -1"),
         ("found_inf", torch.zeros(2), "found_inf must have one element, got shape (2,)"),
     ],

@@ -40,7 +40,7 @@ void adam_8bit(const Tensors& params, const Tensors& grads, const Tensors& exp_a
   const Guards guards{grad_scale, found_inf, skipped};
   check_adam_8bit(params, grads, moments, steps, lr, guards);
   if (params.empty()) return;
-  const AdamWScalars scalars = adamw_scalars("adam_8bit_", beta1, beta2, eps, weight_decay, lr, guards);
+  const AdamWScalars scalars = adamw_scalars(beta1, beta2, eps, weight_decay, lr, guards);
   const DeviceGuard guard(params[0].get_device_index());
   const cudaStream_t stream = current_stream(params[0]);
   launch_lists<Adam8bitList>(
