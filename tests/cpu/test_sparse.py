@@ -331,10 +331,7 @@ BAD_LISTS = {
     "lr bool": (lambda a, h: h.update(lr=torch.tensor(True)), "lr must be float32, float64, int32 or int64, got torch.bool"),
     "grad_scale": (lambda a, h: h.update(grad_scale=torch.ones(2)), "grad_scale must have one element, got shape (2,)"),
     "skipped": (lambda a, h: h.update(skipped=torch.tensor(1.0)), "skipped must be torch.int64, got torch.float32"),
-    "index of the second": (
-        lambda a, h: a[2].__setitem__(1, INDEX + 20),
-        "grass_step: matrix 1: indices[0] must be in [0, 21), got 21",
-    ),
+    "index of the second": (lambda a, h: a[2].__setitem__(1, INDEX + 20), "matrix 1: indices[0] must be in [0, 21), got 21"),
 }
 
 

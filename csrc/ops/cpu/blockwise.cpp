@@ -5,7 +5,6 @@
 #include "rule.h"
 
 namespace lowrank {
-
 namespace {
 
 std::tuple<Tensor, Tensor> quantize_blockwise(const Tensor& x, bool is_signed, bool by_row) {
