@@ -1,7 +1,7 @@
 """A GaLore step with 8-bit moments on the GPU: project, Adam on the codes of R, back-project with the weight update.
 
-A block of 256 elements of R is wider than a tile of the projection, and may span channels whose other elements lie in other
-tiles, so that Adam is no epilogue here: R goes through memory once, in fp32, to the CUDA C++ of `adam_8bit_low_rank_`.
+A block of 256 elements of a row of R is wider than a tile of the projection, and may span channels whose other elements lie in
+other tiles, so that Adam is no epilogue here: R goes through memory once, in fp32, to the CUDA C++ of `adam_8bit_low_rank_`.
 """
 
 import torch
@@ -70,7 +70,7 @@ def galore_step_8bit(
     scale,
     left,
 ):
-    """galore_step with 8-bit moments in blocks of 256, flat over R.
+    """galore_step with 8-bit moments in blocks of 256 by row of R.
 
     param (m, n) fp32 | bf16 | fp16 and the moments are updated in place: exp_avg (signed codes) and exp_avg_sq (unsigned codes)
     uint8 of R's shape, their absmax fp32, one a block; basis (m or n, r). step counts from 1; step and lr are numbers or 0-dim

@@ -93,8 +93,9 @@ def _subspace_truth(
 
 
 def _apollo_truth(codes, weight_scale, *tensors, lr, weight_decay, seed, parameter, **rest):
-    update, _, rate = reference.residual.apollo_update(*tensors, None, lr=lr, **rest)
-    return (1 - lr * weight_decay) * _dense(codes, weight_scale) - rate * update
+    weight = _dense(codes, weight_scale)
+    reference.named("apollo_step")(weight, *tensors, lr=lr, weight_decay=weight_decay, **rest)
+    return weight
 
 
 def _back(f, t, case):
@@ -195,7 +196,7 @@ OPS = {
     "qgalore_step": Op(
         _step_inputs,
         _step_from("grad"),
-        traffic=lambda c: weight_bytes(c) + c.element * c.matrix + 2 * int4_bytes(c) + _bytes_of_codes(c.low_rank),
+        traffic=lambda c: weight_bytes(c) + c.element * c.matrix + 2 * int4_bytes(c) + _bytes_of_codes(*low_rank(c)),
         flop=lambda c: 4 * c.matrix * c.rank,
         bases={"gemms": two_products, "parts": taken_apart},
         overload="qgalore_step.tensor",
@@ -206,7 +207,7 @@ OPS = {
     "qgalore_subspace_step": Op(
         _subspace_inputs,
         _step_from("low_rank"),
-        traffic=lambda c: weight_bytes(c) + int4_bytes(c) + 4 * c.low_rank + _bytes_of_codes(c.low_rank),
+        traffic=lambda c: weight_bytes(c) + int4_bytes(c) + 4 * c.low_rank + _bytes_of_codes(*low_rank(c)),
         flop=lambda c: 2 * c.matrix * c.rank,
         bases={"gemm": product_back},
         overload="qgalore_subspace_step.tensor",

@@ -1,5 +1,8 @@
 """project_model and unproject_model: the linear layers of a model to ProjectedLinear and back, in place."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 from torch import nn
 
 from lowrank_sys._ops import FLOATS
@@ -15,7 +18,10 @@ SIDES = ("left", "right", "auto")
 LOW_RANK_BYTES = 12
 
 
-def project_model(model, rank=128, side="auto", *, target_modules=None, tokens=2048):
+def project_model(
+    model: nn.Module, rank: int = 128, side: Literal["left", "right", "auto"] = "auto", *,
+    target_modules: Sequence[str] | None = None, tokens: int = 2048,
+) -> nn.Module:  # fmt: skip
     """Let the linear layers of a model give low-rank gradients in backward, in place (ProjectedLinear); returns the model.
 
     The layers are those that `lowrank_sys.optim.param_groups` trains in a subspace, as far as they are nn.Linear, transformers'
@@ -48,7 +54,7 @@ def project_model(model, rank=128, side="auto", *, target_modules=None, tokens=2
     return model
 
 
-def unproject_model(model):
+def unproject_model(model: nn.Module) -> nn.Module:
     """The inverse: layers whose weights get gradients as any do; returns the model. ValueError if it has no ProjectedLinear."""
     layers = [module for module in model.modules() if isinstance(module, ProjectedLinear)]
     if not layers:

@@ -4,6 +4,7 @@ Clipping, unscaling and schedulers are the caller's ordinary code on these `.gra
 """
 
 import torch
+from torch import nn
 
 from lowrank_sys.nn.coefficient import CONTAINER, LowRankGradients, coefficient_like, is_coefficient, put_last, restore_order, zero
 from lowrank_sys.nn.projected_linear import ProjectedLinear
@@ -33,7 +34,7 @@ class Accumulate(Hooked):
 
     takes_low_rank = True
 
-    def __init__(self, dtype=torch.float32, model=None):
+    def __init__(self, dtype: torch.dtype = torch.float32, model: nn.Module | None = None) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype of the accumulators must be float32 or bfloat16, got {dtype}")
         super().__init__()

@@ -1,6 +1,10 @@
 """param_groups: which weights of a model train in a subspace."""
 
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import nn
 
 from lowrank_sys.nn.coefficient import is_coefficient
 from lowrank_sys.nn.linear_layers import experts, linear_layers
@@ -39,7 +43,10 @@ class ParamGroups(list):
         return low / max(1, sum(p.numel() for group in self for _, p in group["params"]))
 
 
-def param_groups(model, rank=128, *, target_modules=None, plain=None, narrow="plain", **low_rank):
+def param_groups(
+    model: nn.Module, rank: int | None = 128, *, target_modules: Sequence[str] | None = None,
+    plain: Mapping[str, Any] | None = None, narrow: Literal["plain", "own"] = "plain", **low_rank: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Two optimizer groups: weights of linear layers in a subspace, everything else plain.
 
     Embeddings, norms, biases, output heads and weights tied to an embedding are plain. The INT8 weight of a QuantLinear is one
@@ -95,7 +102,7 @@ def param_groups(model, rank=128, *, target_modules=None, plain=None, narrow="pl
         raise ValueError(f"rank must be at most {most} for {name} of shape {tuple(p.shape)}, got {rank}: no matrix is as wide")
     inside = {id(p) for group in low for _, p in group["params"]}
     narrow_ones = [name for name, p in matrices if rank is not None and min(matrix_shape(p.shape)) < rank]
-    _tell_of_narrow(narrow_ones, rank, own=len(low) > 1)
+    _tell_of_narrow(narrow_ones, rank, own=any(r != rank for r, _ in by_rank))
     others = [(name, p) for name, p in named if id(p) not in inside]
     return ParamGroups([{"params": others, **(plain or {})}, *low], model, bool(layers))
 
