@@ -23,7 +23,7 @@ class Model(nn.Module):
 
 def test_examples():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     loop = {}
     exec(blocks[0], loop)
     assert (loop["W"] - loop["target"]).norm() < 0.99 * loop["target"].norm() * 2**0.5  # closer than where it began
