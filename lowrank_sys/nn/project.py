@@ -6,7 +6,7 @@ from typing import Literal
 from torch import nn
 
 from lowrank_sys._ops import FLOATS
-from lowrank_sys.nn.coefficient import put_last, restore_order
+from lowrank_sys.nn.coefficient import CONTAINER, put_last, restore_order
 from lowrank_sys.nn.linear_layers import linear_layers
 from lowrank_sys.nn.projected_linear import ProjectedLinear, convert, revert
 from lowrank_sys.nn.quant_linear import QuantLinear
@@ -91,6 +91,8 @@ def _chosen(model, rank, target_modules):
             )
         if weight.dtype not in FLOATS:
             raise ValueError(f"{name}.weight must be float32, bfloat16 or float16, got {weight.dtype}")
+        if hasattr(layer, CONTAINER):
+            raise ValueError(f"{name} has the low-rank gradients of an optimizer: call its release() first")
         if full >= rank or (full > 0 and is_quantized(weight)):
             found.append((name, layer, full))
     if not found:

@@ -134,10 +134,6 @@ class Accumulate(Hooked):
 
     def _serve_layer(self, optimizer, group, weight):
         state, on = optimizer.state[weight], self._layers[weight].projection
-        if state["step"].device != weight.device:  # the model was moved
-            for key, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    state[key] = optimizer.pipeline.subspace.placed(key, value, weight.device)
         self._fit(optimizer, weight, self.coefficients[weight], state)
         store, on.left = store_of(state), state["left"]
         basis, omega = [state[key] for key in store.keys], optimizer.pipeline.directions(group, weight, state)
@@ -147,6 +143,14 @@ class Accumulate(Hooked):
             d, columns = axis_of(weight.shape, state), omega.shape[1]
             shape = (d, columns) if on.left else (columns, d)
             on.serve(store, basis, omega, shape, WeakHook(self, "take_sketch", weight))
+
+    def _follow(self, optimizer, weight):
+        """Put a state that was made before the model was moved where the weight is now."""
+        state = optimizer.state[weight]
+        if state["step"].device != weight.device:
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    state[key] = optimizer.pipeline.subspace.placed(key, value, weight.device)
 
     def _ddp_ignores(self):
         return getattr(self.model, "_ddp_params_and_buffers_to_ignore", [])
@@ -260,6 +264,8 @@ class Accumulate(Hooked):
     @torch.no_grad()
     def begin(self, optimizer):
         super().begin(optimizer)
+        for weight in self._layers:
+            self._follow(optimizer, weight)
         for weight, coefficient in self.coefficients.items():
             if weight.grad is not None:  # put there by hand
                 self.take(weight)

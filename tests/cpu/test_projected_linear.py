@@ -446,6 +446,17 @@ def test_a_model_that_is_cast_afterwards(dtype):
     assert not torch.equal(model.get_parameter(name), llama().to(dtype).float().get_parameter(name))
 
 
+def test_what_backward_needs_goes_with_a_layer():
+    model, optimizer = projected()
+    assert optimizer.gradients.announced()
+    for layer in layers(model).values():
+        on, due = layer.projection, layer.projection.omega is not None
+        shape = on.sketch.shape if due else None
+        on.to(torch.device("meta"))
+        assert all(tensor.is_meta for tensor in (*on.basis, *((on.omega, on.sketch) if due else ())))
+        assert not due or (on.sketch.shape == shape and on.sketch.requires_grad)
+
+
 def test_the_coefficient():
     """One zero of autograd's: in parameters(), in the groups, frozen and unfrozen with its layer, written by nothing."""
     model, optimizer = projected()
@@ -576,6 +587,7 @@ def frozen():
 REFUSED = {
     "shared": (lambda: project_model(tied(), RANK), "q_proj.weight must be of one module, got .*q_proj, .*k_proj"),
     "twice": (lambda: project_model(project_model(llama(), RANK), RANK), "is projected already: call unproject_model first"),
+    "served": (lambda: projected(model=galore(llama(), "accumulate").gradients.model), "q_proj has the low-rank gradients of"),
     "frozen": (lambda: project_model(frozen(), RANK), "no trainable linear layer to project at rank 8, got LlamaForCausalLM"),
     "rank": (lambda: project_model(llama(), 0), "rank must be an integer of at least 1, got 0"),
     "wide rank": (lambda: project_model(llama(), 64), "no trainable linear layer to project at rank 64"),
