@@ -7,7 +7,7 @@ import triton.language as tl
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.channels import N_SQUARES, R_SQUARES, RESIDUAL
 from lowrank_sys.kernels.common import GRAD_SCALE, is_off
-from lowrank_sys.reference.residual import TINY as tiny
+from lowrank_sys.reference.low_rank_step import TINY as tiny
 
 TINY = tl.constexpr(tiny)
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from lowrank_sys import _ops, reference
+from lowrank_sys._ops import named_steps
 from lowrank_sys._ops.rules import implement
 from lowrank_sys.subspace import operators
 
@@ -89,7 +90,9 @@ def table():
     devices = [("cpu", "CPU", "C++")] + ([("cuda", "CUDA", "CUDA C++")] if torch.cuda.is_available() else [])
     for op in _ops.SCHEMAS:
         for device, key, native in devices:
-            if op in operators.IMPLEMENTATIONS:
+            if op in named_steps.FORMS:
+                rows.append(Served(op, device, "alias", f"calls {named_steps.served_by(op)}"))
+            elif op in operators.IMPLEMENTATIONS:
                 rows.append(Served(op, device, "composition", "calls the other ops and torch.linalg"))
             elif device == "cuda" and op in TRITON and not TRITON_MISSING:
                 rows.append(Served(op, device, "Triton", ""))
@@ -102,5 +105,6 @@ def table():
 
 reference.register()
 operators.register()
+named_steps.register()
 NATIVE_MISSING = _load_native()
 TRITON_MISSING = _load_triton()

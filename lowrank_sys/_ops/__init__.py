@@ -14,17 +14,16 @@ One module a group of ops: its schemas, the rules of its arguments (`check_*`, w
 """
 
 from lowrank_sys._ops import (
-    apollo_int8,
     blockwise,
     dct,
     gaussian,
     int4,
     int8,
+    named_steps,
     orthogonalize,
     projection,
     qgalore,
     refresh,
-    residual,
     sparse,
     step,
     steps,
@@ -40,6 +39,7 @@ _GROUPS = (
     int4,
     steps,
     step,
+    named_steps,
     subspace,
     int8,
     sparse,
@@ -48,9 +48,7 @@ _GROUPS = (
     orthogonalize,
     blockwise,
     gaussian,
-    residual,
     refresh,
     qgalore,
-    apollo_int8,
 )
 SCHEMAS = {name: schema for group in _GROUPS for name, schema in group.SCHEMAS.items()}

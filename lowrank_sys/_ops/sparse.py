@@ -6,20 +6,7 @@ The selected rows are those of G's projected axis: rows of G if left, columns if
 
 import torch
 
-from lowrank_sys._ops.rules import (
-    ADAM,
-    GUARDS,
-    check_guards,
-    check_lists,
-    check_step_and_rate,
-    define,
-    expect,
-    expect_dtype,
-    expect_float,
-    expect_like,
-    expect_matrix,
-    fake,
-)
+from lowrank_sys._ops.rules import define, expect, expect_dtype, expect_like, expect_matrix, fake
 
 METHODS = ("top", "sample", "sample_replace")
 # Rows are counted in fp32.
@@ -32,14 +19,6 @@ SCHEMAS = {
     "-> (Tensor indices, Tensor scale)",
     "gather_rows": "(Tensor grad, Tensor indices, Tensor? scale, *, bool left) -> Tensor",
     "scatter_add_rows_": "(Tensor(a!) param, Tensor low_rank, Tensor indices, Tensor? scale, *, float alpha=1.0, bool left) -> ()",
-    # W <- (1 - lr*weight_decay) W - lr*scale*scatter(Adam(gather(G))); row_scale is the scale of gather and scatter.
-    "grass_step.tensor": "(Tensor(a!) param, Tensor grad, Tensor indices, Tensor? row_scale, Tensor(b!) exp_avg, "
-    f"Tensor(c!) exp_avg_sq, *, Tensor step, Tensor lr, {ADAM}, float scale, bool left) -> ()",
-    "grass_step": "(Tensor(a!) param, Tensor grad, Tensor indices, Tensor? row_scale, Tensor(b!) exp_avg, "
-    f"Tensor(c!) exp_avg_sq, *, SymInt step, float lr, {ADAM}, float scale, bool left) -> ()",
-    # row_scales is empty where no matrix has one.
-    "grass_step.list": "(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor[] row_scales, Tensor(b!)[] exp_avgs, "
-    f"Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, *, Tensor lr, {ADAM}, float scale, bool left, {GUARDS}) -> ()",
 }
 
 
@@ -90,25 +69,6 @@ def check_scatter_add_rows(param, low_rank, indices, scale, *, left, op="scatter
     expect_dtype(op, "low_rank", low_rank, torch.float32)
 
 
-def check_grass_step(param, grad, indices, row_scale, exp_avg, exp_avg_sq, *, left, op="grass_step"):
-    expect_matrix(op, "param", param)
-    expect_float(op, "grad", grad)
-    expect_like(op, "grad", grad, param.shape, param.device)
-    expect_indices(op, indices, param.device)
-    expect_row_scale(op, "row_scale", row_scale, indices)
-    for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        expect_like(op, name, moment, selected_shape(param, indices, left), param.device)
-        expect_dtype(op, name, moment, torch.float32)
-
-
-def check_grass_list(params, grads, indices, row_scales, exp_avgs, exp_avg_sqs, steps, lr, left, guards, op="grass_step"):
-    lists = dict(params=params, grads=grads, indices=indices, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps)
-    check_lists(op, **lists, **(dict(row_scales=row_scales) if row_scales else {}))
-    check_guards(op, params, steps, lr, *guards)
-    for i, (param, grad, index, *moments) in enumerate(zip(params, grads, indices, exp_avgs, exp_avg_sqs)):
-        check_grass_step(param, grad, index, row_scales[i] if row_scales else None, *moments, left=left, op=op)
-
-
 define(SCHEMAS)
 
 
@@ -133,36 +93,3 @@ def _(grad, indices, scale, *, left):
 @fake("scatter_add_rows_")
 def _(param, low_rank, indices, scale, *, alpha=1.0, left):
     check_scatter_add_rows(param, low_rank, indices, scale, left=left)
-
-
-def _grass_fake(param, grad, indices, row_scale, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left):
-    check_grass_step(param, grad, indices, row_scale, exp_avg, exp_avg_sq, left=left)
-    check_step_and_rate("grass_step", param.device, step, lr)
-
-
-fake("grass_step.tensor")(_grass_fake)
-fake("grass_step")(_grass_fake)
-
-
-@fake("grass_step.list")
-def _(
-    params,
-    grads,
-    indices,
-    row_scales,
-    exp_avgs,
-    exp_avg_sqs,
-    steps,
-    *,
-    lr,
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    scale,
-    left,
-    grad_scale=None,
-    found_inf=None,
-    skipped=None,
-):
-    check_grass_list(params, grads, indices, row_scales, exp_avgs, exp_avg_sqs, steps, lr, left, (grad_scale, found_inf, skipped))

@@ -34,6 +34,19 @@ from lowrank_sys._ops.rules import (
     fake,
 )
 from lowrank_sys._ops.sparse import expect_indices, expect_row_scale, selected_shape
+from lowrank_sys._ops.workspace import (
+    copy_unless_fp32,
+    fp32,
+    int4_panel,
+    int8_operand,
+    int8_panels,
+    int8_tile_shape,
+    launched_together,
+    reused,
+    tile_shape,
+    tile_unless_fp32,
+    workspace,
+)
 
 WEIGHTS = ("float", "int8")
 BASES = {"dense": (), "int4": ("basis_scale", "basis_offset"), "key": ()}  # basis -> what basis_parts hold
@@ -304,3 +317,55 @@ def check_rows(
 @fake("step.rows")
 def _(*lists, **options):
     check_rows(*lists, **options)
+
+
+def _basis_scratch(x, kind, matrix, left):
+    """Of a product with a matrix of this shape: the basis in fp32, or the part of it that is made at once."""
+    d, r = matrix[0 if left else 1], rank_of(x.basis, kind, x.moments[0], left)
+    if kind == "dense":
+        return copy_unless_fp32(x.basis)
+    return int4_panel(d, r) if kind == "int4" else fp32(min(d, max(64, (1 << 17) // r // 64 * 64)), r)  # csrc/ops/cpu/gaussian.cpp
+
+
+@workspace("step")
+def _(
+    *lists, weight, basis, moments, remainder, left, projected=False, int8_gemm=False, parameters=(), offsets=(), cuda=False, **_
+):  # fmt: skip
+    policies = {"weight": weight, "basis": basis, "moments": moments, "remainder": remainder}
+    rows = [x for x in matrices("step", *lists, **policies, parameters=parameters, offsets=offsets) if x.weight.numel()]
+    back, residual = remainder != "scaled-gradient", remainder in ("scaled-residual", "state-free")
+    low_rank = [fp32(*x.moments[0].shape) for x in rows]
+    if cuda:
+        fused = projected or (moments, remainder) == ("fp32", "none")  # then R exists in registers only
+        return max((_on_gpu(x, basis, left, projected, fused, back, remainder in LIMITED) for x in rows), default=0)
+    if int8_gemm:  # R or the update; the basis quantised one way, then the other; the update quantised
+        shapes = [(*x.basis.shape, x.moments[0].numel() // x.basis.shape[1]) for x in rows]
+        return (
+            reused(low_rank)
+            + reused(size for d, r, _ in shapes for size in (int8_operand(r, d), int8_operand(d, r)))
+            + reused(int8_operand(channels, r) for _, r, channels in shapes)
+            + max((int8_panels(r) for _, r, _ in shapes), default=0)
+        )
+    of_weight = int8_tile_shape if weight == "int8" else tile_shape
+    tiles, panels = [], []
+    for x in rows:
+        shape = x.weight.shape
+        if not projected:
+            tiles.append(tile_unless_fp32(x.gradient))
+            whole = x.gradient.dtype == torch.float32
+            panels.append(_basis_scratch(x, basis, shape if whole else tile_shape(*shape), left))
+        if back:
+            straight = not residual and x.weight.dtype == torch.float32  # the product goes into the weight
+            tiles.append(0 if straight else fp32(*of_weight(*shape)))
+            panels.append(_basis_scratch(x, basis, of_weight(*shape), left))
+    # R, and the update beside it; panels or copies of bases; a tile of the gradient, then of the weight, and of back(R) for a sign
+    again = reused(low_rank) * residual + reused(fp32(*of_weight(*x.weight.shape)) for x in rows) * (remainder == "state-free")
+    return reused(low_rank) + again + reused(tiles) + reused(panels)
+
+
+def _on_gpu(x, basis, left, projected, fused, back, ratio):
+    """R, the update in the basis' type, five numbers a channel, and the parts of a split product: under 25% of the gradient."""
+    entries, g = x.moments[0].numel(), x.gradient
+    update = entries * (x.basis.element_size() if basis == "dense" else 4) * back
+    together = update + 4 * entries * (not fused) + (0 if projected else g.numel() * g.element_size() // 4)
+    return launched_together(*x.weight.shape) * together + fp32(5, x.weight.shape[1 if left else 0]) * ratio

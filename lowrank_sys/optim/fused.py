@@ -1,16 +1,17 @@
 """The fused steps: one op for a whole batch, by what its parts are. Whatever is not in the table takes the general route.
 
-A row is (weight, basis, moments, rule, remainder) by their names, and a function of (batch, method) that calls the op.
+A row is (weight, basis, moments, rule, remainder) by their names, and a function of (batch, method, lr) that calls the op.
 """
+
+from itertools import product
 
 import torch
 
-from lowrank_sys.optim.remainder import GROWTH
+from lowrank_sys._ops.step import BASES, MOMENTS, RULES, WEIGHTS
 from lowrank_sys.optim.weight import by_rows, put_back, weight_store
 from lowrank_sys.subspace.basis import load, store_of
 from lowrank_sys.subspace.select import gram_of
 
-CODED = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
 ops = torch.ops.lowrank
 
 
@@ -20,143 +21,82 @@ def _adam(group):
     return {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": group["weight_decay"]}
 
 
-def _moments(batch):
-    return batch.column("exp_avg"), batch.column("exp_avg_sq")
+def _states(batch, moments):
+    """The columns that ops take as states: the moments, and limiters where they are kept."""
+    keys = (*MOMENTS[moments], *(("limiter",) if "limiter" in batch.states[0] else ()))
+    return [tensor for key in keys for tensor in batch.column(key)]
 
 
-def _bases(batch):
-    """Lists of the tensors of the bases, in the order of the ops."""
-    return [batch.column(key) for key in store_of(batch.states[0]).keys]
-
-
-def _limiters(batch):
-    return batch.column("limiter") if "limiter" in batch.states[0] else []
-
-
-def _grams(batch):
+def _grams(batch, store):
     """BᵀB of bases that are not orthonormal, else none."""
-    grams = [gram_of(basis, batch.group) for basis in batch.column("basis")]
+    if store.orthonormal:
+        grams = [gram_of(basis, batch.group) for basis in batch.column("basis")]
+    else:
+        bases = [load(state, param).float() for state, param in zip(batch.states, batch.params)]
+        grams = [basis.T @ basis for basis in bases]
     return [] if grams[0] is None else grams
 
 
-def _common(batch, lr):
-    return {"lr": lr, "left": batch.left, **_adam(batch.group), **batch.guards}
-
-
-def _galore(batch, method, lr):
-    op = (ops.subspace_step if batch.projected else ops.galore_step).list
-    op(
-        batch.written, batch.gradients, *_bases(batch), *_moments(batch), batch.column("step"), scale=batch.group["scale"],
-        int8_gemm=batch.group["int8_gemm"], **_common(batch, lr),
-    )  # fmt: skip
-
-
-def _galore_int4(batch, method, lr):
-    """The basis of one matrix at a time is decoded for its step."""
-    op = (ops.subspace_step if batch.projected else ops.galore_step).list
-    for weight, param, gradient, state in zip(batch.written, batch.params, batch.gradients, batch.states):
-        op(
-            [weight], [gradient], [load(state, param)], [state["exp_avg"]], [state["exp_avg_sq"]], [state["step"]],
-            scale=batch.group["scale"], **_common(batch, lr),
-        )  # fmt: skip
-
-
-def _galore_8bit(batch, method, lr):
-    store = store_of(batch.states[0])
-    op = getattr(ops.subspace_step_8bit if batch.projected else ops.galore_step_8bit, store.overload)
-    op(
-        batch.written, batch.gradients, *_bases(batch), *map(batch.column, CODED), batch.column("step"),
-        scale=batch.group["scale"], **store.options, **_common(batch, lr),
-    )  # fmt: skip
-
-
-def _qgalore(batch, method, lr):
+def _low_rank(batch, method, lr):
     weights, store = weight_store(batch.params[0]), store_of(batch.states[0])
-    op = (ops.qgalore_subspace_step if batch.projected else ops.qgalore_step).list
-    op(
-        *weights.tensors(batch.params), batch.gradients, *[*_bases(batch), [], []][:3], *map(batch.column, CODED),
-        batch.column("step"), scale=batch.group["scale"], **{f"basis_{key}": value for key, value in store.options.items()},
-        **weights.options(batch.group, batch.states), **_common(batch, lr),
+    weight, basis, moments, rule, remainder = names_of(batch.params[0], batch.states[0], batch.rule, batch.remainder)
+    bases, *parts = map(batch.column, store.keys)
+    parts = [tensor for column in parts for tensor in column]
+    if remainder == "scaled-residual" and "limiter" in batch.states[0]:
+        parts += _grams(batch, store)
+    kept = {f"basis_{key}": value for key, value in store.options.items()}
+    ops.step(
+        *weights.tensors(batch.written), batch.gradients, bases, parts, _states(batch, moments), batch.column("step"), lr=lr,
+        weight=weight, basis=basis, moments=moments, rule=rule, remainder=remainder, left=batch.left, projected=batch.projected,
+        int8_gemm=batch.group.get("int8_gemm", False), **batch.remainder.options(batch.group), **kept,
+        **weights.options(batch.group, batch.states), **_adam(batch.group), **batch.guards,
     )  # fmt: skip
 
 
-def _apollo(batch, method, lr):
-    weights = weight_store(batch.params[0])
-    (ops.apollo_int8_step if weights.int8 else ops.apollo_step).list(
-        *([batch.written] if not weights.int8 else weights.tensors(batch.params)), batch.gradients, *_bases(batch),
-        *_moments(batch), _limiters(batch), batch.column("step"), scale=batch.group["scale"],
-        per_tensor=batch.group["scale_type"] == "tensor", scale_front=method.remainder.front, growth=GROWTH,
-        **weights.options(batch.group, batch.states), **_common(batch, lr),
-    )  # fmt: skip
-
-
-def _fira(batch, method, lr):
-    ops.fira_step.list(
-        batch.written, batch.gradients, *_bases(batch), *_moments(batch), _limiters(batch), _grams(batch), batch.column("step"),
-        alpha=batch.group["alpha"], growth=GROWTH, **_common(batch, lr),
-    )  # fmt: skip
-
-
-def _frugal(batch, method, lr):
-    ops.frugal_step.list(
-        batch.written, batch.gradients, *_bases(batch), *_moments(batch), batch.column("step"), scale=batch.group["scale"],
-        residual_scale=batch.group["residual_scale"], sign=method.remainder.sign, **_common(batch, lr),
-    )  # fmt: skip
-
-
-def _grass(batch, method, lr):
-    ops.grass_step.list(
+def _rows(batch, method, lr):
+    ops.step.rows(
         batch.written, batch.gradients, batch.column("indices"),
-        batch.column("row_scale") if "row_scale" in batch.states[0] else [], *_moments(batch), batch.column("step"),
-        scale=batch.group["scale"], **_common(batch, lr),
+        batch.column("row_scale") if "row_scale" in batch.states[0] else [], *map(batch.column, MOMENTS["fp32"]),
+        batch.column("step"), lr=lr, scale=batch.group["scale"], left=batch.left, **_adam(batch.group), **batch.guards,
     )  # fmt: skip
 
 
 def _adamw(batch, method, lr):
-    ops.adamw_step(
-        batch.written, batch.gradients, *_moments(batch), batch.column("step"), lr=lr, **_adam(batch.group), **batch.guards
-    )
+    op = ops.adam_8bit_ if "exp_avg_absmax" in batch.states[0] else ops.adamw_step
+    moments = _moments_of(batch.states[0])
+    op(
+        batch.written, batch.gradients, *map(batch.column, MOMENTS[moments]), batch.column("step"), lr=lr, **_adam(batch.group),
+        **batch.guards,
+    )  # fmt: skip
 
 
-def _adamw_8bit(batch, method, lr):
-    ops.adam_8bit_(
-        batch.written, batch.gradients, *map(batch.column, CODED), batch.column("step"), lr=lr, **_adam(batch.group), **batch.guards
-    )
+def _moments_of(state):
+    return "8bit" if "exp_avg_absmax" in state else "fp32"
 
 
 FUSED = {
-    ("float", "dense", "fp32", "adam", "none"): _galore,
-    ("float", "int4", "fp32", "adam", "none"): _galore_int4,
-    ("float", "dense", "8bit", "adam", "none"): _galore_8bit,
-    ("float", "int4", "8bit", "adam", "none"): _galore_8bit,
-    ("int8", "dense", "8bit", "adam", "none"): _qgalore,
-    ("int8", "int4", "8bit", "adam", "none"): _qgalore,
-    ("float", "dense", "fp32", "ratio-adam", "scaled-gradient"): _apollo,
-    ("float", "key", "fp32", "ratio-adam", "scaled-gradient"): _apollo,
-    ("int8", "dense", "fp32", "ratio-adam", "scaled-gradient"): _apollo,
-    ("int8", "key", "fp32", "ratio-adam", "scaled-gradient"): _apollo,
-    ("float", "dense", "fp32", "ratio-adam", "scaled-residual"): _fira,
-    ("float", "dense", "fp32", "adam", "state-free"): _frugal,
-    ("float", "rows", "fp32", "adam", "none"): _grass,
-    ("float", None, "fp32", "adam", "none"): _adamw,
-    ("float", None, "8bit", "adam", "none"): _adamw_8bit,
+    (weight, basis, moments, rule, remainder): _low_rank
+    for weight, basis, moments, (remainder, rule) in product(WEIGHTS, BASES, MOMENTS, RULES.items())
+    if basis != "key" or remainder == "scaled-gradient"
 }
-
-# Fused steps that start from R as well: their remainder is dropped, and their basis comes from a sketch.
-FROM_LOW_RANK = (_galore, _galore_int4, _galore_8bit, _qgalore)
+FUSED |= {
+    ("float", "rows", "fp32", "adam", "none"): _rows,
+    ("float", None, "fp32", "adam", "none"): _adamw,
+    ("float", None, "8bit", "adam", "none"): _adamw,
+}
 
 
 def names_of(param, state, rule, remainder):
     """The row of the table that one matrix belongs to."""
     store = store_of(state)
-    coded = "8bit" if "exp_avg_absmax" in state else "fp32"
-    return weight_store(param).name, None if store is None else store.name, coded, rule.name, remainder.name
+    return weight_store(param).name, None if store is None else store.name, _moments_of(state), rule.name, remainder.name
 
 
 def fused(batch, method):
     """The step of this batch, a function of (batch, method, lr), or None where only the general route takes it."""
     step = FUSED.get(names_of(batch.params[0], batch.states[0], batch.rule, batch.remainder))
-    return None if step is None or (batch.projected and step not in FROM_LOW_RANK) else step
+    served = not batch.projected or (step is _low_rank and batch.remainder.from_low_rank)
+    return step if served else None
 
 
 def run(step, batch, method, lr):

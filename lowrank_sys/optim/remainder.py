@@ -39,6 +39,10 @@ class Remainder:
     def check(self, group):
         """Raise a ValueError that names a key with a value that is none."""
 
+    def options(self, h):
+        """What the fused step takes of the group's keys, by its names."""
+        return {"scale": h["scale"]}
+
     def init(self, state, param):
         """Add this part's state for a matrix."""
 
@@ -152,6 +156,10 @@ class ScaledGradient(_Scaled):
         if group["scale_type"] not in ("channel", "tensor"):
             raise ValueError(f"scale_type must be one of channel, tensor, got {group['scale_type']!r}")
 
+    def options(self, h):
+        whole = h["scale_type"] == "tensor"
+        return {"scale": h["scale"], "per_tensor": whole, "scale_front": self.front, "growth": GROWTH}
+
     def of(self, g, r, x, s, state, h):
         root = math.sqrt(h["scale"])
         c = self.coefficients(r, x, s, state, h, front=root if self.front else 1.0, whole=h["scale_type"] == "tensor")
@@ -166,6 +174,9 @@ class ScaledResidual(_Scaled):
 
     name = "scaled-residual"
     defaults = {"alpha": 0.25}
+
+    def options(self, h):
+        return {"scale": h["alpha"], "growth": GROWTH}
 
     def of(self, g, r, x, s, state, h):
         c = self.coefficients(r, x, s, state, h, alpha=h["alpha"])
@@ -183,6 +194,9 @@ class StateFree(_FromGradient):
 
     def __init__(self, sign=True):
         self.sign = sign
+
+    def options(self, h):
+        return {"scale": h["scale"], "residual_scale": h["residual_scale"], "sign": self.sign}
 
     def of(self, g, r, x, s, state, h):
         c = (torch.full_like(s.step, h["residual_scale"]),)

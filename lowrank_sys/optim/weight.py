@@ -51,8 +51,8 @@ class InPlace:
         """Add this store's state for matrix `index` of the optimizer."""
 
     def tensors(self, params):
-        """The lists of tensors that ops take for the weights."""
-        return (params,)
+        """The lists of tensors that ops take for the weights: themselves or their codes, and scales."""
+        return params, []
 
     def options(self, group, states):
         """The arguments of the ops that belong to the weights."""

@@ -1,4 +1,4 @@
-"""Blockwise 8-bit codes (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"), and steps on them."""
+"""Blockwise 8-bit codes (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"), and Adam on them."""
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,6 @@ from lowrank_sys._ops.blockwise import BLOCK
 from lowrank_sys._ops.codebook import dynamic_map
 from lowrank_sys._ops.numerics import accumulator, usable
 from lowrank_sys.reference.adam import adam_, skip
-from lowrank_sys.reference.galore import back, project
-from lowrank_sys.reference.int4 import dequantize_int4
 
 
 def midpoints(signed, device="cpu"):
@@ -167,111 +165,3 @@ def adam_8bit_low_rank_(
         ok = usable(r).all(dim=0 if left else 1, keepdim=True)
         x = Moments(*stored, torch.float32).adam(r, ok, step=step, beta1=beta1, beta2=beta2, eps=eps)
         update.copy_(torch.where(ok, x, torch.nan))
-
-
-def _step(param, r, basis, moments, *, step, lr, beta1, beta2, eps, weight_decay, scale, left):
-    """galore_step_8bit from R; returns how many weights were left out."""
-    axis = 0 if left else 1
-    ok = usable(r).all(dim=axis, keepdim=True)
-    x = Moments(*moments, r.dtype).adam(r, ok, step=step, beta1=beta1, beta2=beta2, eps=eps)
-    w = param.to(r.dtype)
-    param.copy_(torch.where(ok, (1 - lr * weight_decay) * w - (lr * scale) * back(x, basis, left), w))
-    return (~ok).sum() * param.shape[axis]
-
-
-def galore_step_8bit(param, grad, basis, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, *, step, lr, left, **hyper):
-    """galore_step with 8-bit moments, in blocks of 256 flat over R; skipped channels as in adam_8bit_low_rank_.
-
-    param (m, n) and grad: fp32 | bf16 | fp16; basis (m or n, r); exp_avg (signed codes), exp_avg_sq (unsigned codes): uint8 of
-    R's shape; exp_avg_absmax, exp_avg_sq_absmax: fp32, one a block.
-    """
-    moments = (exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax)
-    if param.dtype != torch.float64:
-        _ops.blockwise.check_galore_step_8bit(param, grad, basis, *moments, left=left)
-        _ops.rules.check_step_and_rate("galore_step_8bit", param.device, step, lr)
-    _step(param, project(grad, basis, left=left), basis, moments, step=step, lr=lr, left=left, **hyper)
-
-
-def _step_list(op, lists, *, projected, lr, left, grad_scale=None, found_inf=None, skipped=None, group_size=None, **hyper):
-    _ops.blockwise.check_low_rank_lists_8bit(
-        op, *lists, projected=projected, lr=lr, left=left, group_size=group_size, guards=(grad_scale, found_inf, skipped)
-    )
-    params, gradients, bases, moments, steps = _ops.blockwise.split_lists(lists, group_size)
-    if skip(params, found_inf):
-        return
-    for param, r, step, *basis_and_moments in zip(params, gradients, steps, *bases, *moments):
-        basis, stored = basis_and_moments[:-4], basis_and_moments[-4:]
-        if group_size is not None:
-            basis = [dequantize_int4(*basis, d=param.shape[0 if left else 1], group_size=group_size)]
-        step += 1
-        if not projected:
-            r = project(r, *basis, left=left)
-        r = r if grad_scale is None else r * grad_scale
-        left_out = _step(param, r, *basis, stored, step=step, lr=lr, left=left, **hyper)
-        if skipped is not None:
-            skipped += left_out
-
-
-def galore_step_8bit_list(params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps, **options):
-    """galore_step_8bit for many matrices; steps (0-dim fp32) are advanced by one first. Guards as in adamw_step."""
-    lists = (params, grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps)
-    _step_list("galore_step_8bit", lists, projected=False, **options)
-
-
-def galore_step_8bit_int4(
-    params,
-    grads,
-    bases,
-    basis_scales,
-    basis_offsets,
-    exp_avgs,
-    exp_avg_sqs,
-    exp_avg_absmaxes,
-    exp_avg_sq_absmaxes,
-    steps,
-    *,
-    group_size=256,
-    **options,
-):
-    """galore_step_8bit_list on bases in INT4: packed codes, scales and offsets, see quantize_int4."""
-    lists = (params, grads, bases, basis_scales, basis_offsets, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps)
-    _step_list("galore_step_8bit", lists, projected=False, group_size=group_size, **options)
-
-
-def subspace_step_8bit_list(
-    params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps, **options
-):
-    """galore_step_8bit_list from gradients that are already projected: R (r, n) if left, else (m, r), fp32."""
-    lists = (params, low_rank_grads, bases, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, steps)
-    _step_list("subspace_step_8bit", lists, projected=True, **options)
-
-
-def subspace_step_8bit_int4(
-    params,
-    low_rank_grads,
-    bases,
-    basis_scales,
-    basis_offsets,
-    exp_avgs,
-    exp_avg_sqs,
-    exp_avg_absmaxes,
-    exp_avg_sq_absmaxes,
-    steps,
-    *,
-    group_size=256,
-    **options,
-):
-    """galore_step_8bit_int4 from gradients that are already projected: R (r, n) if left, else (m, r), fp32."""
-    lists = (
-        params,
-        low_rank_grads,
-        bases,
-        basis_scales,
-        basis_offsets,
-        exp_avgs,
-        exp_avg_sqs,
-        exp_avg_absmaxes,
-        exp_avg_sq_absmaxes,
-        steps,
-    )
-    _step_list("subspace_step_8bit", lists, projected=True, group_size=group_size, **options)

@@ -85,7 +85,7 @@ def _add_rows_(param, rows, indices, count, axis):
 def _step(
     param, grad, indices, row_scale, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left, grad_scale=None
 ):
-    """grass_step without its checks; returns how many weights were left out."""
+    """The step of one matrix; returns how many weights were left out."""
     axis = 0 if left else 1
     count = counted(indices, param.shape[axis])
     w, g = param.to(accumulator(param)), grad.to(accumulator(param))
@@ -102,61 +102,32 @@ def _step(
     return (~ok).sum() * param.shape[axis]
 
 
-def grass_step(param, grad, indices, row_scale, exp_avg, exp_avg_sq, *, step, lr, left, **hyper):
-    """One Grass-AdamW step: W <- (1 - lr*weight_decay) W - lr*scale*scatter(Adam(gather(G))).
+def rows_step(
+    weights, gradients, indices, row_scales, exp_avgs, exp_avg_sqs, steps, *, lr, left, advance=True, grad_scale=None,
+    found_inf=None, skipped=None, op="step", **hyper,
+):  # fmt: skip
+    """One Grass-AdamW step of every matrix: W <- (1 - lr*weight_decay) W - lr*scale*scatter(Adam(gather(G))).
 
-    param (m, n) fp32 | bf16 | fp16 and the moments (fp32, R's shape) are updated in place; grad (m, n); indices (r,) int32
-    and row_scale (r,) fp32 or None as in gather_rows and scatter_add_rows_, with their rule for bad indices. step counts from
-    1. All of W decays, as torch.optim.AdamW's; without weight decay only the selected rows are read or written.
-    A channel of R (a column of G if left) with a value that is not finite keeps its moments and weights; a value that is
-    not finite in a row that is not selected has no effect.
+    weights (m, n) fp32 | bf16 | fp16 and the moments (fp32, R's shape) are updated in place; gradients (m, n); indices (r,) int32
+    and row_scales (r,) fp32, or none at all, as in gather_rows and scatter_add_rows_, with their rule for bad indices. All of W
+    decays, as torch.optim.AdamW's; without weight decay only the selected rows are read or written. A channel of R (a column of G
+    if left) with a value that is not finite keeps its moments and weights; a value that is not finite in a row that is not selected
+    has no effect. steps, advance, the guards and op as in `step`.
     """
-    if param.dtype != torch.float64:
-        _ops.sparse.check_grass_step(param, grad, indices, row_scale, exp_avg, exp_avg_sq, left=left)
-        _ops.rules.check_step_and_rate("grass_step", param.device, step, lr)
-        check_indices("grass_step", indices, param.shape[0 if left else 1])
-    _step(param, grad, indices, row_scale, exp_avg, exp_avg_sq, step=step, lr=lr, left=left, **hyper)
-
-
-def grass_step_list(
-    params,
-    grads,
-    indices,
-    row_scales,
-    exp_avgs,
-    exp_avg_sqs,
-    steps,
-    *,
-    lr,
-    left,
-    grad_scale=None,
-    found_inf=None,
-    skipped=None,
-    **hyper,
-):
-    """grass_step for many matrices; steps (0-dim fp32) are advanced by one first. row_scales is empty where no matrix has
-    one. Guards as in adamw_step."""
-    _ops.sparse.check_grass_list(
-        params, grads, indices, row_scales, exp_avgs, exp_avg_sqs, steps, lr, left, (grad_scale, found_inf, skipped)
-    )
-    for i, (param, index) in enumerate(zip(params, indices)):
-        check_indices("grass_step", index, param.shape[0 if left else 1], f"indices[{i}]")
-    if skip(params, found_inf):
+    if weights and weights[0].dtype == torch.float64:
+        rows = list(zip(weights, gradients, indices, row_scales or [None] * len(weights), exp_avgs, exp_avg_sqs, steps))
+    else:
+        rows = _ops.step.check_rows(
+            weights, gradients, indices, row_scales, exp_avgs, exp_avg_sqs, steps, lr=lr, left=left, advance=advance,
+            grad_scale=grad_scale, found_inf=found_inf, skipped=skipped, op=op,
+        )  # fmt: skip
+        for i, (param, _, index, *_) in enumerate(rows):
+            check_indices(op if len(rows) == 1 else f"{op}: matrix {i}", index, param.shape[0 if left else 1])
+    if skip(weights, found_inf):
         return
-    for i, (param, grad, index, m, v, step) in enumerate(zip(params, grads, indices, exp_avgs, exp_avg_sqs, steps)):
-        step += 1
-        left_out = _step(
-            param,
-            grad,
-            index,
-            row_scales[i] if row_scales else None,
-            m,
-            v,
-            step=step,
-            lr=lr,
-            left=left,
-            grad_scale=grad_scale,
-            **hyper,
-        )
+    for *tensors, step in rows:
+        if advance:
+            step.add_(1)
+        left_out = _step(*tensors, step=step, lr=lr, left=left, grad_scale=grad_scale, **hyper)
         if skipped is not None:
             skipped += left_out

@@ -18,8 +18,7 @@ class Dense:
     keys = ("basis",)
     categories = {"basis": "basis"}
     orthonormal = True  # BᵀB is I, to rounding
-    overload = "list"  # of the list forms of steps
-    options = {}  # keyword arguments of these, which a state keeps
+    options = {}  # what a state keeps beside the tensors
 
     def make(self, d, rank, like):
         """The tensors of a basis that is not chosen yet."""
@@ -64,7 +63,6 @@ class Int4(Dense):
     keys = ("basis", "basis_scale", "basis_offset")
     categories = {"basis": "basis", "basis_scale": "scales", "basis_offset": "scales"}
     orthonormal = False
-    overload = "int4"
 
     def __init__(self, group_size):
         self.group_size = group_size
