@@ -8,18 +8,7 @@ import triton.language as tl
 
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.basis import arguments, load_int4, rank
-from lowrank_sys.kernels.common import (
-    ALPHA,
-    CORRECTION1,
-    CORRECTION2,
-    DECAY,
-    GRAD_SCALE,
-    SLOTS,
-    dot,
-    is_off,
-    pick,
-    precision,
-)
+from lowrank_sys.kernels.common import ALPHA, CORRECTION1, CORRECTION2, DECAY, GRAD_SCALE, SLOTS, dot, is_off, pick, precision
 from lowrank_sys.kernels.epilogue import count_left_out, write_weight
 from lowrank_sys.kernels.int8 import aligned, update_int8
 
@@ -278,8 +267,8 @@ def launch_apply(
         r, dtypes, basis = rank(bases[0]), (low_ranks[0].dtype, bases[0].dtype), arguments(bases)
     config = configs.apply(
         configs.target(weight.device).arch,
-        products=0 if low_ranks is None else 1 + (phi == SIGNED),
-        residual=phi != NONE,
+        products=0 if low_ranks is None else 1 + (phi.value == SIGNED.value),
+        residual=phi.value != NONE.value,
         n=n,
         r=r,
         dtypes=(*dtypes, weight.dtype),

@@ -63,18 +63,7 @@ def count_left_out(skipped, b_update, m_w):
 
 @triton.jit
 def write_weight(
-    b_update,
-    param,
-    alpha,
-    decay,
-    skipped,
-    i_m,
-    i_n,
-    m,
-    n,
-    STEP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    b_update, param, alpha, decay, skipped, i_m, i_n, m, n, STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """W <- decay W + alpha update on tile (i_m, i_n). In a STEP an element whose update is not finite keeps its bytes."""
     o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)

@@ -164,9 +164,7 @@ def back_project_int8_gemm_kernel(
         b_row_scale = tl.load(row_scale + o_m * groups + i_g, mask=m_m, other=0.0)
         b_column_scale = tl.load(column_scale + o_n * groups + i_g, mask=m_n, other=0.0)
         b_back += (b_row_scale[:, None] * b_column_scale[None, :]) * b_dot.to(tl.float32)
-    write_weight(
-        b_back, param, tl.load(scalars + ALPHA), tl.load(scalars + DECAY), skipped, i_m, i_n, m, n, STEP, BLOCK_M, BLOCK_N
-    )
+    write_weight(b_back, param, tl.load(scalars + ALPHA), tl.load(scalars + DECAY), skipped, i_m, i_n, m, n, STEP, BLOCK_M, BLOCK_N)
 
 
 def quantized(x, *, columns):

@@ -80,9 +80,7 @@ def rule_kernel(
     o_c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     grad_scale = tl.load(scalars + GRAD_SCALE)
     if RULE == RATIO:
-        b_ok = measure(
-            low_rank_grad, gram_grad, squares, sums, grad_scale, o_c, channels, r, splits, alpha, LEFT, BLOCK_R, BLOCK_C
-        )
+        b_ok = measure(low_rank_grad, gram_grad, squares, sums, grad_scale, o_c, channels, r, splits, alpha, LEFT, BLOCK_R, BLOCK_C)
     else:
         b_ok = all_usable(low_rank_grad, grad_scale, o_c, channels, r, LEFT, BLOCK_R, BLOCK_C)
     b_wide = b_ok[None, :] if LEFT else b_ok[:, None]
@@ -105,20 +103,7 @@ def rule_kernel(
 
 
 def launch_rule(
-    low_rank_grads,
-    outs,
-    moments,
-    scalars,
-    *,
-    rule,
-    left,
-    beta1,
-    beta2,
-    eps,
-    sums=None,
-    squares=None,
-    gram_grad=None,
-    alpha=0.0,
+    low_rank_grads, outs, moments, scalars, *, rule, left, beta1, beta2, eps, sums=None, squares=None, gram_grad=None, alpha=0.0
 ):
     """outs <- the rule's update from R, for matrices of one shape; NaN in channels that are left out.
 
