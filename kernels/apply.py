@@ -28,6 +28,9 @@ class Int8(NamedTuple):
     group_size: int = 0
 
 
+FLOAT = Int8()
+
+
 @triton.jit
 def back_tile(
     low_rank,
@@ -51,7 +54,7 @@ def back_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Tile (i_m, i_n) of back(X), of back(gain X - c R) if SCALED, and of back(R) if SIGNED, else zeros; both in fp32.
+    """Tile (i_m, i_n) of back(X), or of back(gain X - c R) if SCALED; and of back(R) if SIGNED, else zeros. Both in fp32.
 
     back(X) = B X if LEFT, else X Bᵀ; the products share the tile of B. Finite, but not always 0, outside of the matrix.
     """
@@ -131,18 +134,18 @@ def apply_kernel(
 ):
     """W <- decay * W + alpha * update, in place; AdamW's decay comes before the update.
 
-    update, with the channel's coefficient c, or c = residual_scale * grad_scale where there are no coefficients:
+    update, with c the channel's coefficient, or residual_scale * grad_scale where there are no coefficients:
     - NONE: back(X). GaLore (Zhao et al. 2024, Algorithm 2).
-    - SCALED: c G (APOLLO, without X), or back(gain X) + c (G - k back(R)), k = gain with coefficients (Fira), else 1 (FRUGAL with plain
-      SGD): one product for both. With coefficients, alpha is multiplied by sqrt(1 - beta2^t) / (1 - beta1^t).
-    - SIGNED: back(gain X) + residual_scale * sign(grad_scale (G - back(R))), FRUGAL: two products, R in fp32.
+    - SCALED: c G (APOLLO, without X), or back(gain X) + c (G - k back(R)) by one product: k = gain with coefficients (Fira), else
+      1 (FRUGAL with plain SGD). With coefficients, alpha is multiplied by sqrt(1 - beta2^t) / (1 - beta1^t).
+    - SIGNED: gain back(X) + residual_scale * sign(grad_scale (G - back(R))). FRUGAL: two products, R in fp32.
 
-    In a STEP an element whose update is not finite keeps its bytes (X or c is NaN in a channel that is left out) and is counted in
-    `skipped`; the whole launch may be switched off. With scale and offset, the basis is in INT4, see `load_int4`; `width` bytes hold
-    a vector. With an INT8_GROUP the weight is codes with their scales, rounded stochastically by the rules of `update_int8`: step
+    In a STEP an element whose update is not finite keeps its bytes (X or c is NaN in a channel that is left out) and is counted
+    in `skipped`; the whole launch may be switched off. With scale and offset, the basis is in INT4, see `load_int4`; `width` bytes
+    hold a vector. With an INT8_GROUP the weight is codes with their scales, rounded stochastically as in `update_int8`: step
     (int64) is on the device, `first` is the index of element (0, 0) in the unsharded tensor.
-    A launch serves several matrices of one shape (one, unless all is float and NONE): weight, low_rank and what the basis is made of
-    are tuples, scalars has a row a matrix.
+    A launch serves several matrices of one shape, where all are floats and NONE is added, else one: weight, low_rank and what
+    the basis is made of are tuples, scalars has a row a matrix.
 
     Bytes: W read once and written once, G once; X and R once per tile of rows if LEFT (else of columns), B once per tile of the
     other axis, coefficients once per tile.
@@ -251,12 +254,12 @@ def launch_apply(
     residual_scale=1.0,
     is_step=True,
     skipped=None,
-    int8=Int8(),
+    int8=FLOAT,
 ):
     """W <- scalars[DECAY] W + scalars[ALPHA] update, for matrices of one shape and one set of dtypes; see `apply_kernel`.
 
-    weights: (m, n), fp32 | bf16 | fp16, or one of codes with `int8`, the `Int8` that tells the rest; low_ranks: X, R's shape, fp32 or
-    the bases' type; bases: matrices, or each an `Int4Basis`; low_rank_grad: R, fp32; scalars: a row a matrix.
+    weights: (m, n), fp32 | bf16 | fp16, or the codes of one with the rest in `int8`; low_ranks: X, R's shape, fp32 or the bases'
+    type; bases: matrices, or each an `Int4Basis`; low_rank_grad: R, fp32; scalars: a row a matrix.
     """
     weight = weights[0]
     if weight.numel() == 0:

@@ -102,17 +102,12 @@ _INT8_LINEAR_90 = _INT8_LINEAR | {
 _INT8_LINEAR_100 = _INT8_LINEAR_90 | {16: {128: _tile(8, 4, BLOCK_T=128, BLOCK_O=128, BLOCK_D=64)}}
 INT8_LINEAR = {80: _INT8_LINEAR, 90: _INT8_LINEAR_90, 100: _INT8_LINEAR_100, 120: _INT8_LINEAR}
 
-# The update of INT8 weights: a tile of whole groups along n, and as many rows as leave this many elements. Of back(X) alone by
-# kind, with a residual by the number of products.
+# The update of INT8 weights, by kind: a tile of whole groups along n, and as many rows as leave this many elements. Residuals take
+# the tiles of odd sizes, which leave room for the gradient and a second sum.
 APPLY_INT8 = {
     16: _tile(8, 2, ELEMENTS=8192, BLOCK_R=64),
     32: _tile(8, 2, ELEMENTS=8192, BLOCK_R=32),
     "odd": _tile(8, 1, ELEMENTS=4096, BLOCK_R=16),
-}
-APPLY_INT8_RESIDUAL = {
-    0: _tile(8, 1, ELEMENTS=4096, BLOCK_R=16),
-    1: _tile(8, 1, ELEMENTS=4096, BLOCK_R=32),
-    2: _tile(8, 1, ELEMENTS=4096, BLOCK_R=16),
 }
 
 # Products in INT8: a tile holds whole groups of 256. "odd" if m, n or r is no multiple of 16.
@@ -211,12 +206,11 @@ def kind_of(n, r, dtypes, offset=0):
 def apply(arch, *, products, residual, n, r, dtypes, group_size=0, offset=0):
     """Launch arguments of the update of W (m, n) with X of rank r: `products` with the basis, with a `residual` or without.
 
-    dtypes: X's and the basis', then the weight's. An INT8 weight in groups of group_size begins at element `offset` of the unsharded
-    tensor.
+    dtypes: X's and the basis', then the weight's. An INT8 weight, in groups of group_size, begins at element `offset` of the
+    unsharded tensor.
     """
     if group_size:
-        choice = products if residual else kind_of(n, r, dtypes[:2], offset)
-        return apply_int8((APPLY_INT8_RESIDUAL if residual else APPLY_INT8)[choice], r, group_size)
+        return apply_int8(APPLY_INT8["odd" if residual else kind_of(n, r, dtypes[:2], offset)], r, group_size)
     if not residual:
         return config_for(arch, "back_project", n=n, r=r, dtypes=dtypes)
     config = APPLY_RESIDUAL[products]

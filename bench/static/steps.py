@@ -1,9 +1,9 @@
-"""The kernels of the fused steps and of the products with a basis."""
+"""The kernels of the scalars and of the projection."""
 
 import itertools
 
-from lowrank_sys.bench.static.kernel import FLOATS, Kernel
-from lowrank_sys.kernels import adam, back_project, configs, project, scalars
+from lowrank_sys.bench.static.kernel import Kernel
+from lowrank_sys.kernels import configs, project, scalars
 
 MOMENTS = dict.fromkeys(("exp_avg", "exp_avg_sq", "scalars"), "*fp32")
 SAME = [("bf16", "bf16"), ("fp16", "fp16")]
@@ -65,21 +65,6 @@ def project_tensors(types, variant):
     )
 
 
-def back_project_calls(kind):
-    # A step's update has the basis' type; `back_project_` brings fp32.
-    types = list(itertools.product(FLOATS, FLOATS))
-    steps = [((basis, basis, param), variant) for basis, param in types for variant in ("step", "step+counted")]
-    plain = [(("fp32", basis, param), "plain") for basis, param in types]
-    plain += [(types, f"{variant}+int4") for types, variant in steps + plain if types[:2] == ("fp32", "fp32")]
-    narrow = [call for call in steps if "fp32" not in call[0]]
-    return {16: narrow, 32: [call for call in steps + plain if call not in narrow], "odd": steps + plain}[kind]
-
-
-def back_project_tensors(types, variant):
-    tensors = {"low_rank": f"*{types[0]}", "param": f"*{types[2]}"} | basis(types[1], variant)
-    return tensors | {"scalars": "*fp32"} | ({"skipped": "*i64"} if "counted" in variant else {})
-
-
 def scalars_tensors(types, variant):
     """Steps are fp32 counters or what a caller counts in; only random bits ask for numbers."""
     numbers = dict.fromkeys(("log_beta1", "log_beta2", "weight_decay", "scale"), "fp32")
@@ -109,22 +94,5 @@ KERNELS = {
         always=in_one_type(2, "step+split"),
         constants=group,
         each=("grad", "basis", "scale", "offset", "out", "exp_avg", "exp_avg_sq"),
-    ),
-    "back_project": Kernel(
-        back_project.back_project_kernel,
-        rows_of("back_project"),
-        back_project_calls,
-        back_project_tensors,
-        always=in_one_type(3, "step+counted"),
-        constants=group,
-        each=("param", "low_rank", "basis", "scale", "offset"),
-    ),
-    "adam": Kernel(
-        adam.adam_kernel,
-        lambda arch: {("any", 0): configs.ADAM},
-        lambda kind: [((out,), "step") for out in FLOATS],
-        lambda types, variant: {"low_rank_grad": "*fp32", "out": f"*{types[0]}"} | MOMENTS,
-        each=("low_rank_grad", "out", "exp_avg", "exp_avg_sq"),
-        product=False,
     ),
 }
