@@ -91,12 +91,12 @@ PHIS = {"scaled": apply.SCALED, "combined": apply.SCALED, "signed": apply.SIGNED
 
 
 def constants(variant, config):
-    """Of an INT8 weight if the configuration says of how many elements its tiles are."""
+    """Of an INT8 weight if the configuration has a kind in its table."""
     phi, rank = PHIS.get(variant.split("+")[0], apply.NONE), SMALL if "shallow" in variant else RANK
-    int8 = "ELEMENTS" in config
+    int8 = "KIND" in config
     size = (SMALLEST if "small" in variant else DEFAULT) if int8 else 0
     if int8:
-        blocks = configs.apply_int8(config, 0 if "scaled" in variant else rank, size)
+        blocks = configs.apply_int8(configs.APPLY_INT8[config["KIND"]], 0 if "scaled" in variant else rank, size)
     else:
         blocks = config | ({"BLOCK_R": SMALL} if rank == SMALL else {})
     return group(variant, config) | {
@@ -121,9 +121,9 @@ def residual(name, kind, config):
     )
 
 
-def int8_row(config, rank=RANK):
+def int8_row(kind, rank=RANK):
     """A launch at the usual rank and groups, and what it is made from."""
-    return configs.apply_int8(config, rank, DEFAULT) | {"ELEMENTS": config["ELEMENTS"]}
+    return configs.apply_int8(configs.APPLY_INT8[kind], rank, DEFAULT) | {"KIND": kind}
 
 
 KERNELS = {
@@ -141,7 +141,7 @@ KERNELS = {
     "apply_signed": residual("signed", 32, configs.APPLY_RESIDUAL[2]),
     "apply_int8": Kernel(
         apply.apply_kernel,
-        lambda arch: {(kind, 0): int8_row(config) for kind, config in configs.APPLY_INT8.items()},
+        lambda arch: {(kind, 0): int8_row(kind) for kind in configs.APPLY_INT8},
         int8_calls,
         int8_tensors,
         own=False,
@@ -151,7 +151,7 @@ KERNELS = {
     ),
     "apply_int8_scaled": Kernel(
         apply.apply_kernel,
-        lambda arch: {("any", 0): int8_row(configs.APPLY_INT8["odd"], 0)},
+        lambda arch: {("any", 0): int8_row("odd", 0)},
         lambda kind: residual_calls("scaled", ("int8",), draws(kind)),
         residual_tensors,
         product=False,

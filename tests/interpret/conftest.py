@@ -90,8 +90,7 @@ class Case:
     def oracle(self, gradient="grad", *, grad_scale=1.0, step, lr=1e-2):
         """Run the oracle's step on the fp64 copies."""
         want = self.wants
-        function = reference.galore_step if gradient == "grad" else reference.subspace_step
-        function(
+        reference.named("galore_step" if gradient == "grad" else "subspace_step")(
             want["param"],
             want[gradient] * grad_scale,
             want["basis"],

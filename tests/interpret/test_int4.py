@@ -5,7 +5,8 @@ import torch
 
 from lowrank_sys import reference
 from lowrank_sys.kernels import configs, traffic
-from lowrank_sys.kernels.back_project import back_project_int4_, launch_back_project
+from lowrank_sys.kernels.apply import launch_apply
+from lowrank_sys.kernels.back_project import back_project_int4_
 from lowrank_sys.kernels.basis import Int4Basis
 from lowrank_sys.kernels.project import counters_of, launch_project, project_int4
 from lowrank_sys.kernels.scalars import advance
@@ -99,7 +100,7 @@ def test_a_step_of_two_matrices_with_adam_as_the_epilogue(lane, dtype, left):
         beta2=0.999,
         eps=1e-8,
     )
-    launch_back_project([case.param for case in cases], updates, bases, scalars, left=left, step=True)
+    launch_apply([case.param for case in cases], scalars, left=left, low_ranks=updates, bases=bases)
     for case, first in zip(cases, before):
         case.oracle(step=3)
         case.check(first)
@@ -138,8 +139,8 @@ def test_traffic(lane, meter, monkeypatch, shape, left):
     assert rows["basis"].loaded == times * r * -(-d // 2)
     assert_bytes(meter, first, dict(rows))
     assert (first.counts["grad"]["loaded"] == -(-r // 128)).all()
-    assert_bytes(meter, second, traffic.back_project(m, n, r, left=left, param=BF16, low_rank=FP32, basis=int4, card=card))
-    assert (second.counts["param"]["loaded"] == 1).all() and (second.counts["param"]["stored"] == 1).all()
+    assert_bytes(meter, second, traffic.apply(m, n, r, left=left, weight=BF16, low_rank=FP32, basis=int4, card=card))
+    assert (second.counts["weight"]["loaded"] == 1).all() and (second.counts["weight"]["stored"] == 1).all()
 
 
 @SIDES
