@@ -162,23 +162,17 @@ def apply_kernel(
     i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    m_w = (o_m < m)[:, None] & (o_n < n)[None, :]
-
-    alpha = tl.load(scalars + ALPHA)
     b_c = None
     b_inner = None
-    if PHI != NONE:
-        grad_scale = tl.load(scalars + GRAD_SCALE)
-        if coefficients is not None:
-            if LEFT:
-                b_c = tl.load(coefficients + o_n, mask=o_n < n, other=0.0)[None, :]
-            else:
-                b_c = tl.load(coefficients + o_m, mask=o_m < m, other=0.0)[:, None]
-            b_inner = gain * b_c
-            alpha = alpha * (tl.sqrt_rn(tl.load(scalars + CORRECTION2)) / tl.load(scalars + CORRECTION1))
+    if coefficients is not None:
+        if LEFT:
+            b_c = tl.load(coefficients + o_n, mask=o_n < n, other=0.0)[None, :]
         else:
-            b_c = tl.full([1, 1], 1.0, tl.float32) * (residual_scale * grad_scale)
-            b_inner = b_c
+            b_c = tl.load(coefficients + o_m, mask=o_m < m, other=0.0)[:, None]
+        b_inner = gain * b_c
+    elif PHI == SCALED:
+        b_c = tl.full([1, 1], 1.0, tl.float32) * (residual_scale * tl.load(scalars + GRAD_SCALE))
+        b_inner = b_c
 
     b_update = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     b_inside = b_update
@@ -205,15 +199,17 @@ def apply_kernel(
             BLOCK_N,
             BLOCK_R,
         )
+    m_w = (o_m < m)[:, None] & (o_n < n)[None, :]
     if PHI != NONE:
         b_g = tl.load(grad + o_m[:, None] * n + o_n[None, :], mask=m_w, other=0.0).to(tl.float32)
         if PHI == SCALED:
             b_update += b_c * b_g
         else:
-            b_left = (b_g - b_inside) * grad_scale
+            b_left = (b_g - b_inside) * tl.load(scalars + GRAD_SCALE)
             b_update = gain * b_update + residual_scale * ((b_left > 0).to(tl.float32) - (b_left < 0).to(tl.float32))
-
-    decay = tl.load(scalars + DECAY)
+    alpha, decay = tl.load(scalars + ALPHA), tl.load(scalars + DECAY)
+    if coefficients is not None:
+        alpha = alpha * (tl.sqrt_rn(tl.load(scalars + CORRECTION2)) / tl.load(scalars + CORRECTION1))
     if not INT8_GROUP:
         write_weight(b_update, weight, alpha, decay, skipped, i_m, i_n, m, n, STEP, BLOCK_M, BLOCK_N)
     else:

@@ -16,11 +16,11 @@ SLOTS = tl.constexpr(8)
 @triton.jit
 def pick(matrices, i):
     """Entry i of a tuple of pointers, one a matrix of the launch; None stays None."""
-    if matrices is None:
-        return None
-    p_matrix = matrices[0]
-    for k in tl.static_range(1, len(matrices)):
-        p_matrix = tl.where(i == k, matrices[k], p_matrix)
+    p_matrix = None
+    if matrices is not None:
+        p_matrix = matrices[0]
+        for k in tl.static_range(1, len(matrices)):
+            p_matrix = tl.where(i == k, matrices[k], p_matrix)
     return p_matrix
 
 
