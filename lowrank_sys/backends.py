@@ -86,21 +86,22 @@ def _serves(op, key):
 
 def table():
     """Rows `Served`, op by op: the CPU, and CUDA where this machine has a device."""
-    rows = []
+    rows = {}
     devices = [("cpu", "CPU", "C++")] + ([("cuda", "CUDA", "CUDA C++")] if torch.cuda.is_available() else [])
-    for op in _ops.SCHEMAS:
+    for op in sorted(_ops.SCHEMAS, key=lambda op: op in named_steps.FORMS):  # what an alias calls comes before it
         for device, key, native in devices:
             if op in named_steps.FORMS:
-                rows.append(Served(op, device, "alias", f"calls {named_steps.served_by(op)}"))
+                served = named_steps.served_by(op)
+                rows[op, device] = Served(op, device, rows[served, device].implementation, f"alias of {served}")
             elif op in operators.IMPLEMENTATIONS:
-                rows.append(Served(op, device, "composition", "calls the other ops and torch.linalg"))
+                rows[op, device] = Served(op, device, "composition", "calls the other ops and torch.linalg")
             elif device == "cuda" and op in TRITON and not TRITON_MISSING:
-                rows.append(Served(op, device, "Triton", ""))
+                rows[op, device] = Served(op, device, "Triton", "")
             elif _serves(op, key):
-                rows.append(Served(op, device, native, ""))
+                rows[op, device] = Served(op, device, native, "")
             else:
-                rows.append(Served(op, device, "reference", NATIVE_MISSING or TRITON_MISSING or "built without it"))
-    return rows
+                rows[op, device] = Served(op, device, "reference", NATIVE_MISSING or TRITON_MISSING or "built without it")
+    return list(rows.values())
 
 
 reference.register()

@@ -181,7 +181,7 @@ OPS = {
         flop=lambda c: 2 * c.matrix * c.rank,
         bases={"gemm": product_back},
         overload="subspace_step_8bit.list",
-        oracle=reference.subspace_step_8bit_list,
+        oracle=reference.named("subspace_step_8bit.list"),
         truth=_subspace_truth,
     ),
     "galore_step_8bit": Op(
@@ -191,7 +191,7 @@ OPS = {
         flop=lambda c: 4 * c.matrix * c.rank,
         bases={"gemms": two_products},
         overload="galore_step_8bit.tensor",
-        oracle=reference.galore_step_8bit,
+        oracle=reference.named("galore_step_8bit"),
     ),
     "quantize_blockwise": Op(
         lambda case, randn: {"x": randn(case.m, case.n)},

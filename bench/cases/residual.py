@@ -62,7 +62,7 @@ OPS = {
         flop=lambda c: 2 * c.matrix * c.rank,
         bases={"gemm": product},
         overload="apollo_step.tensor",
-        oracle=reference.apollo_step,
+        oracle=reference.named("apollo_step"),
     ),
     "fira_step": Op(
         _limited_inputs,
@@ -71,7 +71,7 @@ OPS = {
         flop=lambda c: 4 * c.matrix * c.rank,
         bases={"gemms": two_products},
         overload="fira_step.tensor",
-        oracle=reference.fira_step,
+        oracle=reference.named("fira_step"),
     ),
     "frugal_step": Op(
         _sign_inputs,
@@ -80,6 +80,6 @@ OPS = {
         flop=lambda c: 6 * c.matrix * c.rank,
         bases={"gemms": _three_products},
         overload="frugal_step.tensor",
-        oracle=reference.frugal_step,
+        oracle=reference.named("frugal_step"),
     ),
 }

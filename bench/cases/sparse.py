@@ -124,7 +124,7 @@ OPS = {
         flop=lambda c: c.matrix + 12 * c.low_rank,
         bases={"decay": _decay},
         overload="grass_step.tensor",
-        oracle=reference.grass_step,
+        oracle=reference.named("grass_step"),
     ),
     "row_norms": Op(
         lambda case, randn: {"grad": randn(case.m, case.n)},

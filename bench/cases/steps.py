@@ -99,7 +99,7 @@ OPS = {
         flop=lambda c: 4 * c.matrix * c.rank,
         bases={"gemms": two_products, **COMPOSED},
         overload="galore_step.tensor",
-        oracle=reference.galore_step,
+        oracle=reference.named("galore_step"),
     ),
     "subspace_step": Op(
         _subspace_inputs,
@@ -108,7 +108,7 @@ OPS = {
         flop=lambda c: 2 * c.matrix * c.rank,
         bases={"gemm": product_back},
         overload="subspace_step.tensor",
-        oracle=reference.subspace_step,
+        oracle=reference.named("subspace_step"),
     ),
     "adamw_step": Op(
         _adamw_inputs,

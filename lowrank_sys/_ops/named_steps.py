@@ -196,9 +196,9 @@ def bound(form, step, rows=None):
 
 define(SCHEMAS)
 
-_OPS = (torch.ops.lowrank.step.default, torch.ops.lowrank.step.rows)
-for _form in FORMS:
-    fake(_form)(bound(_form, *_OPS))
+ALIASES = {form: bound(form, torch.ops.lowrank.step.default, torch.ops.lowrank.step.rows) for form in FORMS}
+for _form, _alias in ALIASES.items():
+    fake(_form)(_alias)
 
 
 def served_by(form):
@@ -208,5 +208,5 @@ def served_by(form):
 
 def register():
     """Serve every named step on every device."""
-    for form in FORMS:
-        implement(form, bound(form, *_OPS), "CompositeExplicitAutograd")
+    for form, alias in ALIASES.items():
+        implement(form, alias, "CompositeExplicitAutograd")

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from lowrank_sys import backends, reference
+from lowrank_sys._ops import named_steps
 from lowrank_sys.memory.fakes import Fakes, run, tensors_in
 from lowrank_sys.memory.workspace import op_name, scratch_bytes
 from lowrank_sys.optim.storages import storages
@@ -54,8 +55,8 @@ class LiveStorages(TorchDispatchMode):
         self._alive = {}  # id of a storage -> its entry in the log, and the reference that tells of its end
         self._run = run if fake is None else Fakes(fake)
         served = {row.op for row in backends.table() if row.device == "cpu" and row.implementation == "reference"}
-        self._python = {op: reference.IMPLEMENTATIONS[op] for op in served - operators.IMPLEMENTATIONS.keys()}
-        self._python |= operators.IMPLEMENTATIONS
+        self._python = {op: reference.IMPLEMENTATIONS[op] for op in served & reference.IMPLEMENTATIONS.keys()}
+        self._python |= operators.IMPLEMENTATIONS | named_steps.ALIASES
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

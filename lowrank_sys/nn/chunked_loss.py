@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Literal
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -133,18 +134,18 @@ def _in_chunk(labels, kept, first, size):
 
 
 def chunked_loss(
-    hidden,
-    weight,
-    labels,
-    bias=None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
     *,
-    scale=1.0,
-    cap=None,
-    ignore_index=-100,
-    reduction="mean",
-    tokens=TOKENS,
-    vocabulary=VOCABULARY,
-):
+    scale: float = 1.0,
+    cap: float | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum"] = "mean",
+    tokens: int = TOKENS,
+    vocabulary: int = VOCABULARY,
+) -> torch.Tensor:
     """cross_entropy(f(hidden @ weight.T + bias), labels) in fp32, without its logits; f(z) = scale z, or cap tanh(scale z / cap).
 
     Only `tokens` x `vocabulary` logits and `vocabulary` rows of the weight in fp32 exist at once, in backward as well, where

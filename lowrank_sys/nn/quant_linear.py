@@ -54,7 +54,10 @@ class QuantLinear(nn.Module):
         group_size: neighbours along in_features that share a scale; a power of two from 32 to 1024.
     """
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, group_size=256):
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None, *, group_size: int = 256,
+    ) -> None:  # fmt: skip
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
         check_quantizable(dtype, group_size)

@@ -224,6 +224,6 @@ def _in_fp32(tensor):
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def is_quantized(param):
+def is_quantized(param: torch.Tensor) -> bool:
     """Whether `param` is the handle of an INT8 weight."""
     return type(param) is QuantWeight or getattr(param, "_is_quantized", False)

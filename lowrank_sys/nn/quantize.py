@@ -1,6 +1,7 @@
 """quantize_model and dequantize_model: the linear layers of a model to INT8 and back, in place, one at a time."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ def quantizable_layers(model, target_modules=None, group_size=256):
     return layers
 
 
-def quantize_model(model, *, target_modules=None, group_size=256):
+def quantize_model(model: nn.Module, *, target_modules: Sequence[str] | None = None, group_size: int = 256) -> nn.Module:
     """Keep the weights of the model's linear layers in INT8, in place; returns the model.
 
     The layers are those that `lowrank_sys.optim.param_groups` trains in a subspace, as far as they are nn.Linear: embeddings,
@@ -76,7 +77,7 @@ def tell_of_stacks(model):
         )
 
 
-def dequantize_model(model):
+def dequantize_model(model: nn.Module) -> nn.Module:
     """The inverse: nn.Linear with the INT8 weights' values in their compute dtype, in place, one at a time; returns the model.
 
     What save_pretrained then writes is an ordinary checkpoint. ValueError if the model has no INT8 weights.

@@ -4,6 +4,7 @@ Clipping, unscaling and schedulers are the caller's ordinary code on these `.gra
 """
 
 import torch
+from torch import nn
 
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
 from lowrank_sys.optim.coefficient import (
@@ -36,7 +37,7 @@ class Accumulate(Hooked):
     sketch of the matrix is as large again.
     """
 
-    def __init__(self, dtype=torch.float32, model=None):
+    def __init__(self, dtype: torch.dtype = torch.float32, model: nn.Module | None = None) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype of the accumulators must be float32 or bfloat16, got {dtype}")
         super().__init__()

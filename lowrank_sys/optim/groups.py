@@ -1,6 +1,10 @@
 """param_groups: which weights of a model train in a subspace."""
 
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import nn
 
 from lowrank_sys.nn.linear_layers import experts, linear_layers
 from lowrank_sys.nn.quant_weight import is_quantized
@@ -35,7 +39,10 @@ class ParamGroups(list):
         return low / max(1, sum(p.numel() for group in self for _, p in group["params"]))
 
 
-def param_groups(model, rank=128, *, target_modules=None, plain=None, narrow="plain", **low_rank):
+def param_groups(
+    model: nn.Module, rank: int | None = 128, *, target_modules: Sequence[str] | None = None,
+    plain: Mapping[str, Any] | None = None, narrow: Literal["plain", "own"] = "plain", **low_rank: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Two optimizer groups: weights of linear layers in a subspace, everything else plain.
 
     Embeddings, norms, biases, output heads and weights tied to an embedding are plain. The INT8 weight of a QuantLinear is one

@@ -17,7 +17,7 @@ class InBackward(Hooked):
             backward ends). The first step is not clipped. None: no clipping.
     """
 
-    def __init__(self, max_norm=None):
+    def __init__(self, max_norm: float | None = None) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be above 0, got {max_norm}")
         super().__init__()

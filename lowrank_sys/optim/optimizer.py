@@ -1,5 +1,8 @@
 """LowRankOptimizer: the composition that every method is a preset of."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from lowrank_sys.optim import hyper, ledger
@@ -216,7 +219,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                         raise FloatingPointError(f"the gradient of {name_of(group, g, i)} is not finite")
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient. Nothing waits for the device."""
         loss = None
         if closure is not None:
@@ -234,13 +237,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self.gradients.finish(self)
         return loss
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, accumulated low-rank ones included."""
         super().zero_grad(set_to_none)
         self.gradients.zero()
 
     @torch.no_grad()
-    def clip_grad_norm_(self, max_norm):
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that the norm of the low-rank and the plain ones is at most `max_norm`; returns it, 0-dim.
 
         At most the full gradient's norm, for |R| <= |G|. A gradient that is not finite does not count and does not spread.
@@ -249,15 +252,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         return self.gradients.clip(self, max_norm)
 
-    def release(self):
+    def release(self) -> None:
         """Give the weights back: removes what per_layer put on them and into the model. The optimizer is done."""
         self.gradients.release(self)
 
-    def skipped(self):
+    def skipped(self) -> int:
         """Weight elements left untouched so far because their gradient was not finite. Reads the device."""
         return sum(int(counter) for counter in self.counters.values())
 
-    def refreshes(self):
+    def refreshes(self) -> dict[str, dict[str, Any]]:
         """The refresh schedule of every matrix, by name: {"countdown": steps until its next refresh}.
 
         Where its gap is its own (cos_threshold): also "gap", and "overlaps", those of its last bases with their predecessors,
@@ -273,18 +276,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     schedule.update(zip(names, found))
         return schedule
 
-    def state_bytes(self):
+    def state_bytes(self) -> int:
         """Bytes of the state as the ledger has them, and of the accumulators of per_layer='accumulate' when they are full."""
         return ledger.state_bytes(self) + sum(self.gradients.memory().values())
 
-    def memory(self):
+    def memory(self) -> dict[str, int]:
         """Bytes held now by category (weights, gradients, basis, moments, scales, accumulators, counters, other), and `total`.
 
         Counts distinct storages, so memory that tensors share counts once. See lowrank_sys.optim.ledger.
         """
         return ledger.memory(self)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """As torch's; a checkpoint has no coefficients and no gradients, so it is the same whatever per_layer is."""
         return without_coefficients(self, super().state_dict())
 
@@ -296,7 +299,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             return False
         return all(self.pipeline.subspace.fits(matrix, one) for matrix, _, one in each(param, None, state))
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, in its own dtypes: torch's casts every tensor but `step` to the parameter's dtype.
 
         With per_layer='accumulate', gradients accumulated so far are dropped.

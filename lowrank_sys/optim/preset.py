@@ -9,6 +9,7 @@ from lowrank_sys.optim.optimizer import LowRankOptimizer
 from lowrank_sys.optim.pipeline import Pipeline
 from lowrank_sys.optim.remainder import Remainder
 from lowrank_sys.optim.rules import Adam
+from lowrank_sys.optim.types import NonFinite, Params, PerLayer, Rate
 from lowrank_sys.subspace.orthonormal import Orthonormal
 
 
@@ -66,7 +67,17 @@ class Preset(LowRankOptimizer):
     subspace = Orthonormal()
     remainder = Remainder()
 
-    def __init__(self, params, lr=1e-3, weight_decay=0.0, *, bits=32, nonfinite="skip", per_layer=None, **hyper):
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        bits: int = 32,
+        nonfinite: NonFinite = "skip",
+        per_layer: PerLayer = None,
+        **hyper,
+    ) -> None:
         if bits not in (8, 32):
             raise ValueError(f"bits must be 8 or 32, got {bits!r}")
         pipeline = Pipeline(

@@ -9,7 +9,7 @@ import torch
 from lowrank_sys import _ops
 from lowrank_sys._ops.numerics import accumulator, usable
 from lowrank_sys._ops.step import check_step, matrices
-from lowrank_sys.reference.adam import adam_, skip
+from lowrank_sys.reference.adam import adam_, is_truth, skip
 from lowrank_sys.reference.blockwise import Moments
 from lowrank_sys.reference.galore import back, project
 from lowrank_sys.reference.gaussian import gaussian_project
@@ -21,8 +21,9 @@ OVERFLOW = 2.0**128
 
 
 def step(
-    *lists, lr, weight, basis, moments, rule, remainder, weight_decay, left, projected=False, advance=True, parameters=(),
-    offsets=(), grad_scale=None, found_inf=None, skipped=None, op="step", **options,
+    weights, weight_scales, gradients, bases, basis_parts, states, steps, *, lr, weight, basis, moments, rule, remainder,
+    weight_decay, left, projected=False, advance=True, parameters=(), offsets=(), grad_scale=None, found_inf=None, skipped=None,
+    op="step", checked=True, **options,
 ):  # fmt: skip
     """One step of every matrix, in place.
 
@@ -45,10 +46,11 @@ def step(
 
     steps: 0-dim fp32 counters, advanced by one first; unless `advance` the step's count from 1, of any number type, only read.
     lr: 0-dim. grad_scale multiplies the gradients, found_inf != 0 makes the step a no-op, skipped (int64) counts the weights left
-    out. int8_gemm as in `project`. Errors name `op`.
+    out. int8_gemm as in `project`. Errors name `op`; without `checked`, the rules do not hold for weights in fp64.
     """
+    lists = (weights, weight_scales, gradients, bases, basis_parts, states, steps)
     policies = {"weight": weight, "basis": basis, "moments": moments, "remainder": remainder}
-    if lists[0] and lists[0][0].dtype == torch.float64:
+    if is_truth(weights, checked):
         rows = matrices(op, *lists, **policies, parameters=parameters, offsets=offsets)
     else:
         rows = check_step(

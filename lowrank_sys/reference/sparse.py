@@ -5,7 +5,7 @@ import torch
 
 from lowrank_sys import _ops
 from lowrank_sys._ops.numerics import accumulator, usable
-from lowrank_sys.reference.adam import adam_, skip
+from lowrank_sys.reference.adam import adam_, is_truth, skip
 from lowrank_sys.reference.galore import channel_norms
 
 
@@ -104,7 +104,7 @@ def _step(
 
 def rows_step(
     weights, gradients, indices, row_scales, exp_avgs, exp_avg_sqs, steps, *, lr, left, advance=True, grad_scale=None,
-    found_inf=None, skipped=None, op="step", **hyper,
+    found_inf=None, skipped=None, op="step", checked=True, **hyper,
 ):  # fmt: skip
     """One Grass-AdamW step of every matrix: W <- (1 - lr*weight_decay) W - lr*scale*scatter(Adam(gather(G))).
 
@@ -114,7 +114,7 @@ def rows_step(
     if left) with a value that is not finite keeps its moments and weights; a value that is not finite in a row that is not selected
     has no effect. steps, advance, the guards and op as in `step`.
     """
-    if weights and weights[0].dtype == torch.float64:
+    if is_truth(weights, checked):
         rows = list(zip(weights, gradients, indices, row_scales or [None] * len(weights), exp_avgs, exp_avg_sqs, steps))
     else:
         rows = _ops.step.check_rows(

@@ -146,7 +146,7 @@ def test_galore_step_8bit_against_oracle(shape, dtype, left):
     want = clone(got[:3], torch.Tensor.double) + clone(got[3:])
     hyper = dict(step=3, lr=0.1, **LOW_RANK, left=left)
     assert ops.galore_step_8bit(*got, **hyper) is None
-    reference.galore_step_8bit(*want, **hyper)
+    reference.named("galore_step_8bit")(*want, **hyper)
     # R is a product of depth d: one rounding for each root of it, of sums of |G| |B|.
     b, g = want[2], want[1]
     depth = b.shape[0]
@@ -208,7 +208,7 @@ def test_bad_channels_keep_weights_and_decoded_moments(dtype, left):
     assert skipped == 7 + int(bad.sum()) * got[0].shape[0 if left else 1]
     pick = (lambda x, keep: x[:, keep]) if left else (lambda x, keep: x[keep])
     assert same(pick(got[0], bad), pick(before[0], bad))
-    reference.galore_step_8bit(*want, step=5, lr=0.1, **LOW_RANK, left=left)
+    reference.named("galore_step_8bit")(*want, step=5, lr=0.1, **LOW_RANK, left=left)
     assert_neighbours(got[3:], want[3:], error=2.0**-17)
     assert torch.allclose(got[0].double(), want[0], rtol=4 * ROUNDING[dtype], atol=1e-5, equal_nan=True)
     # A decoded moment of a bad channel moves by half a gap of its block's new absmax at most.

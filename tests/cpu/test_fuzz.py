@@ -30,7 +30,7 @@ SETTINGS = settings(
 # Who serves an op: what a CPU user gets, and the oracle itself, which serves where nothing is built.
 SERVED = {
     op: {row.implementation: overload(op) for row in backends.table() if (row.op, row.device) == (op.split()[0], "cpu")}
-    | ({"reference": reference.IMPLEMENTATIONS[op]} if op in reference.IMPLEMENTATIONS else {})
+    | ({"reference": reference.ORACLES[op]} if op in reference.ORACLES else {})
     for op in FUZZ
 }
 

@@ -136,10 +136,13 @@ class _Oracle:
     """torch.ops.lowrank's interface to the reference."""
 
     class galore_step_8bit:
-        list, int4 = staticmethod(reference.galore_step_8bit_list), staticmethod(reference.galore_step_8bit_int4)
+        list, int4 = staticmethod(reference.named("galore_step_8bit.list")), staticmethod(reference.named("galore_step_8bit.int4"))
 
     class subspace_step_8bit:
-        list, int4 = staticmethod(reference.subspace_step_8bit_list), staticmethod(reference.subspace_step_8bit_int4)
+        list, int4 = (
+            staticmethod(reference.named("subspace_step_8bit.list")),
+            staticmethod(reference.named("subspace_step_8bit.int4")),
+        )
 
 
 @pytest.mark.parametrize("form", ["list", "int4"])
@@ -287,7 +290,7 @@ def test_bad_low_rank_gradients(gradient, expected):
         lists,
         dict(lr=torch.tensor(0.1), left=True, group_size=64, **HYPER),
         f"subspace_step_8bit: {expected}",
-        oracle=reference.subspace_step_8bit_int4,
+        oracle=reference.named("subspace_step_8bit.int4"),
     )
     lists[3] = []
     assert_refused(

@@ -80,7 +80,7 @@ def test_galore_step_against_oracle(shape, dtype, left):
     want = clone(args, torch.Tensor.double)
     hyper = dict(step=3, lr=0.1, **LOW_RANK, left=left)
     assert ops.galore_step(*args, **hyper) is None
-    reference.galore_step(*want, **hyper)
+    reference.named("galore_step")(*want, **hyper)
     assert_step(args[:1] + args[2:], want[:1] + want[2:], args[1], left)
 
 
@@ -91,7 +91,7 @@ def test_mixed_dtypes_against_oracle(dtypes, left):
     want = clone(args, torch.Tensor.double)
     hyper = dict(step=torch.tensor(1.0), lr=torch.tensor(0.1), **LOW_RANK, left=left)
     ops.galore_step(*args, **hyper)
-    reference.galore_step(*want, **hyper)
+    reference.named("galore_step")(*want, **hyper)
     assert_step(args[:1] + args[2:], want[:1] + want[2:], args[1], left)
 
 
@@ -103,7 +103,7 @@ def test_subspace_step_against_oracle(dtype, left):
     got, want = [param, r, basis, m, v], clone([param, r, basis, m, v], torch.Tensor.double)
     before = r.clone()
     ops.subspace_step(*got, step=2, lr=0.1, **LOW_RANK, left=left)
-    reference.subspace_step(*want, step=2, lr=0.1, **LOW_RANK, left=left)
+    reference.named("subspace_step")(*want, step=2, lr=0.1, **LOW_RANK, left=left)
     assert torch.equal(r, before)
     assert_step(got[:1] + got[2:], want[:1] + want[2:], grad, left)
 
@@ -171,7 +171,7 @@ def test_bad_channels_keep_their_bits(dtype, left):
     for now, then in zip(args, before):
         if now is not args[1] and now is not args[2]:
             assert torch.equal(untouched(now, bad, left).view(torch.uint8), untouched(then, bad, left).view(torch.uint8))
-    reference.galore_step(*want, step=5, **hyper)
+    reference.named("galore_step")(*want, step=5, **hyper)
     good = [untouched(x, ~bad, left) for x in (args[0], args[3], args[4])]
     good64 = [untouched(x, ~bad, left) for x in (want[0], want[3], want[4])]
     grad = untouched(args[1], ~bad, left)
@@ -197,7 +197,7 @@ def test_tiny_gradients(tiny, left):
     want = clone(args, torch.Tensor.double)
     hyper = dict(step=1, lr=0.1, **LOW_RANK, left=left)
     ops.galore_step(*args, **hyper)
-    reference.galore_step(*want, **hyper)
+    reference.named("galore_step")(*want, **hyper)
     # Both moments underflow beside eps.
     assert_near(args[0], want[0], 1e-6)
 

@@ -115,7 +115,7 @@ def test_galore_step_8bit(form, dtype, left):
     grad[5, 7] = torch.nan
     got = on_gpu([param, grad, basis, *moments])
     want = [param.double(), grad.double(), basis.double(), *moments]
-    reference.galore_step_8bit(*want, step=3, lr=2**-7, left=left, **HYPER, scale=0.25)
+    reference.named("galore_step_8bit")(*want, step=3, lr=2**-7, left=left, **HYPER, scale=0.25)
     extra = dict(**HYPER, scale=0.25, left=left)
     step, lr = torch.tensor(3.0, device="cuda"), torch.tensor(2**-7, device="cuda")
     if form == "plain":

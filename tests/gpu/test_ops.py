@@ -57,7 +57,7 @@ def test_step(name, form, shape, dtype, left):
     gradient = grad if name == "galore_step" else low_rank
     before = param.clone()
     want = [tensor.double() for tensor in (param, gradient, basis, exp_avg, exp_avg_sq)]
-    getattr(reference, name)(*want, step=3, lr=2**-7, left=left, **LOW_RANK)
+    reference.named(name)(*want, step=3, lr=2**-7, left=left, **LOW_RANK)
     arguments, op = (param, gradient, basis, exp_avg, exp_avg_sq), getattr(ops, name)
     step, lr = torch.tensor(3.0, device="cuda"), torch.tensor(2**-7, device="cuda")
     if form == "plain":

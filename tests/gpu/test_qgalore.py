@@ -79,7 +79,7 @@ def test_lists_against_the_oracle(op, left):
     lists = {"want": [list(column) for column in zip(*rows)]}
     lists["got"] = [cuda(t.clone() for t in column) for column in lists["want"]]
     results = {}
-    for which, function in (("want", reference.IMPLEMENTATIONS[f"{op}.list"]), ("got", getattr(ops, op).list)):
+    for which, function in (("want", reference.ORACLES[f"{op}.list"]), ("got", getattr(ops, op).list)):
         device = "cuda" if which == "got" else "cpu"
         steps, skipped = [torch.tensor(float(i), device=device) for i in (0, 4, 9)], torch.tensor(0, device=device)
         function(

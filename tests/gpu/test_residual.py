@@ -55,7 +55,7 @@ class Step:
     def wanted(self, step):
         want = [t.double() if t.is_floating_point() else t for t in self.tensors]
         limiter = [t.double() for t in self.limiter]
-        getattr(reference, self.name)(*want, *limiter, step=step, lr=LR, **self.hyper)
+        reference.named(self.name)(*want, *limiter, step=step, lr=LR, **self.hyper)
         return [want[0], want[3], want[4], *limiter]
 
     def lists(self):

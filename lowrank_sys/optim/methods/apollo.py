@@ -6,6 +6,7 @@ from lowrank_sys.optim.pipeline import Pipeline
 from lowrank_sys.optim.preset import method
 from lowrank_sys.optim.remainder import ScaledGradient
 from lowrank_sys.optim.rules import RatioAdam
+from lowrank_sys.optim.types import Betas, NonFinite, Params, PerLayer, Rate
 from lowrank_sys.subspace.keys import Keyed
 
 
@@ -43,18 +44,18 @@ class APOLLOAdamW(LowRankOptimizer):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-6,
-        weight_decay=0.0,
+        params: Params,
+        lr: Rate = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
         *,
-        scale_front=False,
-        disable_nl=False,
-        plain_8bit=False,
-        nonfinite="skip",
-        per_layer=None,
-    ):
+        scale_front: bool = False,
+        disable_nl: bool = False,
+        plain_8bit: bool = False,
+        nonfinite: NonFinite = "skip",
+        per_layer: PerLayer = None,
+    ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         if plain_8bit:
             defaults["min_8bit_size"] = MIN_8BIT_SIZE

@@ -5,6 +5,7 @@ from lowrank_sys.optim.pipeline import Pipeline
 from lowrank_sys.optim.preset import method
 from lowrank_sys.optim.remainder import ScaledResidual
 from lowrank_sys.optim.rules import RatioAdam
+from lowrank_sys.optim.types import Betas, NonFinite, Params, PerLayer, Rate
 
 
 @method("fira", lr=2e-3, plain_lr=3e-3, scale_key="alpha")
@@ -23,6 +24,16 @@ class FiraAdamW(LowRankOptimizer):
     State of a matrix: that of GaLoreAdamW, and `limiter`.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, *, nonfinite="skip", per_layer=None):
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        nonfinite: NonFinite = "skip",
+        per_layer: PerLayer = None,
+    ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, Pipeline(RatioAdam(), remainder=ScaledResidual()), defaults, nonfinite, per_layer)

@@ -5,6 +5,7 @@ from lowrank_sys.optim.pipeline import Pipeline
 from lowrank_sys.optim.preset import method
 from lowrank_sys.optim.remainder import StateFree
 from lowrank_sys.optim.rules import Adam
+from lowrank_sys.optim.types import Betas, NonFinite, Params, PerLayer, Rate
 
 
 @method("frugal", lr=5e-4, plain_lr=3e-3, scale=1.0)
@@ -27,16 +28,16 @@ class FrugalAdamW(LowRankOptimizer):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.01,
+        params: Params,
+        lr: Rate = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
         *,
-        inactive_update_rule="sign_sgd",
-        nonfinite="skip",
-        per_layer=None,
-    ):
+        inactive_update_rule: str = "sign_sgd",
+        nonfinite: NonFinite = "skip",
+        per_layer: PerLayer = None,
+    ) -> None:
         if inactive_update_rule not in self.inactive_update_rules:
             raise ValueError(
                 f"inactive_update_rule must be one of {', '.join(self.inactive_update_rules)}, got {inactive_update_rule!r}"

@@ -6,6 +6,7 @@ from lowrank_sys.optim.optimizer import LowRankOptimizer
 from lowrank_sys.optim.pipeline import Pipeline
 from lowrank_sys.optim.preset import method
 from lowrank_sys.optim.rules import Adafactor, Adam
+from lowrank_sys.optim.types import Betas, NonFinite, Params, PerLayer, Rate
 
 
 @method("galore", lr=5e-3, plain_lr=3e-3)
@@ -29,7 +30,17 @@ class GaLoreAdamW(LowRankOptimizer):
     State of a matrix (m, n): `exp_avg`, `exp_avg_sq` fp32 (r, n) or (m, r), `basis` (m or n, r), `step`, and the schedule.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, nonfinite="skip", per_layer=None):
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        nonfinite: NonFinite = "skip",
+        per_layer: PerLayer = None,
+    ) -> None:
         super().__init__(
             params, Pipeline(Adam()), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, nonfinite, per_layer
         )
@@ -54,16 +65,16 @@ class GaLoreAdamW8bit(LowRankOptimizer):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=1e-2,
+        params: Params,
+        lr: Rate = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
         *,
-        min_8bit_size=MIN_8BIT_SIZE,
-        nonfinite="skip",
-        per_layer=None,
-    ):
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        nonfinite: NonFinite = "skip",
+        per_layer: PerLayer = None,
+    ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "min_8bit_size": min_8bit_size}
         super().__init__(params, Pipeline(Adam(), moments=Blocks8bit()), defaults, nonfinite, per_layer)
 
@@ -93,20 +104,20 @@ class GaLoreAdafactor(LowRankOptimizer):
 
     def __init__(
         self,
-        params,
-        lr=None,
-        eps=(1e-30, 1e-3),
-        clip_threshold=1.0,
-        decay_rate=-0.8,
-        beta1=None,
-        weight_decay=0.0,
-        scale_parameter=True,
-        relative_step=True,
-        warmup_init=False,
+        params: Params,
+        lr: Rate | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = True,
+        relative_step: bool = True,
+        warmup_init: bool = False,
         *,
-        nonfinite="skip",
-        per_layer=None,
-    ):
+        nonfinite: NonFinite = "skip",
+        per_layer: PerLayer = None,
+    ) -> None:
         defaults = {
             "lr": lr,
             "eps": eps,

@@ -4,6 +4,7 @@ from lowrank_sys.optim.optimizer import LowRankOptimizer
 from lowrank_sys.optim.pipeline import Pipeline
 from lowrank_sys.optim.preset import method
 from lowrank_sys.optim.rules import Adam
+from lowrank_sys.optim.types import Betas, NonFinite, Params, PerLayer, Rate
 from lowrank_sys.subspace.rows import Rows
 
 
@@ -23,6 +24,16 @@ class GrassAdamW(LowRankOptimizer):
     rows are drawn, `step`, and the schedule.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, nonfinite="skip", per_layer=None):
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        nonfinite: NonFinite = "skip",
+        per_layer: PerLayer = None,
+    ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, Pipeline(Adam(), subspace=Rows()), defaults, nonfinite, per_layer)

@@ -4,6 +4,7 @@ import torch
 
 from lowrank_sys.optim.preset import Preset, method
 from lowrank_sys.optim.remainder import ErrorFeedback
+from lowrank_sys.optim.types import Betas, Params, Rate
 from lowrank_sys.subspace.iteration import orthonormalize, svd_basis
 from lowrank_sys.subspace.select import SELECT, Selector
 from lowrank_sys.subspace.transport import TRANSPORTS, Transport, rotated, rotation
@@ -64,5 +65,5 @@ class LDAdamW(Preset):
     remainder = ErrorFeedback()
     low_rank_defaults = {"subspace": "power", "moments": "covariance", "update_proj_gap": 1}
 
-    def __init__(self, params, lr=1e-3, betas=(0.908, 0.99), **options):
+    def __init__(self, params: Params, lr: Rate = 1e-3, betas: Betas = (0.908, 0.99), **options) -> None:
         super().__init__(params, lr, betas=betas, **options)

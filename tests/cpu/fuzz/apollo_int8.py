@@ -10,15 +10,15 @@ from fuzz.qgalore import check_weight, filled, sizes, stream
 from fuzz.steps import compare_list, guards, hyper, rate, usable
 from lowrank_sys import reference
 from lowrank_sys.reference import galore
-from lowrank_sys.reference.residual import apollo_update, gaussian_project
+from lowrank_sys.reference.gaussian import gaussian_project
 
 NAMES = ("codes", "weight_scale", "grad", "basis", "exp_avg", "exp_avg_sq", "limiter")
 LISTS = ("codes", "weight_scales", "grads", "bases", "exp_avgs", "exp_avg_sqs", "limiters")
 OWN = ("per_tensor", "scale_front", "growth")
 
 
-def matrix(draw, left, hostile, limited, group_size):
-    param, *rest = residual.matrix("apollo_step", draw, left, hostile, limited, False)
+def matrix(draw, left, hostile, limited, group_size, key):
+    param, *rest = residual.matrix("apollo_step", draw, left, hostile, limited, False, key)
     return [*reference.quantize_int8(param, group_size=group_size), *rest]
 
 
@@ -26,7 +26,7 @@ def one_arguments(tensor):
     def arguments(draw):
         left, hostile, size = draw.of(True, False), draw.of(False, True), sizes(draw)["group_size"]
         step = draw.of(1, 2, 1000)
-        return dict(zip(NAMES, matrix(draw, left, hostile, draw.of(True, False), size))) | dict(
+        return dict(zip(NAMES, matrix(draw, left, hostile, draw.of(True, False), size, draw.of(True, False)))) | dict(
             step=torch.tensor(step) if tensor else step,
             lr=rate(draw) if tensor else draw.of(0.1, 1e-3, 0.0),
             **hyper(draw),
@@ -41,8 +41,8 @@ def one_arguments(tensor):
 
 def list_arguments(draw):
     left, hostile, limited, count = draw.of(True, False), draw.of(False, True), draw.of(True, False), draw.of(1, 2, 0)
-    size = sizes(draw)["group_size"]
-    rows = [matrix(draw, left, hostile, limited, size) for _ in range(count)]
+    size, key = sizes(draw)["group_size"], draw.of(True, False)
+    rows = [matrix(draw, left, hostile, limited, size, key) for _ in range(count)]
     columns = [list(column) for column in zip(*rows)] or [[] for _ in NAMES]
     columns = [[] if column and column[0] is None else column for column in columns]
     drawn = [stream(draw) for _ in range(count)]
@@ -95,8 +95,7 @@ def check_matrix(then, now, before, grad_scale, settings):
     if sure.all() and tame and codes.numel() and (v >= 0.1).all() and 0 < abs(grad_scale) < 4:
         want = [t if t is None or t.dtype == torch.int64 else t.double() for t in replace(list(then[2:]), torch.clone)]
         own = {key: before[key] for key in (*OWN, "scale")}
-        update, _, rate_ = apollo_update(want[0] * grad_scale, *want[1:], lr=lr, left=left, **moves, **own)
-        alpha = -float(rate_)
+        reference.named("apollo_step")(update, want[0] * grad_scale, *want[1:], lr=lr, weight_decay=0.0, left=left, **moves, **own)
         low = galore.project(grad.double() * grad_scale, dense.double(), left=left)
         least = low.square().sum(axis).min().sqrt()
         share = 2.0**-20 * (grad.double() * grad_scale).abs().max() * grad.shape[axis] ** 0.5 / max(least, 1e-30) + 2.0**-12

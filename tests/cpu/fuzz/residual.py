@@ -7,7 +7,8 @@ from fuzz.bounds import UNITS, Near, adam, assert_within, scaled
 from fuzz.harness import FLOATS, Fuzz, replace, same_bits
 from fuzz.projection import low_rank, product_of
 from fuzz.steps import compare_list, guards, hyper, moments, rate, usable
-from lowrank_sys.reference import galore, residual
+from lowrank_sys import reference
+from lowrank_sys.reference import galore
 
 NAMES = ("param", "grad", "basis", "exp_avg", "exp_avg_sq")
 EXTRAS = {"apollo_step": ("limiter",), "fira_step": ("limiter", "gram"), "frugal_step": ()}
@@ -25,12 +26,12 @@ def own(op, draw):
     return dict(scale=draw.of(0.25, 1.0), residual_scale=draw.of(0.1, 0.0), sign=draw.of(True, False))
 
 
-def matrix(op, draw, left, hostile, limited, gram):
+def matrix(op, draw, left, hostile, limited, gram, key=False):
     m, n, r = draw.size(), draw.size(), draw.size(1, 33)
     d, shape = m if left else n, low_rank(m, n, r, left)
     basis = draw.values(d, r, hostile=False) / max(1, d) ** 0.5
     # A residual that is nothing but rounding has no norm to compare: then the basis spans no more than a part.
-    basis = basis.to(draw.of(*FLOATS)) if op != "apollo_step" or draw.of(True, False) else torch.tensor([-7, 3, 11, draw.of(0, 5)])
+    basis = basis.to(draw.of(*FLOATS)) if not key else torch.tensor([-7, 3, 11, draw.of(0, 5)])
     row = [
         draw.values(m, n, dtype=draw.of(*FLOATS), hostile=hostile),
         draw.values(m, n, dtype=draw.of(*FLOATS), hostile=hostile),
@@ -44,11 +45,18 @@ def matrix(op, draw, left, hostile, limited, gram):
     return row
 
 
+def has_key(op, draw):
+    """Whether the bases are Gaussian, from their keys."""
+    return op == "apollo_step" and draw.of(True, False)
+
+
 def one_arguments(op, tensor):
     def arguments(draw):
         left, hostile = draw.of(True, False), draw.of(False, True)
         step = draw.of(1, 2, 1000)
-        return dict(zip(NAMES + EXTRAS[op], matrix(op, draw, left, hostile, draw.of(True, False), draw.of(True, False)))) | dict(
+        return dict(
+            zip(NAMES + EXTRAS[op], matrix(op, draw, left, hostile, draw.of(True, False), draw.of(True, False), has_key(op, draw)))
+        ) | dict(
             step=torch.tensor(step) if tensor else step,
             lr=rate(draw) if tensor else draw.of(0.1, 1e-3, 0.0),
             **hyper(draw),
@@ -62,8 +70,8 @@ def one_arguments(op, tensor):
 def list_arguments(op):
     def arguments(draw):
         left, hostile, count = draw.of(True, False), draw.of(False, True), draw.of(1, 2, 0)
-        limited, gram = draw.of(True, False), draw.of(True, False)
-        rows = [matrix(op, draw, left, hostile, limited, gram) for _ in range(count)]
+        limited, gram, key = draw.of(True, False), draw.of(True, False), has_key(op, draw)
+        rows = [matrix(op, draw, left, hostile, limited, gram, key) for _ in range(count)]
         names = NAMES + EXTRAS[op]
         columns = [list(column) for column in zip(*rows)] or [[] for _ in names]
         columns = [[] if None in [type(x) if x is not None else None for x in column] else column for column in columns]
@@ -86,7 +94,7 @@ def check_matrix(op, before, after, left, grad_scale, settings):
     dense = (
         basis
         if basis.dtype != torch.int64
-        else residual.gaussian_project(
+        else reference.gaussian_project(
             torch.eye(param.shape[axis], dtype=torch.float64),
             rank=m.shape[axis],
             left=False,
@@ -126,7 +134,7 @@ def check_weights(op, before, after, left, grad_scale, settings, dense):
         near_zero = (want[1] - galore.back(low, want[2], left)).abs() < 1e-3 * (1 + low.abs().max())
     else:
         near_zero = torch.zeros(before[0].shape, dtype=torch.bool)
-    getattr(residual, op)(*want, left=left, **settings)
+    reference.named(op)(*want, left=left, **settings)
     moved = (want[0] - before[0].double()).abs().max()
     r = galore.project(want[1], dense.double(), left=left)
     # s is relative to |R|, whose smallest channel loses digits to the products' rounding; a limiter compares norms of differences.

@@ -147,6 +147,23 @@ def compare_matrices(before, after, result):
     )
 
 
+def renamed(arguments, names):
+    return {names.get(name, name): value for name, value in arguments.items()}
+
+
+# What step.rows calls the lists of the named step.
+ROWS = {"params": "weights", "grads": "gradients"}
+
+
+def rows_arguments(draw):
+    return renamed(list_arguments(draw), ROWS) | dict(advance=True, op="step")
+
+
+def compare_rows(before, after, result):
+    back = {new: old for old, new in ROWS.items()}
+    compare_matrices(renamed(before, back), renamed(after, back), result)
+
+
 def compare_row_norms(before, after, result):
     compare_norms(before | {"left": not before["left"]}, after, result)
 
@@ -159,4 +176,5 @@ FUZZ = {
     "grass_step.tensor": Fuzz(one_arguments(tensor=True), compare_one, values=INDICES),
     "grass_step": Fuzz(one_arguments(tensor=False), compare_one, values=INDICES),
     "grass_step.list": Fuzz(list_arguments, compare_matrices, values=INDICES),
+    "step.rows": Fuzz(rows_arguments, compare_rows, values=INDICES),
 }

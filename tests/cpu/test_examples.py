@@ -1,0 +1,41 @@
+"""The programs under examples/ run as they are, and learn."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Import an example by its name, as `python examples/NAME.py` would find its neighbours."""
+    monkeypatch.syspath_prepend(FOLDER)
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    sys.modules.pop("tiny", None)
+
+
+def test_every_example_is_here():
+    assert {path.stem for path in FOLDER.glob("*.py")} == {"tiny", "custom_loop", *LEARN}
+
+
+def test_custom_loop(example):
+    assert example("custom_loop").main() < 0.1
+
+
+LEARN = ("accumulate_and_clip", "int8_in_backward", "trainer")
+
+
+@pytest.mark.parametrize("name", LEARN)
+def test_it_learns(example, name):
+    losses = example(name).main()
+    assert losses[-1] < 0.9 * losses[0]
