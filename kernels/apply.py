@@ -294,7 +294,7 @@ def launch_apply(
         gain=gain,
         residual_scale=residual_scale,
         LEFT=left,
-        PHI=phi,
+        PHI=phi.value,
         STEP=is_step,
         PRECISION=precision(),
         INT8_GROUP=int8.group_size,

@@ -128,7 +128,7 @@ def launch_rule(
         gain1=1 - beta1,
         gain2=1 - beta2,
         eps=eps,
-        RULE=rule,
+        RULE=rule.value,
         **sizes,
         **configs.OPTIONS,
     )

@@ -234,7 +234,7 @@ def _ratio(x, r, squares, scalars, counters, h):
         outs = [_empty(x)] if h.remainder == "scaled-residual" else None
         launch_rule([r], outs, [[moment] for moment in x.moments], scalars, rule=RATIO, sums=sums, **measured, **h.adam)
         return outs and outs[0], sums
-    update = _empty(x)
+    update = r if h.remainder == "scaled-gradient" else _empty(x)
     launch_sums(r, sums, scalars, left=h.left, before=True, **measured)
     # At a step of infinity both bias corrections are 1, and Adam's update is N.
     _adam_8bit([x], [r], [update], [torch.full((), torch.inf, device=r.device)], h)
