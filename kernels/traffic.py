@@ -166,31 +166,22 @@ def int8_linear(t, m, n, *, back, dtype, group_size, card, bias=None):
     }
 
 
-def gaussian_basis(d, r, *, out):
-    """Rows of a Gaussian basis, written once."""
-    return {"out": Bytes(0, d * r * out.itemsize)}
+def gaussian_basis(d, r, *, out=torch.float32, key=False):
+    """Rows of a Gaussian basis, written once; its `key`, if it lies on the device, is read by every program."""
+    programs = triton.cdiv(d + 63, 64) * triton.cdiv(r, configs.GAUSSIAN_BASIS["BLOCK_R"])
+    return {"out": Bytes(0, d * r * out.itemsize), "key": Bytes(programs * 4 * torch.int64.itemsize if key else 0, 0)}
 
 
-def gaussian_project(m, n, r, *, left, grad, card, key=False, squares=False):
-    """R = project(G) on a basis from its seed, or from the `key` on the device; the squares of G's channels if `squares`."""
-    plan = configs.plan_gaussian_project(m, n, r, left=left, dtype=grad, card=card)
-    channels = n if left else m
-    parts = plan.splits * r * channels * FP32 if plan.splits > 1 else 0
-    return {
-        "grad": Bytes(triton.cdiv(r, plan.config["BLOCK_R"]) * m * n * grad.itemsize, 0),
-        "partials": Bytes(parts, parts),
-        "out": Bytes(0, r * channels * FP32),
-        "key": Bytes(plan.tiles * plan.splits * 4 * torch.int64.itemsize if key else 0, 0),
-        "squares": Bytes(0, plan.splits * channels * FP32 if squares else 0),
-    }
+def gaussian_project(m, n, r, *, left, grad, card):
+    """The launches of R = project(G) on a basis from its seed: it is made, then read."""
+    basis = gaussian_basis(m if left else n, r)
+    return basis, project(m, n, r, left=left, grad=grad, basis=torch.float32, card=card)
 
 
-def gaussian_back_project(m, n, r, *, left, param, groups):
-    """W <- beta W + alpha back(X) on a basis from its seed, whose rows lie in `groups` groups of 64."""
-    return {
-        "param": Bytes(m * n * param.itemsize, m * n * param.itemsize),
-        "low_rank": Bytes(groups * r * (n if left else m) * FP32, 0),
-    }
+def gaussian_back_project(m, n, r, *, left, param, card):
+    """The launches of W <- beta W + alpha back(X) on a basis from its seed: it is made, then read."""
+    types = {"param": param, "low_rank": torch.float32, "basis": torch.float32}
+    return gaussian_basis(m if left else n, r), back_project(m, n, r, left=left, card=card, **types)
 
 
 def ratio(m, n, r, *, left, splits=0, out=False, gram=False):
@@ -240,22 +231,20 @@ def residual(m, n, r, *, left, rule, param, grad, basis=None, scaled=True):
 
 
 def _projected(m, n, r, *, left, grad, basis, card, limited):
-    """(the launch of R = project(G), how many parts the squares of G's channels have); basis None: a Gaussian one."""
-    if basis is None:
-        first = gaussian_project(m, n, r, left=left, grad=grad, card=card, key=True, squares=limited)
-        splits = configs.plan_gaussian_project(m, n, r, left=left, dtype=grad, card=card).splits
-    else:
-        first = project(m, n, r, left=left, grad=grad, basis=basis, card=card)
-        splits = configs.plan_project(m, n, r, left=left, dtypes=(grad, basis), card=card).splits
-        first["squares"] = Bytes(0, splits * (n if left else m) * FP32 if limited else 0)
-    return first, splits if limited else 0
+    """The launches of R = project(G), and how many parts the squares of G's channels have; basis None: a Gaussian one."""
+    made = () if basis else (gaussian_basis(m if left else n, r, key=True),)
+    basis = basis or torch.float32
+    first = project(m, n, r, left=left, grad=grad, basis=basis, card=card)
+    splits = configs.plan_project(m, n, r, left=left, dtypes=(grad, basis), card=card).splits if limited else 0
+    first["squares"] = Bytes(0, splits * (n if left else m) * FP32)
+    return *made, first, splits
 
 
 def apollo_step(m, n, r, *, left, param, grad, basis, card, per_tensor=False, limited=True):
     """The launches of a step, in order. basis: its type, or None for a Gaussian one."""
-    first, splits = _projected(m, n, r, left=left, grad=grad, basis=basis, card=card, limited=limited)
+    *first, splits = _projected(m, n, r, left=left, grad=grad, basis=basis, card=card, limited=limited)
     return (
-        first,
+        *first,
         ratio(m, n, r, left=left, splits=splits),
         coefficients(n if left else m, per_tensor=per_tensor, limited=limited),
         residual(m, n, r, left=left, rule=0, param=param, grad=grad),
@@ -264,12 +253,12 @@ def apollo_step(m, n, r, *, left, param, grad, basis, card, per_tensor=False, li
 
 def fira_step(m, n, r, *, left, param, grad, basis, card, gram=False):
     """The launches of a step, in order; `gram`: with BᵀB, which costs a product with R."""
-    first, splits = _projected(m, n, r, left=left, grad=grad, basis=basis, card=card, limited=True)
+    *first, splits = _projected(m, n, r, left=left, grad=grad, basis=basis, card=card, limited=True)
     # R (r, n) is projected by the symmetric BᵀB as G is by B.
     rows, columns = (r, n) if left else (m, r)
     inside = (project(rows, columns, r, left=left, grad=torch.float32, basis=torch.float32, card=card),) if gram else ()
     return (
-        first,
+        *first,
         *inside,
         ratio(m, n, r, left=left, splits=splits, out=True, gram=gram),
         coefficients(n if left else m, per_tensor=False, limited=True),
