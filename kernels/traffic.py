@@ -22,12 +22,17 @@ class Int4(NamedTuple):
 
     @property
     def dtype(self):
-        """What an entry is in the products."""
+        """What an entry is where each is made first."""
         return torch.float32
 
 
 def _type(basis):
     return basis.dtype if isinstance(basis, Int4) else basis
+
+
+def _project_types(grad, basis):
+    """What the products of a projection are taken in: the codes of an INT4 basis take the gradient's type."""
+    return grad, grad if isinstance(basis, Int4) else basis
 
 
 def _basis(basis, d, r, times, tile):
@@ -40,16 +45,22 @@ def _basis(basis, d, r, times, tile):
 
 def project(m, n, r, *, left, grad, basis, card, out=torch.float32, moments=False):
     """R = project(G); the moments of an Adam epilogue if `moments`. grad, basis, out are types; basis may be `Int4`."""
-    plan = configs.plan_project(m, n, r, left=left, dtypes=(grad, _type(basis)), card=card)
+    plan = configs.plan_project(m, n, r, left=left, dtypes=_project_types(grad, basis), card=card)
     channels, depth = (n, m) if left else (m, n)
     size = r * channels
     parts = plan.splits * size * FP32 if plan.splits > 1 else 0
+    times = triton.cdiv(channels, plan.config["BLOCK_C"])
     rows = {
         "grad": Bytes(triton.cdiv(r, plan.config["BLOCK_R"]) * m * n * grad.itemsize, 0),
-        **_basis(basis, depth, r, triton.cdiv(channels, plan.config["BLOCK_C"]), plan.config["BLOCK_D"]),
+        **_basis(basis, depth, r, times, plan.config["BLOCK_D"]),
         "partials": Bytes(parts, parts),
         "out": Bytes(0, size * out.itemsize),
     }
+    if isinstance(basis, Int4) and grad.itemsize == 2:
+        # Codes are multiplied as they are: scales and offsets come in once a group and part.
+        ends = [(i * plan.chunk, min((i + 1) * plan.chunk, depth)) for i in range(plan.splits)]
+        groups = sum(triton.cdiv(end, basis.group_size) - begin // basis.group_size for begin, end in ends)
+        rows["scale"] = rows["offset"] = Bytes(times * r * groups * FP32, 0)
     if moments:
         rows |= {name: Bytes(size * FP32, size * FP32) for name in ("exp_avg", "exp_avg_sq")}
     return rows

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowrank_sys import reference
+from lowrank_sys.kernels import basis as basis_kernels
 from lowrank_sys.kernels import configs, traffic
 from lowrank_sys.kernels.back_project import back_project_int4_, launch_back_project
 from lowrank_sys.kernels.basis import Int4Basis
@@ -35,7 +36,7 @@ def case_of(lane, m, n, r, group_size, left, param=FP32, grad=FP32, seed=0):
 
 
 @SIDES
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_project(lane, shape, dtype, left):
     case, basis = case_of(lane, *shape, left, grad=dtype)
@@ -58,20 +59,33 @@ def test_back_project(lane, shape, dtype, left):
     case.check_guards()
 
 
+def test_codes_in_words():
+    """A code in the lowest bits of 2^k is 2^k + code, whatever the type: what `load_codes` takes off leaves code - 8."""
+    codes = torch.arange(16, dtype=torch.int32)
+    for dtype, word, power, less in (
+        (BF16, torch.int16, basis_kernels.POWER16, basis_kernels.LESS16),
+        (FP16, torch.int16, basis_kernels.POWER_FP16, basis_kernels.LESS_FP16),
+        (FP32, torch.int32, basis_kernels.POWER32, basis_kernels.LESS32),
+    ):
+        words = (codes | power.value).to(word).view(dtype)
+        assert torch.equal((words - torch.tensor(less.value, dtype=dtype)).float(), codes.float() - 8)
+
+
 @SIDES
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("r", [5, 16])
-def test_split_does_not_matter(lane, monkeypatch, r, left):
+def test_split_does_not_matter(lane, monkeypatch, r, dtype, left):
     """However a projection is split, R is the same up to the order of fp32 sums; the same split gives the same bits."""
     results, splits = [], set()
     for multiprocessors in (1, 4, 4, 40):
         card = configs.Target(80, multiprocessors)
         monkeypatch.setattr(configs, "target", lambda _, card=card: card)
-        m, n = (400, 64) if left else (64, 400)
-        case, basis = case_of(lane, m, n, r, 64, left)
+        m, n = (800, 64) if left else (64, 800)
+        case, basis = case_of(lane, m, n, r, 64, left, grad=dtype)
         results.append(project_int4(case.grad, *basis[:3], left=left, group_size=64))
-        splits.add(configs.plan_project(m, n, r, left=left, dtypes=(FP32, FP32), card=card).splits)
+        splits.add(configs.plan_project(m, n, r, left=left, dtypes=(dtype, dtype), card=card).splits)
         want = reference.project(case.wants["grad"], case.wants["basis"], left=left)
-        lane.assert_close("R", results[-1], want, rtol=1e-6, atol=4e-7 * 20)
+        lane.assert_close("R", results[-1], want, rtol=1e-6, atol=4e-7 * 800**0.5)
     assert len(splits) > 1
     assert torch.equal(results[1], results[2])
 
@@ -106,8 +120,26 @@ def test_a_step_of_two_matrices_with_adam_as_the_epilogue(lane, dtype, left):
 
 
 @SIDES
-def test_nan_stays_in_its_channel(lane, left):
-    case, basis = case_of(lane, 63, 65, 5, 32, left)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_squares_of_the_channels(lane, dtype, left):
+    """A step that keeps R may ask for the sums of squares of G's channels."""
+    case, basis = case_of(lane, 150, 170, 20, 64, left, grad=dtype)
+    out, buffers = torch.empty_like(case.exp_avg), []
+
+    def buffer(splits):
+        buffers.append(torch.empty(splits, 170 if left else 150, device=lane.device))
+        return buffers[-1]
+
+    got = launch_project([case.grad], [basis], [out], left=left, counters=counters_of(lane.device), squares=buffer)
+    lane.assert_close("R", out, reference.project(case.wants["grad"], case.wants["basis"], left=left), rtol=1e-6, atol=6e-6)
+    want = case.wants["grad"].square().sum(0 if left else 1)
+    lane.assert_close("squares", got.sum(0), want, rtol=2e-6, atol=0.0)
+
+
+@SIDES
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_nan_stays_in_its_channel(lane, dtype, left):
+    case, basis = case_of(lane, 63, 65, 5, 32, left, grad=dtype)
     case.grad[3, 7] = float("nan")
     got = project_int4(case.grad, *basis[:3], left=left, group_size=32)
     assert (got[:, 7] if left else got[3]).isnan().all() and got.isnan().sum() == case.r
@@ -121,7 +153,7 @@ def assert_bytes(meter, launch, rows):
 
 
 @SIDES
-@pytest.mark.parametrize("shape", [(63, 100, 5, 32), (300, 80, 16, 256), (40, 144, 130, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(63, 100, 5, 32), (300, 80, 16, 256), (40, 144, 130, 64), (700, 700, 5, 256)], ids=str)
 def test_traffic(lane, meter, monkeypatch, shape, left):
     """The basis moves as half a byte an entry, and its scales."""
     card = configs.Target(80, 6)
@@ -134,7 +166,7 @@ def test_traffic(lane, meter, monkeypatch, shape, left):
     int4 = traffic.Int4(group_size)
     rows = traffic.project(m, n, r, left=left, grad=BF16, basis=int4, card=card)
     d, channels = (m, n) if left else (n, m)
-    times = -(-channels // configs.plan_project(m, n, r, left=left, dtypes=(BF16, FP32), card=card).config["BLOCK_C"])
+    times = -(-channels // configs.plan_project(m, n, r, left=left, dtypes=(BF16, BF16), card=card).config["BLOCK_C"])
     assert rows["basis"].loaded == times * r * -(-d // 2)
     assert_bytes(meter, first, dict(rows))
     assert (first.counts["grad"]["loaded"] == -(-r // 128)).all()
