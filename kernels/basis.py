@@ -91,14 +91,18 @@ def load_codes(packed, o_r, first, r, width, NARROW: tl.constexpr, BLOCK_D: tl.c
     In the interpreter, which knows no arithmetic of bf16, in fp32. Bytes: half a byte an entry.
     """
     b_packed = load_packed(packed, o_r, first, r, width, BLOCK_D)
-    if INTERPRETED:
-        b_word = tl.interleave(b_packed & 15, b_packed >> 4).to(tl.uint32) | POWER32
-        return b_word.to(tl.float32, bitcast=True) - LESS32
-    POWER: tl.constexpr = POWER16 if NARROW == tl.bfloat16 else POWER_FP16
-    LESS: tl.constexpr = LESS16 if NARROW == tl.bfloat16 else LESS_FP16
-    b_packed = b_packed.to(tl.uint16)
+    TYPE: tl.constexpr = tl.float32 if INTERPRETED else NARROW
+    if TYPE == tl.float32:
+        WORD: tl.constexpr = tl.uint32
+        POWER: tl.constexpr = POWER32
+        LESS: tl.constexpr = LESS32
+    else:
+        WORD: tl.constexpr = tl.uint16
+        POWER: tl.constexpr = POWER16 if TYPE == tl.bfloat16 else POWER_FP16
+        LESS: tl.constexpr = LESS16 if TYPE == tl.bfloat16 else LESS_FP16
+    b_packed = b_packed.to(WORD)
     b_word = tl.interleave((b_packed & 15) | POWER, (b_packed >> 4) | POWER)
-    return b_word.to(NARROW, bitcast=True) - tl.full([], LESS, NARROW)
+    return b_word.to(TYPE, bitcast=True) - tl.full([], LESS, TYPE)
 
 
 @triton.jit
@@ -168,3 +172,71 @@ def project_codes(
             b_part, b_sum = tl.zeros_like(b_part), tl.zeros_like(b_sum)
         p_g += step
     return b_r, tl.sum(b_square, axis=0 if LEFT else 1)
+
+
+@triton.jit
+def narrowed(b_x, NARROW: tl.constexpr):
+    """b_x in NARROW, rounded to nearest even. In the interpreter, whose casts to bf16 truncate, the same values in fp32."""
+    if not INTERPRETED:
+        b_round = b_x.to(NARROW)
+    elif NARROW == tl.float16:
+        b_round = b_x.to(NARROW).to(tl.float32)
+    else:
+        bits = b_x.to(tl.uint32, bitcast=True)
+        b_round = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        b_round = tl.where(b_x == b_x, b_round, b_x)
+    return b_round
+
+
+@triton.jit
+def back_codes(
+    low_rank,
+    packed,
+    scale,
+    offset,
+    i_m,
+    i_n,
+    m,
+    n,
+    r,
+    width,
+    LEFT: tl.constexpr,
+    NARROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Tile (i_m, i_n) of B X if LEFT, else of X Bᵀ, in fp32, for INT4; finite, but not always 0, outside of the matrix.
+
+    A tile lies in one group g: Codes (scale_g X) + the sum of offset_g X over the rank, where scale_g X is rounded to NARROW, bf16
+    or fp16, in which the codes are exact. The side of the tile along the basis (BLOCK_M if LEFT) divides GROUP.
+
+    Bytes: X, half a byte an entry of the basis, and scale and offset of one group, once a tile.
+    """
+    tl.static_assert(GROUP % (BLOCK_M if LEFT else BLOCK_N) == 0, "a tile lies in one group")
+    o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    m_m, m_n = o_m < m, o_n < n
+    first = i_m * BLOCK_M if LEFT else i_n * BLOCK_N
+    groups = tl.cdiv(m if LEFT else n, GROUP)
+
+    b_back = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_sum = tl.zeros([BLOCK_N if LEFT else BLOCK_M], tl.float32)
+    for i_r in range(0, r, BLOCK_R):
+        o_r = (i_r + tl.arange(0, BLOCK_R)).to(tl.int64)
+        b_scale, b_offset = load_group(scale, offset, o_r, first // GROUP, groups, r)
+        if LEFT:
+            b_code = load_codes(packed, o_r, first, r, width, NARROW, BLOCK_M)
+            b_x = tl.load(low_rank + o_r[:, None] * n + o_n[None, :], mask=(o_r < r)[:, None] & m_n[None, :], other=0.0)
+            b_x = b_x.to(tl.float32)
+            b_back = dot(tl.trans(b_code), narrowed(b_scale[:, None] * b_x, NARROW), b_back, PRECISION)
+            b_sum += tl.sum(b_offset[:, None] * b_x, axis=0)
+        else:
+            b_code = load_codes(packed, o_r, first, r, width, NARROW, BLOCK_N)
+            b_x = tl.load(low_rank + o_m[:, None] * r + o_r[None, :], mask=m_m[:, None] & (o_r < r)[None, :], other=0.0)
+            b_x = b_x.to(tl.float32)
+            b_back = dot(narrowed(b_x * b_scale[None, :], NARROW), b_code, b_back, PRECISION)
+            b_sum += tl.sum(b_x * b_offset[None, :], axis=1)
+    return b_back + (b_sum[None, :] if LEFT else b_sum[:, None])

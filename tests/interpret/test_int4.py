@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from lowrank_sys import reference
 from lowrank_sys.kernels import basis as basis_kernels
@@ -12,6 +14,7 @@ from lowrank_sys.kernels.project import counters_of, launch_project, project_int
 from lowrank_sys.kernels.scalars import advance
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+NARROW = {BF16: tl.bfloat16, FP16: tl.float16}
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 # Odd lengths, single rows, several groups in a tile and several tiles in a group, one and two tiles of the rank.
 SHAPES = [
@@ -69,6 +72,49 @@ def test_codes_in_words():
     ):
         words = (codes | power.value).to(word).view(dtype)
         assert torch.equal((words - torch.tensor(less.value, dtype=dtype)).float(), codes.float() - 8)
+
+
+@triton.jit
+def back_codes_kernel(
+    out, low_rank, packed, scale, offset, m, n, r, width, LEFT: tl.constexpr, NARROW: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    b_back = basis_kernels.back_codes(
+        low_rank, packed, scale, offset, i_m, i_n, m, n, r, width, LEFT, NARROW, "tf32x3", GROUP, BLOCK_M, BLOCK_N, BLOCK_R
+    )
+    o_m, o_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None], i_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(out + o_m * n + o_n, b_back, mask=(o_m < m) & (o_n < n))
+
+
+@SIDES
+@pytest.mark.parametrize("narrow", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (130, 40, 20, 64)], ids=str)
+def test_a_tile_of_the_way_back_from_codes(lane, shape, narrow, left):
+    """Within the rounding of scale * X to 16 bits"""
+    m, n, r, group_size = shape
+    case, basis = case_of(lane, *shape, left)
+    high, wide = 32, 16
+
+    def back():
+        out = torch.empty_like(case.param)
+        back_codes_kernel[configs.cdiv(m, high) * configs.cdiv(n, wide),](
+            out, case.low_rank, *basis[:3], m, n, r, basis.packed.shape[1], LEFT=left, NARROW=NARROW[narrow], GROUP=group_size,
+            BLOCK_M=high, BLOCK_N=wide, BLOCK_R=16,
+        )  # fmt: skip
+        return out.double().cpu()
+
+    # What a code adds to the entry of code 8 is what is multiplied in 16 bits.
+    spread = basis.scale.repeat_interleave(group_size, 1)[:, : case.basis.shape[0]].T.cpu() * 8.0
+    want, most = torch.zeros(2, m, n, dtype=torch.float64)
+    reference.back_project_(want, case.wants["low_rank"], case.wants["basis"], left=left)
+    reference.back_project_(most, case.wants["low_rank"].abs(), spread.double(), left=left)
+    assert ((back() - want).abs() <= torch.finfo(narrow).eps / 2 * most + 2e-6 * r**0.5).all()
+    left_out = torch.zeros(m, n, dtype=torch.bool)
+    (left_out[:, n // 2] if left else left_out[m // 2]).fill_(True)
+    (case.low_rank[:, n // 2] if left else case.low_rank[m // 2]).fill_(torch.nan)
+    assert torch.equal(back().isnan(), left_out)
 
 
 @SIDES
