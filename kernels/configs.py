@@ -62,13 +62,7 @@ _SMALL = _table(stages=3)  # 99 KiB
 
 TABLES = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMALL}
 
-# A Gaussian basis is made in groups of 64 rows, 16 to a product: these are the other sides of the tiles, by the largest rank.
-GAUSSIAN_PROJECT = {
-    16: _tile(8, 2, BLOCK_R=16, BLOCK_C=128),
-    64: _tile(8, 2, BLOCK_R=64, BLOCK_C=64),
-    128: _tile(8, 2, BLOCK_R=128, BLOCK_C=64),
-}
-GAUSSIAN_BACK_PROJECT = _tile(8, 2, BLOCK_C=128, BLOCK_R=32)
+# A Gaussian basis is made in groups of 64 rows.
 GAUSSIAN_BASIS = _tile(4, 1, BLOCK_R=64)
 
 # The update of weights with a residual, by the number of products (tiles hold the weight, the gradient and as many sums).
@@ -229,20 +223,6 @@ def apply_int8(config, r, group_size):
     return _tile(config["num_warps"], stages, BLOCK_M=max(16, high), BLOCK_N=wide, BLOCK_R=deep)
 
 
-def gaussian_project(arch):
-    """Launch arguments of the projection on a Gaussian basis, by the largest rank. On sm_100 its twelve sums of tf32x3 lie side by
-    side in tensor memory, where only those of a narrow tile have room."""
-    return {rank: config for rank, config in GAUSSIAN_PROJECT.items() if rank < 128 or not 100 <= arch < 120}
-
-
-@functools.cache
-def plan_gaussian_project(m, n, r, *, left, dtype, card):
-    """Plan of R = project(G) for G (m, n) of `dtype` and a basis from its seed: split as `plan_project`, in whole groups."""
-    config = of_size(gaussian_project(card.arch), r)
-    channels, depth = (n, m) if left else (m, n)
-    return _split(config, channels, depth, r, 64, depth + 63, dtype, card)
-
-
 @functools.cache
 def plan_project(m, n, r, *, left, dtypes, card):
     """Plan of R = project(G) for G (m, n) and B of `dtypes`.
@@ -252,7 +232,7 @@ def plan_project(m, n, r, *, left, dtypes, card):
     """
     config = config_for(card.arch, "project", n=n, r=r, dtypes=dtypes)
     channels, depth = (n, m) if left else (m, n)
-    return _split(config, channels, depth, r, config["BLOCK_D"], depth, dtypes[0], card)
+    return _split(config, channels, depth, r, config["BLOCK_D"], dtypes[0], card)
 
 
 def quantize_int8(depth):
@@ -265,13 +245,13 @@ def plan_project_int8(m, n, r, *, left, dtype, card):
     """Plan of R = project(G) in INT8: split as `plan_project`, in whole groups."""
     config = PROJECT_INT8["odd" if m % 16 or n % 16 or r % 16 else "aligned"]
     channels, depth = (n, m) if left else (m, n)
-    return _split(config, channels, depth, r, 256, depth, dtype, card)
+    return _split(config, channels, depth, r, 256, dtype, card)
 
 
-def _split(config, channels, depth, r, block, span, dtype, card):
-    """Plan that sums over `span` entries in blocks; `depth` of them, at least, are the gradient's."""
+def _split(config, channels, depth, r, block, dtype, card):
+    """Plan that sums over `depth` entries in blocks."""
     tiles = cdiv(channels, config["BLOCK_C"]) * cdiv(r, config["BLOCK_R"])
-    blocks = max(1, cdiv(span, block))
+    blocks = max(1, cdiv(depth, block))
     fill = cdiv(card.counters, max(1, tiles))
     splits = max(1, min(fill, blocks, depth * dtype.itemsize // (32 * r)))
     chunk = cdiv(blocks, splits)

@@ -22,7 +22,7 @@ class Int4(NamedTuple):
 
     @property
     def dtype(self):
-        """What an entry is in the products."""
+        """What an entry is where each is made first."""
         return torch.float32
 
 
@@ -36,6 +36,11 @@ def _type(basis):
     return basis.dtype if isinstance(basis, Int4) else basis
 
 
+def _project_types(grad, basis):
+    """What the products of a projection are taken in: the codes of an INT4 basis take the gradient's type."""
+    return grad, grad if isinstance(basis, Int4) else basis
+
+
 def _basis(basis, d, r, times, tile):
     """A basis (d, r) that is read `times` times in tiles of `tile` entries of a vector. basis: a type or `Int4`."""
     if not isinstance(basis, Int4):
@@ -46,16 +51,22 @@ def _basis(basis, d, r, times, tile):
 
 def project(m, n, r, *, left, grad, basis, card, out=torch.float32, moments=False):
     """R = project(G); the moments of an Adam epilogue if `moments`. grad, basis, out are types; basis may be `Int4`."""
-    plan = configs.plan_project(m, n, r, left=left, dtypes=(grad, _type(basis)), card=card)
+    plan = configs.plan_project(m, n, r, left=left, dtypes=_project_types(grad, basis), card=card)
     channels, depth = (n, m) if left else (m, n)
     size = r * channels
     parts = plan.splits * size * FP32 if plan.splits > 1 else 0
+    times = triton.cdiv(channels, plan.config["BLOCK_C"])
     rows = {
         "grad": Bytes(triton.cdiv(r, plan.config["BLOCK_R"]) * m * n * grad.itemsize, 0),
-        **_basis(basis, depth, r, triton.cdiv(channels, plan.config["BLOCK_C"]), plan.config["BLOCK_D"]),
+        **_basis(basis, depth, r, times, plan.config["BLOCK_D"]),
         "partials": Bytes(parts, parts),
         "out": Bytes(0, size * out.itemsize),
     }
+    if isinstance(basis, Int4) and grad.itemsize == 2:
+        # Codes are multiplied as they are: scales and offsets come in once a group and part.
+        ends = [(i * plan.chunk, min((i + 1) * plan.chunk, depth)) for i in range(plan.splits)]
+        groups = sum(triton.cdiv(end, basis.group_size) - begin // basis.group_size for begin, end in ends)
+        rows["scale"] = rows["offset"] = Bytes(times * r * groups * FP32, 0)
     if moments:
         rows |= {name: Bytes(size * FP32, size * FP32) for name in ("exp_avg", "exp_avg_sq")}
     return rows
@@ -189,31 +200,22 @@ def int8_linear(t, m, n, *, back, dtype, group_size, card, bias=None):
     }
 
 
-def gaussian_basis(d, r, *, out):
-    """Rows of a Gaussian basis, written once."""
-    return {"out": Bytes(0, d * r * out.itemsize)}
+def gaussian_basis(d, r, *, out=torch.float32, key=False):
+    """Rows of a Gaussian basis, written once; its `key`, if it lies on the device, is read by every program."""
+    programs = triton.cdiv(d + 63, 64) * triton.cdiv(r, configs.GAUSSIAN_BASIS["BLOCK_R"])
+    return {"out": Bytes(0, d * r * out.itemsize), "key": Bytes(programs * 4 * torch.int64.itemsize if key else 0, 0)}
 
 
-def gaussian_project(m, n, r, *, left, grad, card, key=False, squares=False):
-    """R = project(G) on a basis from its seed, or from the `key` on the device; the squares of G's channels if `squares`."""
-    plan = configs.plan_gaussian_project(m, n, r, left=left, dtype=grad, card=card)
-    channels = n if left else m
-    parts = plan.splits * r * channels * FP32 if plan.splits > 1 else 0
-    return {
-        "grad": Bytes(triton.cdiv(r, plan.config["BLOCK_R"]) * m * n * grad.itemsize, 0),
-        "partials": Bytes(parts, parts),
-        "out": Bytes(0, r * channels * FP32),
-        "key": Bytes(plan.tiles * plan.splits * 4 * torch.int64.itemsize if key else 0, 0),
-        "squares": Bytes(0, plan.splits * channels * FP32 if squares else 0),
-    }
+def gaussian_project(m, n, r, *, left, grad, card):
+    """The launches of R = project(G) on a basis from its seed: it is made, then read."""
+    basis = gaussian_basis(m if left else n, r)
+    return basis, project(m, n, r, left=left, grad=grad, basis=torch.float32, card=card)
 
 
-def gaussian_back_project(m, n, r, *, left, param, groups):
-    """W <- beta W + alpha back(X) on a basis from its seed, whose rows lie in `groups` groups of 64."""
-    return {
-        "param": Bytes(m * n * param.itemsize, m * n * param.itemsize),
-        "low_rank": Bytes(groups * r * (n if left else m) * FP32, 0),
-    }
+def gaussian_back_project(m, n, r, *, left, param, card):
+    """The launches of W <- beta W + alpha back(X) on a basis from its seed: it is made, then read."""
+    types = {"weight": param, "low_rank": torch.float32, "basis": torch.float32}
+    return gaussian_basis(m if left else n, r), apply(m, n, r, left=left, card=card, **types)
 
 
 def coefficients(channels, *, per_tensor, limited):
@@ -230,15 +232,13 @@ def coefficients(channels, *, per_tensor, limited):
 
 
 def _projected(m, n, r, *, left, grad, basis, card, squares):
-    """(the launch of R = project(G), how many parts the `squares` of G's channels have); basis None: a key."""
-    if basis is None:
-        first = gaussian_project(m, n, r, left=left, grad=grad, card=card, key=True, squares=squares)
-        plan = configs.plan_gaussian_project(m, n, r, left=left, dtype=grad, card=card)
-    else:
-        first = project(m, n, r, left=left, grad=grad, basis=basis, card=card)
-        plan = configs.plan_project(m, n, r, left=left, dtypes=(grad, _type(basis)), card=card)
-        first["squares"] = Bytes(0, plan.splits * (n if left else m) * FP32 if squares else 0)
-    return first, plan.splits if squares else 0
+    """The launches of R = project(G), and how many parts the `squares` of G's channels have; basis None: a key."""
+    made = () if basis else (gaussian_basis(m if left else n, r, key=True),)
+    basis = basis or torch.float32
+    first = project(m, n, r, left=left, grad=grad, basis=basis, card=card)
+    splits = configs.plan_project(m, n, r, left=left, dtypes=_project_types(grad, basis), card=card).splits if squares else 0
+    first["squares"] = Bytes(0, splits * (n if left else m) * FP32)
+    return *made, first, splits
 
 
 def step(
@@ -270,11 +270,11 @@ def step(
         fused = {"out": x, "moments": True} if moments == "fp32" else {}
         return project(*shape, grad=grad, basis=basis, **fused, **kind), last
     if remainder == "state-free":
-        first, _ = _projected(*shape, grad=grad, basis=basis, squares=False, **kind)
+        first = project(*shape, grad=grad, basis=basis, **kind)
         middle = [rule(*shape, left=left, out=torch.float32)] if moments == "fp32" else []
         return first, *middle, apply(*shape, weight=weight, low_rank=torch.float32, basis=basis, grad=grad, sign=sign, **kind)
-    first, splits = _projected(*shape, grad=grad, basis=basis, squares=limited, **kind)
-    launches, back = [first], remainder == "scaled-residual"
+    *launches, splits = _projected(*shape, grad=grad, basis=basis, squares=limited, **kind)
+    back = remainder == "scaled-residual"
     if gram and limited:
         # R (r, n) is projected by the symmetric BᵀB as G is by B.
         launches.append(project(*((r, n) if left else (m, r)), r, grad=torch.float32, basis=torch.float32, **kind))

@@ -2,7 +2,7 @@
 
 import itertools
 
-from lowrank_sys.bench.static.kernel import Kernel
+from lowrank_sys.bench.static.kernel import FLOATS, Kernel
 from lowrank_sys.kernels import configs, project, scalars
 
 MOMENTS = dict.fromkeys(("exp_avg", "exp_avg_sq", "scalars"), "*fp32")
@@ -24,14 +24,16 @@ def rows_of(kernel):
     return rows
 
 
-def in_one_type(count, variant):
-    """`always` for a step at r = 128: every argument given, in one type throughout, and with a basis in INT4."""
+def in_one_type(count, variant, narrow=()):
+    """`always` for a step at r = 128: every argument given, in one type throughout, and with a basis in INT4; that of 16-bit
+    operands in the types `narrow`, if given."""
 
     def calls(kind, rank):
         if rank != 128:
             return []
         fp32 = ("fp32",) * count
-        return {16: [(("bf16",) * count, variant)], 32: [(fp32, variant), (fp32, f"{variant}+int4")]}.get(kind, [])
+        codes = [(narrow, f"{variant}+int4")] if narrow else []
+        return {16: [(("bf16",) * count, variant), *codes], 32: [(fp32, variant), (fp32, f"{variant}+int4")]}.get(kind, [])
 
     return calls
 
@@ -46,10 +48,12 @@ def group(variant, config):
 
 
 def project_calls(kind):
+    words = ("step", "step+split", "plain", "plain+split", "plain+squares", "plain+squares+split")
     types = {16: SAME, 32: MIXED, "odd": SAME + MIXED}[kind]
-    calls = list(itertools.product(types, ("step", "step+split", "plain", "plain+split", "plain+squares", "plain+squares+split")))
-    # An INT4 basis counts as fp32.
-    return calls + [(pair, f"{variant}+int4") for pair, variant in calls if pair[1] == "fp32" and "squares" not in variant]
+    # The codes of an INT4 basis take the gradient's type; an update is fp32 there.
+    grads = {16: ("bf16", "fp16"), 32: ("fp32",), "odd": FLOATS}[kind]
+    int4 = [((grad, "fp32"), f"{word}+int4") for grad in grads for word in words]
+    return list(itertools.product(types, words)) + int4
 
 
 def project_tensors(types, variant):
@@ -91,7 +95,7 @@ KERNELS = {
         rows_of("project"),
         project_calls,
         project_tensors,
-        always=in_one_type(2, "step+split"),
+        always=in_one_type(2, "step+split", narrow=("bf16", "fp32")),
         constants=group,
         each=("grad", "basis", "scale", "offset", "out", "exp_avg", "exp_avg_sq"),
     ),

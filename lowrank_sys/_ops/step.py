@@ -370,6 +370,7 @@ def _on_gpu(x, basis, moments, remainder, left, projected):
         fused = projected or moments == "fp32"
         update = entries * (x.basis.element_size() if basis == "dense" else 4)
         return launched_together(*x.weight.shape) * (update + 4 * entries * (not fused) + parts)
-    # R, the update where it is applied, and (BᵀB)R
+    # R, the update where it is applied, (BᵀB)R, and a Gaussian basis
     low_rank = 1 + (remainder != "scaled-gradient") + (x.gram is not None and x.limiter is not None)
-    return low_rank * 4 * entries + parts + fp32(5, x.weight.shape[1 if left else 0]) * (remainder in LIMITED)
+    made = fp32(x.weight.shape[0 if left else 1], rank_of(x.basis, basis, x.moments[0], left)) if basis == "key" else 0
+    return low_rank * 4 * entries + made + parts + fp32(5, x.weight.shape[1 if left else 0]) * (remainder in LIMITED)

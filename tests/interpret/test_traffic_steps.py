@@ -46,8 +46,8 @@ def test_gaussian_products(lane, meter, card, shape, dtype, left):
         meter,
         [
             traffic.gaussian_basis(d, r, out=dtype),
-            traffic.gaussian_project(m, n, r, left=left, grad=dtype, card=card),
-            traffic.gaussian_back_project(m, n, r, left=left, param=dtype, groups=gaussian.groups(3, d)),
+            *traffic.gaussian_project(m, n, r, left=left, grad=dtype, card=card),
+            *traffic.gaussian_back_project(m, n, r, left=left, param=dtype, card=card),
         ],
     )
 
