@@ -7,15 +7,21 @@ from lowrank_sys._ops.codebook import dynamic_map
 from lowrank_sys.bench.cases.case import ADAM, Op, copy_of, low_rank, moments, orthonormal, product_back, scalars, two_products
 
 
-def _codes(shape, randn):
+def _codes(shape, randn, by_row=True):
     stored = {}
     for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-        stored[name], stored[f"{name}_absmax"] = reference.quantize_blockwise(moments(shape, randn)[name], signed=signed)
+        coded = reference.quantize_blockwise(moments(shape, randn)[name], signed=signed, by_row=by_row)
+        stored[name], stored[f"{name}_absmax"] = coded
     return stored
 
 
 def _adam_inputs(case, randn):
-    return {"param": randn(case.m, case.n), "grad": randn(case.m, case.n), **_codes((case.m, case.n), randn), **scalars(case)}
+    return {
+        "param": randn(case.m, case.n),
+        "grad": randn(case.m, case.n),
+        **_codes((case.m, case.n), randn, by_row=False),
+        **scalars(case),
+    }
 
 
 def _galore_inputs(case, randn):
@@ -135,13 +141,13 @@ def torchao_adamw(t, case):
     return AdamW8bit([param], lr=0.1, betas=(ADAM["beta1"], ADAM["beta2"]), eps=ADAM["eps"], weight_decay=ADAM["weight_decay"]).step
 
 
-def _bytes_of_codes(elements):
-    """Two moments of a byte, read and written, and their absmax."""
-    return 4 * elements + 16 * -(-elements // 256)
+def _bytes_of_codes(rows, columns):
+    """Two moments of a byte, read and written, and their absmax; all of a tensor that is cut flat is one row."""
+    return rows * (4 * columns + 16 * -(-columns // 256))
 
 
 def _low_rank_bytes(case):
-    return (4 + case.element) * case.low_rank + _bytes_of_codes(case.low_rank)
+    return (4 + case.element) * case.low_rank + _bytes_of_codes(*low_rank(case))
 
 
 def _bitsandbytes_codes(t, case):
@@ -155,7 +161,7 @@ OPS = {
     "adam_8bit_": Op(
         _adam_inputs,
         _adam_8bit,
-        traffic=lambda c: c.element * 3 * c.matrix + _bytes_of_codes(c.matrix),
+        traffic=lambda c: c.element * 3 * c.matrix + _bytes_of_codes(1, c.matrix),
         flop=lambda c: 16 * c.matrix,
         bases={"bitsandbytes": bitsandbytes_adamw, "torchao": torchao_adamw},
         overload="adam_8bit_",
@@ -177,7 +183,7 @@ OPS = {
     "subspace_step_8bit": Op(
         _subspace_inputs,
         _subspace_step_8bit,
-        traffic=lambda c: c.element * (2 * c.matrix + c.basis) + 4 * c.low_rank + _bytes_of_codes(c.low_rank),
+        traffic=lambda c: c.element * (2 * c.matrix + c.basis) + 4 * c.low_rank + _bytes_of_codes(*low_rank(c)),
         flop=lambda c: 2 * c.matrix * c.rank,
         bases={"gemm": product_back},
         overload="subspace_step_8bit.list",
@@ -187,7 +193,7 @@ OPS = {
     "galore_step_8bit": Op(
         _galore_inputs,
         _galore_step_8bit,
-        traffic=lambda c: c.element * (3 * c.matrix + 2 * c.basis) + _bytes_of_codes(c.low_rank),
+        traffic=lambda c: c.element * (3 * c.matrix + 2 * c.basis) + _bytes_of_codes(*low_rank(c)),
         flop=lambda c: 4 * c.matrix * c.rank,
         bases={"gemms": two_products},
         overload="galore_step_8bit.tensor",

@@ -195,7 +195,7 @@ OPS = {
     "qgalore_step": Op(
         _step_inputs,
         _step_from("grad"),
-        traffic=lambda c: weight_bytes(c) + c.element * c.matrix + 2 * int4_bytes(c) + _bytes_of_codes(c.low_rank),
+        traffic=lambda c: weight_bytes(c) + c.element * c.matrix + 2 * int4_bytes(c) + _bytes_of_codes(*low_rank(c)),
         flop=lambda c: 4 * c.matrix * c.rank,
         bases={"gemms": two_products, "parts": taken_apart},
         overload="qgalore_step.tensor",
@@ -206,7 +206,7 @@ OPS = {
     "qgalore_subspace_step": Op(
         _subspace_inputs,
         _step_from("low_rank"),
-        traffic=lambda c: weight_bytes(c) + int4_bytes(c) + 4 * c.low_rank + _bytes_of_codes(c.low_rank),
+        traffic=lambda c: weight_bytes(c) + int4_bytes(c) + 4 * c.low_rank + _bytes_of_codes(*low_rank(c)),
         flop=lambda c: 2 * c.matrix * c.rank,
         bases={"gemm": product_back},
         overload="qgalore_subspace_step.tensor",

@@ -15,9 +15,9 @@ struct Moments8bit {
 
 LR_BEGIN
 
-// The moments of block i.
-LR_HD Moments8bit at_block(const Moments8bit& all, int64_t i) {
-  return {all.m + i * kBlock, all.v + i * kBlock, all.m_absmax + i, all.v_absmax + i};
+// The moments of block i, whose first element is `first`.
+LR_HD Moments8bit at_block(const Moments8bit& all, int64_t i, int64_t first) {
+  return {all.m + first, all.v + first, all.m_absmax + i, all.v_absmax + i};
 }
 
 // First moments are signed, second ones are not.
@@ -57,22 +57,16 @@ struct EveryChannel {
   LR_HD bool operator()(int) const { return true; }
 };
 
-// Or by a flag a channel: the block begins at column `column` of a row of `columns` elements, whose flag is ok[0] unless
-// channels are columns.
+// Or by a flag a channel, from the block's first on: one for each column if channels are columns (left), else that of its row.
 struct ChannelFlags {
   const uint8_t* ok;
-  uint32_t column, columns;
   bool left;
 
-  LR_HD bool operator()(int lane) const {
-    const uint32_t at = column + uint32_t(lane);
-    return ok[left ? at % columns : at / columns] != 0;
-  }
+  LR_HD bool operator()(int lane) const { return ok[left ? lane : 0] != 0; }
 };
 
-LR_HD ChannelFlags channel_flags(const uint8_t* ok, int64_t first, int64_t columns, bool left) {
-  const int64_t row = first / columns;
-  return {left ? ok : ok + row, uint32_t(first - row * columns), uint32_t(columns), left};
+LR_HD ChannelFlags channel_flags(const uint8_t* ok, const BlockAt& at, bool left) {
+  return {ok + (left ? at.column : at.row), left};
 }
 
 // Adam's update; the moments stay as they are where g is not usable.
@@ -122,23 +116,19 @@ LR_HD int adam_8bit_block(const Block& block, const Codebooks& books, const G* g
   return owned - used;
 }
 
-// Clears the flags of the channels that n <= 256 elements of r, from element `first`, show to be unusable.
+// Clears the flags of the channels that a block of r shows to be unusable.
 template <int V, class Block>
-LR_HD void mark_channels(const Block& block, const float* r, uint8_t* ok, int64_t first, int n, int64_t columns, bool left,
-                         float grad_scale) {
-  const int owned = owned_lanes<V>(block, n);
+LR_HD void mark_channels(const Block& block, const float* r, uint8_t* ok, const BlockAt& at, bool left, float grad_scale) {
+  const int owned = owned_lanes<V>(block, at.n);
   float values[kOwned<Block>];
   for_owned<V, Block>(owned, [&](int k) {
-    load_each<V>(r + first + lane_of<V>(block, k), [&](int e, float element) { values[k + e] = element * grad_scale; });
+    load_each<V>(r + at.first + lane_of<V>(block, k), [&](int e, float element) { values[k + e] = element * grad_scale; });
   });
   int bad = 0;
   for_owned<1, Block>(owned, [&](int k) { bad += !usable(values[k]); });
   if (bad == 0) return;
   for (int k = 0; k < kOwned<Block>; ++k)
-    if (k < owned && !usable(values[k])) {
-      const int64_t at = first + lane_of<V>(block, k);
-      clear(ok + (left ? at % columns : at / columns));
-    }
+    if (k < owned && !usable(values[k])) clear(ok + (left ? at.column + lane_of<V>(block, k) : at.row));
 }
 
 LR_END

@@ -4,10 +4,41 @@
 #include "adam.h"
 #include "codebook.h"
 
+namespace lowrank {
+
+// A matrix in blocks of at most 256 elements of one row, a row's last may be shorter. A tensor that is cut flat is one row.
+struct RowBlocks {
+  int64_t rows, columns;
+};
+
+}  // namespace lowrank
+
 LR_BEGIN
 
 constexpr int kBlock = 256;
 static_assert(kBlock == kLanes);
+
+// The n elements of a block: from `first` on in the matrix, from `column` on in `row`.
+struct BlockAt {
+  int64_t first, row, column;
+  int n;
+};
+
+LR_HD int64_t blocks_per_row(const RowBlocks& in) { return (in.columns + kBlock - 1) / kBlock; }
+
+LR_HD int64_t block_count(const RowBlocks& in) { return in.rows * blocks_per_row(in); }
+
+LR_HD BlockAt block_at(const RowBlocks& in, int64_t i) {
+  const int64_t per_row = blocks_per_row(in), row = in.rows == 1 ? 0 : i / per_row, column = (i - row * per_row) * kBlock;
+  const int64_t rest = in.columns - column;
+  return {row * in.columns + column, row, column, int(rest < kBlock ? rest : kBlock)};
+}
+
+// Whether a block can be taken V elements at a time where the matrix begins on as many.
+template <int V>
+LR_HD bool in_vectors(const BlockAt& at) {
+  return at.first % V == 0 && at.n % V == 0;
+}
 
 // Calls f(k) for the lanes k < owned of this thread, V at a time. A GPU thread's loop has a fixed length, so that arrays stay
 // in its registers.
@@ -23,11 +54,10 @@ LR_HD void for_owned(int owned, const F& f) {
   }
 }
 
-// How many of the n lanes of a block this thread owns; V > 1 needs a whole block.
+// How many of the n lanes of a block, a multiple of V, this thread owns.
 template <int V, class Block>
 LR_HD int owned_lanes(const Block& block, int n) {
-  if constexpr (V > 1) return kOwned<Block>;
-  return n > block.tid ? (n - 1 - block.tid) / Block::threads + 1 : 0;
+  return n > block.tid * V ? ((n / V - 1 - block.tid) / Block::threads + 1) * V : 0;
 }
 
 // |x|, infinity for NaN.

@@ -1,4 +1,4 @@
-// Adam on a low-rank gradient R, channel by channel. A channel with one unusable value keeps its moments and gives X = 0.
+// Adam on a low-rank gradient R, channel by channel. A channel with one unusable value keeps its moments, and its X is NaN.
 #pragma once
 
 #include "adam.h"
@@ -11,7 +11,7 @@ LR_HD void low_rank_element(bool ok, float g, float& m, float& v, float& x, cons
   const float update = adam_update(g, new_m, new_v, s);
   m = ok ? new_m : m;
   v = ok ? new_v : v;
-  x = ok ? update : 0.0f;
+  x = ok ? update : NAN;
 }
 
 // Channels are columns: `columns` <= 256 neighbours of matrices with `rows` rows, `stride` apart. ok[c] says whether column

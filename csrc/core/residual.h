@@ -25,6 +25,20 @@ struct ChannelSquares {
   }
 };
 
+// r <- factor * r in the columns that this thread owns, `owned` of them; adds the squares of each to its sum.
+template <class Block>
+LR_HD void square_columns(float* r, float* sums, int64_t rows, int owned, int64_t stride, float factor) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = r + i * stride;
+    LR_SIMD
+    for (int k = 0; k < owned; ++k) {
+      const float g = row[k * Block::threads] * factor;
+      row[k * Block::threads] = g;
+      sums[k] += g * g;
+    }
+  }
+}
+
 // Channels are `columns` <= 256 neighbouring columns from c on of matrices `stride` wide; R is scaled in place, x gets N if it
 // is not null. Returns how many columns of this thread were left out.
 template <class Block>
@@ -33,15 +47,7 @@ LR_HD int ratio_columns(const Block& block, float* r, float* m, float* v, float*
   const int owned = columns > block.tid ? (columns - 1 - block.tid) / Block::threads + 1 : 0;
   float r_sums[kOwned<Block>] = {}, n_sums[kOwned<Block>] = {}, good[kOwned<Block>];
   const int64_t origin = c + block.tid;
-  for (int64_t i = 0; i < rows; ++i) {
-    float* row = r + i * stride + origin;
-    LR_SIMD
-    for (int k = 0; k < owned; ++k) {
-      const float g = row[k * Block::threads] * grad_scale;
-      row[k * Block::threads] = g;
-      r_sums[k] += g * g;
-    }
-  }
+  square_columns<Block>(r + origin, r_sums, rows, owned, stride, grad_scale);
   int skipped = 0;
   for (int k = 0; k < owned; ++k) {
     const int64_t channel = origin + k * Block::threads;
@@ -91,15 +97,21 @@ LR_HD float sum_elements(const Block& block, int64_t n, const F& f) {
   return sum;
 }
 
+// r <- factor * r for one row of n elements; every thread gets the sum of its squares.
+template <class Block>
+LR_HD float square_row(const Block& block, float* r, int64_t n, float factor) {
+  return sum_elements(block, n, [=](int64_t i) {
+    const float g = r[i] * factor;
+    r[i] = g;
+    return g * g;
+  });
+}
+
 // The channel is row c, of n elements; the pointers are the row's. Returns whether it was usable.
 template <class Block>
 LR_HD bool ratio_row(const Block& block, float* r, float* m, float* v, float* x, const ChannelSquares& squares, int64_t c,
                      int64_t n, float grad_scale, AdamStep s) {
-  const float r_sum = sum_elements(block, n, [=](int64_t i) {
-    const float g = r[i] * grad_scale;
-    r[i] = g;
-    return g * g;
-  });
+  const float r_sum = square_row(block, r, n, grad_scale);
   const bool ok = squares.usable(c, r_sum);
   const float n_sum = sum_elements(block, n, [=](int64_t i) {
     const float update = ratio_element(ok, r[i], m[i], v[i], s);

@@ -1,7 +1,5 @@
 #include "blockwise.h"
 
-#include <algorithm>
-
 #include "prefetch.h"
 #include "wide_thread.h"
 
@@ -12,8 +10,6 @@ namespace {
 constexpr Codebook<true> kSigned = make_codebook<true>();
 constexpr Codebook<false> kUnsigned = make_codebook<false>();
 constexpr Codebooks kBooks{kSigned, kUnsigned};
-
-int length(int64_t i, int64_t numel) { return int(std::min<int64_t>(kBlock, numel - i * kBlock)); }
 
 template <class F>
 void with_codebook(bool is_signed, const F& f) {
@@ -26,8 +22,9 @@ void run_quantize(const Blockwise& a, int64_t begin, int64_t end) {
     dispatch(a.dtype, [&](auto type) {
       const auto* x = static_cast<const typename decltype(type)::type*>(a.values);
       for (int64_t i = begin; i < end; ++i) {
-        prefetch(x + i * kBlock, kBlock);
-        quantize_block<1>(block, book, x + i * kBlock, a.codes + i * kBlock, a.absmax + i, length(i, a.numel));
+        const BlockAt at = block_at(a.blocks, i);
+        prefetch(x + at.first, kBlock);
+        quantize_block<1>(block, book, x + at.first, a.codes + at.first, a.absmax + i, at.n);
       }
     });
   });
@@ -36,9 +33,10 @@ void run_quantize(const Blockwise& a, int64_t begin, int64_t end) {
 void run_dequantize(const Blockwise& a, int64_t begin, int64_t end) {
   const WideThread block{};
   with_codebook(a.is_signed, [&](const auto& book) {
-    for (int64_t i = begin; i < end; ++i)
-      dequantize_block<1>(block, book, a.codes + i * kBlock, a.absmax[i], static_cast<float*>(a.values) + i * kBlock,
-                          length(i, a.numel));
+    for (int64_t i = begin; i < end; ++i) {
+      const BlockAt at = block_at(a.blocks, i);
+      dequantize_block<1>(block, book, a.codes + at.first, a.absmax[i], static_cast<float*>(a.values) + at.first, at.n);
+    }
   });
 }
 
@@ -51,13 +49,14 @@ int64_t run_adam(const Adam8bit& a, int64_t begin, int64_t end) {
       auto* w = static_cast<W*>(a.w);
       int64_t skipped = 0;
       for (int64_t i = begin; i < end; ++i) {
-        const Moments8bit moments = at_block(a.moments, i);
-        prefetch(g + i * kBlock, kBlock);
-        prefetch(w + i * kBlock, kBlock);
+        const BlockAt at = block_at({1, a.numel}, i);
+        const Moments8bit moments = at_block(a.moments, i, at.first);
+        prefetch(g + at.first, kBlock);
+        prefetch(w + at.first, kBlock);
         prefetch(moments.m, kBlock);
         prefetch(moments.v, kBlock);
-        skipped += adam_8bit_block<1>(block, kBooks, g + i * kBlock, IntoWeights<W>{w + i * kBlock}, moments, length(i, a.numel),
-                                      a.grad_scale, a.step, EveryChannel{});
+        skipped += adam_8bit_block<1>(block, kBooks, g + at.first, IntoWeights<W>{w + at.first}, moments, at.n, a.grad_scale,
+                                      a.step, EveryChannel{});
       }
       return skipped;
     });
@@ -65,8 +64,7 @@ int64_t run_adam(const Adam8bit& a, int64_t begin, int64_t end) {
 }
 
 void run_mark_channels(const LowRankAdam8bit& a, uint8_t* ok, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)
-    mark_channels<1>(WideThread{}, a.r, ok, i * kBlock, length(i, a.rows * a.columns), a.columns, a.left, a.grad_scale);
+  for (int64_t i = begin; i < end; ++i) mark_channels<1>(WideThread{}, a.r, ok, block_at(a.blocks, i), a.left, a.grad_scale);
 }
 
 void run_low_rank_adam(const LowRankAdam8bit& a, int64_t begin, int64_t end) {
@@ -74,11 +72,12 @@ void run_low_rank_adam(const LowRankAdam8bit& a, int64_t begin, int64_t end) {
   dispatch(a.x_dtype, [&](auto type) {
     using X = typename decltype(type)::type;
     for (int64_t i = begin; i < end; ++i) {
+      const BlockAt at = block_at(a.blocks, i);
       const auto run = [&](const auto& channels) {
-        adam_8bit_block<1>(block, kBooks, a.r + i * kBlock, IntoUpdate<X>{static_cast<X*>(a.x) + i * kBlock},
-                           at_block(a.moments, i), length(i, a.rows * a.columns), a.grad_scale, a.step, channels);
+        adam_8bit_block<1>(block, kBooks, a.r + at.first, IntoUpdate<X>{static_cast<X*>(a.x) + at.first},
+                           at_block(a.moments, i, at.first), at.n, a.grad_scale, a.step, channels);
       };
-      a.ok == nullptr ? run(EveryChannel{}) : run(channel_flags(a.ok, i * kBlock, a.columns, a.left));
+      a.ok == nullptr ? run(EveryChannel{}) : run(channel_flags(a.ok, at, a.left));
     }
   });
 }

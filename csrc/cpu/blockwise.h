@@ -6,13 +6,13 @@
 
 namespace lowrank {
 
-// Values and their codes; blocks are of 256.
+// Values and their codes.
 struct Blockwise {
   DType dtype;  // of the values; of decoded ones fp32
   void* values;
   uint8_t* codes;
   float* absmax;
-  int64_t numel;
+  RowBlocks blocks;
   bool is_signed;
 };
 
@@ -32,7 +32,7 @@ struct LowRankAdam8bit {
   void* x;  // may be r; NaN in channels that are left out
   Moments8bit moments;
   const uint8_t* ok;  // a flag a channel, or null: all are usable
-  int64_t rows, columns;
+  RowBlocks blocks;
   bool left;
   float grad_scale;
   AdamStep step;

@@ -29,6 +29,19 @@ int64_t run_ratio_rows(const Ratio& a, int64_t begin, int64_t end) {
   return skipped;
 }
 
+void run_square_columns(const Squares& a, int64_t begin, int64_t end) {
+  for (int64_t c = begin; c < end; c += kLanes) {
+    const int owned = int(smaller(kLanes, end - c));
+    for (int k = 0; k < owned; ++k) a.squares[c + k] = 0.0f;
+    square_columns<OneThread>(a.r + c, a.squares + c, a.rows, owned, a.columns, a.factor);
+  }
+}
+
+void run_square_rows(const Squares& a, int64_t begin, int64_t end) {
+  float lanes[kLanes];
+  for (int64_t i = begin; i < end; ++i) a.squares[i] = square_row(OneThread{lanes}, a.r + i * a.columns, a.columns, a.factor);
+}
+
 void run_move(const Move& a, int64_t begin, int64_t end) {
   dispatch(a.w.dtype, [&](auto w_type) {
     dispatch(a.g.dtype, [&](auto g_type) {
@@ -42,15 +55,14 @@ void run_move(const Move& a, int64_t begin, int64_t end) {
   });
 }
 
-void run_combine(float* x, const float* r, const float* row_q, const float* column_q, float p, float q, int64_t columns,
+void run_combine(float* x, const float* r, const float* row_c, const float* column_c, float p, float q, int64_t columns,
                  int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    const float row = row_q == nullptr ? 0.0f : q * row_q[i];
+    const float row = row_c == nullptr ? 0.0f : q * row_c[i];
     LR_SIMD
     for (int64_t j = 0; j < columns; ++j) {
-      const float c = column_q == nullptr ? row : q * column_q[j];
-      const float next = p * x[i * columns + j] - c * r[i * columns + j];
-      x[i * columns + j] = c == c ? next : 0.0f;
+      const float c = column_c == nullptr ? row : q * column_c[j];
+      x[i * columns + j] = p * x[i * columns + j] - c * r[i * columns + j];
     }
   }
 }
@@ -58,7 +70,8 @@ void run_combine(float* x, const float* r, const float* row_q, const float* colu
 }  // namespace
 
 extern const ResidualKernels residual_table;
-const ResidualKernels residual_table = {run_ratio_columns, run_ratio_rows, run_move, run_combine};
+const ResidualKernels residual_table = {run_ratio_columns, run_ratio_rows, run_square_columns,
+                                        run_square_rows,   run_move,       run_combine};
 
 }  // namespace LR_ISA
 }  // namespace lowrank

@@ -16,6 +16,12 @@ struct Ratio {
   AdamStep step;
 };
 
+struct Squares {
+  float *r, *squares;  // one sum a channel
+  int64_t rows, columns;
+  float factor;
+};
+
 struct Move {
   Matrix w, g;
   const float *back, *inside;                           // contiguous, or null
@@ -28,10 +34,13 @@ struct ResidualKernels {
   // Channels [begin, end): columns or rows of R; returns how many were left out.
   int64_t (*ratio_columns)(const Ratio&, int64_t begin, int64_t end);
   int64_t (*ratio_rows)(const Ratio&, int64_t begin, int64_t end);
+  // The same channels: r <- factor * r, and the sums of its squares.
+  void (*square_columns)(const Squares&, int64_t begin, int64_t end);
+  void (*square_rows)(const Squares&, int64_t begin, int64_t end);
   // Rows [begin, end) of the weight.
   void (*move)(const Move&, int64_t begin, int64_t end);
-  // Rows [begin, end) of x <- p x - q_c r, with one q a channel, which is 0 where it is NaN.
-  void (*combine)(float* x, const float* r, const float* row_q, const float* column_q, float p, float q, int64_t columns,
+  // Rows [begin, end) of x <- p x - q c r, with one c a channel.
+  void (*combine)(float* x, const float* r, const float* row_c, const float* column_c, float p, float q, int64_t columns,
                   int64_t begin, int64_t end);
 };
 

@@ -1,4 +1,4 @@
-// Blockwise 8-bit codes: a warp a block of 256. Tables of the maps are copied to shared memory, where 32 lookups of a warp
+// Blockwise 8-bit codes: a warp a block. Tables of the maps are copied to shared memory, where 32 lookups of a warp
 // take a few cycles.
 #include "block.cuh"
 #include "blockwise.h"
@@ -28,19 +28,25 @@ __device__ const Codebook<SIGNED>& device_book() {
   }
 }
 
-// Calls f(block, i) on the blocks of 256 that this warp has of `numel` elements from block `first` on.
+// Calls f(block, V, i, its place) on the blocks that this warp has from block `first` on; where `wide`, those that can be are taken
+// in vectors.
 template <class F>
-__device__ void for_blocks(int64_t first, int per_warp, int64_t numel, const F& f) {
+__device__ void for_blocks(int64_t first, int per_warp, const RowBlocks& blocks, bool wide, const F& f) {
   __shared__ float lanes[kWarps][kWarp];  // reductions of a warp take one lane a thread
   const int warp = threadIdx.x / kWarp;
   const GpuBlock<kWarp> block{int(threadIdx.x % kWarp), lanes[warp]};
+  const int64_t count = block_count(blocks);
   for (int k = 0; k < per_warp; ++k) {
     const int64_t i = first + k * kWarps + warp;
-    if (i * kBlock < numel) f(block, i);
+    if (i >= count) return;
+    const BlockAt at = block_at(blocks, i);
+    if (wide && in_vectors<kVector>(at)) {
+      f(block, std::integral_constant<int, kVector>{}, i, at);
+    } else {
+      f(block, std::integral_constant<int, 1>{}, i, at);
+    }
   }
 }
-
-__device__ int length(int64_t i, int64_t numel) { return int(numel - i * kBlock < kBlock ? numel - i * kBlock : kBlock); }
 
 // Whether all of these begin on `bytes` bytes.
 template <class... P>
@@ -49,46 +55,39 @@ LR_HD bool aligned(uintptr_t bytes, const P*... pointers) {
 }
 
 template <bool SIGNED, class X>
-__global__ void __launch_bounds__(kThreads, 2) quantize(const X* x, uint8_t* codes, float* absmax, int64_t numel, int per_warp) {
+__global__ void __launch_bounds__(kThreads, 2)
+    quantize(const X* x, uint8_t* codes, float* absmax, const RowBlocks blocks, int per_warp) {
   __shared__ Codebook<SIGNED> book;
   copy(book, device_book<SIGNED>());
   __syncthreads();
   const bool wide = aligned(16, x) && aligned(8, codes);
-  for_blocks(int64_t(blockIdx.x) * per_warp * kWarps, per_warp, numel, [&](const auto& block, int64_t i) {
-    const int n = length(i, numel);
-    if (wide && n == kBlock) {
-      quantize_block<kVector>(block, book, x + i * kBlock, codes + i * kBlock, absmax + i, n);
-    } else {
-      quantize_block<1>(block, book, x + i * kBlock, codes + i * kBlock, absmax + i, n);
-    }
-  });
+  for_blocks(int64_t(blockIdx.x) * per_warp * kWarps, per_warp, blocks, wide,
+             [&](const auto& block, auto v, int64_t i, const BlockAt& at) {
+               quantize_block<decltype(v)::value>(block, book, x + at.first, codes + at.first, absmax + i, at.n);
+             });
 }
 
 template <bool SIGNED>
 __global__ void __launch_bounds__(kThreads, 2)
-    dequantize(const uint8_t* codes, const float* absmax, float* x, int64_t numel, int per_warp) {
+    dequantize(const uint8_t* codes, const float* absmax, float* x, const RowBlocks blocks, int per_warp) {
   __shared__ Codebook<SIGNED> book;
   for (int i = threadIdx.x; i < 256; i += kThreads) book.value[i] = device_book<SIGNED>().value[i];
   __syncthreads();
   const bool wide = aligned(16, x) && aligned(8, codes);
-  for_blocks(int64_t(blockIdx.x) * per_warp * kWarps, per_warp, numel, [&](const auto& block, int64_t i) {
-    const int n = length(i, numel);
-    if (wide && n == kBlock) {
-      dequantize_block<kVector>(block, book, codes + i * kBlock, absmax[i], x + i * kBlock, n);
-    } else {
-      dequantize_block<1>(block, book, codes + i * kBlock, absmax[i], x + i * kBlock, n);
-    }
-  });
+  for_blocks(int64_t(blockIdx.x) * per_warp * kWarps, per_warp, blocks, wide,
+             [&](const auto& block, auto v, int64_t i, const BlockAt& at) {
+               dequantize_block<decltype(v)::value>(block, book, codes + at.first, absmax[i], x + at.first, at.n);
+             });
 }
 
-// Where each tensor's thread blocks begin in the grid, and how many blocks of 256 each of their warps has.
+// Where each tensor's thread blocks begin in the grid, and how many blocks each of their warps has.
 template <class List>
 struct Grid {
   int first[List::kMost + 1];
   int per_warp;
 };
 
-// The tensor of this thread block, and its first block of 256.
+// The tensor of this thread block, and its first block.
 template <class List>
 __device__ int find(const Grid<List>& grid, int64_t& first) {
   int index = 0;
@@ -118,13 +117,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const float grad_scale = s.grad_scale == nullptr ? 1.0f : *s.grad_scale;
   const bool wide = aligned(16, w) && aligned(16, g) && aligned(8, item.moments.m, item.moments.v);
   int left_out = 0;
-  for_blocks(first, grid.per_warp, item.numel, [&](const auto& block, int64_t i) {
-    const int n = length(i, item.numel);
-    const Moments8bit moments = at_block(item.moments, i);
-    const IntoWeights<W> target{w + i * kBlock};
-    left_out += wide && n == kBlock
-                    ? adam_8bit_block<kVector>(block, books, g + i * kBlock, target, moments, n, grad_scale, step, EveryChannel{})
-                    : adam_8bit_block<1>(block, books, g + i * kBlock, target, moments, n, grad_scale, step, EveryChannel{});
+  for_blocks(first, grid.per_warp, {1, item.numel}, wide, [&](const auto& block, auto v, int64_t i, const BlockAt& at) {
+    left_out += adam_8bit_block<decltype(v)::value>(block, books, g + at.first, IntoWeights<W>{w + at.first},
+                                                    at_block(item.moments, i, at.first), at.n, grad_scale, step, EveryChannel{});
   });
   if (s.skipped != nullptr && left_out > 0)
     atomicAdd(reinterpret_cast<unsigned long long*>(s.skipped), (unsigned long long)left_out);
@@ -137,15 +132,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   int64_t first;
   const LowRankAdam8bitList::Item& item = list.items[find(grid, first)];
   const float grad_scale = s.grad_scale == nullptr ? 1.0f : *s.grad_scale;
-  const int64_t numel = item.rows * item.columns;
   const bool wide = aligned(16, item.r);
-  for_blocks(first, grid.per_warp, numel, [&](const auto& block, int64_t i) {
-    const int n = length(i, numel);
-    if (wide && n == kBlock) {
-      mark_channels<kVector>(block, item.r, item.ok, i * kBlock, n, item.columns, s.left, grad_scale);
-    } else {
-      mark_channels<1>(block, item.r, item.ok, i * kBlock, n, item.columns, s.left, grad_scale);
-    }
+  for_blocks(first, grid.per_warp, item.blocks, wide, [&](const auto& block, auto v, int64_t, const BlockAt& at) {
+    mark_channels<decltype(v)::value>(block, item.r, item.ok, at, s.left, grad_scale);
   });
 }
 
@@ -167,19 +156,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Codebooks books{m_book, v_book};
   X* x = static_cast<X*>(item.x);
   const float grad_scale = s.grad_scale == nullptr ? 1.0f : *s.grad_scale;
-  const int64_t numel = item.rows * item.columns;
   const bool wide = aligned(16, item.r) && aligned(16, x) && aligned(8, item.moments.m, item.moments.v);
-  for_blocks(first, grid.per_warp, numel, [&](const auto& block, int64_t i) {
-    const int n = length(i, numel);
-    const Moments8bit moments = at_block(item.moments, i);
-    const IntoUpdate<X> target{x + i * kBlock};
-    const float* r = item.r + i * kBlock;
-    const ChannelFlags channels = channel_flags(item.ok, i * kBlock, item.columns, s.left);
-    if (wide && n == kBlock) {
-      adam_8bit_block<kVector>(block, books, r, target, moments, n, grad_scale, step, channels);
-    } else {
-      adam_8bit_block<1>(block, books, r, target, moments, n, grad_scale, step, channels);
-    }
+  for_blocks(first, grid.per_warp, item.blocks, wide, [&](const auto& block, auto v, int64_t i, const BlockAt& at) {
+    adam_8bit_block<decltype(v)::value>(block, books, item.r + at.first, IntoUpdate<X>{x + at.first},
+                                        at_block(item.moments, i, at.first), at.n, grad_scale, step,
+                                        channel_flags(item.ok, at, s.left));
   });
 }
 
@@ -189,31 +170,33 @@ LR_END
 namespace lowrank {
 namespace {
 
-int64_t thread_blocks(int64_t numel, int per_warp) {
-  const int64_t each = int64_t(kBlock) * kWarps * per_warp;
-  return (numel + each - 1) / each;
+int64_t thread_blocks(int64_t count, int per_warp) {
+  const int64_t each = int64_t(kWarps) * per_warp;
+  return (count + each - 1) / each;
 }
 
-// A warp takes up to 16 blocks of 256, so that copying the tables is a small part of the work, but fewer where the card would
+// A warp takes up to 16 of `count` blocks, so that copying the tables is a small part of the work, but fewer where the card would
 // not be filled.
-cudaError_t blocks_per_warp(int64_t numel, int& per_warp) {
+cudaError_t blocks_per_warp(int64_t count, int& per_warp) {
   int device, multiprocessors;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
       error != cudaSuccess)
     return error;
-  const int64_t fill = thread_blocks(numel, 1) / (2 * multiprocessors);
+  const int64_t fill = thread_blocks(count, 1) / (2 * multiprocessors);
   per_warp = int(fill < 1 ? 1 : fill > 16 ? 16 : fill);
   return cudaSuccess;
 }
 
-template <class List, class Numel, class Launch>
-cudaError_t launch_list(const List& list, const Numel& numel, const Launch& launch) {
+// `blocks_of` an item of the list.
+template <class List, class BlocksOf, class Launch>
+cudaError_t launch_list(const List& list, const BlocksOf& blocks_of, const Launch& launch) {
   Grid<List> grid = {};
   int64_t total = 0;
-  for (int i = 0; i < list.count; ++i) total += numel(list.items[i]);
+  for (int i = 0; i < list.count; ++i) total += block_count(blocks_of(list.items[i]));
   if (const cudaError_t error = blocks_per_warp(total, grid.per_warp); error != cudaSuccess) return error;
-  for (int i = 0; i < list.count; ++i) grid.first[i + 1] = grid.first[i] + int(thread_blocks(numel(list.items[i]), grid.per_warp));
+  for (int i = 0; i < list.count; ++i)
+    grid.first[i + 1] = grid.first[i] + int(thread_blocks(block_count(blocks_of(list.items[i])), grid.per_warp));
   if (grid.first[list.count] == 0) return cudaSuccess;
   launch(grid.first[list.count], grid);
   return cudaGetLastError();
@@ -224,33 +207,35 @@ cudaError_t with_sign(bool is_signed, const F& f) {
   return is_signed ? f(std::true_type{}) : f(std::false_type{});
 }
 
-int64_t low_rank_numel(const LowRankAdam8bitList::Item& item) { return item.rows * item.columns; }
+RowBlocks low_rank_blocks(const LowRankAdam8bitList::Item& item) { return item.blocks; }
 
 }  // namespace
 
-cudaError_t launch_quantize_blockwise(DType dtype, const void* x, uint8_t* codes, float* absmax, int64_t numel, bool is_signed,
-                                      cudaStream_t stream) {
-  if (numel == 0) return cudaSuccess;
+cudaError_t launch_quantize_blockwise(DType dtype, const void* x, uint8_t* codes, float* absmax, const RowBlocks& blocks,
+                                      bool is_signed, cudaStream_t stream) {
+  const int64_t count = block_count(blocks);
+  if (count == 0) return cudaSuccess;
   int per_warp;
-  if (const cudaError_t error = blocks_per_warp(numel, per_warp); error != cudaSuccess) return error;
+  if (const cudaError_t error = blocks_per_warp(count, per_warp); error != cudaSuccess) return error;
   return with_sign(is_signed, [&](auto sign) {
     return dispatch(dtype, [&](auto type) {
       using X = typename decltype(type)::type;
-      quantize<decltype(sign)::value><<<unsigned(thread_blocks(numel, per_warp)), kThreads, 0, stream>>>(
-          static_cast<const X*>(x), codes, absmax, numel, per_warp);
+      quantize<decltype(sign)::value><<<unsigned(thread_blocks(count, per_warp)), kThreads, 0, stream>>>(
+          static_cast<const X*>(x), codes, absmax, blocks, per_warp);
       return cudaGetLastError();
     });
   });
 }
 
-cudaError_t launch_dequantize_blockwise(const uint8_t* codes, const float* absmax, float* x, int64_t numel, bool is_signed,
-                                        cudaStream_t stream) {
-  if (numel == 0) return cudaSuccess;
+cudaError_t launch_dequantize_blockwise(const uint8_t* codes, const float* absmax, float* x, const RowBlocks& blocks,
+                                        bool is_signed, cudaStream_t stream) {
+  const int64_t count = block_count(blocks);
+  if (count == 0) return cudaSuccess;
   int per_warp;
-  if (const cudaError_t error = blocks_per_warp(numel, per_warp); error != cudaSuccess) return error;
+  if (const cudaError_t error = blocks_per_warp(count, per_warp); error != cudaSuccess) return error;
   return with_sign(is_signed, [&](auto sign) {
     dequantize<decltype(sign)::value>
-        <<<unsigned(thread_blocks(numel, per_warp)), kThreads, 0, stream>>>(codes, absmax, x, numel, per_warp);
+        <<<unsigned(thread_blocks(count, per_warp)), kThreads, 0, stream>>>(codes, absmax, x, blocks, per_warp);
     return cudaGetLastError();
   });
 }
@@ -258,7 +243,7 @@ cudaError_t launch_dequantize_blockwise(const uint8_t* codes, const float* absma
 cudaError_t launch_adam_8bit(DType w_dtype, DType g_dtype, const Adam8bitList& list, const AdamWScalars& scalars,
                              cudaStream_t stream) {
   return launch_list(
-      list, [](const auto& item) { return item.numel; },
+      list, [](const auto& item) { return RowBlocks{1, item.numel}; },
       [&](int blocks, const auto& grid) {
         dispatch(w_dtype, [&](auto w) {
           dispatch(g_dtype, [&](auto g) {
@@ -269,13 +254,13 @@ cudaError_t launch_adam_8bit(DType w_dtype, DType g_dtype, const Adam8bitList& l
 }
 
 cudaError_t launch_mark_channels(const LowRankAdam8bitList& list, const LowRankAdam8bitScalars& scalars, cudaStream_t stream) {
-  return launch_list(list, low_rank_numel,
+  return launch_list(list, low_rank_blocks,
                      [&](int blocks, const auto& grid) { mark<<<blocks, kThreads, 0, stream>>>(list, grid, scalars); });
 }
 
 cudaError_t launch_adam_8bit_low_rank(DType x_dtype, const LowRankAdam8bitList& list, const LowRankAdam8bitScalars& scalars,
                                       cudaStream_t stream) {
-  return launch_list(list, low_rank_numel, [&](int blocks, const auto& grid) {
+  return launch_list(list, low_rank_blocks, [&](int blocks, const auto& grid) {
     dispatch(x_dtype,
              [&](auto x) { low_rank_adam<typename decltype(x)::type><<<blocks, kThreads, 0, stream>>>(list, grid, scalars); });
   });

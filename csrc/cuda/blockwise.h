@@ -20,7 +20,7 @@ struct Adam8bitList {
   int count = 0;
 };
 
-// Low-rank gradients (rows, columns) and their updates.
+// Low-rank gradients and their updates.
 struct LowRankAdam8bitList {
   static constexpr int kMost = 32;
   struct Item {
@@ -29,7 +29,7 @@ struct LowRankAdam8bitList {
     Moments8bit moments;
     const float* step;
     uint8_t* ok;  // a flag a channel, set to 1 before the launches
-    int64_t rows, columns;
+    RowBlocks blocks;
   };
   Item items[kMost];
   int count = 0;
@@ -41,10 +41,10 @@ struct LowRankAdam8bitScalars {
   bool left;
 };
 
-cudaError_t launch_quantize_blockwise(DType dtype, const void* x, uint8_t* codes, float* absmax, int64_t numel, bool is_signed,
-                                      cudaStream_t stream);
-cudaError_t launch_dequantize_blockwise(const uint8_t* codes, const float* absmax, float* x, int64_t numel, bool is_signed,
-                                        cudaStream_t stream);
+cudaError_t launch_quantize_blockwise(DType dtype, const void* x, uint8_t* codes, float* absmax, const RowBlocks& blocks,
+                                      bool is_signed, cudaStream_t stream);
+cudaError_t launch_dequantize_blockwise(const uint8_t* codes, const float* absmax, float* x, const RowBlocks& blocks,
+                                        bool is_signed, cudaStream_t stream);
 
 // One AdamW step of tensors that all have these dtypes, at steps that are already advanced.
 cudaError_t launch_adam_8bit(DType w, DType g, const Adam8bitList& list, const AdamWScalars& scalars, cudaStream_t stream);

@@ -2,26 +2,38 @@
 #pragma once
 
 #include "../core/adam_8bit.h"
-#include "int4.h"
+#include "projection.h"
 
 namespace lowrank {
 
-// Number of blocks of a tensor.
+// The blocks of a tensor: of its rows, those of the last dimension, or of all of it as one row.
 template <class Sizes>
-int64_t blocks(const Sizes& shape) {
-  int64_t numel = 1;
-  for (size_t i = 0; i < shape.size(); ++i) numel *= shape[i];
-  return (numel + kBlock - 1) / kBlock;
+RowBlocks blocks_of(const Sizes& shape, bool by_row) {
+  RowBlocks blocks{1, 1};
+  for (size_t i = 0; i < shape.size(); ++i) (by_row && i + 1 < shape.size() ? blocks.rows : blocks.columns) *= shape[i];
+  return blocks;
+}
+
+// Shape of their absmax.
+template <class Sizes>
+Shape absmax_shape(const Sizes& shape, bool by_row) {
+  Shape wanted;
+  for (size_t i = 0; by_row && i + 1 < shape.size(); ++i) wanted.push_back(shape[i]);
+  wanted.push_back(blocks_per_row(blocks_of(shape, by_row)));
+  return wanted;
 }
 
 template <class Name, class AbsmaxName, class Sizes>
 void expect_codes(const char* op, const Name& name, const Tensor& codes, const AbsmaxName& absmax_name, const Tensor& absmax,
-                  const Sizes& shape, const Place& place) {
+                  const Sizes& shape, bool by_row, const Place& place) {
   expect_like(op, name, codes, shape, place);
   expect_dtype(op, name, codes, aoti_torch_dtype_uint8());
-  expect_like(op, absmax_name, absmax, Shape{blocks(shape)}, place);
+  expect_like(op, absmax_name, absmax, absmax_shape(shape, by_row), place);
   expect_dtype(op, absmax_name, absmax, aoti_torch_dtype_float32());
 }
+
+// Whether codes are in blocks by row: flat blocks have an absmax of one dimension.
+inline bool is_by_row(const Tensor& codes, const Tensor& absmax) { return codes.dim() > 1 && absmax.dim() == codes.dim(); }
 
 // Both moments of one tensor, as codes.
 struct Stored {
@@ -32,17 +44,18 @@ struct Stored {
             static_cast<float*>(exp_avg_absmax.data_ptr()), static_cast<float*>(exp_avg_sq_absmax.data_ptr())};
   }
 
+  // Of R, by row.
   template <class Sizes>
   void check(const char* op, const Sizes& shape, const Place& place) const {
-    expect_codes(op, "exp_avg", exp_avg, "exp_avg_absmax", exp_avg_absmax, shape, place);
-    expect_codes(op, "exp_avg_sq", exp_avg_sq, "exp_avg_sq_absmax", exp_avg_sq_absmax, shape, place);
+    expect_codes(op, "exp_avg", exp_avg, "exp_avg_absmax", exp_avg_absmax, shape, true, place);
+    expect_codes(op, "exp_avg_sq", exp_avg_sq, "exp_avg_sq_absmax", exp_avg_sq_absmax, shape, true, place);
   }
 
   // As entry i of lists.
   template <class Sizes>
-  void check(const char* op, const Sizes& shape, const Place& place, size_t i) const {
-    expect_codes(op, Item{"exp_avgs", i}, exp_avg, Item{"exp_avg_absmaxes", i}, exp_avg_absmax, shape, place);
-    expect_codes(op, Item{"exp_avg_sqs", i}, exp_avg_sq, Item{"exp_avg_sq_absmaxes", i}, exp_avg_sq_absmax, shape, place);
+  void check(const char* op, const Sizes& shape, bool by_row, const Place& place, size_t i) const {
+    expect_codes(op, Item{"exp_avgs", i}, exp_avg, Item{"exp_avg_absmaxes", i}, exp_avg_absmax, shape, by_row, place);
+    expect_codes(op, Item{"exp_avg_sqs", i}, exp_avg_sq, Item{"exp_avg_sq_absmaxes", i}, exp_avg_sq_absmax, shape, by_row, place);
   }
 };
 
@@ -60,13 +73,15 @@ struct StoredLists {
   }
 };
 
-inline void check_quantize_blockwise(const Tensor& x) {
-  expect_float("quantize_blockwise", "x", x);
-  expect_contiguous("quantize_blockwise", "x", x);
+inline void check_quantize_blockwise(const Tensor& x, bool by_row) {
+  constexpr const char* op = "quantize_blockwise";
+  expect_float(op, "x", x);
+  expect_contiguous(op, "x", x);
+  if (by_row && x.dim() < 2) fail(op, "x must have two or more dimensions with by_row, got shape ", tuple(x.sizes()));
 }
 
 inline void check_dequantize_blockwise(const Tensor& codes, const Tensor& absmax) {
-  expect_codes("dequantize_blockwise", "codes", codes, "absmax", absmax, codes.sizes(), place_of(codes));
+  expect_codes("dequantize_blockwise", "codes", codes, "absmax", absmax, codes.sizes(), is_by_row(codes, absmax), place_of(codes));
 }
 
 inline void check_adam_8bit(const Tensors& params, const Tensors& grads, const StoredLists& moments, const Tensors& steps,
@@ -78,7 +93,7 @@ inline void check_adam_8bit(const Tensors& params, const Tensors& grads, const S
   check_guards(op, params, steps, lr, guards);
   for (size_t i = 0; i < params.size(); ++i) {
     expect_param_and_grad(op, i, params[i], grads[i]);
-    moments.at(i).check(op, params[i].sizes(), place_of(params[i]), i);
+    moments.at(i).check(op, params[i].sizes(), false, place_of(params[i]), i);
   }
 }
 
@@ -97,46 +112,8 @@ inline void check_adam_8bit_low_rank(const Tensors& low_rank_grads, const Tensor
     expect_dtype(op, Item{first, i}, r, aoti_torch_dtype_float32());
     expect_float(op, Item{"updates", i}, updates[i]);
     expect_like(op, Item{"updates", i}, updates[i], r.sizes(), place_of(r));
-    moments.at(i).check(op, r.sizes(), place_of(r), i);
+    moments.at(i).check(op, r.sizes(), true, place_of(r), i);
   }
-}
-
-// A basis as a step takes it: a matrix.
-struct DenseBasis {
-  const Tensor& basis;
-
-  Shape check(const char* op, const Tensor& param, bool left) const {
-    expect_basis(op, param, basis, left);
-    return low_rank_shape(param, basis, left);
-  }
-};
-
-// In INT4.
-struct Int4Basis {
-  const Tensor &packed, &scale, &offset;
-  int64_t group_size;
-
-  Shape check(const char* op, const Tensor& param, bool left) const {
-    expect_int4(op, packed, scale, offset, param.size(left ? 0 : 1), group_size, place_of(param),
-                {"basis", "basis_scale", "basis_offset"});
-    return int4_low_rank_shape(param, packed, left);
-  }
-};
-
-// One matrix of a step with 8-bit moments; `gradient` is R if `projected`, else G.
-template <class Basis>
-void check_low_rank_step_8bit(const char* op, const Tensor& param, const Tensor& gradient, const Basis& basis,
-                              const Stored& moments, bool projected, bool left) {
-  expect_matrix(op, "param", param);
-  const Shape shape = basis.check(op, param, left);
-  const Place place = place_of(param);
-  if (projected) {
-    expect_low_rank(op, "low_rank_grad", gradient, shape, place);
-  } else {
-    expect_float(op, "grad", gradient);
-    expect_like(op, "grad", gradient, param.sizes(), place);
-  }
-  moments.check(op, shape, place);
 }
 
 }  // namespace lowrank

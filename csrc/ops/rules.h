@@ -128,6 +128,17 @@ void expect_scalar(const char* op, const Name& name, const Tensor& t, const Plac
   if (own_device || !t.is_cpu()) expect_on(op, name, t, place);
 }
 
+inline bool is_number(int32_t dtype) {
+  return dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_float64() || dtype == aoti_torch_dtype_int32() ||
+         dtype == aoti_torch_dtype_int64();
+}
+
+template <class Name>
+void expect_number(const char* op, const Name& name, const Tensor& t, const Place& place) {
+  expect_scalar(op, name, t, place);
+  if (!is_number(dtype_of(t))) fail(op, name, " must be float32, float64, int32 or int64, got ", dtype_name(dtype_of(t)));
+}
+
 inline void expect_group_size(const char* op, int64_t group_size) {
   if (group_size < 32 || group_size > 1024 || (group_size & (group_size - 1)) != 0)
     fail(op, "group_size must be a power of two from 32 to 1024, got ", group_size);
@@ -160,14 +171,20 @@ inline void check_length(const char* op, const char* name, const Tensors& list, 
   if (list.size() != model.size()) fail(op, name, " must have ", model.size(), " tensors like ", first, ", got ", list.size());
 }
 
-// `first` is the name of the list `params`; lr is null, and params are not empty, where the op has no rate.
+// `first` is the name of the list `params`; lr is null, and params are not empty, where the op has no rate. Unless the steps are
+// `counted` they are numbers, which the op only reads.
 inline void check_guards(const char* op, const char* first, const Tensors& params, const Tensors& steps, const Tensor* lr,
-                         const Guards& guards) {
+                         const Guards& guards, bool counted = true) {
   const Place place = place_of(params.empty() ? *lr : params[0]);
-  if (lr != nullptr) expect_scalar(op, "lr", *lr, place);
+  if (lr != nullptr) expect_number(op, "lr", *lr, place);
   for (size_t i = 0; i < steps.size(); ++i) {
-    expect_scalar(op, Item{"steps", i}, steps[i], place_of(params[i]), true);
-    expect_dtype(op, Item{"steps", i}, steps[i], aoti_torch_dtype_float32());
+    const Item name{"steps", i};
+    if (!counted) {
+      expect_number(op, name, steps[i], place_of(params[i]));
+      continue;
+    }
+    expect_scalar(op, name, steps[i], place_of(params[i]), true);
+    expect_dtype(op, name, steps[i], aoti_torch_dtype_float32());
   }
   for (size_t i = 0; i < params.size(); ++i)
     if (place_of(params[i]) != place)
@@ -199,14 +216,13 @@ inline void expect_param_and_grad(const char* op, size_t i, const Tensor& param,
   expect_like(op, Item{"grads", i}, grad, param.sizes(), place);
 }
 
-// A 0-dim tensor on the CPU of any number type.
-inline double read_number(const char* op, const char* name, const Tensor& t) {
+// A 0-dim tensor on the CPU that is a number.
+inline double read_number(const Tensor& t) {
   const int32_t dtype = dtype_of(t);
-  if (dtype == aoti_torch_dtype_float32()) return *static_cast<const float*>(t.data_ptr());
   if (dtype == aoti_torch_dtype_float64()) return *static_cast<const double*>(t.data_ptr());
   if (dtype == aoti_torch_dtype_int64()) return double(*static_cast<const int64_t*>(t.data_ptr()));
   if (dtype == aoti_torch_dtype_int32()) return *static_cast<const int32_t*>(t.data_ptr());
-  fail(op, name, " must be float32, float64, int32 or int64, got ", dtype_name(dtype));
+  return *static_cast<const float*>(t.data_ptr());
 }
 
 inline Tensor empty(const Shape& shape, const Place& place, int32_t dtype = aoti_torch_dtype_float32()) {

@@ -59,37 +59,4 @@ inline void check_scatter_add_rows(const Tensor& param, const Tensor& low_rank, 
   expect_low_rank(op, "low_rank", low_rank, selected_shape(param, indices, left), place_of(param));
 }
 
-inline void check_grass_step(const Tensor& param, const Tensor& grad, const Tensor& indices, const std::optional<Tensor>& row_scale,
-                             const Tensor& exp_avg, const Tensor& exp_avg_sq, bool left) {
-  constexpr const char* op = "grass_step";
-  expect_matrix(op, "param", param);
-  expect_float(op, "grad", grad);
-  expect_like(op, "grad", grad, param.sizes(), place_of(param));
-  expect_indices(op, indices, place_of(param));
-  expect_row_scale(op, "row_scale", row_scale, indices);
-  const Shape shape = selected_shape(param, indices, left);
-  expect_low_rank(op, "exp_avg", exp_avg, shape, place_of(param));
-  expect_low_rank(op, "exp_avg_sq", exp_avg_sq, shape, place_of(param));
-}
-
-// The scale of matrix i of a list; row_scales is empty where no matrix has one.
-inline std::optional<Tensor> scale_at(const Tensors& row_scales, size_t i) {
-  return row_scales.empty() ? std::nullopt : std::optional<Tensor>(row_scales[i]);
-}
-
-inline void check_grass_list(const Tensors& params, const Tensors& grads, const Tensors& indices, const Tensors& row_scales,
-                             const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& lr, bool left,
-                             const Guards& guards) {
-  constexpr const char* op = "grass_step";
-  check_length(op, "grads", grads, "params", params);
-  check_length(op, "indices", indices, "params", params);
-  check_length(op, "exp_avgs", exp_avgs, "params", params);
-  check_length(op, "exp_avg_sqs", exp_avg_sqs, "params", params);
-  check_length(op, "steps", steps, "params", params);
-  if (!row_scales.empty()) check_length(op, "row_scales", row_scales, "params", params);
-  check_guards(op, params, steps, lr, guards);
-  for (size_t i = 0; i < params.size(); ++i)
-    check_grass_step(params[i], grads[i], indices[i], scale_at(row_scales, i), exp_avgs[i], exp_avg_sqs[i], left);
-}
-
 }  // namespace lowrank

@@ -1,29 +1,9 @@
 // The rules of lowrank_sys/_ops/steps.py.
 #pragma once
 
-#include "projection.h"
+#include "rules.h"
 
 namespace lowrank {
-
-// `low_rank_grad` is null where the gradient is the full one.
-inline void check_subspace_step(const char* op, const Tensor& param, const Tensor* low_rank_grad, const Tensor& basis,
-                                const Tensor& exp_avg, const Tensor& exp_avg_sq, bool left) {
-  expect_matrix(op, "param", param);
-  expect_basis(op, param, basis, left);
-  const Shape shape = low_rank_shape(param, basis, left);
-  const Place place = place_of(param);
-  if (low_rank_grad != nullptr) expect_low_rank(op, "low_rank_grad", *low_rank_grad, shape, place);
-  expect_low_rank(op, "exp_avg", exp_avg, shape, place);
-  expect_low_rank(op, "exp_avg_sq", exp_avg_sq, shape, place);
-}
-
-inline void check_galore_step(const char* op, const Tensor& param, const Tensor& grad, const Tensor& basis, const Tensor& exp_avg,
-                              const Tensor& exp_avg_sq, bool left) {
-  expect_matrix(op, "param", param);
-  expect_float(op, "grad", grad);
-  expect_like(op, "grad", grad, param.sizes(), place_of(param));
-  check_subspace_step(op, param, nullptr, basis, exp_avg, exp_avg_sq, left);
-}
 
 inline void check_adamw_step(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
                              const Tensors& steps, const Tensor& lr, const Guards& guards) {

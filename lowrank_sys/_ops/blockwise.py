@@ -1,8 +1,9 @@
 """Blockwise 8-bit codes, and steps whose moments are stored so.
 
-A tensor of any shape is cut, flat, into blocks of 256 elements (the last may be short). It is stored as codes (uint8, of its
-shape) and absmax (fp32, one a block); a code stands for a value of the dynamic map of bitsandbytes (Dettmers et al. 2022),
-signed for first moments, unsigned for second ones.
+A tensor of any shape is cut into blocks of 256 elements: flat, or by row, the last dimension, so that rows are stored each by
+itself; the last block of the tensor, or of each row, may be short. It is stored as codes (uint8, of its shape) and absmax (fp32,
+one a block; its shape says how the blocks lie); a code stands for a value of the dynamic map of bitsandbytes (Dettmers et al.
+2022), signed for first moments, unsigned for second ones. Moments of low-rank gradients are stored by row, all others flat.
 """
 
 import math
@@ -15,6 +16,7 @@ from lowrank_sys._ops.rules import (
     check_guards,
     check_lists,
     define,
+    expect,
     expect_dtype,
     expect_float,
     expect_like,
@@ -29,7 +31,7 @@ _MOMENTS = "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) exp_avg_absmax
 _MOMENT_LISTS = "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] exp_avg_absmaxes, Tensor(e!)[] exp_avg_sq_absmaxes"
 
 SCHEMAS = {
-    "quantize_blockwise": "(Tensor x, *, bool signed) -> (Tensor codes, Tensor absmax)",
+    "quantize_blockwise": "(Tensor x, *, bool signed, bool by_row=False) -> (Tensor codes, Tensor absmax)",
     "dequantize_blockwise": "(Tensor codes, Tensor absmax, *, bool signed) -> Tensor",
     # adamw_step with 8-bit moments.
     "adam_8bit_": f"(Tensor(a!)[] params, Tensor[] grads, {_MOMENT_LISTS}, Tensor(f!)[] steps, *, Tensor lr, {ADAM}, {GUARDS}) "
@@ -40,36 +42,44 @@ SCHEMAS = {
 }
 
 
-def blocks(shape):
-    """Number of blocks of a tensor."""
-    return -(-math.prod(shape) // BLOCK)
+def absmax_shape(shape, by_row):
+    """Shape of the absmax of a tensor: one a block."""
+    *rows, columns = shape if by_row else (math.prod(shape),)
+    return (*rows, -(-columns // BLOCK))
 
 
-def expect_codes(op, name, codes, absmax_name, absmax, shape, device):
+def is_by_row(codes, absmax):
+    """Whether codes are in blocks by row: flat blocks have an absmax of one dimension."""
+    return codes.dim() > 1 and absmax.dim() == codes.dim()
+
+
+def expect_codes(op, name, codes, absmax_name, absmax, shape, device, *, by_row):
     """`codes` and `absmax` store a tensor of `shape` on `device`."""
     expect_like(op, name, codes, shape, device)
     expect_dtype(op, name, codes, torch.uint8)
-    expect_like(op, absmax_name, absmax, (blocks(shape),), device)
+    expect_like(op, absmax_name, absmax, absmax_shape(shape, by_row), device)
     expect_dtype(op, absmax_name, absmax, torch.float32)
 
 
-def expect_moments(op, moments, shape, device, index=None):
-    """`moments`: exp_avg, exp_avg_sq and their absmax, as entries `index` of lists if it is given."""
+def expect_moments(op, moments, shape, device, index=None, *, by_row=True):
+    """`moments`: exp_avg, exp_avg_sq and their absmax, as entries `index` of lists if it is given; by row as those of R are."""
     first, second, first_absmax, second_absmax = moments
     names = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
     if index is not None:
         names = [f"{name}{'es' if name.endswith('x') else 's'}[{index}]" for name in names]
-    expect_codes(op, names[0], first, names[1], first_absmax, shape, device)
-    expect_codes(op, names[2], second, names[3], second_absmax, shape, device)
+    expect_codes(op, names[0], first, names[1], first_absmax, shape, device, by_row=by_row)
+    expect_codes(op, names[2], second, names[3], second_absmax, shape, device, by_row=by_row)
 
 
-def check_quantize_blockwise(x, *, op="quantize_blockwise"):
+def check_quantize_blockwise(x, by_row, *, op="quantize_blockwise"):
     expect_float(op, "x", x)
     expect_like(op, "x", x, x.shape, x.device)
+    if by_row:
+        expect(x.dim() > 1, op, lambda: f"x must have two or more dimensions with by_row, got shape {tuple(x.shape)}")
 
 
 def check_dequantize_blockwise(codes, absmax, *, op="dequantize_blockwise"):
-    expect_codes(op, "codes", codes, "absmax", absmax, codes.shape, codes.device)
+    expect_codes(op, "codes", codes, "absmax", absmax, codes.shape, codes.device, by_row=is_by_row(codes, absmax))
 
 
 def _lists(moments):
@@ -85,7 +95,7 @@ def check_adam_8bit(params, grads, *moments_and_steps, lr, guards, op="adam_8bit
         expect_float(op, f"grads[{i}]", grad)
         expect_like(op, f"params[{i}]", param, param.shape, param.device)
         expect_like(op, f"grads[{i}]", grad, param.shape, param.device)
-        expect_moments(op, stored, param.shape, param.device, i)
+        expect_moments(op, stored, param.shape, param.device, i, by_row=False)
 
 
 def check_adam_8bit_low_rank(low_rank_grads, updates, *moments_and_steps, guards, op="adam_8bit_low_rank_"):
@@ -106,9 +116,9 @@ define(SCHEMAS)
 
 
 @fake("quantize_blockwise")
-def _(x, *, signed):
-    check_quantize_blockwise(x)
-    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((blocks(x.shape),), dtype=torch.float32)
+def _(x, *, signed, by_row=False):
+    check_quantize_blockwise(x, by_row)
+    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(absmax_shape(x.shape, by_row), dtype=torch.float32)
 
 
 @fake("dequantize_blockwise")

@@ -46,7 +46,7 @@ def tile(m, n):
 
 
 def int8_tile_shape(m, n):
-    """The tile that an update of an INT8 weight (m, n) passes through: it ends with a group (csrc/ops/cpu/qgalore.cpp)."""
+    """The tile that an update of an INT8 weight (m, n) passes through: it ends with a group (csrc/ops/cpu/apply.cpp)."""
     high = min(m, TILE_SIDE)
     return high, min(n, TILE_ELEMENTS // max(1, high) // 1024 * 1024)
 

@@ -4,12 +4,14 @@ from typing import NamedTuple
 
 import torch
 
-from lowrank_sys._ops.blockwise import blocks
+from lowrank_sys._ops.blockwise import absmax_shape
 from lowrank_sys.optim.weight import weight_store
-from lowrank_sys.subspace.moments import absmax_of, decode, encode, is_coded
+from lowrank_sys.subspace.moments import absmax_of, decode, encode, is_by_row, is_coded
 
 # Moments of fewer elements stay in fp32, as in bitsandbytes.
 MIN_8BIT_SIZE = 4096
+# So do those of low-rank gradients with shorter rows: a scale a row would be much of their memory.
+MIN_8BIT_ROW = 64
 
 
 class Moment(NamedTuple):
@@ -31,6 +33,7 @@ class Fp32:
 
     name = "fp32"
     categories = {}
+    low_rank = False  # whether moments of groups with a rank are kept as codes
 
     def codes(self, shape, param, group):
         """Whether moments of this shape are kept as codes."""
@@ -44,17 +47,25 @@ class Fp32:
             dtype = torch.uint8 if coded_one else torch.float32
             state[name] = torch.zeros(moment.shape(shape), dtype=dtype, device=param.device)
             if coded_one:  # blocks of zeros, whatever their codes
-                state[absmax_of(name)] = torch.zeros(blocks(shape), dtype=torch.float32, device=param.device)
+                scales = absmax_shape(shape, by_row="rank" in group)
+                state[absmax_of(name)] = torch.zeros(scales, dtype=torch.float32, device=param.device)
 
 
 class Blocks8bit(Fp32):
     """Codes in blocks of 256 with an fp32 absmax each (Dettmers et al. 2022); of fewer than the group's `min_8bit_size` elements
-    fp32, as in bitsandbytes, but for INT8 weights."""
+    fp32, as in bitsandbytes, but for INT8 weights.
+
+    Blocks of a low-rank gradient begin anew at each of its rows, so that shards of rows hold what the whole would; rows of fewer
+    than 64 elements stay in fp32.
+    """
 
     name = "8bit"
+    low_rank = True
     categories = {absmax_of(name): "scales" for name in ("exp_avg", "exp_avg_sq")}
 
     def codes(self, shape, param, group):
+        if "rank" in group and not (self.low_rank and shape[-1] >= MIN_8BIT_ROW):
+            return False
         return torch.Size(shape).numel() >= group["min_8bit_size"] or weight_store(param).int8
 
 
@@ -62,9 +73,7 @@ class Plain8bit(Blocks8bit):
     """8 bits in groups without a rank, fp32 in the others, where moments are small."""
 
     name = "plain-8bit"
-
-    def codes(self, shape, param, group):
-        return "rank" not in group and super().codes(shape, param, group)
+    low_rank = False
 
 
 class Opened:
@@ -86,9 +95,9 @@ class Opened:
 
     def close(self):
         """Write the moments back where `ok`; the others stay as they are, to the byte."""
-        none = ~self.ok.any()
         for name, moment in self._moments.items():
             old, ok = decode(self._state, name, moment.signed), self.ok
+            none = ~(ok.any(-1, keepdim=True) if is_by_row(self._state, name) else ok.any())
             for axis, size in enumerate(old.shape):
                 if size == 1 and ok.shape[axis] != 1:
                     ok = ok.any(axis, keepdim=True)

@@ -7,7 +7,7 @@ import torch
 
 from lowrank_sys.optim import hyper, ledger
 from lowrank_sys.optim.coefficient import weights, with_coefficients, without_coefficients
-from lowrank_sys.optim.loading import check_groups, check_ranks, check_state
+from lowrank_sys.optim.loading import check_groups, check_ranks, check_state, with_blocks_by_row
 from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.weight import weight_store
@@ -311,6 +311,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         groups = [self._loaded_group(g, saved) for g, saved in enumerate(state_dict["param_groups"])]
         groups = [group for group in groups for _ in group["params"]]
+        state_dict = {**state_dict, "state": with_blocks_by_row(self.pipeline, state_dict["state"], zip(ids, groups, params))}
         saved = {param: state_dict["state"].get(i, {}) for i, param in zip(ids, params)}
         for group, (param, state) in zip(groups, saved.items()):
             if "rank" in group and state and not self._fits(param, state):

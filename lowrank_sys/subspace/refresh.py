@@ -230,7 +230,7 @@ def expect_carried(due, shape, device):
         expect(fits, OP, lambda: f"{name} must have shape {shape}, got {tuple(moment.shape)}")
         if is_coded(due.state, name):
             absmax = due.state[absmax_of(name)]
-            expect_codes(OP, name, moment, absmax_of(name), absmax, moment.shape, device)
+            expect_codes(OP, name, moment, absmax_of(name), absmax, moment.shape, device, by_row=True)
         else:
             expect_like(OP, name, moment, moment.shape, device)
             expect_dtype(OP, name, moment, torch.float32)

@@ -138,7 +138,7 @@ def common():
 def coded(moments):
     """Codes and largest values of first and second moments that share their memory, as lists."""
     (m, m_absmax), (v, v_absmax) = (
-        reference.quantize_blockwise(tensors[0], signed=signed) for tensors, signed in zip(moments, (True, False))
+        reference.quantize_blockwise(tensors[0], signed=signed, by_row=True) for tensors, signed in zip(moments, (True, False))
     )
     return [[tensor] * len(moments[0]) for tensor in (m, v, m_absmax, v_absmax)]
 

@@ -24,11 +24,11 @@ def same(a, b):
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
-def stored(shape, seed=0):
+def stored(shape, seed=0, by_row=False):
     """exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax; second moments away from 0, where the update is well conditioned."""
     draw = torch.Generator().manual_seed(seed)
-    m, m_absmax = ops.quantize_blockwise(torch.randn(shape, generator=draw), signed=True)
-    v, v_absmax = ops.quantize_blockwise(torch.rand(shape, generator=draw) + 0.1, signed=False)
+    m, m_absmax = ops.quantize_blockwise(torch.randn(shape, generator=draw), signed=True, by_row=by_row)
+    v, v_absmax = ops.quantize_blockwise(torch.rand(shape, generator=draw) + 0.1, signed=False, by_row=by_row)
     return [m, v, m_absmax, v_absmax]
 
 
@@ -131,7 +131,7 @@ def low_rank_inputs(m, n, r, left, dtype=torch.float32, seed=0):
         torch.randn(m, n, generator=draw).to(dtype),
         torch.randn(m, n, generator=draw).to(dtype),
         (torch.randn(d, r, generator=draw) / max(d, 1) ** 0.5).to(dtype),
-        *stored(shape, seed),
+        *stored(shape, seed, by_row=True),
     ]
 
 
@@ -196,11 +196,11 @@ def test_a_step_is_its_three_parts(left):
 @SIDES
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_bad_channels_keep_weights_and_decoded_moments(dtype, left):
-    """R is (30, 140) or (130, 30): blocks of 256 span channels, and one consists of bad channels only."""
-    got = low_rank_inputs(130, 140, 30, left, dtype)
+    """R is (30, 600) or (600, 30): blocks span columns, and some consist of bad channels only."""
+    got = low_rank_inputs(130, 600, 30, left, dtype) if left else low_rank_inputs(600, 130, 30, left, dtype)
     grad = got[1] if left else got[1].T
-    bad = torch.zeros(140 if left else 130, dtype=torch.bool)
-    bad[[3, 10, *range(40, 60)]] = True
+    bad = torch.zeros(600, dtype=torch.bool)
+    bad[[3, 10, *range(250, 520)]] = True
     grad[5, bad] = NAN
     before, want = clone(got), clone(got[:3], torch.Tensor.double) + clone(got[3:])
     step, skipped = torch.tensor(4.0), torch.tensor(7)
@@ -212,16 +212,14 @@ def test_bad_channels_keep_weights_and_decoded_moments(dtype, left):
     assert_neighbours(got[3:], want[3:], error=2.0**-17)
     assert torch.allclose(got[0].double(), want[0], rtol=4 * ROUNDING[dtype], atol=1e-5, equal_nan=True)
     # A decoded moment of a bad channel moves by half a gap of its block's new absmax at most.
-    flags = (bad.expand(got[3].shape) if left else bad[:, None].expand(got[3].shape)).reshape(-1)
+    flags = (bad if left else bad[:, None]).expand(got[3].shape)
     for now, then, signed, absmax in zip(decoded(got[3:]), decoded(before[3:]), (True, False), got[5:]):
         gap = dynamic_map(signed).diff().max() / 2
-        allowed = gap * absmax.repeat_interleave(256)[: flags.numel()] * 1.001
-        assert ((now.view(-1) - then.view(-1)).abs() <= allowed)[flags].all()
-    whole = torch.nn.functional.pad(flags, (0, -flags.numel() % 256), value=True).view(-1, 256).all(dim=1)
-    assert whole.sum() == (0 if left else 2)  # elements 1200 ... 1799 of R hold two whole blocks
-    for i, at in ((3, None), (4, None), (5, whole), (6, whole)):
-        at = whole.repeat_interleave(256)[: flags.numel()] if at is None else at
-        assert same(got[i].view(-1)[at], before[i].view(-1)[at])
+        allowed = gap * absmax.repeat_interleave(256, dim=1)[:, : flags.shape[1]] * 1.001
+        assert ((now - then).abs() <= allowed)[flags].all()
+    for i in (3, 4):  # columns 256 ... 511 are a whole block, and so is a row of 30
+        whole, block = (slice(None), slice(256, 512)) if left else bad, (slice(None), 1) if left else bad
+        assert torch.equal(got[i][whole], before[i][whole]) and torch.equal(got[i + 2][block], before[i + 2][block])
 
 
 @SIDES
@@ -231,7 +229,7 @@ def test_the_update_of_a_bad_channel_is_nan(dtype, left):
     r, update = torch.randn(shape), torch.zeros(shape, dtype=dtype)
     (r if left else r.T)[2, 9] = 2.0**64
     ops.adam_8bit_low_rank_(
-        [r], [update], *[[x] for x in stored(shape)], [torch.tensor(1.0)], beta1=0.9, beta2=0.999, eps=1e-8, left=left
+        [r], [update], *[[x] for x in stored(shape, by_row=True)], [torch.tensor(1.0)], beta1=0.9, beta2=0.999, eps=1e-8, left=left
     )
     update = update if left else update.T
     assert update[:, 9].isnan().all() and update.isnan().sum() == 7
@@ -261,7 +259,7 @@ def test_found_inf_makes_the_step_a_no_op(op):
     low_rank = [torch.randn(4, 30) for _ in range(2)]
     lists = {
         "galore_step_8bit": lists,
-        "adam_8bit_": [low_rank, clone(low_rank), *lists[3:]],
+        "adam_8bit_": [low_rank, clone(low_rank), *map(list, zip(*(stored(r.shape) for r in low_rank)))],
         "adam_8bit_low_rank_": [low_rank, clone(low_rank), *lists[3:]],
     }[op]
     extra = {
@@ -315,15 +313,18 @@ def sample_calls():
     counted = guards | dict(skipped=torch.tensor(0))
     x = torch.randn(3, 300)
     yield ops.quantize_blockwise.default, [x], dict(signed=True)
+    yield ops.quantize_blockwise.default, [x], dict(signed=True, by_row=True)
     yield ops.dequantize_blockwise.default, list(ops.quantize_blockwise(x, signed=False)), dict(signed=False)
+    yield ops.dequantize_blockwise.default, list(ops.quantize_blockwise(x, signed=False, by_row=True)), dict(signed=False)
     for left in (True, False):
         one, lists, steps = low_rank_inputs(8, 12, 3, left, torch.bfloat16), as_lists(2, left), [torch.tensor(1.0) for _ in "ab"]
         low = [torch.randn(y.shape) for y in lists[3]]
+        flat = [list(column) for column in zip(*(stored(y.shape) for y in low))]
         extra = dict(**LOW_RANK, left=left)
         yield ops.galore_step_8bit.default, one, dict(step=2, lr=0.1, **extra)
         yield ops.galore_step_8bit.tensor, one, tensors | extra
         yield ops.galore_step_8bit.list, [*lists, steps], dict(lr=tensors["lr"], **extra, **counted)
-        yield ops.adam_8bit_.default, [low, clone(low), *lists[3:], steps], dict(lr=tensors["lr"], **ADAM, **counted)
+        yield ops.adam_8bit_.default, [low, clone(low), *flat, steps], dict(lr=tensors["lr"], **ADAM, **counted)
         yield (
             ops.adam_8bit_low_rank_.default,
             [clone(low), low, *lists[3:], steps],
@@ -364,9 +365,9 @@ BAD = {
     "basis shape": (2, torch.zeros(30, 4), "basis must have shape (m = 20, r)"),
     "codes shape": (3, torch.zeros(4, 29, dtype=torch.uint8), "exp_avg must have shape (4, 30), got (4, 29)"),
     "codes fp32": (3, torch.zeros(4, 30), "exp_avg must be torch.uint8, got torch.float32"),
-    "absmax shape": (5, torch.zeros(2), "exp_avg_absmax must have shape (1,), got (2,)"),
+    "absmax shape": (5, torch.zeros(2), "exp_avg_absmax must have shape (4, 1), got (2,)"),
     "second codes": (4, torch.zeros(30, 4, dtype=torch.uint8).T, "exp_avg_sq must be contiguous"),
-    "second absmax": (6, torch.zeros(1).half(), "exp_avg_sq_absmax must be torch.float32, got torch.float16"),
+    "second absmax": (6, torch.zeros(4, 1).half(), "exp_avg_sq_absmax must be torch.float32, got torch.float16"),
 }
 
 
@@ -405,7 +406,8 @@ def test_bad_lists(name, op):
     lists, hyper = as_lists(2, True), dict(lr=torch.tensor(0.1), **LOW_RANK, left=True)
     if op != "galore_step_8bit":
         low_rank = [torch.randn(4, 30) for _ in range(2)]
-        lists = [low_rank, clone(low_rank), *lists[3:]]
+        flat = map(list, zip(*(stored(r.shape) for r in low_rank)))
+        lists = [low_rank, clone(low_rank), *(flat if op == "adam_8bit_" else lists[3:])]
         hyper = dict(lr=torch.tensor(0.1), **ADAM) if op == "adam_8bit_" else dict(beta1=0.9, beta2=0.99, eps=1e-8, left=True)
     lists.append([torch.tensor(0.0), torch.tensor(1.0)])
     change(lists, hyper)

@@ -145,6 +145,23 @@ def test_against_oracle(shape, dtype, signed):
 
 
 @SIGNS
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 5), (7, 300), (2, 512), (3, 4, 257), (0, 5), (5, 0), (1, 1)], ids=str)
+def test_by_row_is_each_row_by_itself(shape, dtype, signed):
+    x = (torch.randn(shape) * torch.rand(shape).mul(12).exp2()).to(dtype)
+    codes, absmax = ops.quantize_blockwise(x, signed=signed, by_row=True)
+    assert codes.shape == x.shape and absmax.shape == (*shape[:-1], -(-shape[-1] // 256))
+    back = ops.dequantize_blockwise(codes, absmax, signed=signed)
+    for i in range(x[..., 0].numel() if x.numel() else 0):
+        row, stored = x.view(-1, shape[-1])[i], (codes.view(-1, shape[-1])[i], absmax.view(-1, absmax.shape[-1])[i])
+        assert all(map(same, stored, ops.quantize_blockwise(row, signed=signed)))
+        assert same(back.view(-1, shape[-1])[i], ops.dequantize_blockwise(*stored, signed=signed))
+    want = reference.quantize_blockwise(x, signed=signed, by_row=True)
+    assert same(codes, want[0]) and same(absmax, want[1]) and absmax.shape == want[1].shape
+    assert same(back, reference.dequantize_blockwise(codes, absmax, signed=signed))
+
+
+@SIGNS
 @pytest.mark.parametrize(
     "value, want",
     [
@@ -207,7 +224,17 @@ def test_any_floats(values, extra, signed, seed):
         ("dequantize_blockwise", [torch.zeros(257, dtype=torch.uint8), torch.zeros(1)], "absmax must have shape (2,), got (1,)"),
         ("dequantize_blockwise", [torch.zeros(9, dtype=torch.uint8), torch.zeros(1).half()], "absmax must be torch.float32"),
         ("dequantize_blockwise", [torch.zeros(9, 2, dtype=torch.uint8).T, torch.zeros(1)], "codes must be contiguous"),
+        (
+            "dequantize_blockwise",
+            [torch.zeros(3, 257, dtype=torch.uint8), torch.zeros(3, 1)],
+            "absmax must have shape (3, 2), got (3, 1)",
+        ),
     ],
 )
 def test_bad_tensors(name, args, expected):
     assert_refused(getattr(ops, name), args, dict(signed=True), f"{name}: {expected}")
+
+
+def test_a_vector_has_no_rows():
+    expected = "quantize_blockwise: x must have two or more dimensions with by_row, got shape (4,)"
+    assert_refused(ops.quantize_blockwise, [torch.zeros(4)], dict(signed=True, by_row=True), expected)

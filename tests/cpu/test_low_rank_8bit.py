@@ -45,8 +45,8 @@ class Case:
         self.int4 = list(ops.quantize_int4(basis, group_size=group_size))
         self.dense = [ops.dequantize_int4(*self.int4, d=self.d, group_size=group_size)]
         shape = (r, n) if left else (m, r)
-        first, first_absmax = ops.quantize_blockwise(torch.randn(shape, generator=draw), signed=True)
-        second, second_absmax = ops.quantize_blockwise(torch.rand(shape, generator=draw) + 0.1, signed=False)
+        first, first_absmax = ops.quantize_blockwise(torch.randn(shape, generator=draw), signed=True, by_row=True)
+        second, second_absmax = ops.quantize_blockwise(torch.rand(shape, generator=draw) + 0.1, signed=False, by_row=True)
         self.moments, self.step = [first, second, first_absmax, second_absmax], torch.tensor(2.0)
 
     def low_rank(self, form):
@@ -249,7 +249,8 @@ BAD = {
     "basis_offset type": ("int4", 4, torch.zeros(4, 1).half(), "basis_offset must be torch.float32, got torch.float16"),
     "basis shape": ("list", 2, torch.zeros(30, 4), "basis must have shape (m = 20, r)"),
     "codes": ("int4", 5, torch.zeros(4, 30), "exp_avg must be torch.uint8, got torch.float32"),
-    "absmax": ("int4", 8, torch.zeros(3), "exp_avg_sq_absmax must have shape (1,), got (3,)"),
+    "absmax": ("int4", 8, torch.zeros(4, 2), "exp_avg_sq_absmax must have shape (4, 1), got (4, 2)"),
+    "flat absmax": ("int4", 7, torch.zeros(1), "exp_avg_absmax must have shape (4, 1), got (1,)"),
     "param": ("int4", 0, torch.zeros(2, 3, 4), "param must be a matrix"),
     "step": ("int4", 9, torch.tensor(1), "steps[0] must be torch.float32, got torch.int64"),
 }

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -28,8 +29,10 @@ from lowrank_sys.optim.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from lowrank_sys.subspace.basis import load
 from lowrank_sys.subspace.iteration import svd_basis
 
+ops = torch.ops.lowrank
 LR, SCALE = 1e-2, 0.25
-# R of the two matrices of the small model has 96 * 16 elements: both are coded, and biases and norms stay in fp32.
+# R of the two matrices of the small model has 96 * 16 elements: one with rows of 96, which is coded, one with rows of 16, which
+# stays in fp32 as biases and norms do.
 SMALLEST = 300
 
 
@@ -83,7 +86,7 @@ def test_trains(name):
 def test_the_loop_of_the_oracle(proj_type, quant):
     """Exact bases every third step, INT4, Adam on codes, decay: the formulas in plain PyTorch."""
     torch.manual_seed(0)
-    m, n, r, left = 70, 90, 8, proj_type == "left"
+    m, n, r, left = 70, 90, 64, proj_type == "left"
     start, wd, betas = torch.randn(m, n), 0.1, (0.9, 0.999)
     param = nn.Parameter(start.clone())
     optimizer = QGaLoreAdamW8bit(
@@ -106,10 +109,7 @@ def test_the_loop_of_the_oracle(proj_type, quant):
         min_8bit_size=0,
     )
     w, basis, low_rank = start.clone(), None, (r, n) if left else (m, r)
-    moments = [
-        *(torch.zeros(low_rank, dtype=torch.uint8) for _ in "mv"),
-        *(torch.zeros(-(-low_rank[0] * low_rank[1] // 256)) for _ in "mv"),
-    ]
+    moments = [*(torch.zeros(low_rank, dtype=torch.uint8) for _ in "mv"), *(torch.zeros(low_rank[0], 1) for _ in "mv")]
     for step in range(8):
         grad = torch.randn(m, n) + 3 * torch.randn(m, 1) @ torch.randn(1, n)
         param.grad = grad.clone()
@@ -216,7 +216,7 @@ def test_bytes_are_those_of_the_formula():
         assert live.bytes == optimizer.memory()["total"] - optimizer.memory()["weights"]
     low_rank = r * n  # m < n: the basis is on the left, its vectors have m entries
     basis, basis_scales = r * m // 2, 2 * 4 * r * 2  # two groups of 256 a vector
-    coded, absmaxes = 2 * (low_rank + 5000), 2 * 4 * (-(-low_rank // 256) + -(-5000 // 256))
+    coded, absmaxes = 2 * (low_rank + 5000), 2 * 4 * (r * -(-n // 256) + -(-5000 // 256))  # by row, flat
     counters = 3 * 4 + 8 + 8 + 5 * 4  # steps, countdown, gap, queue
     sums = optimizer.memory()
     assert sums["basis"] == basis
@@ -315,9 +315,36 @@ def test_the_state_goes_through_bitsandbytes():
     for param in model.parameters():
         state = optimizer.state[param]
         back = from_bitsandbytes(to_bitsandbytes(state))
+        if state["exp_avg"].shape == (16, 96) and state["exp_avg"].dtype == torch.uint8:  # by row: encoded again in flat blocks
+            for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+                values = ops.dequantize_blockwise(state[name], state[f"{name}_absmax"], signed=signed)
+                codes, absmax = ops.quantize_blockwise(values, signed=signed)
+                assert torch.equal(back[name], codes) and torch.equal(back[f"{name}_absmax"], absmax)
+            kinds.add("by row")
+            continue
         assert all(torch.equal(value, state[key]) for key, value in back.items())
         kinds.add(back["exp_avg"].dtype)
-    assert kinds == {torch.uint8, torch.float32}
+    assert kinds == {torch.uint8, torch.float32, "by row"}
+
+
+def test_whole_blocks_go_through_bitsandbytes_to_the_bit():
+    """Rows of 512: blocks by row are the flat ones, and the state comes back by load_state_dict without a word."""
+    param = nn.Parameter(torch.randn(60, 512))
+    optimizer = GaLoreAdamW8bit([{"params": [param], "rank": 4}], lr=LR, min_8bit_size=0)
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    state = optimizer.state[param]
+    assert state["exp_avg_absmax"].shape == (4, 2)
+    theirs = to_bitsandbytes(state)
+    assert theirs["absmax1"].shape == (8,)
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {**state, **from_bitsandbytes(theirs)}}
+    other = GaLoreAdamW8bit([{"params": [nn.Parameter(param.detach().clone())], "rank": 4}], lr=LR, min_8bit_size=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(saved)
+    (back,) = other.state.values()
+    assert all(torch.equal(back[key], state[key]) for key in ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax"))
 
 
 def test_one_graph_for_all_steps():

@@ -208,7 +208,10 @@ def test_the_ledger_knows_codes_and_scales():
     assert memory["weights"] == sum(m.codes.nbytes for m in matrices) + sum(p.nbytes for p in floats) + handles
     states = [optimizer.state[m.weight] for m in matrices]
     scales = ("basis_scale", "basis_offset", "exp_avg_absmax", "exp_avg_sq_absmax")
-    assert memory["scales"] == sum(m.scale.nbytes for m in matrices) + sum(s[key].nbytes for s in states for key in scales)
+    assert {"exp_avg_absmax" in s for s in states} == {True, False}  # rows that are long enough for codes, and not
+    assert memory["scales"] == sum(m.scale.nbytes for m in matrices) + sum(
+        s[key].nbytes for s in states for key in scales if key in s
+    )
     assert memory["basis"] == sum(s["basis"].numel() for s in states)
 
 

@@ -134,7 +134,7 @@ def test_scratch_formulas_of_low_precision_ops(shape, left, dtype):
     ops = torch.ops.lowrank
     param, grad, basis, m, v = matrix(*shape, 24, left, dtype)
     int4, int8, x = ops.quantize_int4(basis), ops.quantize_int8(param), torch.randn_like(m)
-    stored = [*ops.quantize_blockwise(m, signed=True), *ops.quantize_blockwise(v, signed=False)]
+    stored = [*ops.quantize_blockwise(m, signed=True, by_row=True), *ops.quantize_blockwise(v, signed=False, by_row=True)]
     stored = [stored[i] for i in (0, 2, 1, 3)]
     step, stream = dict(step=1, scale=1.0, left=left, **ADAM), dict(seed=1, parameter=0)
     rows, outs = torch.randn(1100, shape[1]).to(dtype), torch.randn(7, shape[0]).to(dtype)

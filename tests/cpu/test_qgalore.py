@@ -156,7 +156,7 @@ class Matrix:
                     ops.quantize_int4(basis, group_size=basis_group_size) if int4 else (basis, None, None),
                 )
             )
-            moments = [reference.quantize_blockwise(x, signed=signed) for x, signed in ((first, True), (second, False))]
+            moments = [reference.quantize_blockwise(x, signed=s, by_row=True) for x, s in ((first, True), (second, False))]
             self.args |= dict(
                 exp_avg=moments[0][0], exp_avg_sq=moments[1][0], exp_avg_absmax=moments[0][1], exp_avg_sq_absmax=moments[1][1]
             )
@@ -489,8 +489,8 @@ def test_bad_arguments(case, expected):
 @pytest.mark.parametrize(
     "name, value, expected",
     [
-        ("parameters", [], "parameters must have 1 numbers, one for each of codes, got 0"),
-        ("offsets", [0, 0], "offsets must have 1 numbers, one for each of codes, got 2"),
+        ("parameters", [], "parameters must have 1 numbers, one a weight, got 0"),
+        ("offsets", [0, 0], "offsets must have 1 numbers, one a weight, got 2"),
         ("parameters", [-1], "parameter must be from 0 to 2^32 - 1, got -1"),
         ("found_inf", torch.zeros(2), "found_inf must have one element, got shape (2,)"),
     ],

@@ -36,6 +36,17 @@ def test_codes_are_those_of_the_cpu(offset, n, dtype, signed):
 
 
 @SIGNS
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(128, 4096), (7, 515), (20, 600), (3, 40, 72), (2000, 3), (0, 5)], ids=str)
+def test_codes_by_row_are_those_of_the_cpu(shape, dtype, signed):
+    x = hostile(torch.Size(shape).numel(), dtype).view(shape)
+    want = ops.quantize_blockwise(x, signed=signed, by_row=True)
+    got = ops.quantize_blockwise(x.cuda(), signed=signed, by_row=True)
+    assert all(map(same, got, want))
+    assert same(ops.dequantize_blockwise(*got, signed=signed), ops.dequantize_blockwise(*want, signed=signed))
+
+
+@SIGNS
 def test_every_top_half(signed):
     tops = torch.arange(0x3F80, dtype=torch.int32) << 16
     y = (tops[:, None] | torch.tensor([0, 1, 0x7FFF, 0xFFFF], dtype=torch.int32)).view(-1).view(torch.float32)
@@ -45,10 +56,10 @@ def test_every_top_half(signed):
     assert all(map(same, ops.quantize_blockwise(y.cuda(), signed=signed), ops.quantize_blockwise(y, signed=signed)))
 
 
-def stored(shape):
+def stored(shape, by_row=False):
     draw = torch.Generator().manual_seed(7)
-    m, m_absmax = ops.quantize_blockwise(torch.randn(shape, generator=draw), signed=True)
-    v, v_absmax = ops.quantize_blockwise(torch.rand(shape, generator=draw) + 0.1, signed=False)
+    m, m_absmax = ops.quantize_blockwise(torch.randn(shape, generator=draw), signed=True, by_row=by_row)
+    v, v_absmax = ops.quantize_blockwise(torch.rand(shape, generator=draw) + 0.1, signed=False, by_row=by_row)
     return [m, v, m_absmax, v_absmax]
 
 
@@ -82,11 +93,11 @@ def test_adam_8bit_is_that_of_the_cpu(w_dtype, g_dtype):
 
 @SIDES
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("shape", [(128, 4096), (7, 515), (700, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(128, 4096), (7, 515), (20, 600), (4096, 128), (700, 1)], ids=str)
 def test_low_rank_adam_8bit_is_that_of_the_cpu(shape, dtype, left):
     r = torch.randn(shape)
     r.view(-1)[5], r.view(-1)[-2] = torch.nan, 2.0**66
-    moments = stored(shape)
+    moments = stored(shape, by_row=True)
     other = on_gpu(moments)
     updates = [torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype, device="cuda")]
     for gradient, update, values in ((r, updates[0], moments), (r.cuda(), updates[1], other)):
@@ -111,7 +122,7 @@ def test_galore_step_8bit(form, dtype, left):
     draw = torch.Generator().manual_seed(0)
     param, grad = (torch.randn(m, n, generator=draw).to(dtype) for _ in range(2))
     basis = (torch.randn(m if left else n, r, generator=draw) / 30).to(dtype)
-    moments = stored((r, n) if left else (m, r))
+    moments = stored((r, n) if left else (m, r), by_row=True)
     grad[5, 7] = torch.nan
     got = on_gpu([param, grad, basis, *moments])
     want = [param.double(), grad.double(), basis.double(), *moments]
@@ -147,7 +158,7 @@ def test_low_rank_lists_are_those_of_the_cpu(int4, projected, left):
     basis = [torch.randn(m if left else n, r, generator=draw) / 30]
     if int4:
         basis = list(ops.quantize_int4(*basis))
-    moments = stored((r, n) if left else (m, r))
+    moments = stored((r, n) if left else (m, r), by_row=True)
     if projected:
         grad = ops.project_int4(grad, *basis, left=left) if int4 else ops.project(grad, *basis, left=left)
     cpu = [param, grad, *basis, *moments, torch.tensor(2.0)]
@@ -166,7 +177,7 @@ def test_low_rank_lists_are_those_of_the_cpu(int4, projected, left):
 
 def test_no_synchronisation():
     w, moments = torch.randn(512, 768, device="cuda"), on_gpu(stored((512, 768)))
-    basis, low = torch.randn(512, 32, device="cuda"), on_gpu(stored((32, 768)))
+    basis, low = torch.randn(512, 32, device="cuda"), on_gpu(stored((32, 768), by_row=True))
     step, lr = torch.ones((), device="cuda"), torch.tensor(1e-2, device="cuda")
 
     def everything():

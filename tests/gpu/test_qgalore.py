@@ -66,7 +66,7 @@ def matrix(op, m, n, r, left, seed=0):
     if op == "apollo_int8_step":
         return [*args, basis, first, second, torch.tensor(0.5)]
     (m_codes, m_absmax), (v_codes, v_absmax) = (
-        reference.quantize_blockwise(x, signed=s) for x, s in ((first, True), (second, False))
+        reference.quantize_blockwise(x, signed=s, by_row=True) for x, s in ((first, True), (second, False))
     )
     return [*args, *reference.quantize_int4(basis), m_codes, v_codes, m_absmax, v_absmax]
 

@@ -63,6 +63,24 @@ def test_codes_are_those_of_the_op(dtype, signed):
 
 
 @SIGNS
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(7, 515), (20, 30), (5, 264), (1, 1000), (70, 1)], ids=str)
+def test_codes_by_row_are_those_of_the_op(shape, dtype, signed):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x[-1, 0] = torch.nan
+    x = x.to(dtype)
+    codes, absmax = ops.quantize_blockwise(x, signed=signed, by_row=True)
+    back = ops.dequantize_blockwise(codes, absmax, signed=signed)
+    for threads, vector in RUNS:
+        got = torch.empty_like(codes), torch.empty_like(absmax)
+        _host.quantize_blockwise(threads, vector, array(x), name(dtype), signed, *map(array, got))
+        assert same(got[0], codes) and same(got[1], absmax), (threads, vector)
+        wide = torch.empty(x.shape)
+        _host.dequantize_blockwise(threads, vector, array(codes), array(absmax), signed, array(wide))
+        assert same(wide, back), (threads, vector)
+
+
+@SIGNS
 def test_every_top_half_on_one_thread(signed):
     """The scalar code of core beside the vector code of the op, for every top half of |y| <= 1 and around every midpoint."""
     tops = torch.arange(0x3F80, dtype=torch.int32) << 16
@@ -78,10 +96,11 @@ def test_every_top_half_on_one_thread(signed):
     assert torch.equal(got[0], codes) and torch.equal(got[1], absmax)
 
 
-def stored(n):
-    draw = torch.Generator().manual_seed(7)
-    m, m_absmax = ops.quantize_blockwise(torch.randn(n, generator=draw), signed=True)
-    v, v_absmax = ops.quantize_blockwise(torch.rand(n, generator=draw), signed=False)
+def stored(*shape):
+    """Of a matrix by row."""
+    draw, by_row = torch.Generator().manual_seed(7), len(shape) > 1
+    m, m_absmax = ops.quantize_blockwise(torch.randn(shape, generator=draw), signed=True, by_row=by_row)
+    v, v_absmax = ops.quantize_blockwise(torch.rand(shape, generator=draw), signed=False, by_row=by_row)
     return [m, v, m_absmax, v_absmax]
 
 
@@ -117,14 +136,12 @@ def test_adam_8bit_is_that_of_the_op(w_dtype, g_dtype):
 
 @pytest.mark.parametrize("bad", [True, False], ids=["bad channels", "good"])
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
-@pytest.mark.parametrize("shape", [(7, 515), (20, 30), (1, 1000), (700, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(7, 515), (20, 30), (5, 264), (1, 1000), (700, 1)], ids=str)
 def test_low_rank_adam_8bit_is_that_of_the_op(left, shape, bad):
     r = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     if bad:
         r.view(-1)[5], r.view(-1)[-2] = torch.nan, 2.0**66
-    moments = stored(r.numel())
-    for x in moments[:2]:
-        x.resize_(shape)
+    moments = stored(*shape)
     want, update = [x.clone() for x in moments], torch.empty(shape)
     ops.adam_8bit_low_rank_(
         [r],

@@ -66,7 +66,7 @@ class Matrix:
         first, second = 0.1 * randn(*shape), 0.1 * randn(*shape).abs() + 0.01
         if self.moments == "8bit":
             for name, moment, signed in (("exp_avg", first, True), ("exp_avg_sq", second, False)):
-                got[name], got[f"{name}_absmax"] = reference.quantize_blockwise(moment, signed=signed)
+                got[name], got[f"{name}_absmax"] = reference.quantize_blockwise(moment, signed=signed, by_row=True)
         else:
             got |= {"exp_avg": first, "exp_avg_sq": second}
         if limited:

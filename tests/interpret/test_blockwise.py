@@ -27,7 +27,7 @@ def with_codes(lane, *args, **kwargs):
     """A lane case whose moments are codes, and the oracle's copies of them."""
     case = lane.case(*args, **kwargs)
     for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-        codes, absmax = ops.quantize_blockwise(getattr(case, name), signed=signed)
+        codes, absmax = ops.quantize_blockwise(getattr(case, name), signed=signed, by_row=True)
         case.put(name, codes)
         case.put(f"{name}_absmax", absmax)
         case.wants |= {name: codes.cpu().clone(), f"{name}_absmax": absmax.cpu().clone()}

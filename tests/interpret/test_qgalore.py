@@ -105,7 +105,7 @@ class Matrix:
         else:
             parts = reference.quantize_int4(basis, group_size=32) if int4 else (basis, None, None)
             args |= dict(zip(("basis", "basis_scale", "basis_offset"), parts))
-            moments = [reference.quantize_blockwise(x, signed=signed) for x, signed in ((first, True), (second, False))]
+            moments = [reference.quantize_blockwise(x, signed=s, by_row=True) for x, s in ((first, True), (second, False))]
             args |= dict(
                 exp_avg=moments[0][0], exp_avg_sq=moments[1][0], exp_avg_absmax=moments[0][1], exp_avg_sq_absmax=moments[1][1]
             )

@@ -144,9 +144,9 @@ MUTANTS = (
     ),
     Mutant(
         "skipped weights counted on the wrong side",
-        "csrc/ops/cpu/steps.cpp",
-        "param.size(left ? 0 : 1)",
-        "param.size(left ? 1 : 0)",
+        "csrc/ops/cpu/step.cpp",
+        "skipped * depth()",
+        "skipped * x_.weight.size(left_ ? 1 : 0)",
         cpu("native_ops", "optim"),
         "galore, fp32, poisoned",
     ),

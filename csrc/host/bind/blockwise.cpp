@@ -16,30 +16,37 @@ void codebook(bool is_signed, Array values, Array bins) {
   is_signed ? copy(kSigned) : copy(kUnsigned);
 }
 
-// Calls f(block, vector, first, n) for each block of n elements from `first` on; whole blocks V at a time.
+// Calls f(block, vector, i, its place) for each block; eight elements at a time where it can be taken so.
 template <class F>
-void for_blocks(int threads, int vector, int64_t numel, const F& f) {
+void for_blocks(int threads, int vector, const RowBlocks& blocks, const F& f) {
   run_block(threads, [&](const auto& block) {
     constexpr int wide = kOwned<std::decay_t<decltype(block)>> % 8 == 0 ? 8 : 1;
-    for (int64_t i = 0; i < numel; i += kBlock) {
-      const int n = int(numel - i < kBlock ? numel - i : kBlock);
-      if (vector == 8 && n == kBlock) {
-        f(block, std::integral_constant<int, wide>{}, i, n);
+    for (int64_t i = 0; i < block_count(blocks); ++i) {
+      const BlockAt at = block_at(blocks, i);
+      if (vector == 8 && in_vectors<8>(at)) {
+        f(block, std::integral_constant<int, wide>{}, i, at);
       } else {
-        f(block, std::integral_constant<int, 1>{}, i, n);
+        f(block, std::integral_constant<int, 1>{}, i, at);
       }
     }
   });
 }
+
+RowBlocks flat(const Array& x) { return {1, int64_t(x.size())}; }
+
+RowBlocks by_row(const Array& x) { return {int64_t(x.shape(0)), int64_t(x.shape(1))}; }
+
+// The blocks of x that these are the scales of.
+RowBlocks blocks_of(const Array& x, const Array& absmax) { return absmax.ndim() == 2 ? by_row(x) : flat(x); }
 
 void quantize(int threads, int vector, Array x, const std::string& dtype, bool is_signed, Array codes, Array absmax) {
   auto* out = data<uint8_t>(codes);
   auto* most = data<float>(absmax);
   dispatch(parse(dtype), [&](auto type) {
     const auto* values = data<typename decltype(type)::type>(x);
-    for_blocks(threads, vector, x.size(), [&](const auto& block, auto v, int64_t i, int n) {
-      is_signed ? quantize_block<v>(block, kSigned, values + i, out + i, most + i / kBlock, n)
-                : quantize_block<v>(block, kUnsigned, values + i, out + i, most + i / kBlock, n);
+    for_blocks(threads, vector, blocks_of(x, absmax), [&](const auto& block, auto v, int64_t i, const BlockAt& at) {
+      is_signed ? quantize_block<v>(block, kSigned, values + at.first, out + at.first, most + i, at.n)
+                : quantize_block<v>(block, kUnsigned, values + at.first, out + at.first, most + i, at.n);
     });
   });
 }
@@ -48,9 +55,9 @@ void dequantize(int threads, int vector, Array codes, Array absmax, bool is_sign
   const auto* in = data<uint8_t>(codes);
   const auto* most = data<float>(absmax);
   auto* out = data<float>(x);
-  for_blocks(threads, vector, x.size(), [&](const auto& block, auto v, int64_t i, int n) {
-    is_signed ? dequantize_block<v>(block, kSigned, in + i, most[i / kBlock], out + i, n)
-              : dequantize_block<v>(block, kUnsigned, in + i, most[i / kBlock], out + i, n);
+  for_blocks(threads, vector, blocks_of(x, absmax), [&](const auto& block, auto v, int64_t i, const BlockAt& at) {
+    is_signed ? dequantize_block<v>(block, kSigned, in + at.first, most[i], out + at.first, at.n)
+              : dequantize_block<v>(block, kUnsigned, in + at.first, most[i], out + at.first, at.n);
   });
 }
 
@@ -67,9 +74,9 @@ int64_t adam(int threads, int vector, Array w, const std::string& w_dtype, Array
       using W = typename decltype(w_type)::type;
       auto* weights = data<W>(w);
       const auto* grads = data<typename decltype(g_type)::type>(g);
-      for_blocks(threads, vector, w.size(), [&](const auto& block, auto wide, int64_t i, int n) {
-        skipped += adam_8bit_block<wide>(block, Codebooks{kSigned, kUnsigned}, grads + i, IntoWeights<W>{weights + i},
-                                         at_block(stored, i / kBlock), n, grad_scale, step, EveryChannel{});
+      for_blocks(threads, vector, flat(w), [&](const auto& block, auto wide, int64_t i, const BlockAt& at) {
+        skipped += adam_8bit_block<wide>(block, Codebooks{kSigned, kUnsigned}, grads + at.first, IntoWeights<W>{weights + at.first},
+                                         at_block(stored, i, at.first), at.n, grad_scale, step, EveryChannel{});
       });
     });
   });
@@ -82,13 +89,12 @@ void low_rank_adam(int threads, int vector, bool left, Array r, Array m, Array v
   const auto* grads = data<float>(r);
   auto* updates = data<float>(x);
   auto* flags = data<uint8_t>(ok);
-  const int64_t columns = r.shape(1);
-  for_blocks(threads, vector, r.size(), [&](const auto& block, auto wide, int64_t i, int n) {
-    mark_channels<wide>(block, grads, flags, i, n, columns, left, grad_scale);
+  for_blocks(threads, vector, by_row(r), [&](const auto& block, auto wide, int64_t, const BlockAt& at) {
+    mark_channels<wide>(block, grads, flags, at, left, grad_scale);
   });
-  for_blocks(threads, vector, r.size(), [&](const auto& block, auto wide, int64_t i, int n) {
-    adam_8bit_block<wide>(block, Codebooks{kSigned, kUnsigned}, grads + i, IntoUpdate<float>{updates + i},
-                          at_block(stored, i / kBlock), n, grad_scale, step, channel_flags(flags, i, columns, left));
+  for_blocks(threads, vector, by_row(r), [&](const auto& block, auto wide, int64_t i, const BlockAt& at) {
+    adam_8bit_block<wide>(block, Codebooks{kSigned, kUnsigned}, grads + at.first, IntoUpdate<float>{updates + at.first},
+                          at_block(stored, i, at.first), at.n, grad_scale, step, channel_flags(flags, at, left));
   });
 }
 

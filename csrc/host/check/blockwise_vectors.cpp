@@ -28,7 +28,7 @@ struct State {
 // Steps of Adam through the table of this instruction set, and block by block through core.
 template <class G>
 void adam(const char* name, DType dtype, int64_t numel, float scale, double beta1, double beta2) {
-  const int64_t blocks = (numel + kBlock - 1) / kBlock;
+  const int64_t blocks = block_count({1, numel});
   const std::vector<float> zeros(blocks);
   State vectors{random<float>(numel, 1), zeros, zeros, std::vector<uint8_t>(numel, 127), std::vector<uint8_t>(numel)};
   State core = vectors;
@@ -38,10 +38,11 @@ void adam(const char* name, DType dtype, int64_t numel, float scale, double beta
     const int64_t skipped =
         blockwise_table.adam({DType::f32, dtype, vectors.w.data(), g.data(), vectors.moments(), numel, scale, s}, 0, blocks);
     int64_t expected = 0;
-    for (int64_t i = 0; i < blocks; ++i)
-      expected +=
-          adam_8bit_block<1>(OneThread{nullptr}, kBooks, g.data() + i * kBlock, IntoWeights<float>{core.w.data() + i * kBlock},
-                             at_block(core.moments(), i), length(i, numel), scale, s, EveryChannel{});
+    for (int64_t i = 0; i < blocks; ++i) {
+      const BlockAt at = block_at({1, numel}, i);
+      expected += adam_8bit_block<1>(OneThread{nullptr}, kBooks, g.data() + at.first, IntoWeights<float>{core.w.data() + at.first},
+                                     at_block(core.moments(), i, at.first), at.n, scale, s, EveryChannel{});
+    }
     expect(skipped == expected && vectors == core, name);
   }
 }

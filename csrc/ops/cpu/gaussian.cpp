@@ -54,7 +54,7 @@ void back_project(const Tensor& param, const Tensor& x, double alpha, double bet
   Workspace work;
   for_panels(basis, first, left ? m : n, work.basis, [&](const Tensor& panel, int64_t row, int64_t rows) {
     if (left) {
-      back_project_into(part(param, row, 0, rows, n), x, panel, left, beta, alpha, nullptr, work.tile);
+      back_project_into(part(param, row, 0, rows, n), x, panel, left, beta, alpha, nullptr, work);
     } else if (storage(param) == DType::f32) {
       const Tensor w = part(param, 0, row, m, rows);
       STABLE_TORCH_ERROR_CODE_CHECK(

@@ -19,15 +19,9 @@ inline void count_skipped(const Guards& guards, int64_t skipped) {
   if (guards.skipped) *data<int64_t>(*guards.skipped) += skipped;
 }
 
-// A step's count as a number, or in a 0-dim tensor beside `model`.
-inline double count_of(const char* op, int64_t step) {
-  if (step < 1) fail(op, "step counts from 1, got ", step);
-  return double(step);
-}
-
-inline double number_of(const char* op, const char* name, const Tensor& t, const Tensor& model) {
-  expect_scalar(op, name, t, place_of(model));
-  return read_number(op, name, t);
+// The count of a step: a counter that advances first, or a number.
+inline double count_of(const Tensor& step, bool advance) {
+  return advance ? double(*data<float>(step) += 1.0f) : read_number(step);
 }
 
 }  // namespace lowrank

@@ -2,7 +2,7 @@
 #include "../int4.h"
 
 #include "../../cpu/int4.h"
-#include "int4_products.h"
+#include "products.h"
 
 namespace lowrank {
 namespace {
@@ -32,17 +32,17 @@ Tensor dequantize(const Tensor& packed, const Tensor& scale, const Tensor& offse
 Tensor project(const Tensor& grad, const Tensor& packed, const Tensor& scale, const Tensor& offset, bool left, int64_t group_size) {
   check_project_int4("project_int4", grad, packed, scale, offset, left, group_size);
   const Tensor r = empty(int4_low_rank_shape(grad, packed, left));
-  Scratch panel, tile;
-  project_int4_into(r, grad, as_int4(packed, scale, offset, grad.size(left ? 0 : 1), group_size), left, panel, tile);
+  Workspace work;
+  project_into(r, grad, as_int4(packed, scale, offset, grad.size(left ? 0 : 1), group_size), left, work);
   return r;
 }
 
 void back_project(const Tensor& param, const Tensor& low_rank, const Tensor& packed, const Tensor& scale, const Tensor& offset,
                   double alpha, double beta, bool left, int64_t group_size) {
   check_back_project_int4("back_project_int4_", param, low_rank, packed, scale, offset, left, group_size);
-  Scratch panel, tile;
+  Workspace work;
   const Int4 basis = as_int4(packed, scale, offset, param.size(left ? 0 : 1), group_size);
-  back_project_int4_into(param, low_rank, basis, left, beta, alpha, nullptr, panel, tile);
+  back_project_into(param, low_rank, basis, left, beta, alpha, nullptr, work);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank, CPU, library) {

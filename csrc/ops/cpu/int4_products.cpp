@@ -67,16 +67,4 @@ void back_project_int4_tile(const Tensor& w, int64_t row, int64_t column, const 
   });
 }
 
-void back_project_int4_into(const Tensor& param, const Tensor& x, const Int4& basis, bool left, double beta, double alpha,
-                            const uint8_t* ok, Scratch& panel, Scratch& tile) {
-  if (param.numel() == 0) return;
-  if (storage(param) == DType::f32 && ok == nullptr) {
-    back_project_int4_tile(param, 0, 0, x, basis, left, beta, alpha, panel);
-    return;
-  }
-  apply_tiles(param, left, beta, alpha, ok, tile, [&](const Tensor& update, int64_t row, int64_t column) {
-    back_project_int4_tile(update, row, column, x, basis, left, 0.0, 1.0, panel);
-  });
-}
-
 }  // namespace lowrank

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../../core/int4.h"
-#include "products.h"
+#include "tensors.h"
 
 namespace lowrank {
 
@@ -13,9 +13,5 @@ void project_int4_into(const Tensor& r, const Tensor& grad, const Int4& basis, b
 // with any stride between its rows; beta = 0 does not read it.
 void back_project_int4_tile(const Tensor& w, int64_t row, int64_t column, const Tensor& x, const Int4& basis, bool left,
                             double beta, double alpha, Scratch& panel);
-
-// param <- beta * param + alpha * back(x) where ok, which has a flag a channel (null: everywhere).
-void back_project_int4_into(const Tensor& param, const Tensor& x, const Int4& basis, bool left, double beta, double alpha,
-                            const uint8_t* ok, Scratch& panel, Scratch& tile);
 
 }  // namespace lowrank

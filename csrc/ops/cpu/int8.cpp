@@ -50,8 +50,8 @@ void int8_update_tensor(const Tensor& codes, const Tensor& scale, const Tensor& 
   const std::pair<const char*, const Tensor&> numbers[] = {{"alpha", alpha}, {"decay", decay}, {"step", step}};
   double values[3];
   for (int i = 0; i < 3; ++i) {
-    expect_scalar(op, numbers[i].first, numbers[i].second, place_of(codes));
-    values[i] = read_number(op, numbers[i].first, numbers[i].second);
+    expect_number(op, numbers[i].first, numbers[i].second, place_of(codes));
+    values[i] = read_number(numbers[i].second);
   }
   expect_stream("int8_update_", parameter, offset);
   update(codes, scale, dense, values[0], values[1], seed, counter_step(values[2]), parameter, offset, group_size);

@@ -12,9 +12,8 @@ bool projects_thin(const Tensor& grad, int64_t rank) {
   return gemm_kernels().fast && storage(grad) == DType::f32 && rank <= most_columns && grad.numel() >= least_elements;
 }
 
-}  // namespace
-
-void project_into(const Tensor& r, const Tensor& grad, const Tensor& basis, bool left, Scratch& scratch) {
+// In fp32; the basis too.
+void project_dense(const Tensor& r, const Tensor& grad, const Tensor& basis, bool left, Scratch& scratch) {
   if (grad.numel() == 0) {
     std::fill_n(data<float>(r), r.numel(), 0.0f);
   } else if (projects_thin(grad, basis.size(1))) {
@@ -37,22 +36,40 @@ void project_into(const Tensor& r, const Tensor& grad, const Tensor& basis, bool
   }
 }
 
-void back_project_into(const Tensor& param, const Tensor& x, const Tensor& basis, bool left, double beta, double alpha,
-                       const uint8_t* ok, Scratch& scratch) {
-  const int64_t m = param.size(0), n = param.size(1);
-  if (storage(param) == DType::f32 && ok == nullptr) {
-    if (m == 0 || n == 0) return;
-    const Tensor basis_t = transposed(basis, 0, basis.size(0));
-    multiply_into(param, left ? basis : x, left ? x : basis_t, beta, alpha);
+}  // namespace
+
+void project_into(const Tensor& r, const Tensor& grad, const Basis& basis, bool left, Workspace& work) {
+  if (const Int4* int4 = std::get_if<Int4>(&basis)) {
+    project_int4_into(r, grad, *int4, left, work.basis, work.tile);
+  } else {
+    project_dense(r, grad, std::get<Tensor>(basis), left, work.tile);
+  }
+}
+
+void back_project_tile(const Tensor& w, int64_t row, int64_t column, const Tensor& x, const Basis& basis, bool left, double beta,
+                       double alpha, Workspace& work) {
+  if (const Int4* int4 = std::get_if<Int4>(&basis)) {
+    back_project_int4_tile(w, row, column, x, *int4, left, beta, alpha, work.basis);
     return;
   }
-  apply_tiles(param, left, beta, alpha, ok, scratch, [&](const Tensor& update, int64_t i, int64_t j) {
-    const int64_t rows = update.size(0), columns = update.size(1);
-    if (left) {
-      multiply(update, part(basis, i, 0, rows, basis.size(1)), part(x, 0, j, x.size(0), columns));
-    } else {
-      multiply(update, part(x, i, 0, rows, x.size(1)), transposed(basis, j, columns));
-    }
+  const Tensor& b = std::get<Tensor>(basis);
+  const int64_t rows = w.size(0), columns = w.size(1), r = b.size(1);
+  if (left) {
+    multiply_into(w, part(b, row, 0, rows, r), part(x, 0, column, r, columns), beta, alpha);
+  } else {
+    multiply_into(w, part(x, row, 0, rows, r), transposed(b, column, columns), beta, alpha);
+  }
+}
+
+void back_project_into(const Tensor& param, const Tensor& x, const Basis& basis, bool left, double beta, double alpha,
+                       const uint8_t* ok, Workspace& work) {
+  if (param.numel() == 0) return;
+  if (storage(param) == DType::f32 && ok == nullptr) {
+    back_project_tile(param, 0, 0, x, basis, left, beta, alpha, work);
+    return;
+  }
+  apply_tiles(param, left, beta, alpha, ok, work.tile, [&](const Tensor& update, int64_t row, int64_t column) {
+    back_project_tile(update, row, column, x, basis, left, 0.0, 1.0, work);
   });
 }
 

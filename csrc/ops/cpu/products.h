@@ -1,14 +1,19 @@
 // The two products of a step, for any storage.
 #pragma once
 
-#include "tensors.h"
+#include <variant>
+
+#include "int4_products.h"
 
 namespace lowrank {
 
-// What a step reuses from matrix to matrix.
+// What a step reuses from matrix to matrix. `basis` holds a 16-bit one in fp32, or a panel of one that is made as it is read.
 struct Workspace {
-  Scratch low_rank, basis, tile;
+  Scratch low_rank, update, basis, tile, inside;
 };
+
+// A basis in memory: a matrix in fp32, or INT4.
+using Basis = std::variant<Tensor, Int4>;
 
 // param <- beta * param + alpha * back where ok, which has a flag a channel (null: everywhere). `make(update, i, j)` fills an
 // fp32 tile with the part of back that begins at (i, j).
@@ -27,11 +32,16 @@ void apply_tiles(const Tensor& param, bool left, double beta, double alpha, cons
   });
 }
 
-// r <- project(grad); basis in fp32.
-void project_into(const Tensor& r, const Tensor& grad, const Tensor& basis, bool left, Scratch& scratch);
+// r <- project(grad).
+void project_into(const Tensor& r, const Tensor& grad, const Basis& basis, bool left, Workspace& work);
 
-// param <- beta * param + alpha * back(x) where ok, which has a flag a channel (null: everywhere); basis in fp32.
-void back_project_into(const Tensor& param, const Tensor& x, const Tensor& basis, bool left, double beta, double alpha,
-                       const uint8_t* ok, Scratch& scratch);
+// w <- beta * w + alpha * (the part of back(x) that begins at (row, column) and has w's shape), in fp32; beta = 0 does not read
+// w.
+void back_project_tile(const Tensor& w, int64_t row, int64_t column, const Tensor& x, const Basis& basis, bool left, double beta,
+                       double alpha, Workspace& work);
+
+// param <- beta * param + alpha * back(x) where ok, which has a flag a channel (null: everywhere).
+void back_project_into(const Tensor& param, const Tensor& x, const Basis& basis, bool left, double beta, double alpha,
+                       const uint8_t* ok, Workspace& work);
 
 }  // namespace lowrank

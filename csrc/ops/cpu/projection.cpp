@@ -14,7 +14,7 @@ Tensor project(const Tensor& grad, const Tensor& basis, bool left, bool int8_gem
   if (int8_gemm) {
     project_int8_gemm(r, grad, basis, left, work);
   } else {
-    project_into(r, grad, as_fp32(basis, work.basis), left, work.tile);
+    project_into(r, grad, as_fp32(basis, work.basis), left, work);
   }
   return r;
 }
@@ -26,7 +26,7 @@ void back_project(const Tensor& param, const Tensor& low_rank, const Tensor& bas
   if (int8_gemm) {
     back_project_int8_gemm(param, low_rank, basis, left, beta, alpha, nullptr, work);
   } else {
-    back_project_into(param, low_rank, as_fp32(basis, work.basis), left, beta, alpha, nullptr, work.tile);
+    back_project_into(param, low_rank, as_fp32(basis, work.basis), left, beta, alpha, nullptr, work);
   }
 }
 

@@ -1,7 +1,7 @@
-// torch.ops.lowrank on the CPU: selecting, gathering and scattering rows, and the Grass step.
-#include "../sparse.h"
-
+// torch.ops.lowrank on the CPU: selecting, gathering and scattering rows, and steps on them.
 #include "../../cpu/sparse.h"
+
+#include "../step.h"
 #include "hyper.h"
 
 namespace lowrank {
@@ -11,23 +11,18 @@ const float* scale_data(const std::optional<Tensor>& scale) { return scale ? dat
 
 Matrix matrix_of(const Tensor& t) { return {storage(t), data<void>(t), t.size(1)}; }
 
-// Every index must be in [0, size).
-template <class Name>
-void expect_in_range(const char* op, const Name& name, const Tensor& indices, int64_t size) {
-  const int32_t* index = data<int32_t>(indices);
-  for (int64_t j = 0; j < indices.size(0); ++j)
-    if (index[j] < 0 || index[j] >= size) fail(op, name, "[", j, "] must be in [0, ", size, "), got ", index[j]);
+void expect_index(const char* op, int64_t j, int32_t index, int64_t size) {
+  if (index < 0 || index >= size) fail(op, "indices[", j, "] must be in [0, ", size, "), got ", index);
 }
 
 // owner[i]: the j with indices[j] == i, or kNobody. Every index must be in range, and no other's.
-template <class Name>
-std::vector<uint32_t> owners(const char* op, const Name& name, const Tensor& indices, int64_t size) {
+std::vector<uint32_t> owners(const char* op, const Tensor& indices, int64_t size) {
   const int32_t* index = data<int32_t>(indices);
   std::vector<uint32_t> owner(size, SelectedRows::kNobody);
   for (int64_t j = 0; j < indices.size(0); ++j) {
-    if (index[j] < 0 || index[j] >= size) fail(op, name, "[", j, "] must be in [0, ", size, "), got ", index[j]);
+    expect_index(op, j, index[j], size);
     uint32_t& first = owner[index[j]];
-    if (first != SelectedRows::kNobody) fail(op, name, "[", j, "] = ", index[j], " repeats ", name, "[", first, "]");
+    if (first != SelectedRows::kNobody) fail(op, "indices[", j, "] = ", index[j], " repeats indices[", first, "]");
     first = uint32_t(j);
   }
   return owner;
@@ -60,7 +55,7 @@ std::tuple<Tensor, Tensor> select_rows(const Tensor& norms, int64_t r, std::stri
 Tensor gather_rows(const Tensor& grad, const Tensor& indices, const std::optional<Tensor>& scale, bool left) {
   check_gather_rows(grad, indices, scale);
   const int64_t m = grad.size(0), n = grad.size(1), r = indices.size(0), size = left ? m : n;
-  expect_in_range("gather_rows", "indices", indices, size);
+  for (int64_t j = 0; j < r; ++j) expect_index("gather_rows", j, data<int32_t>(indices)[j], size);
   const Tensor out = empty(selected_shape(grad, indices, left));
   const SelectedRows rows{data<int32_t>(indices), scale_data(scale), nullptr, r, size};
   const Matrix g = matrix_of(grad);
@@ -75,7 +70,7 @@ void scatter_add_rows(const Tensor& param, const Tensor& low_rank, const Tensor&
                       double alpha, bool left) {
   check_scatter_add_rows(param, low_rank, indices, scale, left);
   const int64_t m = param.size(0), n = param.size(1), r = indices.size(0), size = left ? m : n;
-  const auto owner = owners("scatter_add_rows_", "indices", indices, size);
+  const auto owner = owners("scatter_add_rows_", indices, size);
   const SelectedRows rows{data<int32_t>(indices), scale_data(scale), owner.data(), r, size};
   const Matrix w = matrix_of(param);
   const float* x = data<float>(low_rank);
@@ -110,48 +105,24 @@ int64_t run(const Tensor& param, const Tensor& grad, const Tensor& indices, cons
   return skipped * (left ? m : n);
 }
 
-void grass_step(const Tensor& param, const Tensor& grad, const Tensor& indices, const std::optional<Tensor>& row_scale,
-                const Tensor& exp_avg, const Tensor& exp_avg_sq, int64_t step, double lr, double beta1, double beta2, double eps,
-                double weight_decay, double scale, bool left) {
-  check_grass_step(param, grad, indices, row_scale, exp_avg, exp_avg_sq, left);
-  if (step < 1) fail("grass_step", "step counts from 1, got ", step);
-  const auto owner = owners("grass_step", "indices", indices, param.size(left ? 0 : 1));
-  const Hyper hyper{beta1, beta2, eps, weight_decay, scale};
-  run(param, grad, indices, row_scale, owner, exp_avg, exp_avg_sq, hyper.at(double(step), lr), 1.0f, left);
-}
-
-void grass_step_tensor(const Tensor& param, const Tensor& grad, const Tensor& indices, const std::optional<Tensor>& row_scale,
-                       const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step, const Tensor& lr, double beta1,
-                       double beta2, double eps, double weight_decay, double scale, bool left) {
-  constexpr const char* op = "grass_step";
-  check_grass_step(param, grad, indices, row_scale, exp_avg, exp_avg_sq, left);
-  expect_scalar(op, "step", step, place_of(param));
-  const double count = read_number(op, "step", step);
-  expect_scalar(op, "lr", lr, place_of(param));
-  const double rate = read_number(op, "lr", lr);
-  const auto owner = owners(op, "indices", indices, param.size(left ? 0 : 1));
-  const Hyper hyper{beta1, beta2, eps, weight_decay, scale};
-  run(param, grad, indices, row_scale, owner, exp_avg, exp_avg_sq, hyper.at(count, rate), 1.0f, left);
-}
-
-void grass_step_list(const Tensors& params, const Tensors& grads, const Tensors& indices, const Tensors& row_scales,
-                     const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& lr, double beta1,
-                     double beta2, double eps, double weight_decay, double scale, bool left,
-                     const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                     const std::optional<Tensor>& skipped) {
-  constexpr const char* op = "grass_step";
+void step_rows(const Tensors& weights, const Tensors& gradients, const Tensors& indices, const Tensors& row_scales,
+               const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& lr, double beta1,
+               double beta2, double eps, double weight_decay, double scale, bool left, bool advance,
+               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+               const std::optional<Tensor>& skipped, const std::string& op) {
   const Guards guards{grad_scale, found_inf, skipped};
-  check_grass_list(params, grads, indices, row_scales, exp_avgs, exp_avg_sqs, steps, lr, left, guards);
-  const double rate = read_number(op, "lr", lr);
+  const RowLists lists{weights, gradients, indices, row_scales, exp_avgs, exp_avg_sqs, steps};
+  check_rows(op, lists, lr, left, advance, guards);
   std::vector<std::vector<uint32_t>> owner;
-  for (size_t i = 0; i < params.size(); ++i)
-    owner.push_back(owners(op, Item{"indices", i}, indices[i], params[i].size(left ? 0 : 1)));
+  for (size_t i = 0; i < weights.size(); ++i)
+    owner.push_back(owners(place_in(op, i, weights.size()).c_str(), indices[i], weights[i].size(left ? 0 : 1)));
   if (is_no_op(guards)) return;
   const Hyper hyper{beta1, beta2, eps, weight_decay, scale};
-  for (size_t i = 0; i < params.size(); ++i) {
-    const float step = *data<float>(steps[i]) += 1.0f;
-    count_skipped(guards, run(params[i], grads[i], indices[i], scale_at(row_scales, i), owner[i], exp_avgs[i], exp_avg_sqs[i],
-                              hyper.at(step, rate), grad_scale_of(guards), left));
+  const double rate = read_number(lr);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const AdamStep at = hyper.at(count_of(steps[i], advance), rate);
+    count_skipped(guards, run(weights[i], gradients[i], indices[i], lists.scale_at(i), owner[i], exp_avgs[i], exp_avg_sqs[i], at,
+                              grad_scale_of(guards), left));
   }
 }
 
@@ -159,9 +130,7 @@ STABLE_TORCH_LIBRARY_IMPL(lowrank, CPU, library) {
   library.impl("select_rows", TORCH_BOX(&select_rows));
   library.impl("gather_rows", TORCH_BOX(&gather_rows));
   library.impl("scatter_add_rows_", TORCH_BOX(&scatter_add_rows));
-  library.impl("grass_step.tensor", TORCH_BOX(&grass_step_tensor));
-  library.impl("grass_step", TORCH_BOX(&grass_step));
-  library.impl("grass_step.list", TORCH_BOX(&grass_step_list));
+  library.impl("step.rows", TORCH_BOX(&step_rows));
 }
 
 }  // namespace

@@ -9,14 +9,15 @@
 namespace lowrank {
 namespace {
 
-std::tuple<Tensor, Tensor> quantize_blockwise(const Tensor& x, bool is_signed) {
-  check_quantize_blockwise(x);
+std::tuple<Tensor, Tensor> quantize_blockwise(const Tensor& x, bool is_signed, bool by_row) {
+  check_quantize_blockwise(x, by_row);
   const DeviceGuard guard(x.get_device_index());
   const auto sizes = x.sizes();
   const Tensor codes = empty(Shape(sizes.begin(), sizes.end()), place_of(x), aoti_torch_dtype_uint8());
-  const Tensor absmax = empty({blocks(sizes)}, place_of(x));
+  const Tensor absmax = empty(absmax_shape(sizes, by_row), place_of(x));
   STD_CUDA_CHECK(launch_quantize_blockwise(storage(x), x.data_ptr(), static_cast<uint8_t*>(codes.data_ptr()),
-                                           static_cast<float*>(absmax.data_ptr()), x.numel(), is_signed, current_stream(x)));
+                                           static_cast<float*>(absmax.data_ptr()), blocks_of(sizes, by_row), is_signed,
+                                           current_stream(x)));
   return {codes, absmax};
 }
 
@@ -27,7 +28,7 @@ Tensor dequantize_blockwise(const Tensor& codes, const Tensor& absmax, bool is_s
   const Tensor x = empty(Shape(sizes.begin(), sizes.end()), place_of(codes));
   STD_CUDA_CHECK(launch_dequantize_blockwise(static_cast<const uint8_t*>(codes.data_ptr()),
                                              static_cast<const float*>(absmax.data_ptr()), static_cast<float*>(x.data_ptr()),
-                                             x.numel(), is_signed, current_stream(codes)));
+                                             blocks_of(sizes, is_by_row(codes, absmax)), is_signed, current_stream(codes)));
   return x;
 }
 
@@ -39,7 +40,7 @@ void adam_8bit(const Tensors& params, const Tensors& grads, const Tensors& exp_a
   const Guards guards{grad_scale, found_inf, skipped};
   check_adam_8bit(params, grads, moments, steps, lr, guards);
   if (params.empty()) return;
-  const AdamWScalars scalars = adamw_scalars("adam_8bit_", beta1, beta2, eps, weight_decay, lr, guards);
+  const AdamWScalars scalars = adamw_scalars(beta1, beta2, eps, weight_decay, lr, guards);
   const DeviceGuard guard(params[0].get_device_index());
   const cudaStream_t stream = current_stream(params[0]);
   launch_lists<Adam8bitList>(
@@ -81,8 +82,7 @@ void adam_8bit_low_rank(const Tensors& low_rank_grads, const Tensors& updates, c
                                          moments.at(i).pointers(),
                                          static_cast<const float*>(steps[i].data_ptr()),
                                          first,
-                                         r.size(0),
-                                         r.size(1)};
+                                         blocks_of(r.sizes(), true)};
       },
       [&](DType x, const LowRankAdam8bitList& list) {
         STD_CUDA_CHECK(launch_mark_channels(list, scalars, stream));

@@ -53,8 +53,8 @@ void int8_update_tensor(const Tensor& codes, const Tensor& scale, const Tensor& 
   constexpr const char* op = "int8_update_";
   check_int8_update(codes, scale, dense, group_size);
   const auto at = [&](const char* name, const Tensor& t) {
-    expect_scalar(op, name, t, place_of(codes));
-    return number(op, name, t);
+    expect_number(op, name, t, place_of(codes));
+    return number(t);
   };
   const Number a = at("alpha", alpha), d = at("decay", decay), s = at("step", step);
   expect_stream("int8_update_", parameter, offset);

@@ -1,7 +1,7 @@
-// torch.ops.lowrank on CUDA: selecting, gathering and scattering rows, and the Grass step.
-#include "../sparse.h"
-
+// torch.ops.lowrank on CUDA: selecting, gathering and scattering rows, and steps on them.
 #include "../../cuda/sparse.h"
+
+#include "../step.h"
 #include "tensors.h"
 
 namespace lowrank {
@@ -103,69 +103,44 @@ void run(const Tensor& param, const Tensor& grad, const Tensor& indices, const s
   STD_CUDA_CHECK(launch_grass(storage(param), storage(grad), arguments, left, stream));
 }
 
-void run_alone(const Tensor& param, const Tensor& grad, const Tensor& indices, const std::optional<Tensor>& row_scale,
-               const Tensor& exp_avg, const Tensor& exp_avg_sq, const Hyper& hyper, const Number& step, const Number& lr,
-               bool left) {
-  const DeviceGuard guard(param.get_device_index());
-  const std::optional<Tensor> none;
-  run(param, grad, indices, row_scale, exp_avg, exp_avg_sq, words(step_words(param, left), param), hyper, step, lr,
-      {none, none, none}, left, current_stream(param));
-}
-
-void grass_step(const Tensor& param, const Tensor& grad, const Tensor& indices, const std::optional<Tensor>& row_scale,
-                const Tensor& exp_avg, const Tensor& exp_avg_sq, int64_t step, double lr, double beta1, double beta2, double eps,
-                double weight_decay, double scale, bool left) {
-  check_grass_step(param, grad, indices, row_scale, exp_avg, exp_avg_sq, left);
-  if (step < 1) fail("grass_step", "step counts from 1, got ", step);
-  run_alone(param, grad, indices, row_scale, exp_avg, exp_avg_sq, {beta1, beta2, eps, weight_decay, scale},
-            {Number::Type::host, nullptr, double(step)}, {Number::Type::host, nullptr, lr}, left);
-}
-
-void grass_step_tensor(const Tensor& param, const Tensor& grad, const Tensor& indices, const std::optional<Tensor>& row_scale,
-                       const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step, const Tensor& lr, double beta1,
-                       double beta2, double eps, double weight_decay, double scale, bool left) {
-  constexpr const char* op = "grass_step";
-  check_grass_step(param, grad, indices, row_scale, exp_avg, exp_avg_sq, left);
-  expect_scalar(op, "step", step, place_of(param));
-  const Number count = number(op, "step", step);
-  expect_scalar(op, "lr", lr, place_of(param));
-  run_alone(param, grad, indices, row_scale, exp_avg, exp_avg_sq, {beta1, beta2, eps, weight_decay, scale}, count,
-            number(op, "lr", lr), left);
-}
-
-void grass_step_list(const Tensors& params, const Tensors& grads, const Tensors& indices, const Tensors& row_scales,
-                     const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& lr, double beta1,
-                     double beta2, double eps, double weight_decay, double scale, bool left,
-                     const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                     const std::optional<Tensor>& skipped) {
-  const Guards guards{grad_scale, found_inf, skipped};
-  check_grass_list(params, grads, indices, row_scales, exp_avgs, exp_avg_sqs, steps, lr, left, guards);
-  const Number rate = number("grass_step", "lr", lr);
-  if (params.empty()) return;
-  const DeviceGuard guard(params[0].get_device_index());
-  const cudaStream_t stream = current_stream(params[0]);
+// Adds 1 to the counters unless found_inf.
+void advance_all(const Tensors& steps, const std::optional<Tensor>& found_inf, cudaStream_t stream) {
   StepList counters;
-  int64_t most = 0;
-  for (size_t i = 0; i < params.size(); ++i) {
-    most = std::max(most, step_words(params[i], left));
+  for (size_t i = 0; i < steps.size(); ++i) {
     counters.steps[counters.count++] = data<float>(steps[i]);
-    if (counters.count < AdamWList::kMost && i + 1 < params.size()) continue;
+    if (counters.count < AdamWList::kMost && i + 1 < steps.size()) continue;
     STD_CUDA_CHECK(launch_advance(counters, pointer(found_inf), stream));
     counters.count = 0;
   }
-  const Tensor memory = words(most, params[0]);
-  for (size_t i = 0; i < params.size(); ++i)
-    run(params[i], grads[i], indices[i], scale_at(row_scales, i), exp_avgs[i], exp_avg_sqs[i], memory,
-        {beta1, beta2, eps, weight_decay, scale}, {Number::Type::f32, steps[i].data_ptr(), 0}, rate, guards, left, stream);
+}
+
+void step_rows(const Tensors& weights, const Tensors& gradients, const Tensors& indices, const Tensors& row_scales,
+               const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& lr, double beta1,
+               double beta2, double eps, double weight_decay, double scale, bool left, bool advance,
+               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+               const std::optional<Tensor>& skipped, const std::string& op) {
+  const Guards guards{grad_scale, found_inf, skipped};
+  const RowLists lists{weights, gradients, indices, row_scales, exp_avgs, exp_avg_sqs, steps};
+  check_rows(op, lists, lr, left, advance, guards);
+  if (weights.empty()) return;
+  const DeviceGuard guard(weights[0].get_device_index());
+  const cudaStream_t stream = current_stream(weights[0]);
+  if (advance) advance_all(steps, found_inf, stream);
+  int64_t most = 0;
+  for (const Tensor& weight : weights) most = std::max(most, step_words(weight, left));
+  const Tensor memory = words(most, weights[0]);
+  const Hyper hyper{beta1, beta2, eps, weight_decay, scale};
+  const Number rate = number(lr);
+  for (size_t i = 0; i < weights.size(); ++i)
+    run(weights[i], gradients[i], indices[i], lists.scale_at(i), exp_avgs[i], exp_avg_sqs[i], memory, hyper, number(steps[i]), rate,
+        guards, left, stream);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank, CUDA, library) {
   library.impl("select_rows", TORCH_BOX(&select_rows));
   library.impl("gather_rows", TORCH_BOX(&gather_rows));
   library.impl("scatter_add_rows_", TORCH_BOX(&scatter_add_rows));
-  library.impl("grass_step.tensor", TORCH_BOX(&grass_step_tensor));
-  library.impl("grass_step", TORCH_BOX(&grass_step));
-  library.impl("grass_step.list", TORCH_BOX(&grass_step_list));
+  library.impl("step.rows", TORCH_BOX(&step_rows));
 }
 
 }  // namespace

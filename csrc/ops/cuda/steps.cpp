@@ -13,7 +13,7 @@ void adamw_step(const Tensors& params, const Tensors& grads, const Tensors& exp_
   const Guards guards{grad_scale, found_inf, skipped};
   check_adamw_step(params, grads, exp_avgs, exp_avg_sqs, steps, lr, guards);
   if (params.empty()) return;
-  const AdamWScalars scalars = adamw_scalars("adamw_step", beta1, beta2, eps, weight_decay, lr, guards);
+  const AdamWScalars scalars = adamw_scalars(beta1, beta2, eps, weight_decay, lr, guards);
   const DeviceGuard guard(params[0].get_device_index());
   const cudaStream_t stream = current_stream(params[0]);
   launch_lists<AdamWList>(

@@ -17,28 +17,25 @@ inline cudaStream_t current_stream(const Tensor& t) {
 }
 
 // A number of any type: on the CPU it is read now, on the device by the kernel.
-inline Number number(const char* op, const char* name, const Tensor& t) {
-  const std::pair<int32_t, Number::Type> types[] = {{aoti_torch_dtype_float32(), Number::Type::f32},
-                                                    {aoti_torch_dtype_float64(), Number::Type::f64},
-                                                    {aoti_torch_dtype_int32(), Number::Type::i32},
-                                                    {aoti_torch_dtype_int64(), Number::Type::i64}};
-  for (const auto& [dtype, type] : types) {
-    if (dtype != dtype_of(t)) continue;
-    if (!t.is_cpu()) return {type, t.data_ptr(), 0};
-    return {Number::Type::host, nullptr, read_number(op, name, t)};
-  }
-  fail(op, name, " must be float32, float64, int32 or int64, got ", dtype_name(dtype_of(t)));
+inline Number number(const Tensor& t) {
+  if (t.is_cpu()) return {Number::Type::host, nullptr, read_number(t)};
+  const int32_t dtype = dtype_of(t);
+  const Number::Type type = dtype == aoti_torch_dtype_float64() ? Number::Type::f64
+                            : dtype == aoti_torch_dtype_int32() ? Number::Type::i32
+                            : dtype == aoti_torch_dtype_int64() ? Number::Type::i64
+                                                                : Number::Type::f32;
+  return {type, t.data_ptr(), 0};
 }
 
 inline const float* pointer(const std::optional<Tensor>& t) { return t ? static_cast<const float*>(t->data_ptr()) : nullptr; }
 
-inline AdamWScalars adamw_scalars(const char* op, double beta1, double beta2, double eps, double weight_decay, const Tensor& lr,
+inline AdamWScalars adamw_scalars(double beta1, double beta2, double eps, double weight_decay, const Tensor& lr,
                                   const Guards& guards) {
   return {beta1,
           beta2,
           eps,
           weight_decay,
-          number(op, "lr", lr),
+          number(lr),
           pointer(guards.grad_scale),
           pointer(guards.found_inf),
           guards.skipped ? static_cast<int64_t*>(guards.skipped->data_ptr()) : nullptr};

@@ -51,8 +51,9 @@ class GaLoreAdamW8bit(LowRankOptimizer):
     """GaLoreAdamW with moments in 8 bits: codes of the dynamic map of bitsandbytes, in blocks of 256 with an fp32 absmax each.
 
     Drop-in for galore_torch's GaLoreAdamW8bit and, in groups without `rank`, for bitsandbytes' AdamW8bit; the group keys are
-    those of GaLoreAdamW, and `min_8bit_size`: smaller moments (of a low-rank group: of R) stay in fp32. The update comes from
-    the moments before they are rounded. lowrank_sys.optim.bitsandbytes converts the state.
+    those of GaLoreAdamW, and `min_8bit_size`: smaller moments (of a low-rank group: of R) stay in fp32, as do those of an R with
+    rows of fewer than 64 elements. Blocks begin anew at each row of R. The update comes from the moments before they are rounded.
+    lowrank_sys.optim.bitsandbytes converts the state.
 
     Args:
         params, lr, betas, eps, nonfinite, per_layer: as GaLoreAdamW.
@@ -60,7 +61,7 @@ class GaLoreAdamW8bit(LowRankOptimizer):
         min_8bit_size: elements.
 
     State of a matrix (m, n): `exp_avg`, `exp_avg_sq` uint8 (r, n) or (m, r); `exp_avg_absmax`, `exp_avg_sq_absmax` fp32, one a
-    block; `basis` (m or n, r), `step`, and the schedule.
+    block of a row; `basis` (m or n, r), `step`, and the schedule.
     """
 
     def __init__(

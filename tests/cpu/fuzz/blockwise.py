@@ -8,7 +8,7 @@ from fuzz.int4 import drawn_int4, group_size
 from fuzz.projection import back_of, drawn_basis, low_rank, product_of
 from fuzz.steps import compare_list, guards, hyper, rate, settings_of, usable
 from lowrank_sys import reference
-from lowrank_sys._ops.blockwise import BLOCK, blocks
+from lowrank_sys._ops.blockwise import BLOCK, absmax_shape, is_by_row
 from lowrank_sys.reference.blockwise import dynamic_map
 
 NORMAL = torch.finfo(torch.float32).tiny
@@ -26,19 +26,28 @@ def codes(draw, shape):
     return torch.randint(256, shape, generator=generator, dtype=torch.uint8)
 
 
-def moments(draw, shape):
+def moments(draw, shape, by_row=True):
     """Codes of both moments, then an absmax each."""
-    return [codes(draw, shape), codes(draw, shape), *(draw.values(blocks(shape)).abs() for _ in range(2))]
+    return [codes(draw, shape), codes(draw, shape), *(draw.values(*absmax_shape(shape, by_row)).abs() for _ in range(2))]
+
+
+def quantize_arguments(draw):
+    shape = any_shape(draw)
+    return dict(
+        x=draw.values(*shape, dtype=draw.of(*FLOATS)), signed=draw.of(True, False), by_row=len(shape) > 1 and draw.of(True, False)
+    )
 
 
 def dequantize_arguments(draw):
     shape = any_shape(draw)
-    return dict(codes=codes(draw, shape), absmax=draw.values(blocks(shape)), signed=draw.of(True, False))
+    absmax = draw.values(*absmax_shape(shape, len(shape) > 1 and draw.of(True, False)))
+    return dict(codes=codes(draw, shape), absmax=absmax, signed=draw.of(True, False))
 
 
-def padded(x, value):
-    """x, flat, in rows of a block."""
-    return torch.nn.functional.pad(x.reshape(-1), (0, -x.numel() % BLOCK), value=value).view(-1, BLOCK)
+def padded(x, value, by_row):
+    """x, flat or each of its rows, in rows of a block."""
+    rows = x if by_row else x.reshape(1, -1)
+    return torch.nn.functional.pad(rows, (0, -rows.shape[-1] % BLOCK), value=value).view(-1, BLOCK)
 
 
 def half_gaps(signed):
@@ -51,17 +60,19 @@ def half_gaps(signed):
 
 def assert_codes(name, before, after, near, known, never, signed):
     """(codes, absmax) store `near` where all of a block is `known`; blocks that are `never` usable keep their bytes."""
-    keep = padded(never, True).all(dim=1)
-    for then, now in zip((padded(before[0], 0), before[1]), (padded(after[0], 0), after[1])):
+    by_row = is_by_row(*before)
+    keep = padded(never, True, by_row).all(dim=1)
+    flat = [(padded(codes, 127 if signed else 0, by_row), absmax.view(-1)) for codes, absmax in (before, after)]
+    for then, now in zip(*flat):
         assert same_bits(then[keep], now[keep]), f"{name}: a block without a usable gradient changed"
-    value, error = padded(near.value, 0.0), padded(near.error, 0.0)
-    check = ~keep & padded(known, True).all(dim=1) & (value.isfinite() & error.isfinite()).all(dim=1)
-    value, error, absmax = value[check], error[check], after[1][check].double()
+    value, error = padded(near.value, 0.0, by_row), padded(near.error, 0.0, by_row)
+    check = ~keep & padded(known, True, by_row).all(dim=1) & (value.isfinite() & error.isfinite()).all(dim=1)
+    value, error, absmax = value[check], error[check], flat[1][1][check].double()
     if not check.any():
         return
     most, least = (value.abs() + error).amax(dim=1), (value.abs() - error).amax(dim=1)
     assert (absmax <= most).all() and ((absmax >= least) | (least < NORMAL)).all(), f"{name}: absmax"
-    index = padded(after[0], 127 if signed else 0)[check].long()
+    index = flat[1][0][check].long()
     decoded = dynamic_map(signed).double()[index] * absmax[:, None]
     allowed = error + (half_gaps(signed)[index] + 16 * UNIT) * absmax[:, None] + NORMAL
     assert ((decoded - value).abs() <= allowed).all(), f"{name}: codes"
@@ -89,7 +100,7 @@ def adam_arguments(draw):
     count = draw.of(1, 2, 0)
     shapes = [any_shape(draw) for _ in range(count)]
     rows = [
-        [draw.values(*shape, dtype=draw.of(*FLOATS)), draw.values(*shape, dtype=draw.of(*FLOATS)), *moments(draw, shape)]
+        [draw.values(*shape, dtype=draw.of(*FLOATS)), draw.values(*shape, dtype=draw.of(*FLOATS)), *moments(draw, shape, False)]
         for shape in shapes
     ]
     columns = [list(column) for column in zip(*rows)] or [[] for _ in range(6)]
@@ -221,10 +232,7 @@ def compare_low_rank(before, after, result):
 
 
 FUZZ = {
-    "quantize_blockwise": Fuzz(
-        lambda draw: dict(x=draw.values(*any_shape(draw), dtype=draw.of(*FLOATS)), signed=draw.of(True, False)),
-        exactly(reference.quantize_blockwise),
-    ),
+    "quantize_blockwise": Fuzz(quantize_arguments, exactly(reference.quantize_blockwise)),
     "dequantize_blockwise": Fuzz(dequantize_arguments, exactly(reference.dequantize_blockwise)),
     "adam_8bit_": Fuzz(adam_arguments, compare_list(("params", "grads", *LISTS), check_adam)),
     "adam_8bit_low_rank_": Fuzz(low_rank_arguments, compare_low_rank),

@@ -34,7 +34,7 @@ def matrix(draw, weight, basis, kept, remainder, left, projected, hostile, limit
         moments(draw, shape) if hostile else [draw.values(*shape, hostile=False), draw.values(*shape, hostile=False).abs() + 0.1]
     )
     if kept == "8bit":
-        coded = [reference.quantize_blockwise(x, signed=signed) for x, signed in zip(states, (True, False))]
+        coded = [reference.quantize_blockwise(x, signed=signed, by_row=True) for x, signed in zip(states, (True, False))]
         states = [codes for codes, _ in coded] + [absmax for _, absmax in coded]
     return [codes, scale, gradient, b, parts, [*states, *([torch.tensor(draw.of(0.0, 0.5))] if limited else [])]]
 
