@@ -93,8 +93,9 @@ def _subspace_truth(
 
 
 def _apollo_truth(codes, weight_scale, *tensors, lr, weight_decay, seed, parameter, **rest):
-    update, _, rate = reference.residual.apollo_update(*tensors, None, lr=lr, **rest)
-    return (1 - lr * weight_decay) * _dense(codes, weight_scale) - rate * update
+    weight = _dense(codes, weight_scale)
+    reference.named("apollo_step")(weight, *tensors, lr=lr, weight_decay=weight_decay, **rest)
+    return weight
 
 
 def _back(f, t, case):
