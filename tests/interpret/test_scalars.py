@@ -38,6 +38,15 @@ def test_a_single_step(lane, step, dtype):
     assert draws.item() == step
 
 
+def test_steps_of_several_kinds_are_only_read(lane):
+    steps = [torch.tensor(3, device=lane.device), torch.tensor(7.0, dtype=torch.float64), torch.tensor(2.0, device=lane.device)]
+    found_inf, grad_scale = (torch.full((1,), value, device=lane.device) for value in (0.0, 0.5))
+    rows, draws = read(steps, lane.device, **HYPER, draws=True, found_inf=found_inf, grad_scale=grad_scale)
+    assert draws.tolist() == [3, 7, 2] == [step.item() for step in steps]
+    for row, step in zip(rows, (3, 7, 2)):
+        assert_row(row, wanted(step, **HYPER, grad_scale=0.5))
+
+
 def test_beta_0_needs_no_correction(lane):
     rows, _ = read([3], lane.device, **HYPER | {"beta1": 0.0})
     assert rows[0, CORRECTION1.value] == 1
