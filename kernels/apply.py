@@ -48,13 +48,14 @@ def back_tile(
     width,
     LEFT: tl.constexpr,
     PHI: tl.constexpr,
+    APART: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Tile (i_m, i_n) of back(X), or of back(gain X - c R) if SCALED; and of back(R) if SIGNED, else zeros. Both in fp32.
+    """Tile (i_m, i_n) of back(X) and, if APART, of back(R); else zeros, and if SCALED of back(gain X - c R) first. Both in fp32.
 
     back(X) = B X if LEFT, else X Bᵀ; the products share the tile of B. Finite, but not always 0, outside of the matrix.
     """
@@ -85,12 +86,12 @@ def back_tile(
         else:
             b_basis = load_int4(basis, scale, offset, i_r + o_r, i_n * BLOCK_N, n, r, width, GROUP, BLOCK_R, BLOCK_N)
         b_x = tl.load(low_rank + o_x, mask=m_x, other=0.0)
-        if PHI == SCALED:
+        if PHI == SCALED and not APART:
             b_x = gain * b_x - b_c * tl.load(low_rank_grad + o_x, mask=m_x, other=0.0)
         if PHI != NONE:
             b_x = b_x.to(b_basis.dtype)  # a 16-bit operand keeps the product on the 16-bit tensor cores
         b_back = dot(b_basis, b_x, b_back, PRECISION) if LEFT else dot(b_x, b_basis, b_back, PRECISION)
-        if PHI == SIGNED:
+        if APART:
             b_r = tl.load(low_rank_grad + o_x, mask=m_x, other=0.0)
             b_inside = dot(b_basis, b_r, b_inside, PRECISION) if LEFT else dot(b_r, b_basis, b_inside, PRECISION)
         o_basis += BLOCK_R
@@ -150,6 +151,8 @@ def apply_kernel(
     Bytes: W read once and written once, G once; X and R once per tile of rows if LEFT (else of columns), B once per tile of the
     other axis, coefficients once per tile.
     """
+    # Two operands of the widest groups leave no shared memory on a small card.
+    APART: tl.constexpr = PHI == SIGNED or (PHI == SCALED and INT8_GROUP >= 1024)
     i_matrix = tl.program_id(1)
     weight, low_rank, basis = pick(weight, i_matrix), pick(low_rank, i_matrix), pick(basis, i_matrix)
     if GROUP:
@@ -193,6 +196,7 @@ def apply_kernel(
             width,
             LEFT,
             PHI,
+            APART,
             PRECISION,
             GROUP,
             BLOCK_M,
@@ -203,6 +207,8 @@ def apply_kernel(
     if PHI != NONE:
         b_g = tl.load(grad + o_m[:, None] * n + o_n[None, :], mask=m_w, other=0.0).to(tl.float32)
         if PHI == SCALED:
+            if APART:
+                b_update = gain * b_update - b_inner * b_inside
             b_update += b_c * b_g
         else:
             b_left = (b_g - b_inside) * tl.load(scalars + GRAD_SCALE)

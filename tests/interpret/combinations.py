@@ -37,16 +37,16 @@ VARIANTS = {
 class Matrix:
     """The tensors of one matrix on the device, and the oracle's of the same values: in fp64, unless the weight is in INT8."""
 
-    def __init__(self, lane, policies, m, n, r, left, *, seed, dtypes=(FP32, FP32, FP32), limited=False, gram=False):
+    def __init__(self, lane, policies, m, n, r, left, *, seed, dtypes=(FP32, FP32, FP32), limited=False, gram=False, group_size=64):
         self.weight, self.basis, self.moments, self.remainder, projected = policies
-        self.left, draw = left, torch.Generator().manual_seed(seed)
+        self.left, self.group_size, draw = left, group_size, torch.Generator().manual_seed(seed)
         d, shape = (m, (r, n)) if left else (n, (m, r))
         param, grad, of_basis = dtypes
         randn = lambda *size: torch.randn(size, generator=draw)  # noqa: E731
         got, want = {}, {}
         weight = 0.1 * randn(m, n)
         if self.weight == "int8":
-            got["weight"], got["weight_scale"] = reference.quantize_int8(weight, group_size=64)
+            got["weight"], got["weight_scale"] = reference.quantize_int8(weight, group_size=group_size)
         else:
             got["weight"] = weight.to(param)
         got["gradient"] = randn(*shape) if projected else randn(m, n).to(grad)
@@ -112,7 +112,9 @@ def run(matrices, policies, left, variant, device, **guards):
     weight, basis, moments, remainder, projected = policies
     options = {key: value for key, value in variant.items() if key not in ("limited", "gram")} | HYPER
     options |= dict(weight=weight, moments=moments, remainder=remainder, rule=RULES[remainder], projected=projected, left=left)
-    options |= dict(scale=0.5, group_size=64, basis_group_size=GROUP, seed=2**40, lr=torch.tensor(0.05, dtype=torch.float64))
+    options |= dict(
+        scale=0.5, group_size=matrices[0].group_size, basis_group_size=GROUP, seed=2**40, lr=torch.tensor(0.05, dtype=torch.float64)
+    )
     if weight == "int8":
         options |= dict(parameters=list(range(len(matrices))), offsets=[8 * i + i % 2 for i in range(len(matrices))])
     counts = []

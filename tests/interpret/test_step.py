@@ -32,7 +32,7 @@ def check(lane, matrix, variant, *, grad_scale=1.0):
         scale, old = got["weight_scale"].cpu(), want["weight_scale"]
         alike = (scale - old).abs() <= 1e-4 * old.abs()
         assert alike.double().mean() > 0.97
-        wide = alike.repeat_interleave(64, 1)[:, : want["weight"].shape[1]] & ~free
+        wide = alike.repeat_interleave(matrix.group_size, 1)[:, : want["weight"].shape[1]] & ~free
         apart = (got["weight"].cpu().int() - want["weight"].int()).abs()[wide]
         assert apart.max() <= 1 and (apart > 0).sum() <= 2 + apart.numel() // 200
         return
@@ -95,6 +95,19 @@ def test_types(lane, dtypes, remainder, moments, left):
     run([matrix], policies, left, variant, lane.device)
     check(lane, matrix, variant)
     lane.check_guards()
+
+
+@SIDES
+@pytest.mark.parametrize("basis", ["dense", "int4"])
+@pytest.mark.parametrize("remainder", RULES)
+def test_the_widest_groups_of_an_int8_weight(lane, remainder, basis, left):
+    policies = ("int8", basis, "fp32", remainder, False)
+    for variant in VARIANTS[remainder]:
+        extra = {key: variant[key] for key in ("limited", "gram") if key in variant}
+        matrix = Matrix(lane, policies, 20, 1100, 17, left, seed=1, group_size=1024, **extra)
+        run([matrix], policies, left, variant, lane.device)
+        check(lane, matrix, variant)
+        lane.check_guards()
 
 
 @SIDES
