@@ -16,7 +16,7 @@ from lowrank_sys._ops.rules import (
     expect_like,
     fake,
 )
-from lowrank_sys._ops.workspace import copy_unless_fp32, fp32, reused, tile_unless_fp32, workspace
+from lowrank_sys._ops.workspace import copy_unless_fp32, fp32, reused, split_parts, tile_unless_fp32, workspace
 
 _ONE = (
     "Tensor(a!) codes, Tensor(b!) weight_scale, Tensor grad, Tensor basis, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, "
@@ -115,12 +115,9 @@ def _basis_scratch(grad, basis, exp_avg, left):
 def _(codes, weight_scales, grads, bases, exp_avgs, *_, left, cuda=False, **__):
     if isinstance(codes, torch.Tensor):
         codes, grads, bases, exp_avgs = [codes], [grads], [bases], [exp_avgs]
-    if cuda:  # R, five numbers a channel, and the parts of a split product: under 25% of the gradient
+    if cuda:  # R, five numbers a channel, and the parts of a split product
         return max(
-            (
-                fp32(*x.shape) + fp32(5, g.shape[1 if left else 0]) + g.numel() * g.element_size() // 4
-                for g, x in zip(grads, exp_avgs)
-            ),
+            (fp32(*x.shape) + fp32(5, g.shape[1 if left else 0]) + split_parts(g, x.numel()) for g, x in zip(grads, exp_avgs)),
             default=0,
         )
     return (

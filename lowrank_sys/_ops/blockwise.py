@@ -25,7 +25,7 @@ from lowrank_sys._ops.rules import (
     fake,
     low_rank_shape,
 )
-from lowrank_sys._ops.workspace import copy_unless_fp32, fp32, launched_together, reused, tile_unless_fp32, workspace
+from lowrank_sys._ops.workspace import copy_unless_fp32, fp32, launched_together, reused, split_parts, tile_unless_fp32, workspace
 
 BLOCK = 256
 
@@ -252,10 +252,10 @@ def _(low_rank_grads, *_, left, cuda=False, **__):
 def _(params, gradients, bases, exp_avgs, *_, cuda=False, **__):
     if isinstance(params, torch.Tensor):
         params, gradients, bases, exp_avgs = [params], [gradients], [bases], [exp_avgs]
-    if cuda:  # R in fp32, the update in the basis' type, and the parts of a split product: under 25% of the gradient
+    if cuda:  # R in fp32, the update in the basis' type, and the parts of a split product
         return max(
             (
-                launched_together(*p.shape) * (x.numel() * (4 + b.element_size()) + g.numel() * g.element_size() // 4)
+                launched_together(*p.shape) * x.numel() * (4 + b.element_size()) + split_parts(g, x.numel())
                 for p, g, b, x in zip(params, gradients, bases, exp_avgs)
             ),
             default=0,
@@ -270,10 +270,10 @@ def _(params, gradients, bases, exp_avgs, *_, cuda=False, **__):
 
 @workspace("galore_step_8bit.int4", "subspace_step_8bit.int4")
 def _(params, gradients, bases, scales, offsets, exp_avgs, *_, cuda=False, **__):
-    if cuda:  # R and the update in fp32, and the parts of a split product: under 25% of the gradient
+    if cuda:  # R and the update in fp32, and the parts of a split product
         return max(
             (
-                launched_together(*p.shape) * (8 * x.numel() + g.numel() * g.element_size() // 4)
+                launched_together(*p.shape) * 8 * x.numel() + split_parts(g, x.numel())
                 for p, g, x in zip(params, gradients, exp_avgs)
             ),
             default=0,

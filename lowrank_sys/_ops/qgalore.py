@@ -31,6 +31,7 @@ from lowrank_sys._ops.workspace import (
     int8_tile_shape,
     launched_together,
     reused,
+    split_parts,
     tile_unless_fp32,
     workspace,
 )
@@ -360,14 +361,13 @@ def _(codes, scale, low_rank, basis, basis_scale=None, basis_offset=None, *, lef
 
 def _step_scratch(matrices, projected, left, cuda):
     """matrices: (codes, gradient, basis, its scale or None, exp_avg)."""
-    if cuda:  # R, the update in the basis' type, and the parts of a split product: under 25% of the gradient
+    if cuda:  # R, the update in the basis' type, and the parts of a split product
         return max(
             (
                 launched_together(*codes.shape)
-                * (
-                    exp_avg.numel() * ((0 if projected else 4) + (basis.element_size() if scale is None else 4))
-                    + (0 if projected else gradient.numel() * gradient.element_size() // 4)
-                )
+                * exp_avg.numel()
+                * ((0 if projected else 4) + (basis.element_size() if scale is None else 4))
+                + (0 if projected else split_parts(gradient, exp_avg.numel()))
                 for codes, gradient, basis, scale, exp_avg in matrices
             ),
             default=0,

@@ -24,6 +24,7 @@ from lowrank_sys._ops.workspace import (
     int8_panels,
     launched_together,
     reused,
+    split_parts,
     tile_unless_fp32,
     workspace,
 )
@@ -159,10 +160,10 @@ def _(
 def _(params, gradients, bases, exp_avgs, *_, int8_gemm=False, cuda=False, **__):
     if isinstance(params, torch.Tensor):
         params, gradients, bases, exp_avgs = [params], [gradients], [bases], [exp_avgs]
-    if cuda:  # the update in the basis' type, and the parts of a split product: under 25% of the gradient
+    if cuda:  # the update in the basis' type, and the parts of a split product
         return max(
             (
-                launched_together(*p.shape) * (x.numel() * b.element_size() + g.numel() * g.element_size() // 4)
+                launched_together(*p.shape) * x.numel() * b.element_size() + split_parts(g, x.numel())
                 for p, g, b, x in zip(params, gradients, bases, exp_avgs)
             ),
             default=0,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowrank_sys.kernels import configs, traffic
+from lowrank_sys.kernels import configs, roofline, traffic
 from lowrank_sys.kernels.back_project import back_project_
 from lowrank_sys.kernels.galore import galore_step, galore_step_list, subspace_step
 from lowrank_sys.kernels.project import project
@@ -125,12 +125,14 @@ CARDS = [
 def test_realistic_shapes_by_formula(shape, card, dtype, left):
     m, n, r = shape
     rows = traffic.galore_step(m, n, r, left=left, param=dtype, grad=dtype, basis=dtype, card=card)
-    full = m * n * dtype.itemsize
-    assert rows["grad"] == (full * -(-r // 128), 0)
+    plan = traffic.plan_project(m, n, r, left=left, grad=dtype, basis=dtype, card=card, moments=True)
+    full, cache = m * n * dtype.itemsize, roofline.FIGURES[card.arch].cache << 20
+    assert rows["grad"] == (full * (-(-r // 128) if plan.fused else 1), 0)
     assert rows["param"] == (full, full)
-    assert sum(rows["partials"]) <= 0.25 * full
+    # Partial sums are few, or never leave the cache: where the rule runs on pieces, R itself passes through it once.
+    few = sum(rows["partials"]) <= 0.25 * full
+    assert few or plan.parts == 1 or (rows["partials"].stored <= cache / 2 and configs.together(m, n, card) == 1)
     low_rank = traffic.compulsory(m, n, r, left=left, param=dtype, grad=dtype, basis=dtype) - 3 * full
     assert low_rank == (m if left else n) * r * dtype.itemsize + 4 * (n if left else m) * r * 4
     if r <= 128 and min(m, n) >= 4096:
-        plan = configs.plan_project(m, n, r, left=left, dtypes=(dtype, dtype), card=card)
         assert plan.tiles * plan.splits >= 0.75 * card.multiprocessors, "the projection leaves a quarter of the card idle"
