@@ -89,12 +89,19 @@ class LowRankGradients(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Follow a model that is moved: coefficients keep their type, and take no memory on the new device either."""
-        for coefficient in self._parameters.values():
+        for name, coefficient in list(self._parameters.items()):
             device = fn(torch.zeros((), dtype=coefficient.dtype, device=coefficient.device)).device
-            if coefficient.device != device:
+            moved = zero(coefficient.shape, coefficient.dtype, device)
+            if coefficient.device == device:
+                continue
+            if torch._has_compatible_shallow_copy_type(coefficient, moved):  # the same parameter where torch can
                 grad, coefficient.grad = coefficient.grad, None
-                coefficient.data = zero(coefficient.shape, coefficient.dtype, device)
+                coefficient.data = moved
                 coefficient.grad = None if grad is None else grad.to(device)
+            else:
+                self.add(
+                    name, coefficient_like(moved.shape, moved.dtype, device, coefficient.by_autograd, coefficient.requires_grad)
+                )
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

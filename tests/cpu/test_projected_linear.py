@@ -455,6 +455,8 @@ def test_what_backward_needs_goes_with_a_layer():
         on.to(torch.device("meta"))
         assert all(tensor.is_meta for tensor in (*on.basis, *((on.omega, on.sketch) if due else ())))
         assert not due or (on.sketch.shape == shape and on.sketch.requires_grad)
+    for p in coefficients(model.to("meta")).values():
+        assert p.is_meta and p.requires_grad
 
 
 def test_the_coefficient():
