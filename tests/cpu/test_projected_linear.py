@@ -398,7 +398,7 @@ def codes_of(model):
 @pytest.mark.parametrize("cls", [GaLoreAdamW, QGaLoreAdamW8bit], ids=["galore", "q-galore"])
 @BOTH
 def test_int8_weights(side, cls):
-    """R is the optimizer-side one to rounding, and so are the losses. Of the weights' codes some are rounded the other way."""
+    """R is the optimizer-side one to rounding; so is a step, but for codes that are rounded the other way, after which the runs part."""
     found = []
     for project in (True, False):
         model = quantize_model(llama(), group_size=32)
@@ -411,12 +411,14 @@ def test_int8_weights(side, cls):
         backward(model, 0)
         grads = [p.grad for p in coefficients(model).values()]
         optimizer.zero_grad()
-        found.append((grads, train(model, optimizer, range(12)), codes_of(model)))
-    (ours, losses, codes), (theirs, other, others) = found
+        losses = train(model, optimizer, [0]).tolist()
+        codes = codes_of(model)
+        found.append((grads, codes, torch.tensor(losses + train(model, optimizer, range(1, 12)).tolist())))
+    (ours, codes, losses), (theirs, others, other) = found
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
     torch.testing.assert_close(losses, other, atol=5e-3, rtol=0)
     for before, mine, his in zip(codes_of(quantize_model(llama(), group_size=32)), codes, others, strict=True):
-        assert (mine != his).sum() < 0.25 * (mine != before).sum()
+        assert (mine != his).sum() < 0.02 * (mine != before).sum()
 
 
 @BOTH
