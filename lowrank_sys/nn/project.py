@@ -14,13 +14,15 @@ from lowrank_sys.nn.quant_weight import is_quantized
 from lowrank_sys.nn.readers import read_by_others
 
 SIDES = ("left", "right", "auto")
+# Layers of one module that read the same input, by the names of transformers' models.
+FAMILIES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 # Bytes that R costs an element: two moments and its gradient in fp32.
 LOW_RANK_BYTES = 12
 
 
 def project_model(
     model: nn.Module, rank: int = 128, side: Literal["left", "right", "auto"] = "auto", *,
-    target_modules: Sequence[str] | None = None, tokens: int = 2048,
+    target_modules: Sequence[str] | None = None, tokens: int = 2048, share: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Let the linear layers of a model give low-rank gradients in backward, in place (ProjectedLinear); returns the model.
 
@@ -38,6 +40,8 @@ def project_model(
             basis, R, its two moments, and what is kept.
         target_modules: substrings of module names; a layer is projected if its name contains one. All by default.
         tokens: in one backward, for 'auto'.
+        share: let layers that read the same input (FAMILIES: q, k and v, gate and up) have one basis on its side, chosen from all
+            their gradients, and keep one X B together.
 
     Raises ValueError for what is none of these, and for a weight that several modules share: its gradient is the sum of theirs.
     """
@@ -49,7 +53,7 @@ def project_model(
     for name, layer, full in chosen:
         transposed, own = _transposed(layer), min(rank, full)
         left = _cheaper_left(layer.weight, own, tokens, transposed) if side == "auto" else side == "left"
-        convert(layer, own, left, transposed)
+        convert(layer, own, left, transposed, _family(name) if share and left == transposed else None)
         put_last(model, name)
     return model
 
@@ -63,6 +67,12 @@ def unproject_model(model: nn.Module) -> nn.Module:
         revert(layer)
     restore_order(model)
     return model
+
+
+def _family(name):
+    """What the name of a layer has in common with those that read the same input, None if there are none."""
+    parent, _, own = name.rpartition(".")
+    return next((f"{parent}.{'+'.join(names)}" for names in FAMILIES if own in names), None)
 
 
 def _expect_whole(name, value):

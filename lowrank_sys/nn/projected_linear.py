@@ -19,12 +19,10 @@ class _LowRankGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, x, coefficient, sketch, omega, left, on_input, store, *basis):
-        ctx.left, ctx.on_input, ctx.store = left, on_input, store
-        x = _rows(x.to(y.dtype))
-        narrow = _onto(x, store, basis).to(y.dtype) if on_input else None
-        wide = x if not on_input or omega is not None else None
-        ctx.save_for_backward(narrow, wide, omega, *(() if on_input else basis))
+    def forward(ctx, y, x, narrow, coefficient, sketch, omega, left, store, *basis):
+        ctx.left, ctx.on_input, ctx.store = left, narrow is not None, store
+        wide = _rows(x.to(y.dtype)) if narrow is None or omega is not None else None
+        ctx.save_for_backward(narrow, wide, omega, *(() if ctx.on_input else basis))
         return y
 
     @staticmethod
@@ -44,7 +42,7 @@ class _LowRankGradient(torch.autograd.Function):
             r = r.T
         elif sketch is not None:
             sketch = sketch.T
-        return grad_out, None, r, sketch, None, None, None, None, *[None] * len(ctx.needs_input_grad[8:])
+        return grad_out, None, None, r, sketch, None, None, None, *[None] * len(ctx.needs_input_grad[8:])
 
 
 def _rows(x):
@@ -57,16 +55,40 @@ def _onto(rows, store, basis):
     return store.project(rows, {**dict(zip(store.keys, basis)), "left": False})
 
 
+class Shared:
+    """X B of `count` layers that read one input through one basis. together: whether theirs is one now."""
+
+    def __init__(self, count):
+        self.count, self.together = count, False
+        self._forget()
+
+    def _forget(self):
+        self._x = self._version = self._narrow = None
+        self._used = 0
+
+    def narrow(self, x, dtype, make):
+        """`make()`, once for all members in a row that are given the same x."""
+        if not self.together or torch.compiler.is_compiling():
+            return make()
+        if self._x is not x or self._version != x._version or self._narrow.dtype != dtype:
+            self._x, self._version, self._narrow, self._used = x, x._version, make(), 0
+        narrow, self._used = self._narrow, self._used + 1
+        if self._used == self.count:
+            self._forget()
+        return narrow
+
+
 class Projection:
     """What backward of a layer projects on, put there by the optimizer that trains the layer.
 
-    left: whether the basis is on the left of the weight. transposed: whether the weight is (in, out).
+    left: whether the basis is on the left of the weight. transposed: whether the weight is (in, out). family: a name that layers
+    which share one basis have in common, or None; shared: what they share (Shared), while an optimizer serves them.
     store, basis: how the basis is kept (lowrank_sys.subspace.basis), and its tensors; () as long as there is none.
     omega: (k, l) of the sketch that backward owes the next basis, None if none is due. sketch: the leaf that gets it.
     """
 
-    def __init__(self, left, transposed):
-        self.left, self.transposed = left, transposed
+    def __init__(self, left, transposed, family=None):
+        self.left, self.transposed, self.family = left, transposed, family
         self.clear()
 
     @property
@@ -75,7 +97,19 @@ class Projection:
         return self.left == self.transposed
 
     def clear(self):
+        self.shared = None
         self.serve(None, ())
+
+    @torch.no_grad()
+    def narrow(self, x, dtype):
+        """X B (tokens, r) where the basis is on the input's side, else None."""
+        if not self.on_input:
+            return None
+
+        def make():
+            return _onto(_rows(x.to(dtype)), self.store, self.basis).to(dtype)
+
+        return make() if self.shared is None else self.shared.narrow(x, dtype, make)
 
     def serve(self, store, basis, omega=None, shape=None, receive=None):
         """Project on `basis` from now on. With an omega backward also sketches: (d, l), right (l, d), fp32, which is put into the
@@ -95,7 +129,7 @@ class Projection:
                 self.serve(self.store, basis, self.omega.to(device), self.sketch.shape, self._receive)
 
     def __reduce_ex__(self, protocol):
-        return Projection, (self.left, self.transposed)  # a copy has no optimizer
+        return Projection, (self.left, self.transposed, self.family)  # a copy has no optimizer
 
 
 class ProjectedLinear(nn.Module):
@@ -129,7 +163,8 @@ class ProjectedLinear(nn.Module):
                 "a ProjectedLinear has no basis before its optimizer is built: give param_groups(model) to an optimizer of "
                 "lowrank_sys.optim with per_layer None or 'accumulate', or run under torch.no_grad()"
             )
-        return _LowRankGradient.apply(y, input, coefficient, on.sketch, on.omega, on.left, on.on_input, on.store, *on.basis)
+        narrow = on.narrow(input, y.dtype)
+        return _LowRankGradient.apply(y, input, narrow, coefficient, on.sketch, on.omega, on.left, on.store, *on.basis)
 
     @property
     def coefficient(self):
@@ -161,7 +196,7 @@ def _empty(base):
     return object.__new__(_class_of(base))
 
 
-def convert(layer, rank, left, transposed):
+def convert(layer, rank, left, transposed, family=None):
     """Make a linear layer a ProjectedLinear, in place. transposed: its weight is (in, out). It keeps its hooks and parameters."""
     m, n = layer.weight.shape
     shape = (rank, n) if left else (m, rank)
@@ -170,7 +205,7 @@ def convert(layer, rank, left, transposed):
     layer.weight.requires_grad_(False)
     layer.weight.grad = None
     layer.add_module(CONTAINER, container)
-    layer.projection = Projection(left, transposed)
+    layer.projection = Projection(left, transposed, family)
     layer.__class__ = _class_of(type(layer))
 
 

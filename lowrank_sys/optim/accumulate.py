@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from lowrank_sys.nn.coefficient import CONTAINER, LowRankGradients, coefficient_like, is_coefficient, put_last, restore_order, zero
-from lowrank_sys.nn.projected_linear import ProjectedLinear
+from lowrank_sys.nn.projected_linear import ProjectedLinear, Shared
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
 from lowrank_sys.optim.coefficient import weights
 from lowrank_sys.optim.gradients import Hooked, WeakHook, expect_one_process, hooked
 from lowrank_sys.subspace.basis import axis_of, store_of
+from lowrank_sys.subspace.refresh import COLD
 
 # The category of R's accumulators in an account of memory.
 ACCUMULATORS = "accumulators"
@@ -43,6 +44,7 @@ class Accumulate(Hooked):
         self.model = model
         self.coefficients = {}
         self._layers = {}  # weight -> its ProjectedLinear, if it is in one
+        self._families = []  # lists of weights that share one basis
         self._complete = False  # whether the optimizer has its first groups
         self._names = {}  # weight -> its name in the model, and its coefficient's
         self._window = {}  # weight -> its sketch, or None: what has had a gradient since the last step
@@ -60,6 +62,7 @@ class Accumulate(Hooked):
         for weight in self.coefficients:
             self.serve(weight)
         if self._complete:
+            self._unite(optimizer)
             self._announce(optimizer)
 
     def check(self, optimizer):
@@ -101,7 +104,7 @@ class Accumulate(Hooked):
                 # DDP would hand the weights a zero gradient of their size, and cannot broadcast into an expanded tensor.
                 self.model._ddp_params_and_buffers_to_ignore = [*self._ddp_ignores(), *self._names[weight]]
         if self._complete:
-            self._announce(optimizer)
+            self.ready(optimizer)
 
     def _add_coefficient(self, optimizer, group, weight, owner, full_name):
         path, _, name = full_name.rpartition(".")
@@ -115,7 +118,45 @@ class Accumulate(Hooked):
 
     def ready(self, optimizer):
         self._complete = True
+        self._unite(optimizer)
         self._announce(optimizer)
+
+    @torch.no_grad()
+    def _unite(self, optimizer):
+        """Give the members of a family one basis and one schedule, as long as none of them has been chosen, and one X B if they
+        have one basis."""
+        families = {}
+        for weight, layer in self._layers.items():
+            if layer.projection.family is not None:
+                families.setdefault((layer.projection.family, layer.rank, weight.dtype), []).append(weight)
+        self._families = [weights for weights in families.values() if len(weights) > 1]
+        optimizer.make_states(self._layers)
+        for members in self._families:
+            states, shared = [optimizer.state[weight] for weight in members], Shared(len(members))
+            keys = store_of(states[0]).keys
+            if all(state["countdown"] <= COLD for state in states):
+                for state in states[1:]:
+                    state.update({key: states[0][key] for key in ("seed", "first_gap")})
+                    for key in ("countdown", *keys):
+                        state[key].copy_(states[0][key])
+            shared.together = all(
+                torch.equal(state[key], states[0][key]) for state in states for key in ("countdown", *keys)
+            )  # where they were trained apart, each keeps its own
+            for weight in members:
+                self._layers[weight].projection.shared = shared
+
+    def _pool(self):
+        """Let the members of a family choose their next basis from all their sketches."""
+        for members in self._families:
+            shared = self._layers[members[0]].projection.shared
+            present = [weight for weight in members if weight in self._window]
+            shared.together &= len(present) in (0, len(members))  # a schedule stands still without gradients
+            sketches = [self._window[weight] for weight in present]
+            if shared.together and sketches and all(sketch is not None and sketch.total is not None for sketch in sketches):
+                left = self._layers[members[0]].projection.left
+                total = torch.cat([sketch.total for sketch in sketches], dim=1 if left else 0)
+                for sketch in sketches:
+                    sketch.total = total
 
     @torch.no_grad()
     def _announce(self, optimizer):
@@ -271,6 +312,7 @@ class Accumulate(Hooked):
                 self.take(weight)
             elif weight not in self._window:
                 self._expect_new(weight, coefficient)
+        self._pool()
 
     projected = True
 
@@ -317,6 +359,7 @@ class Accumulate(Hooked):
         for group in optimizer.param_groups:
             if "rank" in group:
                 group["refresh"] = "next"
+        self._unite(optimizer)
         self._announce(optimizer)
 
     def held(self, optimizer):

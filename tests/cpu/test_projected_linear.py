@@ -398,7 +398,7 @@ def codes_of(model):
 @pytest.mark.parametrize("cls", [GaLoreAdamW, QGaLoreAdamW8bit], ids=["galore", "q-galore"])
 @BOTH
 def test_int8_weights(side, cls):
-    """R is the optimizer-side one to rounding; so is a step, but for codes that are rounded the other way, after which the runs part."""
+    """R is the optimizer-side one to rounding; so is a step, but for codes that are rounded the other way: there the runs part."""
     found = []
     for project in (True, False):
         model = quantize_model(llama(), group_size=32)
@@ -563,6 +563,78 @@ def test_what_computes_otherwise_is_projected_by_its_optimizer():
     attention = nn.ModuleDict({"a": nn.MultiheadAttention(16, 2), "b": nn.Linear(16, 16), "c": nn.Linear(16, 16)})
     attention["b"].forward = attention["b"].forward  # as those who wrap layers do
     assert list(layers(project_model(attention, 4))) == ["c"]
+
+
+def shared(**keys):
+    model = project_model(llama(num_key_value_heads=1), RANK, "right", share=True)  # k and v are narrower than q
+    return model, galore(model, **keys)
+
+
+def families(model):
+    for block in model.model.layers:
+        yield [block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj]
+        yield [block.mlp.gate_proj, block.mlp.up_proj]
+
+
+@pytest.mark.parametrize("keys", [{}, {"quant": True, "quant_group_size": 32}, {"moments": "rotate"}], ids=str)
+def test_layers_that_read_one_input_share_a_basis(keys):
+    """Bit for bit, over refreshes; all else is as without: micro-batches add up, a resumed run and a copy are exact."""
+    (model, optimizer), (four, other) = shared(**keys), shared(**keys)
+    chosen = set()
+    for step in range(10):
+        train(model, optimizer, [step])
+        train(four, other, [step], 4)
+        for members in families(model):
+            first, *rest = (optimizer.state[layer.weight] for layer in members)
+            assert all(torch.equal(state["basis"], first["basis"]) for state in rest)
+            chosen.add(first["basis"].float().sum().item())
+        if step == 5:
+            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            copied = copy.deepcopy((model, optimizer))
+    assert len(chosen) >= 3 * 4  # three bases each
+    if not keys:  # codes of a basis, and turned moments, part by rounding
+        assert_same(model, four, atol=1e-4, rtol=0)
+    resumed = shared(**keys)
+    resumed[0].load_state_dict(saved[0])
+    resumed[1].load_state_dict(saved[1])
+    for others in (resumed, copied):
+        train(*others, range(6, 10))
+        assert_same(model, others[0])
+
+
+def test_a_shared_basis_is_that_of_all_gradients():
+    """Close to the best one for those of q, k and v one over the other, where they stand still."""
+    model, optimizer = shared(lr=1e-7)
+    train(model, optimizer, [0] * 9)
+    plain = llama(num_key_value_heads=1)
+    plain.load_state_dict(model.state_dict())
+    backward(plain, 0)
+    names = {module: name for name, module in model.named_modules()}
+    for members in families(model):
+        grad = torch.cat([plain.get_parameter(f"{names[layer]}.weight").grad for layer in members])
+        best = torch.linalg.svdvals(grad)[:RANK].square().sum()
+        energy = (grad @ optimizer.state[members[0].weight]["basis"]).square().sum()
+        assert energy > 0.95 * best, names[members[0]]
+
+
+def test_what_layers_that_share_keep_for_backward():
+    """One X B for q, k and v, one for gate and up; and each its own where they were trained apart."""
+    from lowrank_sys.bench.projected import kept_bytes
+
+    def kept(model):
+        return kept_bytes(list(layers(model).values()), lambda: model(input_ids=batch(0), labels=batch(0)).loss)
+
+    model, optimizer = shared(update_proj_gap=100)
+    train(model, optimizer, range(5))
+    assert not optimizer.gradients.announced()
+    one = 4 * batch(0).numel() * RANK
+    assert kept(model) == 2 * 4 * one
+    layer = model.model.layers[0].self_attn.k_proj
+    layer.requires_grad_(False)
+    train(model, optimizer, range(2))
+    layer.low_rank_gradients.requires_grad_(True)
+    assert kept(model) == (4 + 6) * one
+    train(model, optimizer, range(3))
 
 
 def test_auto_takes_the_cheaper_side():
