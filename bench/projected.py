@@ -24,8 +24,8 @@ def _galore(model, rank, tokens, per_layer=None):
     return GaLoreAdamW(param_groups(model, rank), per_layer=per_layer)
 
 
-def _projected(model, rank, tokens, side):
-    return GaLoreAdamW(param_groups(project_model(model, rank, side, tokens=tokens), rank))
+def _projected(model, rank, tokens, side, share=False):
+    return GaLoreAdamW(param_groups(project_model(model, rank, side, tokens=tokens, share=share), rank))
 
 
 VARIANTS = {
@@ -33,6 +33,7 @@ VARIANTS = {
     "galore": _galore,
     "galore, accumulate": functools.partial(_galore, per_layer="accumulate"),
     **{f"projected, {side}": functools.partial(_projected, side=side) for side in ("left", "right", "auto")},
+    "projected, right, shared": functools.partial(_projected, side="right", share=True),
 }
 
 

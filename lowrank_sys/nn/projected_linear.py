@@ -60,21 +60,22 @@ class Shared:
 
     def __init__(self, count):
         self.count, self.together = count, False
-        self._forget()
+        self.forget()
 
-    def _forget(self):
-        self._x = self._version = self._narrow = None
+    def forget(self):
+        """Drop what is held: the basis may have changed."""
+        self._x = self._written = self._narrow = None
         self._used = 0
 
     def narrow(self, x, dtype, make):
         """`make()`, once for all members in a row that are given the same x."""
         if not self.together or torch.compiler.is_compiling():
             return make()
-        if self._x is not x or self._version != x._version or self._narrow.dtype != dtype:
-            self._x, self._version, self._narrow, self._used = x, x._version, make(), 0
+        if self._x is not x or self._written != x._version or self._narrow.dtype != dtype:
+            self._x, self._written, self._narrow, self._used = x, x._version, make(), 0
         narrow, self._used = self._narrow, self._used + 1
         if self._used == self.count:
-            self._forget()
+            self.forget()
         return narrow
 
 
@@ -116,6 +117,8 @@ class Projection:
         `.grad` of the leaf `sketch` of this shape, of which `receive(leaf)` is told."""
         self.store, self.basis, self.omega, self.sketch = store, tuple(basis), omega, None
         self._receive = receive
+        if self.shared is not None:
+            self.shared.forget()
         if omega is not None:
             self.sketch = zero(shape, torch.float32, omega.device).requires_grad_(True)
             self.sketch.register_post_accumulate_grad_hook(receive)

@@ -148,13 +148,14 @@ class Accumulate(Hooked):
     def _pool(self):
         """Let the members of a family choose their next basis from all their sketches."""
         for members in self._families:
-            shared = self._layers[members[0]].projection.shared
+            on = self._layers[members[0]].projection
             present = [weight for weight in members if weight in self._window]
-            shared.together &= len(present) in (0, len(members))  # a schedule stands still without gradients
             sketches = [self._window[weight] for weight in present]
-            if shared.together and sketches and all(sketch is not None and sketch.total is not None for sketch in sketches):
-                left = self._layers[members[0]].projection.left
-                total = torch.cat([sketch.total for sketch in sketches], dim=1 if left else 0)
+            sketches = [sketch for sketch in sketches if sketch is not None and sketch.total is not None]
+            for one in (present, sketches):  # a schedule stands still without gradients: from then on they are apart
+                on.shared.together &= len(one) in (0, len(members))
+            if on.shared.together and sketches:
+                total = torch.cat([sketch.total for sketch in sketches], dim=1 if on.left else 0)
                 for sketch in sketches:
                     sketch.total = total
 

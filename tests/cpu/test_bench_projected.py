@@ -20,6 +20,7 @@ def test_rows(tmp_path, capsys):
     for name in ("adamw", "galore", "galore, accumulate", "projected, left"):
         assert rows[name]["kept_bytes"] == inputs
     assert rows["projected, right"]["kept_bytes"] == 8 * 256 * 7 * 32 < rows["projected, right"]["kept_at_first_bytes"] < inputs
+    assert rows["projected, right, shared"]["kept_bytes"] == 8 * 256 * 4 * 32
     assert rows["projected, right"]["step_peak_bytes"] < rows["galore"]["step_peak_bytes"]
     assert "projected, auto" in capsys.readouterr().out
 

@@ -44,8 +44,8 @@ def galore(model, per_layer=None, cls=GaLoreAdamW, lr=LR, **keys):
     return cls(groups, lr=lr, eps=EPS, weight_decay=0.1, per_layer=per_layer)
 
 
-def projected(side="right", model=None, cls=GaLoreAdamW, per_layer=None, **keys):
-    model = project_model(llama() if model is None else model, RANK, side)
+def projected(side="right", model=None, cls=GaLoreAdamW, per_layer=None, share=False, **keys):
+    model = project_model(llama() if model is None else model, RANK, side, share=share)
     return model, galore(model, per_layer, cls, **keys)
 
 
@@ -274,7 +274,7 @@ def test_a_forgotten_zero_grad_is_an_error():
 @pytest.mark.parametrize("reentrant", [False, True])
 @BOTH
 def test_activation_checkpointing(side, reentrant):
-    (model, first), (other, second) = projected(side), projected(side)
+    (model, first), (other, second) = projected(side, share=True), projected(side, share=True)
     other.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     other.train()
     assert torch.equal(train(model, first, range(8), 2), train(other, second, range(8), 2))
@@ -322,7 +322,7 @@ def test_compile_is_one_graph():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     small = (llama(num_hidden_layers=1) for _ in range(2))
-    (model, first), (other, second) = (projected("auto", model, update_proj_gap=40) for model in small)
+    (model, first), (other, second) = (projected("auto", model, share=True, update_proj_gap=40) for model in small)
     compiled, eager = torch.compile(other, fullgraph=True, backend="aot_eager"), 0
     losses = []
     for step in range(9):
@@ -566,8 +566,7 @@ def test_what_computes_otherwise_is_projected_by_its_optimizer():
 
 
 def shared(**keys):
-    model = project_model(llama(num_key_value_heads=1), RANK, "right", share=True)  # k and v are narrower than q
-    return model, galore(model, **keys)
+    return projected("right", llama(num_key_value_heads=1), share=True, **keys)  # k and v are narrower than q
 
 
 def families(model):
@@ -604,7 +603,8 @@ def test_layers_that_read_one_input_share_a_basis(keys):
 
 def test_a_shared_basis_is_that_of_all_gradients():
     """Close to the best one for those of q, k and v one over the other, where they stand still."""
-    model, optimizer = shared(lr=1e-7)
+    model = project_model(llama(num_key_value_heads=1), RANK, "right", share=True)
+    optimizer = galore(model, lr=1e-7)
     train(model, optimizer, [0] * 9)
     plain = llama(num_key_value_heads=1)
     plain.load_state_dict(model.state_dict())
@@ -628,6 +628,15 @@ def test_what_layers_that_share_keep_for_backward():
     train(model, optimizer, range(5))
     assert not optimizer.gradients.announced()
     one = 4 * batch(0).numel() * RANK
+    assert kept(model) == 2 * 4 * one
+    members, x = next(families(model)), torch.randn(6, 32)
+    for step in range(2):  # one alone, with the same input after the basis has changed
+        narrow = members[0].projection.narrow(x, x.dtype)
+        torch.testing.assert_close(narrow, x @ optimizer.state[members[0].weight]["basis"])
+        for member in members:
+            optimizer.state[member.weight]["countdown"].zero_()
+        optimizer.gradients.finish(optimizer)
+        train(model, optimizer, [step])
     assert kept(model) == 2 * 4 * one
     layer = model.model.layers[0].self_attn.k_proj
     layer.requires_grad_(False)
