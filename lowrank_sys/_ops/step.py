@@ -352,7 +352,7 @@ def _(
         shape = x.weight.shape
         if not projected:
             tiles.append(tile_unless_fp32(x.gradient))
-            whole = x.gradient.dtype == torch.float32
+            whole = x.gradient.dtype == torch.float32 or basis == "key"
             panels.append(_basis_scratch(x, basis, shape if whole else tile_shape(*shape), left))
         if back:
             straight = not residual and x.weight.dtype == torch.float32  # the product goes into the weight
