@@ -1,4 +1,4 @@
-"""What the kernels share: products, Adam on a tile, rounding at the store, and where a step's scalars lie."""
+"""What the kernels share: products, rounding at the store, and where a step's scalars lie."""
 
 import contextlib
 
@@ -6,10 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lowrank_sys._ops import numerics
-
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-MAX_GRADIENT = tl.constexpr(numerics.MAX_GRADIENT)
 
 # Slots of a step's row of scalars (fp32, on the device). Rows are padded so that each starts on 16 bytes.
 CORRECTION1, CORRECTION2, DECAY, ALPHA, GRAD_SCALE, ACTIVE = (tl.constexpr(i) for i in range(6))
@@ -19,11 +16,11 @@ SLOTS = tl.constexpr(8)
 @triton.jit
 def pick(matrices, i):
     """Entry i of a tuple of pointers, one a matrix of the launch; None stays None."""
-    if matrices is None:
-        return None
-    p_matrix = matrices[0]
-    for k in tl.static_range(1, len(matrices)):
-        p_matrix = tl.where(i == k, matrices[k], p_matrix)
+    p_matrix = None
+    if matrices is not None:
+        p_matrix = matrices[0]
+        for k in tl.static_range(1, len(matrices)):
+            p_matrix = tl.where(i == k, matrices[k], p_matrix)
     return p_matrix
 
 
@@ -52,28 +49,6 @@ def store(p_out, b_value, m_out):
         tl.store(p_out, (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=m_out)
     else:
         tl.store(p_out, b_value.to(p_out.dtype.element_ty), mask=m_out)
-
-
-@triton.jit
-def usable_channels(b_g, LEFT: tl.constexpr):
-    """Which channels of a tile of R may enter a moment: all |g| < 2^64, so none is NaN and no square overflows."""
-    return tl.min((tl.abs(b_g) < MAX_GRADIENT).to(tl.int32), axis=0 if LEFT else 1, keep_dims=True) == 1
-
-
-@triton.jit
-def adam(b_g, b_ok, p_exp_avg, p_exp_avg_sq, m_tile, scalars, beta1, beta2, gain1, gain2, eps):
-    """Advance the moments of a tile in place where `b_ok`; return m̂ / (sqrt(v̂) + eps), and NaN where not `b_ok`."""
-    b_m = tl.load(p_exp_avg, mask=m_tile, other=0.0)
-    b_v = tl.load(p_exp_avg_sq, mask=m_tile, other=0.0)
-    # Selected values rather than a masked store: a mask that differs along the channels would break up 16-byte stores.
-    b_m = tl.where(b_ok, beta1 * b_m + gain1 * b_g, b_m)
-    b_v = tl.where(b_ok, beta2 * b_v + gain2 * b_g * b_g, b_v)
-    tl.store(p_exp_avg, b_m, mask=m_tile)
-    tl.store(p_exp_avg_sq, b_v, mask=m_tile)
-    # Plain division is good to 2 ulp; the plain square root would flush a small v to zero, and a tiny eps would not save it.
-    b_m = b_m / tl.load(scalars + CORRECTION1)
-    b_v = tl.sqrt_rn(b_v / tl.load(scalars + CORRECTION2))
-    return tl.where(b_ok, b_m / (b_v + eps), float("nan"))
 
 
 def precision():

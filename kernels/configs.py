@@ -62,17 +62,11 @@ _SMALL = _table(stages=3)  # 99 KiB
 
 TABLES = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMALL}
 
-# A Gaussian basis is made in groups of 64 rows, 16 to a product: these are the other sides of the tiles, by the largest rank.
-GAUSSIAN_PROJECT = {
-    16: _tile(8, 2, BLOCK_R=16, BLOCK_C=128),
-    64: _tile(8, 2, BLOCK_R=64, BLOCK_C=64),
-    128: _tile(8, 2, BLOCK_R=128, BLOCK_C=64),
-}
-GAUSSIAN_BACK_PROJECT = _tile(8, 2, BLOCK_C=128, BLOCK_R=32)
+# A Gaussian basis is made in groups of 64 rows.
 GAUSSIAN_BASIS = _tile(4, 1, BLOCK_R=64)
 
-# Steps with a residual: without a product, with one, with two (tiles hold the weight, the gradient and as many sums).
-RESIDUAL = {
+# The update of weights with a residual, by the number of products (tiles hold the weight, the gradient and as many sums).
+APPLY_RESIDUAL = {
     0: _tile(8, 1, BLOCK_M=32, BLOCK_N=128, BLOCK_R=16),
     1: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=32),
     2: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=16),
@@ -85,8 +79,8 @@ MOST = 8
 # The scalars of a step, a lane a matrix.
 SCALARS = _tile(4, 1, BLOCK=128)
 
-# Adam on an already projected gradient: elementwise but for the test of a channel.
-ADAM = _tile(4, 1, BLOCK_R=32, BLOCK_C=32)
+# A rule on R: elementwise but for the test and the sums of a channel.
+RULE = _tile(4, 1, BLOCK_R=32, BLOCK_C=32)
 
 # The linear layer on INT8 weights, by architecture, kind and number of rows: T along the rows of x, O along the outputs, D
 # along the summed axis. A weight is dequantized once a tile of rows.
@@ -102,8 +96,9 @@ _INT8_LINEAR_90 = _INT8_LINEAR | {
 _INT8_LINEAR_100 = _INT8_LINEAR_90 | {16: {128: _tile(8, 4, BLOCK_T=128, BLOCK_O=128, BLOCK_D=64)}}
 INT8_LINEAR = {80: _INT8_LINEAR, 90: _INT8_LINEAR_90, 100: _INT8_LINEAR_100, 120: _INT8_LINEAR}
 
-# The back-projection into INT8 weights, by kind: a tile of whole groups along n, and as many rows as leave this many elements.
-BACK_PROJECT_INT8 = {
+# The update of INT8 weights, by kind: a tile of whole groups along n, and as many rows as leave this many elements. Residuals take
+# the tiles of odd sizes, which leave room for the gradient and a second sum.
+APPLY_INT8 = {
     16: _tile(8, 2, ELEMENTS=8192, BLOCK_R=64),
     32: _tile(8, 2, ELEMENTS=8192, BLOCK_R=32),
     "odd": _tile(8, 1, ELEMENTS=4096, BLOCK_R=16),
@@ -113,9 +108,6 @@ BACK_PROJECT_INT8 = {
 QUANTIZE_INT8 = _tile(4, 1, BLOCK_C=32)
 PROJECT_INT8 = {"aligned": _tile(8, 1, BLOCK_R=128, BLOCK_C=32), "odd": _tile(8, 1, BLOCK_R=16, BLOCK_C=16)}
 BACK_PROJECT_INT8_GEMM = _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_D=64)
-
-# APOLLO's update of INT8 weights: elementwise but for the largest of a group.
-SCALED_INT8 = _tile(8, 1, ELEMENTS=4096)
 
 
 class Target(NamedTuple):
@@ -171,8 +163,7 @@ def config_for(arch, kernel, *, n, r, dtypes):
     dtypes: the two operands', then the weight's if there is one.
     """
     table = of_arch(TABLES, arch)
-    narrow = dtypes[0] == dtypes[1] and all(dtype.itemsize == 2 for dtype in dtypes)
-    return of_size(table[kernel, "odd" if n % 16 or r % 16 else 16 if narrow else 32], r)
+    return of_size(table[kernel, kind_of(n, r, dtypes)], r)
 
 
 @functools.cache
@@ -199,49 +190,37 @@ def plan_int8_linear(t, m, n, *, back, dtype, group_size, card):
     return Plan(config, tiles, cdiv(blocks, chunk), chunk * config["BLOCK_D"])
 
 
-@functools.cache
-def back_project_int8(*, n, r, dtypes, group_size, offset=0):
-    """Launch arguments of the back-projection into an INT8 weight that begins at element `offset` of the unsharded tensor: rows
-    that share no draws of random bits count as odd. One table serves every architecture."""
-    narrow = dtypes[0] == dtypes[1] and dtypes[0].itemsize == 2
-    return back_project_int8_config("odd" if n % 16 or r % 16 or offset % 8 else 16 if narrow else 32, r, group_size)
-
-
-def back_project_int8_config(kind, r, group_size):
-    config = dict(BACK_PROJECT_INT8[kind])
-    wide = max(128, group_size)
-    # The widest tiles leave shared memory for a shallow part of the other operand, once.
-    deep = min(config["BLOCK_R"], max(16, triton.next_power_of_2(r)), max(16, 8192 // wide))
-    stages = config["num_stages"] if wide < 1024 else 1
-    return _tile(config["num_warps"], stages, BLOCK_M=max(16, config["ELEMENTS"] // wide), BLOCK_N=wide, BLOCK_R=deep)
+def kind_of(n, r, dtypes, offset=0):
+    """The kind of a product, see above; rows of an INT8 weight that share no draws of random bits count as odd."""
+    narrow = dtypes[0] == dtypes[1] and all(dtype.itemsize == 2 for dtype in dtypes)
+    return "odd" if n % 16 or r % 16 or offset % 8 else 16 if narrow else 32
 
 
 @functools.cache
-def scaled_int8(group_size):
-    """Launch arguments of APOLLO's update of an INT8 weight: a tile of whole groups."""
-    wide = max(128, group_size)
-    return _tile(SCALED_INT8["num_warps"], SCALED_INT8["num_stages"], BLOCK_M=SCALED_INT8["ELEMENTS"] // wide, BLOCK_N=wide)
+def apply(arch, *, products, residual, n, r, dtypes, group_size=0, offset=0):
+    """Launch arguments of the update of W (m, n) with X of rank r: `products` with the basis, with a `residual` or without.
 
-
-@functools.cache
-def residual_config(rule, r):
-    """Launch arguments of the residual kernel; no tile is much deeper than the rank."""
-    config = RESIDUAL[rule]
+    dtypes: X's and the basis', then the weight's. An INT8 weight, in groups of group_size, begins at element `offset` of the
+    unsharded tensor.
+    """
+    if group_size:
+        return apply_int8(APPLY_INT8["odd" if residual else kind_of(n, r, dtypes[:2], offset)], r, group_size)
+    if not residual:
+        return config_for(arch, "back_project", n=n, r=r, dtypes=dtypes)
+    config = APPLY_RESIDUAL[products]
     return config if r > 16 else config | {"BLOCK_R": 16}
 
 
-def gaussian_project(arch):
-    """Launch arguments of the projection on a Gaussian basis, by the largest rank. On sm_100 its twelve sums of tf32x3 lie side by
-    side in tensor memory, where only those of a narrow tile have room."""
-    return {rank: config for rank, config in GAUSSIAN_PROJECT.items() if rank < 128 or not 100 <= arch < 120}
-
-
-@functools.cache
-def plan_gaussian_project(m, n, r, *, left, dtype, card):
-    """Plan of R = project(G) for G (m, n) of `dtype` and a basis from its seed: split as `plan_project`, in whole groups."""
-    config = of_size(gaussian_project(card.arch), r)
-    channels, depth = (n, m) if left else (m, n)
-    return _split(config, channels, depth, r, 64, depth + 63, dtype, card)
+def apply_int8(config, r, group_size):
+    """Launch arguments of an entry of APPLY_INT8; a product's tile has 16 rows or more."""
+    wide = max(128, group_size)
+    high = config["ELEMENTS"] // wide
+    if not r:
+        return _tile(config["num_warps"], 1, BLOCK_M=high, BLOCK_N=wide, BLOCK_R=16)
+    # The widest tiles leave shared memory for a shallow part of the other operand, once.
+    deep = min(config["BLOCK_R"], max(16, triton.next_power_of_2(r)), max(16, 8192 // wide))
+    stages = config["num_stages"] if wide < 1024 else 1
+    return _tile(config["num_warps"], stages, BLOCK_M=max(16, high), BLOCK_N=wide, BLOCK_R=deep)
 
 
 @functools.cache
@@ -253,7 +232,7 @@ def plan_project(m, n, r, *, left, dtypes, card):
     """
     config = config_for(card.arch, "project", n=n, r=r, dtypes=dtypes)
     channels, depth = (n, m) if left else (m, n)
-    return _split(config, channels, depth, r, config["BLOCK_D"], depth, dtypes[0], card)
+    return _split(config, channels, depth, r, config["BLOCK_D"], dtypes[0], card)
 
 
 def quantize_int8(depth):
@@ -266,13 +245,13 @@ def plan_project_int8(m, n, r, *, left, dtype, card):
     """Plan of R = project(G) in INT8: split as `plan_project`, in whole groups."""
     config = PROJECT_INT8["odd" if m % 16 or n % 16 or r % 16 else "aligned"]
     channels, depth = (n, m) if left else (m, n)
-    return _split(config, channels, depth, r, 256, depth, dtype, card)
+    return _split(config, channels, depth, r, 256, dtype, card)
 
 
-def _split(config, channels, depth, r, block, span, dtype, card):
-    """Plan that sums over `span` entries in blocks; `depth` of them, at least, are the gradient's."""
+def _split(config, channels, depth, r, block, dtype, card):
+    """Plan that sums over `depth` entries in blocks."""
     tiles = cdiv(channels, config["BLOCK_C"]) * cdiv(r, config["BLOCK_R"])
-    blocks = max(1, cdiv(span, block))
+    blocks = max(1, cdiv(depth, block))
     fill = cdiv(card.counters, max(1, tiles))
     splits = max(1, min(fill, blocks, depth * dtype.itemsize // (32 * r)))
     chunk = cdiv(blocks, splits)

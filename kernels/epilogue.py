@@ -3,7 +3,9 @@
 import triton
 import triton.language as tl
 
-from lowrank_sys.kernels.common import ALPHA, DECAY, GRAD_SCALE, adam, store, usable_channels
+from lowrank_sys.kernels.channels import usable_channels
+from lowrank_sys.kernels.common import GRAD_SCALE, store
+from lowrank_sys.kernels.rule import adam, advance_moments
 
 
 @triton.jit
@@ -12,7 +14,8 @@ def finish(b_r, out, exp_avg, exp_avg_sq, scalars, o_tile, m_tile, beta1, beta2,
     if exp_avg is not None:
         b_r = b_r * tl.load(scalars + GRAD_SCALE)
         b_ok = usable_channels(b_r, LEFT)
-        b_r = adam(b_r, b_ok, exp_avg + o_tile, exp_avg_sq + o_tile, m_tile, scalars, beta1, beta2, gain1, gain2, eps)
+        b_m, b_v = advance_moments(b_r, b_ok, exp_avg + o_tile, exp_avg_sq + o_tile, m_tile, beta1, beta2, gain1, gain2)
+        b_r = tl.where(b_ok, adam(b_m, b_v, scalars, eps), float("nan"))
     store(out + o_tile, b_r, m_tile)
 
 
@@ -50,23 +53,28 @@ def finish_sum(b_r, partials, counters, i_tile, i_split, splits, size, o_tile, m
 
 
 @triton.jit
-def write_weight(b_back, param, scalars, skipped, i_m, i_n, m, n, STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Tile (i_m, i_n) of W <- decay W + alpha back, by the rules of `back_project_kernel`."""
+def count_left_out(skipped, b_update, m_w):
+    """Add the weights of a tile whose update is not finite to `skipped`, if it is there."""
+    if skipped is not None:
+        count = tl.sum((m_w & ~(tl.abs(b_update) < float("inf"))).to(tl.int32))
+        if count > 0:
+            tl.atomic_add(skipped, count.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def write_weight(
+    b_update, param, alpha, decay, skipped, i_m, i_n, m, n, STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """W <- decay W + alpha update on tile (i_m, i_n). In a STEP an element whose update is not finite keeps its bytes."""
     o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    m_m, m_n = o_m < m, o_n < n
     p_w = param + o_m[:, None] * n + o_n[None, :]
-    m_w = m_m[:, None] & m_n[None, :]
+    m_w = (o_m < m)[:, None] & (o_n < n)[None, :]
     b_w = tl.load(p_w, mask=m_w, other=0.0).to(tl.float32)
-    decay = tl.load(scalars + DECAY)
     if not STEP:
         b_w = tl.where(decay == 0, 0.0, b_w)  # as in BLAS, 0 * NaN is 0
-    b_new = decay * b_w + tl.load(scalars + ALPHA) * b_back
+    b_new = decay * b_w + alpha * b_update
     if STEP:
-        b_ok = tl.abs(b_back) < float("inf")
-        b_new = tl.where(b_ok, b_new, b_w)
-        if skipped is not None:
-            count = tl.sum((m_w & ~b_ok).to(tl.int32))
-            if count > 0:
-                tl.atomic_add(skipped, count.to(tl.int64), sem="relaxed")
+        b_new = tl.where(tl.abs(b_update) < float("inf"), b_new, b_w)
+        count_left_out(skipped, b_update, m_w)
     store(p_w, b_new, m_w)

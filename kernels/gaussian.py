@@ -1,4 +1,8 @@
-"""Products with a Gaussian basis that is made in registers from its seed: the same bits as csrc/core/gaussian.h and the oracle."""
+"""A Gaussian basis, made from its seed once a call: the same bits as csrc/core/gaussian.h and the oracle.
+
+An entry costs some hundred instructions, and a product reads it once for every tile of channels: it is made into scratch of the
+basis' size, which the cache holds, and the products are those of any basis in fp32.
+"""
 
 import math
 
@@ -8,9 +12,9 @@ import triton.language as tl
 
 from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
-from lowrank_sys.kernels.common import dot, is_off, on_device_of, precision, store
-from lowrank_sys.kernels.epilogue import finish_sum
-from lowrank_sys.kernels.project import counters_of
+from lowrank_sys.kernels.back_project import back_project_
+from lowrank_sys.kernels.common import SLOTS, is_off, on_device_of, pick, store
+from lowrank_sys.kernels.project import counters_of, launch_project
 from lowrank_sys.reference import gaussian as reference
 
 # A counter of Philox serves four rows that lie ROWS apart; a basis' counters have the tag in their second word.
@@ -54,18 +58,29 @@ def four_rows(i_group, o_l, o_j, rank, gain, seed, refresh, parameter):
 
 
 @triton.jit
-def which_basis(key, seed, refresh, parameter, first):
-    """The four numbers that say which basis it is: from the device if there is a key, else as they were given."""
+def which_basis(key, i_matrix, seed, refresh, parameter, first):
+    """The four numbers that say which basis it is: from its key on the device, or as they were given."""
     if key is not None:
+        key = pick(key, i_matrix)
         return tl.load(key), tl.load(key + 1), tl.load(key + 2), tl.load(key + 3)
     one = tl.full([], 1, tl.int64)
     return one * seed, one * refresh, one * parameter, one * first
 
 
 @triton.jit
-def gaussian_basis_kernel(out, seed, refresh, parameter, first, d, rank, gain, BLOCK_R: tl.constexpr):
-    """out <- rows first ... first + d - 1 of the basis. A program makes 64 rows of BLOCK_R columns. Bytes: out once."""
-    seed, refresh, parameter, first = which_basis(None, seed, refresh, parameter, first)
+def gaussian_basis_kernel(out, key, scalars, seed, refresh, parameter, first, d, rank, gain, BLOCK_R: tl.constexpr):
+    """out <- rows first ... first + d - 1 of the basis. A program makes 64 rows of BLOCK_R columns.
+
+    A launch serves several matrices of one shape: out and, if given, the keys are tuples, scalars has a row a matrix.
+
+    Bytes: out once, the key once a program.
+    """
+    i_matrix = tl.program_id(2)
+    out = pick(out, i_matrix)
+    if scalars is not None:
+        if is_off(scalars + i_matrix * SLOTS):
+            return
+    seed, refresh, parameter, first = which_basis(key, i_matrix, seed, refresh, parameter, first)
     i_group = first // GROUP + tl.program_id(0)
     o_l = tl.arange(0, ROWS).to(tl.int64)[:, None]
     o_j = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[None, :]
@@ -73,146 +88,6 @@ def gaussian_basis_kernel(out, seed, refresh, parameter, first, d, rank, gain, B
     for k in tl.static_range(4):
         o_d = i_group * GROUP + k * ROWS + o_l - first
         store(out + o_d * rank + o_j, b_rows[k], (o_d >= 0) & (o_d < d) & (o_j < rank))
-
-
-@triton.jit
-def gaussian_project_kernel(
-    grad,
-    out,
-    squares,
-    scalars,
-    partials,
-    counters,
-    key,
-    seed,
-    refresh,
-    parameter,
-    first,
-    m,
-    n,
-    r,
-    splits,
-    chunk,
-    gain,
-    LEFT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """out = R = Bᵀ G (r, n) if LEFT, else G B (m, r), for the basis of (seed, refresh, parameter), 64 rows at a time in registers.
-
-    Flora (Hao et al. 2024), APOLLO (Zhu et al. 2024). Split, summed and finished as in `project_kernel`; `chunk` counts entries
-    of the projected axis from the first group on. squares (splits, channels) gets the sums of squares of G's channels.
-
-    Bytes: G once per tile of r, out once, partials 2 * splits times; B never.
-    """
-    if scalars is not None:
-        if is_off(scalars):
-            return
-    seed, refresh, parameter, first = which_basis(key, seed, refresh, parameter, first)
-    tiles_r = tl.cdiv(r, BLOCK_R)
-    i_tile, i_split = tl.program_id(0), tl.program_id(1)
-    i_r, i_c = i_tile % tiles_r, i_tile // tiles_r
-    o_r = (i_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    o_c = (i_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-    o_l = tl.arange(0, ROWS).to(tl.int64)
-    d, channels = (m, n) if LEFT else (n, m)
-    m_c = o_c < channels
-    # Entries of the projected axis count from the beginning of the group that holds the first.
-    skip = first % GROUP
-    begin = i_split * chunk
-    end = tl.minimum(begin + chunk, d + skip)
-
-    b_r = tl.zeros([BLOCK_R if LEFT else BLOCK_C, BLOCK_C if LEFT else BLOCK_R], tl.float32)
-    b_square = tl.zeros([ROWS if LEFT else BLOCK_C, BLOCK_C if LEFT else ROWS], tl.float32)
-    for i_d in range(begin, end, GROUP):
-        i_group = first // GROUP + i_d // GROUP
-        if LEFT:
-            b_rows = four_rows(i_group, o_l[None, :], o_r[:, None], r, gain, seed, refresh, parameter)
-        else:
-            b_rows = four_rows(i_group, o_l[:, None], o_r[None, :], r, gain, seed, refresh, parameter)
-        for k in tl.static_range(4):
-            o_d = i_d + k * ROWS + o_l - skip
-            m_d = (o_d >= 0) & (o_d < d)
-            if LEFT:
-                b_g = tl.load(grad + o_d[:, None] * n + o_c[None, :], mask=m_d[:, None] & m_c[None, :], other=0.0)
-                b_r = dot(b_rows[k], b_g.to(tl.float32), b_r, PRECISION)
-            else:
-                b_g = tl.load(grad + o_c[:, None] * n + o_d[None, :], mask=m_c[:, None] & m_d[None, :], other=0.0)
-                b_r = dot(b_g.to(tl.float32), b_rows[k], b_r, PRECISION)
-            if squares is not None:
-                b_square += b_g.to(tl.float32) * b_g.to(tl.float32)
-
-    if squares is not None:
-        if i_r == 0:
-            tl.store(squares + i_split.to(tl.int64) * channels + o_c, tl.sum(b_square, axis=0 if LEFT else 1), mask=m_c)
-    if LEFT:
-        o_tile, m_tile = o_r[:, None] * n + o_c[None, :], (o_r < r)[:, None] & m_c[None, :]
-    else:
-        o_tile, m_tile = o_c[:, None] * r + o_r[None, :], m_c[:, None] & (o_r < r)[None, :]
-    size = tl.full([], 1, tl.int64) * r * channels
-    b_r, last = finish_sum(b_r, partials, counters, i_tile, i_split, splits, size, o_tile, m_tile)
-    if last:
-        store(out + o_tile, b_r, m_tile)
-
-
-@triton.jit
-def gaussian_back_project_kernel(
-    param,
-    low_rank,
-    seed,
-    refresh,
-    parameter,
-    first,
-    alpha,
-    beta,
-    m,
-    n,
-    r,
-    gain,
-    LEFT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """W <- beta W + alpha (B X if LEFT, else X Bᵀ), in place, for the basis of (seed, refresh, parameter).
-
-    A program owns 64 entries of the projected axis, one group of rows of B, and BLOCK_C channels.
-
-    Bytes: W read once and written once, X once per group of rows; B never.
-    """
-    seed, refresh, parameter, first = which_basis(None, seed, refresh, parameter, first)
-    i_group = first // GROUP + tl.program_id(0)
-    o_c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-    o_l = tl.arange(0, ROWS).to(tl.int64)
-    d, channels = (m, n) if LEFT else (n, m)
-    m_c = o_c < channels
-    b_zero = tl.zeros([ROWS if LEFT else BLOCK_C, BLOCK_C if LEFT else ROWS], tl.float32)
-    b_0, b_1, b_2, b_3 = b_zero, b_zero, b_zero, b_zero
-    for i_r in range(0, r, BLOCK_R):
-        o_r = i_r + tl.arange(0, BLOCK_R).to(tl.int64)
-        m_r = o_r < r
-        if LEFT:
-            b_rows = four_rows(i_group, o_l[:, None], o_r[None, :], r, gain, seed, refresh, parameter)
-            b_x = tl.load(low_rank + o_r[:, None] * n + o_c[None, :], mask=m_r[:, None] & m_c[None, :], other=0.0)
-            b_0, b_1 = dot(b_rows[0], b_x, b_0, PRECISION), dot(b_rows[1], b_x, b_1, PRECISION)
-            b_2, b_3 = dot(b_rows[2], b_x, b_2, PRECISION), dot(b_rows[3], b_x, b_3, PRECISION)
-        else:
-            b_rows = four_rows(i_group, o_l[None, :], o_r[:, None], r, gain, seed, refresh, parameter)
-            b_x = tl.load(low_rank + o_c[:, None] * r + o_r[None, :], mask=m_c[:, None] & m_r[None, :], other=0.0)
-            b_0, b_1 = dot(b_x, b_rows[0], b_0, PRECISION), dot(b_x, b_rows[1], b_1, PRECISION)
-            b_2, b_3 = dot(b_x, b_rows[2], b_2, PRECISION), dot(b_x, b_rows[3], b_3, PRECISION)
-    b_backs = (b_0, b_1, b_2, b_3)
-    for k in tl.static_range(4):
-        o_d = i_group * GROUP + k * ROWS + o_l - first
-        m_d = (o_d >= 0) & (o_d < d)
-        if LEFT:
-            p_w, m_w = param + o_d[:, None] * n + o_c[None, :], m_d[:, None] & m_c[None, :]
-        else:
-            p_w, m_w = param + o_c[:, None] * n + o_d[None, :], m_c[:, None] & m_d[None, :]
-        b_w = tl.load(p_w, mask=m_w, other=0.0).to(tl.float32)
-        b_w = tl.where(beta == 0, 0.0, b_w)  # as in BLAS, 0 * NaN is 0
-        store(p_w, beta * b_w + alpha * b_backs[k], m_w)
 
 
 def gain(rank):
@@ -225,65 +100,63 @@ def groups(first, d):
     return (first + d - 1) // GROUP.value - first // GROUP.value + 1
 
 
-def launch_gaussian_project(
-    grad, out, *, left, counters, key=None, seed=0, step=0, parameter=0, first=0, squares=None, scalars=None
-):
-    """out <- R for the basis of (seed, step, parameter, first), or of `key`, which holds these four on the device (int64).
+def launch_gaussian_bases(outs, *, keys=None, seed=0, step=0, parameter=0, first=0, scalars=None):
+    """outs <- rows of the bases of (seed, step, parameter, first), or of `keys`, which hold these four on the device (int64).
 
-    squares: a function of the number of splits that gives a buffer (splits, channels), which it returns filled; or None.
+    outs: matrices (d, rank) of one shape and type, fp32 | bf16 | fp16; scalars: a row a matrix, which may switch it off.
     """
-    m, n = grad.shape
-    r = out.shape[0 if left else 1]
-    plan = configs.plan_gaussian_project(m, n, r, left=left, dtype=grad.dtype, card=configs.target(grad.device))
-    split = plan.splits > 1
-    partials = torch.empty((plan.splits, *out.shape), dtype=torch.float32, device=grad.device) if split else None
-    sums = None if squares is None else squares(plan.splits)
-    gaussian_project_kernel[plan.tiles, plan.splits](
-        grad=grad,
-        out=out,
-        squares=sums,
+    d, rank = outs[0].shape
+    if outs[0].numel() == 0:
+        return
+    config = configs.GAUSSIAN_BASIS
+    # Where the first row lies in its group is known on the device alone if there are keys.
+    high = groups(first, d) if keys is None else configs.cdiv(d + GROUP.value - 1, GROUP.value)
+    gaussian_basis_kernel[high, configs.cdiv(rank, config["BLOCK_R"]), len(outs)](
+        out=tuple(outs),
+        key=None if keys is None else tuple(keys),
         scalars=scalars,
-        partials=partials,
-        counters=counters if split else None,
-        key=key,
         seed=seed,
         refresh=step,
         parameter=parameter,
         first=first,
-        m=m,
-        n=n,
-        r=r,
-        splits=plan.splits,
-        chunk=plan.chunk,
-        gain=gain(r),
-        LEFT=left,
-        PRECISION=precision(),
-        **plan.config,
+        d=d,
+        rank=rank,
+        gain=gain(rank),
+        **config,
         **configs.OPTIONS,
     )
-    return sums
+
+
+def _basis(d, rank, device, **which):
+    """The basis in fp32, made once: scratch of its size, which every tile of a product reads."""
+    basis = torch.empty((d, rank), dtype=torch.float32, device=device)
+    launch_gaussian_bases([basis], **which)
+    return basis
+
+
+def launch_gaussian_project(
+    grad, out, *, left, counters, key=None, seed=0, step=0, parameter=0, first=0, squares=None, scalars=None
+):
+    """out <- R for the basis of (seed, step, parameter, first), or of `key`; squares as in `launch_project`."""
+    basis = _basis(
+        grad.shape[0 if left else 1],
+        out.shape[0 if left else 1],
+        grad.device,
+        keys=None if key is None else [key],
+        seed=seed,
+        step=step,
+        parameter=parameter,
+        first=first,
+        scalars=scalars,
+    )
+    return launch_project([grad], [basis], [out], left=left, counters=counters, squares=squares, scalars=scalars)
 
 
 def gaussian_basis_(out, *, seed, step, parameter, first=0):
     """out <- rows first ... of the basis (d, rank) of N(0, 1/rank); out fp32 | bf16 | fp16. step counts refreshes."""
     _ops.gaussian.check_basis(out, first)
-    d, rank = out.shape
-    if out.numel() == 0:
-        return
-    config = configs.GAUSSIAN_BASIS
     with on_device_of(out):
-        gaussian_basis_kernel[groups(first, d), configs.cdiv(rank, config["BLOCK_R"])](
-            out=out,
-            seed=seed,
-            refresh=step,
-            parameter=parameter,
-            first=first,
-            d=d,
-            rank=rank,
-            gain=gain(rank),
-            **config,
-            **configs.OPTIONS,
-        )
+        launch_gaussian_bases([out], seed=seed, step=step, parameter=parameter, first=first)
 
 
 def gaussian_project(grad, *, rank, left, seed, step, parameter, first=0):
@@ -293,10 +166,9 @@ def gaussian_project(grad, *, rank, left, seed, step, parameter, first=0):
     m, n = grad.shape
     out = torch.empty((rank, n) if left else (m, rank), dtype=torch.float32, device=grad.device)
     if out.numel():
+        which = {"seed": seed, "step": step, "parameter": parameter, "first": first}
         with on_device_of(grad):
-            launch_gaussian_project(
-                grad, out, left=left, counters=counters_of(grad.device), seed=seed, step=step, parameter=parameter, first=first
-            )
+            launch_gaussian_project(grad, out, left=left, counters=counters_of(grad.device), **which)
     return out
 
 
@@ -308,26 +180,7 @@ def gaussian_back_project_(param, low_rank, *, alpha=1.0, beta=1.0, left, seed, 
     _ops.gaussian.check_back_project(param, low_rank, left, first)
     if param.numel() == 0:
         return
-    m, n = param.shape
-    r = low_rank.shape[0 if left else 1]
-    d, channels = (m, n) if left else (n, m)
-    config = configs.GAUSSIAN_BACK_PROJECT
+    d, rank = param.shape[0 if left else 1], low_rank.shape[0 if left else 1]
     with on_device_of(param):
-        gaussian_back_project_kernel[groups(first, d), configs.cdiv(channels, config["BLOCK_C"])](
-            param=param,
-            low_rank=low_rank,
-            seed=seed,
-            refresh=step,
-            parameter=parameter,
-            first=first,
-            alpha=alpha,
-            beta=beta,
-            m=m,
-            n=n,
-            r=r,
-            gain=gain(r),
-            LEFT=left,
-            PRECISION=precision(),
-            **config,
-            **configs.OPTIONS,
-        )
+        basis = _basis(d, rank, param.device, seed=seed, step=step, parameter=parameter, first=first)
+    back_project_(param, low_rank, basis, alpha=alpha, beta=beta, left=left)

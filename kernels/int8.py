@@ -102,12 +102,3 @@ def update_int8(
     else:
         b_random = random16(seed, step, parameter, o_first[:, None] + tl.arange(0, BLOCK_N)[None, :])
     tl.store(p_codes, ((b_fixed + (0xFFFF - b_random.to(tl.int32))) >> 16).to(tl.int8), mask=m_w)
-
-
-@triton.jit
-def count_left_out(skipped, b_update, m_w):
-    """Add the weights of a tile whose update is not finite to `skipped`, if it is there."""
-    if skipped is not None:
-        count = tl.sum((m_w & ~(tl.abs(b_update) < float("inf"))).to(tl.int32))
-        if count > 0:
-            tl.atomic_add(skipped, count.to(tl.int64), sem="relaxed")

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from lowrank_sys.kernels import configs
-from lowrank_sys.kernels.common import is_off
+from lowrank_sys.kernels.common import ALPHA, DECAY, is_off
 from lowrank_sys.kernels.epilogue import finish, finish_sum, write_weight
 from lowrank_sys.kernels.int8 import INFINITY_BITS, LEAST_SCALE, inverse_of, magnitude
 from lowrank_sys.reference import int8_gemm as reference
@@ -140,7 +140,7 @@ def back_project_int8_gemm_kernel(
 ):
     """W <- decay W + alpha rows columnsᵀ in INT8: codes (m, r) and (n, r), scales (m, groups) and (n, groups).
 
-    STEP as in `back_project_kernel`; BLOCK_D divides a group.
+    STEP as in `apply_kernel`; BLOCK_D divides a group.
 
     Bytes: W read once and written once; codes and scales of rows once per tile of columns, and the reverse.
     """
@@ -164,7 +164,7 @@ def back_project_int8_gemm_kernel(
         b_row_scale = tl.load(row_scale + o_m * groups + i_g, mask=m_m, other=0.0)
         b_column_scale = tl.load(column_scale + o_n * groups + i_g, mask=m_n, other=0.0)
         b_back += (b_row_scale[:, None] * b_column_scale[None, :]) * b_dot.to(tl.float32)
-    write_weight(b_back, param, scalars, skipped, i_m, i_n, m, n, STEP, BLOCK_M, BLOCK_N)
+    write_weight(b_back, param, tl.load(scalars + ALPHA), tl.load(scalars + DECAY), skipped, i_m, i_n, m, n, STEP, BLOCK_M, BLOCK_N)
 
 
 def quantized(x, *, columns):

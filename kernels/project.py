@@ -8,10 +8,66 @@ import triton.language as tl
 
 from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
-from lowrank_sys.kernels.basis import Int4Basis, arguments, load_int4, rank
+from lowrank_sys.kernels.basis import Int4Basis, arguments, load_int4, project_codes, rank, types
 from lowrank_sys.kernels.common import SLOTS, dot, is_off, on_device_of, pick, precision
 from lowrank_sys.kernels.epilogue import finish, finish_sum
 from lowrank_sys.kernels.int8_gemm import launch_project_int8
+
+
+@triton.jit
+def project_entries(
+    grad,
+    basis,
+    scale,
+    offset,
+    squares,
+    o_r,
+    o_c,
+    begin,
+    end,
+    m,
+    n,
+    r,
+    width,
+    LEFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(R (BLOCK_R, BLOCK_C) if LEFT, else transposed, sums of squares (BLOCK_C,) if `squares`) of entries begin ... end - 1."""
+    o_d = (begin + tl.arange(0, BLOCK_D)).to(tl.int64)
+    stride = tl.full([], BLOCK_D, tl.int64)
+    if LEFT:
+        m_row, m_col = o_r < r, o_c < n
+        p_a, step_a = basis + o_r[:, None] + o_d[None, :] * r, stride * r
+        p_b, step_b = grad + o_d[:, None] * n + o_c[None, :], stride * n
+    else:
+        m_row, m_col = o_c < m, o_r < r
+        p_a, step_a = grad + o_c[:, None] * n + o_d[None, :], stride
+        p_b, step_b = basis + o_d[:, None] * r + o_r[None, :], stride * r
+
+    b_r = tl.zeros([BLOCK_R if LEFT else BLOCK_C, BLOCK_C if LEFT else BLOCK_R], tl.float32)
+    b_square = tl.zeros([BLOCK_D if LEFT else BLOCK_C, BLOCK_C if LEFT else BLOCK_D], tl.float32)
+    for i_d in range(begin, end, BLOCK_D):
+        m_d = i_d + tl.arange(0, BLOCK_D) < end
+        if not GROUP:
+            b_a = tl.load(p_a, mask=m_row[:, None] & m_d[None, :], other=0.0)
+            b_b = tl.load(p_b, mask=m_d[:, None] & m_col[None, :], other=0.0)
+        elif LEFT:
+            b_a = load_int4(basis, scale, offset, o_r, i_d, m, r, width, GROUP, BLOCK_R, BLOCK_D)
+            b_b = tl.load(p_b, mask=m_d[:, None] & m_col[None, :], other=0.0)
+        else:
+            b_a = tl.load(p_a, mask=m_row[:, None] & m_d[None, :], other=0.0)
+            b_b = tl.trans(load_int4(basis, scale, offset, o_r, i_d, n, r, width, GROUP, BLOCK_R, BLOCK_D))
+        b_r = dot(b_a, b_b, b_r, PRECISION)
+        if squares is not None:
+            b_g = (b_b if LEFT else b_a).to(tl.float32)
+            b_square += b_g * b_g
+        p_a += step_a
+        p_b += step_b
+    return b_r, tl.sum(b_square, axis=0 if LEFT else 1)
 
 
 @triton.jit
@@ -49,9 +105,9 @@ def project_kernel(
 
     GaLore (Zhao et al. 2024, Algorithm 2). A program owns one tile of R over one of `splits` parts of the projected axis. With
     partials, the last program to reach a tile adds its parts in order and finishes it, so results do not depend on timing. A
-    channel (column of R if LEFT, else row) that is not usable keeps its moments, and its X is NaN for `back_project_kernel`.
+    channel (column of R if LEFT, else row) that is not usable keeps its moments, and its X is NaN for `apply_kernel`.
     For r > BLOCK_R a tile sees a part of its channel: NaN and inf in G reach every part, overflow of a finite G need not.
-    With scale and offset, the basis is in INT4, see `load_int4`; `width` bytes hold a vector.
+    With scale and offset, the basis is in INT4, see `load_int4`, and `project_codes` for a 16-bit G; `width` bytes hold a vector.
     A launch serves several matrices of one shape: grad, what the basis is made of, out and the moments are tuples; scalars,
     partials and counters hold one part a matrix. squares (splits, channels), given for one matrix alone, gets the sums of
     squares of G's channels.
@@ -74,51 +130,66 @@ def project_kernel(
     i_r, i_c = i_tile % tiles_r, i_tile // tiles_r
     o_r = (i_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     o_c = (i_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    depth, channels = (m, n) if LEFT else (n, m)
     begin = i_split * chunk
-    o_d = (begin + tl.arange(0, BLOCK_D)).to(tl.int64)
-    stride = tl.full([], BLOCK_D, tl.int64)
-    if LEFT:
-        end = tl.minimum(begin + chunk, m)
-        cols = n
-        o_row, o_col, m_row, m_col = o_r, o_c, o_r < r, o_c < n
-        p_a, step_a = basis + o_row[:, None] + o_d[None, :] * r, stride * r
-        p_b, step_b = grad + o_d[:, None] * n + o_col[None, :], stride * n
+    end = tl.minimum(begin + chunk, depth)
+    # Sums of squares beside codes leave registers for half a tile.
+    DEEP: tl.constexpr = BLOCK_D // 2 if GROUP and squares is not None and BLOCK_D > 16 else BLOCK_D
+    if GROUP and grad.dtype.element_ty != tl.float32:
+        b_r, b_squares = project_codes(
+            grad,
+            basis,
+            scale,
+            offset,
+            squares,
+            o_r,
+            o_c,
+            begin,
+            end,
+            m,
+            n,
+            r,
+            width,
+            LEFT,
+            PRECISION,
+            GROUP,
+            BLOCK_R,
+            BLOCK_C,
+            DEEP,
+        )
+        b_r = b_r if LEFT else tl.trans(b_r)
     else:
-        end = tl.minimum(begin + chunk, n)
-        cols = r
-        o_row, o_col, m_row, m_col = o_c, o_r, o_c < m, o_r < r
-        p_a, step_a = grad + o_row[:, None] * n + o_d[None, :], stride
-        p_b, step_b = basis + o_d[:, None] * r + o_col[None, :], stride * r
-
-    b_r = tl.zeros([BLOCK_R if LEFT else BLOCK_C, BLOCK_C if LEFT else BLOCK_R], tl.float32)
-    b_square = tl.zeros([BLOCK_D if LEFT else BLOCK_C, BLOCK_C if LEFT else BLOCK_D], tl.float32)
-    for i_d in range(begin, end, BLOCK_D):
-        m_d = i_d + tl.arange(0, BLOCK_D) < end
-        if not GROUP:
-            b_a = tl.load(p_a, mask=m_row[:, None] & m_d[None, :], other=0.0)
-            b_b = tl.load(p_b, mask=m_d[:, None] & m_col[None, :], other=0.0)
-        elif LEFT:
-            b_a = load_int4(basis, scale, offset, o_r, i_d, m, r, width, GROUP, BLOCK_R, BLOCK_D)
-            b_b = tl.load(p_b, mask=m_d[:, None] & m_col[None, :], other=0.0)
-        else:
-            b_a = tl.load(p_a, mask=m_row[:, None] & m_d[None, :], other=0.0)
-            b_b = tl.trans(load_int4(basis, scale, offset, o_r, i_d, n, r, width, GROUP, BLOCK_R, BLOCK_D))
-        b_r = dot(b_a, b_b, b_r, PRECISION)
-        if squares is not None:
-            b_g = (b_b if LEFT else b_a).to(tl.float32)
-            b_square += b_g * b_g
-        p_a += step_a
-        p_b += step_b
+        b_r, b_squares = project_entries(
+            grad,
+            basis,
+            scale,
+            offset,
+            squares,
+            o_r,
+            o_c,
+            begin,
+            end,
+            m,
+            n,
+            r,
+            width,
+            LEFT,
+            PRECISION,
+            GROUP,
+            BLOCK_R,
+            BLOCK_C,
+            DEEP,
+        )
 
     if squares is not None:
         if i_r == 0:
-            channels = n if LEFT else m
-            p_squares = squares + i_split.to(tl.int64) * channels + o_c
-            tl.store(p_squares, tl.sum(b_square, axis=0 if LEFT else 1), mask=o_c < channels)
+            tl.store(squares + i_split.to(tl.int64) * channels + o_c, b_squares, mask=o_c < channels)
 
-    o_tile = o_row[:, None] * cols + o_col[None, :]
-    m_tile = m_row[:, None] & m_col[None, :]
-    size = tl.full([], 1, tl.int64) * r * (n if LEFT else m)
+    if LEFT:
+        o_tile, m_tile = o_r[:, None] * n + o_c[None, :], (o_r < r)[:, None] & (o_c < n)[None, :]
+    else:
+        o_tile, m_tile = o_c[:, None] * r + o_r[None, :], (o_c < m)[:, None] & (o_r < r)[None, :]
+    size = tl.full([], 1, tl.int64) * r * channels
     if partials is not None:
         partials += i_matrix * splits * size
         counters += i_matrix * tl.num_programs(0)
@@ -170,7 +241,7 @@ def launch_project(
         return
     m, n = grad.shape
     r = rank(basis)
-    plan = configs.plan_project(m, n, r, left=left, dtypes=(grad.dtype, basis.dtype), card=configs.target(grad.device))
+    plan = configs.plan_project(m, n, r, left=left, dtypes=types(grad, basis), card=configs.target(grad.device))
     split = plan.splits > 1
     partials = torch.empty((len(grads), plan.splits, *out.shape), dtype=torch.float32, device=grad.device) if split else None
     sums = None if squares is None else squares(plan.splits)

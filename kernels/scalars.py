@@ -64,7 +64,7 @@ def as_scalar(value, device):
     return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
-def _launch(steps, lr, beta1, beta2, weight_decay, scale, *, grad_scale=None, found_inf=None, advance, draws):
+def _launch(steps, *, lr, beta1, beta2, weight_decay, scale=1.0, grad_scale=None, found_inf=None, advance, draws=False):
     count, device = steps.numel(), steps.device
     rows = torch.empty((count, SLOTS.value), dtype=torch.float32, device=device)
     numbers = torch.empty(count, dtype=torch.int64, device=device) if draws else None
@@ -91,24 +91,18 @@ def _log(beta):
     return math.log(beta) if beta > 0 else -math.inf
 
 
-def one_row(step, device, *, lr, beta1, beta2, weight_decay, scale=1.0, draws=False):
-    """(rows (1, SLOTS), their numbers (1,) if `draws` else None) of the single step number `step`."""
-    return _launch(as_scalar(step, device).reshape(1), lr, beta1, beta2, weight_decay, scale, advance=False, draws=draws)
+def read(steps, device, **options):
+    """(rows, numbers) as of `advance`, of `steps` that are numbers or 0-dim tensors of any kind and only read."""
+    values = [as_scalar(step, device) for step in steps]
+    together = values[0].reshape(1) if len(values) == 1 else torch.stack([value.double() for value in values])
+    return _launch(together, advance=False, **options)
 
 
-def advance(steps, *, lr, beta1, beta2, weight_decay, scale=1.0, grad_scale=None, found_inf=None, draws=False):
-    """Add one to `steps` (0-dim fp32, each matrix its own), or none where found_inf != 0; returns the new (rows, numbers)."""
-    rows, numbers = _launch(
-        torch.stack(steps),
-        lr,
-        beta1,
-        beta2,
-        weight_decay,
-        scale,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-        advance=True,
-        draws=draws,
-    )
+def advance(steps, *, found_inf=None, **options):
+    """Add one to `steps` (0-dim fp32, each matrix its own), or none where found_inf != 0.
+
+    Returns the new (rows (count, SLOTS), their numbers (count,) if `draws` else None).
+    """
+    rows, numbers = _launch(torch.stack(steps), advance=True, found_inf=found_inf, **options)
     torch._foreach_add_(steps, 1 if found_inf is None else rows[0, ACTIVE.value])
     return rows, numbers

@@ -22,12 +22,23 @@ class Int4(NamedTuple):
 
     @property
     def dtype(self):
-        """What an entry is in the products."""
+        """What an entry is where each is made first."""
         return torch.float32
+
+
+class Int8(NamedTuple):
+    """A weight in INT8, where a type is asked for."""
+
+    group_size: int = 256
 
 
 def _type(basis):
     return basis.dtype if isinstance(basis, Int4) else basis
+
+
+def _project_types(grad, basis):
+    """What the products of a projection are taken in: the codes of an INT4 basis take the gradient's type."""
+    return grad, grad if isinstance(basis, Int4) else basis
 
 
 def _basis(basis, d, r, times, tile):
@@ -40,32 +51,61 @@ def _basis(basis, d, r, times, tile):
 
 def project(m, n, r, *, left, grad, basis, card, out=torch.float32, moments=False):
     """R = project(G); the moments of an Adam epilogue if `moments`. grad, basis, out are types; basis may be `Int4`."""
-    plan = configs.plan_project(m, n, r, left=left, dtypes=(grad, _type(basis)), card=card)
+    plan = configs.plan_project(m, n, r, left=left, dtypes=_project_types(grad, basis), card=card)
     channels, depth = (n, m) if left else (m, n)
     size = r * channels
     parts = plan.splits * size * FP32 if plan.splits > 1 else 0
+    times = triton.cdiv(channels, plan.config["BLOCK_C"])
     rows = {
         "grad": Bytes(triton.cdiv(r, plan.config["BLOCK_R"]) * m * n * grad.itemsize, 0),
-        **_basis(basis, depth, r, triton.cdiv(channels, plan.config["BLOCK_C"]), plan.config["BLOCK_D"]),
+        **_basis(basis, depth, r, times, plan.config["BLOCK_D"]),
         "partials": Bytes(parts, parts),
         "out": Bytes(0, size * out.itemsize),
     }
+    if isinstance(basis, Int4) and grad.itemsize == 2:
+        # Codes are multiplied as they are: scales and offsets come in once a group and part.
+        ends = [(i * plan.chunk, min((i + 1) * plan.chunk, depth)) for i in range(plan.splits)]
+        groups = sum(triton.cdiv(end, basis.group_size) - begin // basis.group_size for begin, end in ends)
+        rows["scale"] = rows["offset"] = Bytes(times * r * groups * FP32, 0)
     if moments:
         rows |= {name: Bytes(size * FP32, size * FP32) for name in ("exp_avg", "exp_avg_sq")}
     return rows
 
 
-def back_project(m, n, r, *, left, param, low_rank, basis, card):
-    """W <- decay W + alpha back(X). param, low_rank, basis are types; basis may be `Int4`."""
-    config = configs.config_for(card.arch, "back_project", n=n, r=r, dtypes=(low_rank, _type(basis), param))
+def _weight(m, n, weight):
+    """A weight, or its codes and scales, updated in place. weight: a type or `Int8`."""
+    if not isinstance(weight, Int8):
+        return {"weight": Bytes(m * n * weight.itemsize, m * n * weight.itemsize)}
+    scales = m * triton.cdiv(n, weight.group_size) * FP32
+    return {"weight": Bytes(m * n, m * n), "weight_scale": Bytes(scales, scales)}
+
+
+def apply(m, n, r, *, left, weight, card, low_rank=None, basis=None, grad=None, sign=False, coefficients=False):
+    """W <- decay W + alpha (back(X) + phi). weight, low_rank, basis and grad are types, None where an argument is: without low_rank
+    there is no product, with grad there is a residual, or its `sign`. weight may be `Int8`, basis `Int4`."""
+    int8 = isinstance(weight, Int8)
+    config = configs.apply(
+        card.arch,
+        products=0 if low_rank is None else 1 + sign,
+        residual=grad is not None,
+        n=n,
+        r=r if low_rank else 0,
+        dtypes=((low_rank, _type(basis)) if low_rank else ()) + (torch.int8 if int8 else weight,),
+        group_size=weight.group_size if int8 else 0,
+    )
     rows_of_tiles, columns_of_tiles = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"])
     d, times, tile = (m, columns_of_tiles, config["BLOCK_M"]) if left else (n, rows_of_tiles, config["BLOCK_N"])
     other, again = (n, rows_of_tiles) if left else (m, columns_of_tiles)
-    return {
-        "param": Bytes(m * n * param.itemsize, m * n * param.itemsize),
-        **_basis(basis, d, r, times, tile),
-        "low_rank": Bytes(again * other * r * low_rank.itemsize, 0),
-    }
+    rows = _weight(m, n, weight)
+    if grad is not None:
+        rows["grad"] = Bytes(m * n * grad.itemsize, 0)
+    if coefficients:
+        rows["coefficients"] = Bytes(again * other * FP32, 0)
+    if low_rank is not None:
+        rows |= _basis(basis, d, r, times, tile)
+        rows["low_rank"] = Bytes(again * other * r * low_rank.itemsize, 0)
+        rows["low_rank_grad"] = Bytes(again * other * r * FP32 if grad is not None else 0, 0)
+    return rows
 
 
 def quantize_int8(channels, depth, *, dtype):
@@ -103,27 +143,32 @@ def back_project_int8_gemm(m, n, r, *, param):
     }
 
 
-def adam(m, n, r, *, left, out):
-    """X = Adam(R) on an already projected gradient: R is tested, then used."""
-    size = r * (n if left else m)
-    rows = {"low_rank_grad": Bytes(2 * size * FP32, 0), "out": Bytes(0, size * out.itemsize)}
-    return rows | {name: Bytes(size * FP32, size * FP32) for name in ("exp_avg", "exp_avg_sq")}
+def rule(m, n, r, *, left, out=None, ratio=False, splits=0, gram=False):
+    """A step of fp32 moments from R: the type of X, or of N if it is stored. A ratio has the sums of the channels, with `splits`
+    parts of the squares of G's, and (BᵀB)R if `gram`."""
+    channels = n if left else m
+    size = r * channels
+    return {
+        "low_rank_grad": Bytes(2 * size * FP32, 0),
+        "gram_grad": Bytes(size * FP32 if gram and splits else 0, 0),
+        "out": Bytes(0, size * out.itemsize if out else 0),
+        "exp_avg": Bytes(size * FP32, size * FP32),
+        "exp_avg_sq": Bytes(size * FP32, size * FP32),
+        "squares": Bytes(splits * channels * FP32, 0),
+        "sums": Bytes(0, (3 if splits else 2) * channels * FP32 if ratio else 0),
+    }
 
 
-def _sum(*launches):
-    total = {}
-    for rows in launches:
-        for name, (loaded, stored) in rows.items():
-            before = total.get(name, Bytes(0, 0))
-            total[name] = Bytes(before.loaded + loaded, before.stored + stored)
-    return total
-
-
-def _and_apply(first, m, n, r, *, left, param, basis, card):
-    second = back_project(m, n, r, left=left, param=param, low_rank=basis, basis=basis, card=card)
-    first["update"] = first.pop("out")
-    second["update"] = second.pop("low_rank")
-    return _sum(first, second)
+def sums(m, n, r, *, left, before, splits=0, gram=False):
+    """What a ratio needs of R `before` a step of 8-bit moments, else of N, where every channel is usable."""
+    channels = n if left else m
+    size = r * channels * FP32
+    return {
+        "low_rank": Bytes(size, 0),
+        "gram_grad": Bytes(size if gram and splits else 0, 0),
+        "squares": Bytes(splits * channels * FP32, 0),
+        "sums": Bytes(0, (2 if splits else 1) * channels * FP32),
+    }
 
 
 def scalars(matrices, *, step, rate, draws=False):
@@ -135,17 +180,6 @@ def scalars(matrices, *, step, rate, draws=False):
         "rows": Bytes(0, matrices * 6 * FP32),
         "draws": Bytes(0, matrices * torch.int64.itemsize if draws else 0),
     }
-
-
-def galore_step(m, n, r, *, left, param, grad, basis, card):
-    """Both kernels of a step. W and G are the only full-sized tensors: W once each way, G once per tile of r."""
-    first = project(m, n, r, left=left, grad=grad, basis=basis, card=card, out=basis, moments=True)
-    return _and_apply(first, m, n, r, left=left, param=param, basis=basis, card=card)
-
-
-def subspace_step(m, n, r, *, left, param, basis, card):
-    """Both kernels of a step from R."""
-    return _and_apply(adam(m, n, r, left=left, out=basis), m, n, r, left=left, param=param, basis=basis, card=card)
 
 
 def int8_linear(t, m, n, *, back, dtype, group_size, card, bias=None):
@@ -166,46 +200,22 @@ def int8_linear(t, m, n, *, back, dtype, group_size, card, bias=None):
     }
 
 
-def gaussian_basis(d, r, *, out):
-    """Rows of a Gaussian basis, written once."""
-    return {"out": Bytes(0, d * r * out.itemsize)}
+def gaussian_basis(d, r, *, out=torch.float32, key=False):
+    """Rows of a Gaussian basis, written once; its `key`, if it lies on the device, is read by every program."""
+    programs = triton.cdiv(d + 63, 64) * triton.cdiv(r, configs.GAUSSIAN_BASIS["BLOCK_R"])
+    return {"out": Bytes(0, d * r * out.itemsize), "key": Bytes(programs * 4 * torch.int64.itemsize if key else 0, 0)}
 
 
-def gaussian_project(m, n, r, *, left, grad, card, key=False, squares=False):
-    """R = project(G) on a basis from its seed, or from the `key` on the device; the squares of G's channels if `squares`."""
-    plan = configs.plan_gaussian_project(m, n, r, left=left, dtype=grad, card=card)
-    channels = n if left else m
-    parts = plan.splits * r * channels * FP32 if plan.splits > 1 else 0
-    return {
-        "grad": Bytes(triton.cdiv(r, plan.config["BLOCK_R"]) * m * n * grad.itemsize, 0),
-        "partials": Bytes(parts, parts),
-        "out": Bytes(0, r * channels * FP32),
-        "key": Bytes(plan.tiles * plan.splits * 4 * torch.int64.itemsize if key else 0, 0),
-        "squares": Bytes(0, plan.splits * channels * FP32 if squares else 0),
-    }
+def gaussian_project(m, n, r, *, left, grad, card):
+    """The launches of R = project(G) on a basis from its seed: it is made, then read."""
+    basis = gaussian_basis(m if left else n, r)
+    return basis, project(m, n, r, left=left, grad=grad, basis=torch.float32, card=card)
 
 
-def gaussian_back_project(m, n, r, *, left, param, groups):
-    """W <- beta W + alpha back(X) on a basis from its seed, whose rows lie in `groups` groups of 64."""
-    return {
-        "param": Bytes(m * n * param.itemsize, m * n * param.itemsize),
-        "low_rank": Bytes(groups * r * (n if left else m) * FP32, 0),
-    }
-
-
-def ratio(m, n, r, *, left, splits=0, out=False, gram=False):
-    """Moments of R and the sums of its channels; `splits` parts of the squares of G's, N if `out`, (BᵀB)R if `gram`."""
-    channels = n if left else m
-    size = r * channels * FP32
-    return {
-        "low_rank_grad": Bytes(2 * size, 0),
-        "gram_grad": Bytes(size if gram and splits else 0, 0),
-        "out": Bytes(0, size if out else 0),
-        "exp_avg": Bytes(size, size),
-        "exp_avg_sq": Bytes(size, size),
-        "squares": Bytes(splits * channels * FP32, 0),
-        "sums": Bytes(0, (3 if splits else 2) * channels * FP32),
-    }
+def gaussian_back_project(m, n, r, *, left, param, card):
+    """The launches of W <- beta W + alpha back(X) on a basis from its seed: it is made, then read."""
+    types = {"weight": param, "low_rank": torch.float32, "basis": torch.float32}
+    return gaussian_basis(m if left else n, r), apply(m, n, r, left=left, card=card, **types)
 
 
 def coefficients(channels, *, per_tensor, limited):
@@ -221,95 +231,61 @@ def coefficients(channels, *, per_tensor, limited):
     }
 
 
-def residual(m, n, r, *, left, rule, param, grad, basis=None, scaled=True):
-    """W <- decay W + alpha update: G once, W once each way. rule: 0 without a product, 1 with one, 2 with two; scaled: with a
-    factor for each channel."""
-    config = configs.residual_config(rule, r if rule else 0)
-    rows_of_tiles, columns_of_tiles = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"])
-    d, times = (m, columns_of_tiles) if left else (n, rows_of_tiles)
-    other, again = (n, rows_of_tiles) if left else (m, columns_of_tiles)
-    low_rank = Bytes(again * other * r * FP32 if rule else 0, 0)
-    return {
-        "param": Bytes(m * n * param.itemsize, m * n * param.itemsize),
-        "grad": Bytes(m * n * grad.itemsize, 0),
-        "coefficients": Bytes(again * other * FP32 if scaled else 0, 0),
-        "basis": Bytes(times * d * r * basis.itemsize if rule else 0, 0),
-        "low_rank": low_rank,
-        "low_rank_grad": low_rank,
-    }
+def _projected(m, n, r, *, left, grad, basis, card, squares):
+    """The launches of R = project(G), and how many parts the `squares` of G's channels have; basis None: a key."""
+    made = () if basis else (gaussian_basis(m if left else n, r, key=True),)
+    basis = basis or torch.float32
+    first = project(m, n, r, left=left, grad=grad, basis=basis, card=card)
+    splits = configs.plan_project(m, n, r, left=left, dtypes=_project_types(grad, basis), card=card).splits if squares else 0
+    first["squares"] = Bytes(0, splits * (n if left else m) * FP32)
+    return *made, first, splits
 
 
-def _projected(m, n, r, *, left, grad, basis, card, limited):
-    """(the launch of R = project(G), how many parts the squares of G's channels have); basis None: a Gaussian one."""
-    if basis is None:
-        first = gaussian_project(m, n, r, left=left, grad=grad, card=card, key=True, squares=limited)
-        splits = configs.plan_gaussian_project(m, n, r, left=left, dtype=grad, card=card).splits
+def step(
+    m,
+    n,
+    r,
+    *,
+    left,
+    weight,
+    grad,
+    basis,
+    card,
+    remainder="none",
+    moments="fp32",
+    projected=False,
+    sign=True,
+    per_tensor=False,
+    limited=True,
+    gram=False,
+):
+    """The launches of a step of one matrix, in order, without the scalars and the codes' own op. weight, grad and basis are types;
+    weight may be `Int8`, basis `Int4`, or None for a key. `gram`: with BᵀB, which costs a product with R."""
+    shape, kind = (m, n, r), {"left": left, "card": card}
+    if remainder == "none":
+        x = _type(basis)
+        last = apply(*shape, weight=weight, low_rank=x, basis=basis, **kind)
+        if projected:
+            return (*([rule(*shape, left=left, out=x)] if moments == "fp32" else []), last)
+        fused = {"out": x, "moments": True} if moments == "fp32" else {}
+        return project(*shape, grad=grad, basis=basis, **fused, **kind), last
+    if remainder == "state-free":
+        first = project(*shape, grad=grad, basis=basis, **kind)
+        middle = [rule(*shape, left=left, out=torch.float32)] if moments == "fp32" else []
+        return first, *middle, apply(*shape, weight=weight, low_rank=torch.float32, basis=basis, grad=grad, sign=sign, **kind)
+    *launches, splits = _projected(*shape, grad=grad, basis=basis, squares=limited, **kind)
+    back = remainder == "scaled-residual"
+    if gram and limited:
+        # R (r, n) is projected by the symmetric BᵀB as G is by B.
+        launches.append(project(*((r, n) if left else (m, r)), r, grad=torch.float32, basis=torch.float32, **kind))
+    if moments == "fp32":
+        launches.append(rule(*shape, left=left, out=torch.float32 if back else None, ratio=True, splits=splits, gram=gram))
     else:
-        first = project(m, n, r, left=left, grad=grad, basis=basis, card=card)
-        splits = configs.plan_project(m, n, r, left=left, dtypes=(grad, basis), card=card).splits
-        first["squares"] = Bytes(0, splits * (n if left else m) * FP32 if limited else 0)
-    return first, splits if limited else 0
-
-
-def apollo_step(m, n, r, *, left, param, grad, basis, card, per_tensor=False, limited=True):
-    """The launches of a step, in order. basis: its type, or None for a Gaussian one."""
-    first, splits = _projected(m, n, r, left=left, grad=grad, basis=basis, card=card, limited=limited)
-    return (
-        first,
-        ratio(m, n, r, left=left, splits=splits),
-        coefficients(n if left else m, per_tensor=per_tensor, limited=limited),
-        residual(m, n, r, left=left, rule=0, param=param, grad=grad),
-    )
-
-
-def fira_step(m, n, r, *, left, param, grad, basis, card, gram=False):
-    """The launches of a step, in order; `gram`: with BᵀB, which costs a product with R."""
-    first, splits = _projected(m, n, r, left=left, grad=grad, basis=basis, card=card, limited=True)
-    # R (r, n) is projected by the symmetric BᵀB as G is by B.
-    rows, columns = (r, n) if left else (m, r)
-    inside = (project(rows, columns, r, left=left, grad=torch.float32, basis=torch.float32, card=card),) if gram else ()
-    return (
-        first,
-        *inside,
-        ratio(m, n, r, left=left, splits=splits, out=True, gram=gram),
-        coefficients(n if left else m, per_tensor=False, limited=True),
-        residual(m, n, r, left=left, rule=1, param=param, grad=grad, basis=basis),
-    )
-
-
-def frugal_step(m, n, r, *, left, param, grad, basis, card, sign=True):
-    """The launches of a step, in order."""
-    return (
-        project(m, n, r, left=left, grad=grad, basis=basis, card=card),
-        adam(m, n, r, left=left, out=torch.float32),
-        residual(m, n, r, left=left, rule=2 if sign else 1, param=param, grad=grad, basis=basis, scaled=False),
-    )
-
-
-def _int8(m, n, group_size):
-    """Codes and scales of a weight that is updated in place."""
-    scales = m * triton.cdiv(n, group_size) * FP32
-    return {"codes": Bytes(m * n, m * n), "weight_scale": Bytes(scales, scales)}
-
-
-def back_project_int8(m, n, r, *, left, low_rank, basis, group_size):
-    """W <- decay W + alpha back(X) for an INT8 weight. low_rank and basis are types; basis may be `Int4`."""
-    config = configs.back_project_int8(n=n, r=r, dtypes=(low_rank, _type(basis)), group_size=group_size)
-    rows_of_tiles, columns_of_tiles = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"])
-    d, times, tile = (m, columns_of_tiles, config["BLOCK_M"]) if left else (n, rows_of_tiles, config["BLOCK_N"])
-    other, again = (n, rows_of_tiles) if left else (m, columns_of_tiles)
-    return {
-        **_int8(m, n, group_size),
-        **_basis(basis, d, r, times, tile),
-        "low_rank": Bytes(again * other * r * low_rank.itemsize, 0),
-    }
-
-
-def scaled_int8(m, n, *, left, grad, group_size):
-    """APOLLO's W <- decay W + alpha c o G for an INT8 weight."""
-    config = configs.scaled_int8(group_size)
-    times = triton.cdiv(m, config["BLOCK_M"]) * n if left else triton.cdiv(n, config["BLOCK_N"]) * m
-    return {**_int8(m, n, group_size), "grad": Bytes(m * n * grad.itemsize, 0), "coefficients": Bytes(times * FP32, 0)}
+        launches.append(sums(*shape, left=left, before=True, splits=splits, gram=gram))
+        launches.append(sums(*shape, left=left, before=False))
+    launches.append(coefficients(n if left else m, per_tensor=per_tensor, limited=limited))
+    product = {"low_rank": torch.float32, "basis": basis} if back else {}
+    return *launches, apply(*shape, weight=weight, grad=grad, coefficients=True, **product, **kind)
 
 
 def compulsory(m, n, r, *, left, param, grad, basis):

@@ -1,9 +1,9 @@
-"""The kernels of the fused steps and of the products with a basis."""
+"""The kernels of the scalars and of the projection."""
 
 import itertools
 
 from lowrank_sys.bench.static.kernel import FLOATS, Kernel
-from lowrank_sys.kernels import adam, back_project, configs, project, scalars
+from lowrank_sys.kernels import configs, project, scalars
 
 MOMENTS = dict.fromkeys(("exp_avg", "exp_avg_sq", "scalars"), "*fp32")
 SAME = [("bf16", "bf16"), ("fp16", "fp16")]
@@ -24,14 +24,16 @@ def rows_of(kernel):
     return rows
 
 
-def in_one_type(count, variant):
-    """`always` for a step at r = 128: every argument given, in one type throughout, and with a basis in INT4."""
+def in_one_type(count, variant, narrow=()):
+    """`always` for a step at r = 128: every argument given, in one type throughout, and with a basis in INT4; that of 16-bit
+    operands in the types `narrow`, if given."""
 
     def calls(kind, rank):
         if rank != 128:
             return []
         fp32 = ("fp32",) * count
-        return {16: [(("bf16",) * count, variant)], 32: [(fp32, variant), (fp32, f"{variant}+int4")]}.get(kind, [])
+        codes = [(narrow, f"{variant}+int4")] if narrow else []
+        return {16: [(("bf16",) * count, variant), *codes], 32: [(fp32, variant), (fp32, f"{variant}+int4")]}.get(kind, [])
 
     return calls
 
@@ -46,10 +48,12 @@ def group(variant, config):
 
 
 def project_calls(kind):
+    words = ("step", "step+split", "plain", "plain+split", "plain+squares", "plain+squares+split")
     types = {16: SAME, 32: MIXED, "odd": SAME + MIXED}[kind]
-    calls = list(itertools.product(types, ("step", "step+split", "plain", "plain+split", "plain+squares", "plain+squares+split")))
-    # An INT4 basis counts as fp32.
-    return calls + [(pair, f"{variant}+int4") for pair, variant in calls if pair[1] == "fp32" and "squares" not in variant]
+    # The codes of an INT4 basis take the gradient's type; an update is fp32 there.
+    grads = {16: ("bf16", "fp16"), 32: ("fp32",), "odd": FLOATS}[kind]
+    int4 = [((grad, "fp32"), f"{word}+int4") for grad in grads for word in words]
+    return list(itertools.product(types, words)) + int4
 
 
 def project_tensors(types, variant):
@@ -63,21 +67,6 @@ def project_tensors(types, variant):
         # Only a step that keeps R asks for its channels' squares.
         | ({"squares": "*fp32", "scalars": "*fp32"} if "squares" in variant else {})
     )
-
-
-def back_project_calls(kind):
-    # A step's update has the basis' type; `back_project_` brings fp32.
-    types = list(itertools.product(FLOATS, FLOATS))
-    steps = [((basis, basis, param), variant) for basis, param in types for variant in ("step", "step+counted")]
-    plain = [(("fp32", basis, param), "plain") for basis, param in types]
-    plain += [(types, f"{variant}+int4") for types, variant in steps + plain if types[:2] == ("fp32", "fp32")]
-    narrow = [call for call in steps if "fp32" not in call[0]]
-    return {16: narrow, 32: [call for call in steps + plain if call not in narrow], "odd": steps + plain}[kind]
-
-
-def back_project_tensors(types, variant):
-    tensors = {"low_rank": f"*{types[0]}", "param": f"*{types[2]}"} | basis(types[1], variant)
-    return tensors | {"scalars": "*fp32"} | ({"skipped": "*i64"} if "counted" in variant else {})
 
 
 def scalars_tensors(types, variant):
@@ -106,25 +95,8 @@ KERNELS = {
         rows_of("project"),
         project_calls,
         project_tensors,
-        always=in_one_type(2, "step+split"),
+        always=in_one_type(2, "step+split", narrow=("bf16", "fp32")),
         constants=group,
         each=("grad", "basis", "scale", "offset", "out", "exp_avg", "exp_avg_sq"),
-    ),
-    "back_project": Kernel(
-        back_project.back_project_kernel,
-        rows_of("back_project"),
-        back_project_calls,
-        back_project_tensors,
-        always=in_one_type(3, "step+counted"),
-        constants=group,
-        each=("param", "low_rank", "basis", "scale", "offset"),
-    ),
-    "adam": Kernel(
-        adam.adam_kernel,
-        lambda arch: {("any", 0): configs.ADAM},
-        lambda kind: [((out,), "step") for out in FLOATS],
-        lambda types, variant: {"low_rank_grad": "*fp32", "out": f"*{types[0]}"} | MOMENTS,
-        each=("low_rank_grad", "out", "exp_avg", "exp_avg_sq"),
-        product=False,
     ),
 }

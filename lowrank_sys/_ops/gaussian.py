@@ -1,8 +1,9 @@
-"""Products with a Gaussian basis that is made from its seed, in the kernel, and never stored."""
+"""Products with a Gaussian basis that is made from its seed whenever it is used, and never kept."""
 
 import torch
 
 from lowrank_sys._ops.rules import define, expect, expect_dtype, expect_like, expect_matrix, fake
+from lowrank_sys._ops.workspace import bound, fp32, workspace
 
 WHICH = "int seed, SymInt step, int parameter, SymInt first=0"
 
@@ -58,3 +59,12 @@ def _(grad, *, rank, left, seed, step, parameter, first=0):
 @fake("gaussian_back_project_")
 def _(param, low_rank, *, alpha=1.0, beta=1.0, left, seed, step, parameter, first=0):
     check_back_project(param, low_rank, left, first)
+
+
+@workspace("gaussian_project", "gaussian_back_project_")
+def _(matrix, low_rank=None, *, left, rank=None, cuda=False, **_):
+    if not cuda:
+        return bound(matrix, low_rank)
+    rank = low_rank.shape[0 if left else 1] if rank is None else rank
+    parts = matrix.numel() * matrix.element_size() // 4  # of a split product
+    return fp32(matrix.shape[0 if left else 1], rank) + (parts if low_rank is None else 0)

@@ -343,8 +343,7 @@ def _(
     back, residual = remainder != "scaled-gradient", remainder in ("scaled-residual", "state-free")
     low_rank = [fp32(*x.moments[0].shape) for x in rows]
     if cuda:
-        fused = projected or (moments, remainder) == ("fp32", "none")  # then R exists in registers only
-        return max((_on_gpu(x, basis, left, projected, fused, back, remainder in LIMITED) for x in rows), default=0)
+        return max((_on_gpu(x, basis, moments, remainder, left, projected) for x in rows), default=0)
     if int8_gemm:  # R or the update; the basis quantised one way, then the other; the update quantised
         shapes = [(*x.basis.shape, x.moments[0].numel() // x.basis.shape[1]) for x in rows]
         return (
@@ -370,9 +369,15 @@ def _(
     return reused(low_rank) + again + reused(tiles) + reused(panels)
 
 
-def _on_gpu(x, basis, left, projected, fused, back, ratio):
-    """R, the update in the basis' type, five numbers a channel, and the parts of a split product: under 25% of the gradient."""
+def _on_gpu(x, basis, moments, remainder, left, projected):
+    """R, the update, and the parts of a split product: under 25% of the gradient; with ratios, five numbers a channel."""
     entries, g = x.moments[0].numel(), x.gradient
-    update = entries * (x.basis.element_size() if basis == "dense" else 4) * back
-    together = update + 4 * entries * (not fused) + (0 if projected else g.numel() * g.element_size() // 4)
-    return launched_together(*x.weight.shape) * together + fp32(5, x.weight.shape[1 if left else 0]) * ratio
+    parts = 0 if projected else g.numel() * g.element_size() // 4
+    if remainder == "none":  # the update is in the basis' type; with moments in fp32, R exists in registers only
+        fused = projected or moments == "fp32"
+        update = entries * (x.basis.element_size() if basis == "dense" else 4)
+        return launched_together(*x.weight.shape) * (update + 4 * entries * (not fused) + parts)
+    # R, the update where it is applied, (BᵀB)R, and a Gaussian basis
+    low_rank = 1 + (remainder != "scaled-gradient") + (x.gram is not None and x.limiter is not None)
+    made = fp32(x.weight.shape[0 if left else 1], rank_of(x.basis, basis, x.moments[0], left)) if basis == "key" else 0
+    return low_rank * 4 * entries + made + parts + fp32(5, x.weight.shape[1 if left else 0]) * (remainder in LIMITED)

@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
 from lowrank_sys import reference
-from lowrank_sys.kernels import blockwise, configs, galore, qgalore, residual
+from lowrank_sys._ops.named_steps import bound
+from lowrank_sys.kernels import configs
+from lowrank_sys.kernels.step import step as kernel_step
 
 # Ops that launch nothing on a GPU; a foreach op reads its scalar on the host for CPU tensors alone.
 SILENT = {
@@ -141,40 +143,59 @@ def coded(moments):
     return [[tensor] * len(moments[0]) for tensor in (m, v, m_absmax, v_absmax)]
 
 
+def as_int4(dense):
+    """A list of bases as codes, scales and offsets."""
+    parts = reference.quantize_int4(torch.linalg.qr(dense[0].float()).Q.contiguous())
+    return [[part] * len(dense) for part in parts]
+
+
+def run(form, *lists, left, **options):
+    """A named step over the launcher."""
+    return functools.partial(bound(form, kernel_step), *lists, left=left, **options, **common())
+
+
 def galore_step(lists, left):
-    return functools.partial(galore.galore_step_list, *lists, scale=0.25, left=left, **common())
+    return run("galore_step.list", *lists, scale=0.25, left=left)
 
 
 def apollo_step(lists, left):
     *tensors, steps = lists
-    limiters = [torch.tensor(0.5) for _ in steps]
-    return functools.partial(residual.apollo_step_list, *tensors, limiters, steps, scale=1.0, left=left, **common())
+    return run("apollo_step.list", *tensors, [torch.tensor(0.5) for _ in steps], steps, scale=1.0, left=left)
+
+
+def fira_step(lists, left):
+    *tensors, steps = lists
+    return run("fira_step.list", *tensors, [torch.tensor(0.5) for _ in steps], [], steps, alpha=0.25, left=left)
+
+
+def frugal_step(lists, left):
+    return run("frugal_step.list", *lists, scale=1.0, residual_scale=0.1, sign=True, left=left)
 
 
 def galore_step_8bit(lists, left):
     *tensors, m, v, steps = lists
-    return functools.partial(blockwise.galore_step_8bit_list, *tensors, *coded((m, v)), steps, scale=0.25, left=left, **common())
+    return run("galore_step_8bit.list", *tensors, *coded((m, v)), steps, scale=0.25, left=left)
 
 
 def qgalore_step(lists, left):
     params, grads, bases, m, v, steps = lists
-    basis = reference.quantize_int4(torch.linalg.qr(bases[0].float()).Q.contiguous())
-    tensors = [[tensor] * len(steps) for tensor in (*reference.quantize_int8(params[0].float()), grads[0], *basis)]
-    return functools.partial(
-        qgalore.qgalore_step_list,
-        *tensors,
-        *coded((m, v)),
-        steps,
-        scale=0.25,
-        left=left,
-        seed=1,
-        parameters=list(range(len(steps))),
-        **common(),
-    )
+    weights = [[part] * len(params) for part in reference.quantize_int8(params[0].float())]
+    tensors = (*weights, grads, *as_int4(bases), *coded((m, v)), steps)
+    return run("qgalore_step.list", *tensors, scale=0.25, left=left, seed=1, parameters=list(range(len(steps))))
+
+
+def fira_step_8bit(lists, left):
+    """Ratios on 8-bit moments and a basis in INT4: the most launches that a step has."""
+    params, grads, bases, m, v, steps = lists
+    basis, scales, offsets = as_int4(bases)
+    states = sum(coded((m, v)), []) + [torch.tensor(0.5) for _ in steps]
+    policies = {"weight": "float", "basis": "int4", "moments": "8bit", "rule": "ratio-adam", "remainder": "scaled-residual"}
+    tensors = (params, [], grads, basis, scales + offsets, states, steps)
+    return functools.partial(kernel_step, *tensors, scale=0.25, left=left, **policies, **common())
 
 
 # A step, and its launches a matrix at most.
-STEPS = {galore_step: 2, galore_step_8bit: 3, qgalore_step: 3, apollo_step: 4}
+STEPS = {galore_step: 2, galore_step_8bit: 3, qgalore_step: 3, apollo_step: 4, fira_step: 4, frugal_step: 3, fira_step_8bit: 7}
 
 
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])

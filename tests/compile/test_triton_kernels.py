@@ -67,7 +67,7 @@ def test_fits(case, builds, proven):
 
 def test_spills_are_seen(submit):
     """A tile far too large for its registers is reported as such: the reading of resources works."""
-    case = cases.required(80, Row("back_project", 32, 128))[0]
+    case = cases.required(80, Row("apply", 32, 128))[0]
     arguments = cases.arguments(case)
     arguments["options"]["num_warps"] = 4
     arguments["constants"] |= {"BLOCK_M": 128, "BLOCK_N": 256}

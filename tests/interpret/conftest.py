@@ -90,8 +90,7 @@ class Case:
     def oracle(self, gradient="grad", *, grad_scale=1.0, step, lr=1e-2):
         """Run the oracle's step on the fp64 copies."""
         want = self.wants
-        function = reference.named("galore_step" if gradient == "grad" else "subspace_step")
-        function(
+        reference.named("galore_step" if gradient == "grad" else "subspace_step")(
             want["param"],
             want[gradient] * grad_scale,
             want["basis"],
@@ -136,9 +135,22 @@ def assert_close(name, got, want, *, rtol, atol):
 
 @pytest.fixture
 def lane(device):
-    """What the tests share."""
+    """What the tests share; `put` makes a copy of a tensor whose surroundings `check_guards` looks at."""
+    buffers = []
+
+    def put(tensor):
+        view, buffer = guarded(tensor)
+        buffers.append(buffer)
+        return view
+
+    def check_guards():
+        for buffer in buffers:
+            assert (torch.cat((buffer[:GUARD], buffer[-GUARD:])) == 7).all(), "written outside of a tensor"
+
     return types.SimpleNamespace(
         device=device,
+        put=put,
+        check_guards=check_guards,
         hyper=HYPER,
         interpreted=INTERPRETED,
         assert_close=assert_close,

@@ -4,25 +4,21 @@ import pytest
 import torch
 
 from lowrank_sys import reference
+from lowrank_sys._ops.named_steps import bound
 from lowrank_sys.kernels import configs, traffic
-from lowrank_sys.kernels.blockwise import (
-    galore_step_8bit,
-    galore_step_8bit_int4,
-    galore_step_8bit_list,
-    subspace_step_8bit_int4,
-    subspace_step_8bit_list,
-)
+from lowrank_sys.kernels.step import step as kernel_step
 from lowrank_sys.reference.blockwise import dynamic_map
 
 ops = torch.ops.lowrank
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 FORMS = {
-    (False, None): galore_step_8bit_list,
-    (False, 32): galore_step_8bit_int4,
-    (True, None): subspace_step_8bit_list,
-    (True, 32): subspace_step_8bit_int4,
+    (False, None): bound("galore_step_8bit.list", kernel_step),
+    (False, 32): bound("galore_step_8bit.int4", kernel_step),
+    (True, None): bound("subspace_step_8bit.list", kernel_step),
+    (True, 32): bound("subspace_step_8bit.int4", kernel_step),
 }
+galore_step_8bit = bound("galore_step_8bit", kernel_step)
 EACH_FORM = pytest.mark.parametrize("form", FORMS, ids=["from G", "from G int4", "from R", "from R int4"])
 MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
 
@@ -195,11 +191,7 @@ def test_traffic(lane, meter, left, monkeypatch):
     galore_step_8bit(*tensors(case), step=1, lr=1e-2, left=left, **lane.hyper)
     scalars, first, second = meter.launches
     assert scalars.kernel == "scalars_kernel"
-    kind = {"left": left, "basis": BF16, "card": card}
-    wanted = (
-        traffic.project(208, 144, 16, grad=BF16, **kind),
-        traffic.back_project(208, 144, 16, param=BF16, low_rank=BF16, **kind),
-    )
+    wanted = traffic.step(208, 144, 16, left=left, weight=BF16, grad=BF16, basis=BF16, moments="8bit", card=card)
     for launch, rows in zip((first, second), wanted):
         for name in launch.counts:
             if name not in ("scalars", "counters"):

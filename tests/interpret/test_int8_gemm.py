@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from lowrank_sys import reference
+from lowrank_sys._ops.named_steps import bound
 from lowrank_sys.kernels import configs, int8_gemm, traffic
 from lowrank_sys.kernels.back_project import back_project_
-from lowrank_sys.kernels.galore import galore_step, galore_step_list, subspace_step
 from lowrank_sys.kernels.project import project
+from lowrank_sys.kernels.step import step as kernel_step
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
@@ -82,9 +83,9 @@ def test_step(lane, card, shape, projected, left):
     case = lane.case(*shape, left)
     gradient = "low_rank" if projected else "grad"
     want = [tensor.clone() for tensor in case.tensors(gradient)]
-    step, oracle = (subspace_step, reference.named("subspace_step")) if projected else (galore_step, reference.named("galore_step"))
-    step(*case.tensors(gradient), step=2, lr=1e-2, left=left, int8_gemm=True, **lane.hyper)
-    oracle(*want, step=2, lr=1e-2, left=left, int8_gemm=True, **lane.hyper)
+    form = "subspace_step" if projected else "galore_step"
+    bound(form, kernel_step)(*case.tensors(gradient), step=2, lr=1e-2, left=left, int8_gemm=True, **lane.hyper)
+    reference.named(form)(*want, step=2, lr=1e-2, left=left, int8_gemm=True, **lane.hyper)
     if not projected:  # whose sums may be in another order
         for name, moment in (("exp_avg", want[3]), ("exp_avg_sq", want[4])):
             lane.assert_close(name, getattr(case, name), moment, rtol=1e-5, atol=1e-6)
@@ -101,7 +102,7 @@ def test_bad_channels_and_lists(lane, card, left):
     (cases[1].grad if left else cases[1].grad.T)[5, 9] = torch.nan
     steps, skipped = [torch.zeros((), device=lane.device) for _ in cases], torch.tensor(0, device=lane.device)
     before = [case.param.clone() for case in cases]
-    galore_step_list(
+    bound("galore_step.list", kernel_step)(
         *map(list, zip(*(case.tensors() for case in cases))),
         steps,
         lr=torch.tensor(1e-2),

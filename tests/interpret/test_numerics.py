@@ -6,12 +6,16 @@ import pytest
 import torch
 
 from lowrank_sys import reference
-from lowrank_sys.kernels import configs, galore
+from lowrank_sys._ops.named_steps import bound
+from lowrank_sys.kernels import configs
+from lowrank_sys.kernels import step as launcher
 from lowrank_sys.kernels.back_project import back_project_
-from lowrank_sys.kernels.galore import galore_step, galore_step_list, subspace_step, subspace_step_list
 from lowrank_sys.kernels.project import project
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+galore_step, galore_step_list, subspace_step, subspace_step_list = (
+    bound(form, launcher.step) for form in ("galore_step", "galore_step.list", "subspace_step", "subspace_step.list")
+)
 
 # Odd sizes, single rows and columns, every tile of the rank and two of them, r = min(m, n).
 SHAPES = [
@@ -196,9 +200,9 @@ def test_matrices_of_one_shape_share_launches(lane, monkeypatch, projected, left
     alone = [lane.case(300, 40, 5, left, seed=i) for i in range(11)]
     function, one = (subspace_step_list, subspace_step) if projected else (galore_step_list, galore_step)
     counts = []
-    launch = galore.launch_back_project
+    launch = launcher.launch_apply
     monkeypatch.setattr(
-        galore, "launch_back_project", lambda params, *args, **kwargs: (counts.append(len(params)), launch(params, *args, **kwargs))
+        launcher, "launch_apply", lambda weights, *args, **kwargs: (counts.append(len(weights)), launch(weights, *args, **kwargs))
     )
     steps = [torch.tensor(float(i), device=lane.device) for i in range(11)]
     function(*map(list, zip(*(case.tensors(gradient) for case in cases))), steps, lr=torch.tensor(1e-2), left=left, **lane.hyper)

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from lowrank_sys import reference
-from lowrank_sys.kernels import apollo_int8, configs, qgalore, traffic
+from lowrank_sys._ops.named_steps import bound
+from lowrank_sys.kernels import configs, traffic
+from lowrank_sys.kernels.back_project import back_project_int8_
 from lowrank_sys.kernels.int8 import aligned
+from lowrank_sys.kernels.step import step as kernel_step
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
@@ -62,7 +65,7 @@ def test_bits_are_the_oracles(lane, shape, kind, left):
             basis_group_size=basis_group_size,
         )
         reference.back_project_int8_(*want, x, *basis, **call)
-        qgalore.back_project_int8_(*got, *on(lane.device, (x, *basis)), **call)
+        back_project_int8_(*got, *on(lane.device, (x, *basis)), **call)
         assert same(got, want)
 
 
@@ -81,7 +84,7 @@ def test_hostile_scales_and_updates_are_the_oracles(lane):
         want, got = [codes.clone(), scale.clone()], on(lane.device, [codes.clone(), scale.clone()])
         call = dict(alpha=alpha, decay=-2.0, left=False, seed=1, step=2, parameter=3, group_size=32)
         reference.back_project_int8_(*want, x, basis, **call)
-        qgalore.back_project_int8_(*got, *on(lane.device, (x, basis)), **call)
+        back_project_int8_(*got, *on(lane.device, (x, basis)), **call)
         assert same(got, want)
 
 
@@ -108,7 +111,6 @@ class Matrix:
             )
             self.settings = dict(group_size=group_size, basis_group_size=32, scale=0.25, left=left, **HYPER)
         self.op, self.want = op, args
-        self.module = apollo_int8 if op == "apollo_int8_step" else qgalore
         self.got = {name: t if t is None else t.clone().to(lane.device) for name, t in args.items()}
 
     def check(self):
@@ -137,13 +139,13 @@ def test_steps(lane, op, int4, grad, left):
     matrix = Matrix(lane, op, 70, 200, 6, left, int4, grad=grad, limited=True)
     before = matrix.want["codes"].clone()
     call = dict(step=3, lr=0.1, seed=2**40, parameter=1, offset=8, **matrix.settings)
-    reference.ORACLES[op](*matrix.want.values(), **call)
-    getattr(matrix.module, op)(*matrix.got.values(), **call)
+    reference.named(op)(*matrix.want.values(), **call)
+    bound(op, kernel_step)(*matrix.got.values(), **call)
     matrix.check()
     assert (matrix.want["codes"] != before).double().mean() > 0.3
     again = Matrix(lane, op, 70, 200, 6, left, int4, grad=grad, limited=True)
     numbers = {"step": torch.tensor(3.0, device=lane.device), "lr": torch.tensor(0.1, dtype=torch.float64, device=lane.device)}
-    getattr(again.module, op)(*again.got.values(), **call | numbers)
+    bound(op, kernel_step)(*again.got.values(), **call | numbers)
     assert same([t for t in again.got.values() if t is not None], [t for t in matrix.got.values() if t is not None])
 
 
@@ -164,7 +166,7 @@ def test_lists(lane, op, left):
     before = matrices[0].want["codes"].clone()
     steps = [torch.tensor(float(i)) for i in (0, 4, 9)]
     results = {}
-    for which, function in (("want", reference.ORACLES[f"{op}.list"]), ("got", getattr(matrices[0].module, f"{op}_list"))):
+    for which, function in (("want", reference.named(f"{op}.list")), ("got", bound(f"{op}.list", kernel_step))):
         device = lane.device if which == "got" else "cpu"
         its_steps = [step.clone().to(device) for step in steps]
         skipped = torch.tensor(1, device=device)
@@ -195,7 +197,7 @@ def test_lists(lane, op, left):
 def test_found_inf(lane, op):
     matrix = Matrix(lane, op, 40, 64, 5, True)
     step, skipped = torch.tensor(4.0, device=lane.device), torch.zeros((), dtype=torch.int64, device=lane.device)
-    getattr(matrix.module, f"{op}_list")(
+    bound(f"{op}.list", kernel_step)(
         *columns_of([matrix], "got"),
         [step],
         lr=torch.tensor(0.1, device=lane.device),
@@ -224,7 +226,7 @@ def test_traffic(lane, meter, shape, kind, left):
     m, n, r, group_size, basis_group_size = shape
     x, basis = exact_product(m, n, r, basis_group_size, left, kind)
     got = on(lane.device, reference.quantize_int8(torch.randn(m, n), group_size=group_size))
-    qgalore.back_project_int8_(
+    back_project_int8_(
         *got,
         *on(lane.device, (x, *basis)),
         left=left,
@@ -235,29 +237,17 @@ def test_traffic(lane, meter, shape, kind, left):
         basis_group_size=basis_group_size,
     )
     (launch,) = meter.launches
-    basis_type = traffic.Int4(basis_group_size) if kind == "int4" else kind
-    assert_bytes(
-        meter, launch, traffic.back_project_int8(m, n, r, left=left, low_rank=FP32, basis=basis_type, group_size=group_size)
-    )
-    assert (launch.counts["codes"]["loaded"] == 1).all() and (launch.counts["codes"]["stored"] == 1).all()
-
-
-@SIDES
-@pytest.mark.parametrize("shape", [(70, 300, 9, 64), (72, 512, 48, 256)], ids=str)
-def test_traffic_of_apollo(lane, meter, shape, left):
-    m, n, r, group_size = shape
-    matrix = Matrix(lane, "apollo_int8_step", m, n, r, left, group_size=group_size, grad=BF16)
-    apollo_int8.apollo_int8_step(*matrix.got.values(), step=1, lr=0.1, seed=1, parameter=0, **matrix.settings)
-    launch = meter.launches[-1]
-    assert launch.kernel == "scaled_int8_kernel"
-    assert_bytes(meter, launch, traffic.scaled_int8(m, n, left=left, grad=BF16, group_size=group_size))
-    assert (launch.counts["grad"]["loaded"] == 1).all()
+    types = {"weight": traffic.Int8(group_size), "basis": traffic.Int4(basis_group_size) if kind == "int4" else kind}
+    card = configs.Target(80, 6)
+    assert_bytes(meter, launch, traffic.apply(m, n, r, left=left, low_rank=FP32, card=card, **types))
+    assert (launch.counts["weight"]["loaded"] == 1).all() and (launch.counts["weight"]["stored"] == 1).all()
 
 
 def test_a_weight_moves_in_a_third_of_what_bf16_and_its_copy_would():
     """By formula, a 4096 x 4096 matrix at rank 128 with an INT4 basis."""
     card = configs.Target(90, 132)
-    codes = traffic.back_project_int8(4096, 4096, 128, left=True, low_rank=FP32, basis=traffic.Int4(), group_size=256)
-    dense = traffic.back_project(4096, 4096, 128, left=True, param=BF16, low_rank=FP32, basis=traffic.Int4(), card=card)
-    weight = sum(codes["codes"]) + sum(codes["weight_scale"])
-    assert weight < 0.52 * sum(dense["param"])
+    codes, dense = (
+        traffic.apply(4096, 4096, 128, left=True, weight=weight, low_rank=FP32, basis=traffic.Int4(), card=card)
+        for weight in (traffic.Int8(), BF16)
+    )
+    assert sum(codes["weight"]) + sum(codes["weight_scale"]) < 0.52 * sum(dense["weight"])

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from lowrank_sys.kernels import common, configs, residual
+from lowrank_sys import reference
+from lowrank_sys._ops.named_steps import bound
+from lowrank_sys.kernels import common, configs
+from lowrank_sys.kernels.coefficient import launch_coefficients
 from lowrank_sys.kernels.project import counters_of
-from lowrank_sys.reference import residual as oracle
+from lowrank_sys.kernels.step import step as kernel_step
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
@@ -44,17 +47,17 @@ class Step:
         self.wants = [t if t is None else t.double().cpu() for t in self.extras]
 
     def run(self, **numbers):
-        getattr(residual, f"{self.name}_step")(*self.case.tensors(), *self.extras, **self.hyper, **numbers)
+        bound(f"{self.name}_step", kernel_step)(*self.case.tensors(), *self.extras, **self.hyper, **numbers)
 
     def run_list(self, steps, **guards):
         extras = [[] if t is None else [t] for t in self.extras]
-        getattr(residual, f"{self.name}_step_list")(
+        bound(f"{self.name}_step.list", kernel_step)(
             *([t] for t in self.case.tensors()), *extras, steps, lr=torch.tensor(0.1), **self.hyper, **guards
         )
 
     def oracle(self, *, step, grad_scale=1.0):
         want = self.case.wants
-        getattr(oracle, f"{self.name}_step")(
+        reference.named(f"{self.name}_step")(
             want["param"],
             want["grad"] * grad_scale,
             want["basis"],
@@ -169,15 +172,15 @@ def test_traffic(lane, meter, method):
     """G is read twice, W read and written once, and no other argument has their size."""
     step = Step(lane, method, 150, 140, 5, left=True)
     step.run(step=2, lr=0.1)
-    full = {"grad": 0, "param": 0}
+    full = {"grad": 0, "weight": 0}
     for launch in meter.launches:
         for name, counts in launch.counts.items():
             if name in full and counts["loaded"].size == 150 * 140:
                 full[name] += counts["loaded"]
-                assert name != "param" or (counts["stored"] == 1).all()
+                assert name != "weight" or (counts["stored"] == 1).all()
             else:
                 assert counts["loaded"].size <= 4 * 150 * 5 + 512, name
-    assert (full["grad"] == 2).all() and (full["param"] == 1).all()
+    assert (full["grad"] == 2).all() and (full["weight"] == 1).all()
 
 
 @pytest.mark.parametrize("per_tensor", [False, True], ids=["channel", "tensor"])
@@ -197,7 +200,7 @@ def test_coefficients_of_many_blocks(lane, per_tensor, limiter):
         kept = None if limiter is None else torch.tensor(limiter * norm, dtype=FP32, device=lane.device)
         divisor = max(norm / (limiter * norm + 1e-8), 1.01) / 1.01 if limiter else 1.0
         counters = counters_of(lane.device)
-        got = residual.launch_coefficients(
+        got = launch_coefficients(
             sums.to(lane.device),
             kept,
             scalars.to(lane.device),

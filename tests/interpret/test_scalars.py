@@ -7,7 +7,7 @@ import torch
 
 from lowrank_sys.kernels import traffic
 from lowrank_sys.kernels.common import ACTIVE, ALPHA, CORRECTION1, CORRECTION2, DECAY, GRAD_SCALE
-from lowrank_sys.kernels.scalars import advance, one_row
+from lowrank_sys.kernels.scalars import advance, read
 
 HYPER = {"lr": 3e-4, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "scale": 0.25}
 
@@ -33,13 +33,22 @@ def assert_row(row, want):
 @pytest.mark.parametrize("dtype", [None, torch.int64, torch.float32, torch.float64], ids=str)
 def test_a_single_step(lane, step, dtype):
     number = step if dtype is None else torch.tensor(step, dtype=dtype, device=lane.device)
-    rows, draws = one_row(number, lane.device, **HYPER, draws=True)
+    rows, draws = read([number], lane.device, **HYPER, draws=True)
     assert_row(rows[0], wanted(step, **HYPER))
     assert draws.item() == step
 
 
+def test_steps_of_several_kinds_are_only_read(lane):
+    steps = [torch.tensor(3, device=lane.device), torch.tensor(7.0, dtype=torch.float64), torch.tensor(2.0, device=lane.device)]
+    found_inf, grad_scale = (torch.full((1,), value, device=lane.device) for value in (0.0, 0.5))
+    rows, draws = read(steps, lane.device, **HYPER, draws=True, found_inf=found_inf, grad_scale=grad_scale)
+    assert draws.tolist() == [3, 7, 2] == [step.item() for step in steps]
+    for row, step in zip(rows, (3, 7, 2)):
+        assert_row(row, wanted(step, **HYPER, grad_scale=0.5))
+
+
 def test_beta_0_needs_no_correction(lane):
-    rows, _ = one_row(3, lane.device, **HYPER | {"beta1": 0.0})
+    rows, _ = read([3], lane.device, **HYPER | {"beta1": 0.0})
     assert rows[0, CORRECTION1.value] == 1
 
 
@@ -68,7 +77,7 @@ def test_found_inf_stops_the_counters_and_switches_the_rows_off(lane):
 
 @pytest.mark.parametrize("step", [math.nan, math.inf, 1e19])
 def test_steps_that_are_no_number_draw_as_0(lane, step):
-    _, draws = one_row(torch.tensor(step, device=lane.device), lane.device, **HYPER, draws=True)
+    _, draws = read([torch.tensor(step, device=lane.device)], lane.device, **HYPER, draws=True)
     assert draws.item() == 0
 
 

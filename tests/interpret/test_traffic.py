@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from lowrank_sys._ops.named_steps import bound
 from lowrank_sys.kernels import configs, traffic
 from lowrank_sys.kernels.back_project import back_project_
-from lowrank_sys.kernels.galore import galore_step, galore_step_list, subspace_step
 from lowrank_sys.kernels.project import project
+from lowrank_sys.kernels.step import step
 
 FP32, BF16 = torch.float32, torch.bfloat16
+galore_step, galore_step_list, subspace_step = (bound(form, step) for form in ("galore_step", "galore_step.list", "subspace_step"))
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 TYPES = pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 
@@ -38,23 +40,22 @@ def test_galore_step(lane, meter, card, shape, dtype, left):
     case = lane.case(m, n, r, left, dtype, dtype, dtype)
     galore_step(*case.tensors(), step=1, lr=1e-2, left=left, **lane.hyper)
     _, first, second = meter.launches
-    kind = {"left": left, "basis": dtype, "card": card}
-    assert_bytes(meter, first, traffic.project(m, n, r, grad=dtype, out=dtype, moments=True, **kind))
-    assert_bytes(meter, second, traffic.back_project(m, n, r, param=dtype, low_rank=dtype, **kind))
+    total = traffic.step(m, n, r, left=left, weight=dtype, grad=dtype, basis=dtype, card=card)
+    for launch, rows in zip((first, second), total):
+        assert_bytes(meter, launch, dict(rows))
     # The full-sized tensors: G once per tile of r, W once each way, and nothing else of that size.
     assert (first.counts["grad"]["loaded"] == -(-r // 128)).all() and not first.counts["grad"]["stored"].any()
-    assert (second.counts["param"]["loaded"] == 1).all() and (second.counts["param"]["stored"] == 1).all()
+    assert (second.counts["weight"]["loaded"] == 1).all() and (second.counts["weight"]["stored"] == 1).all()
     for launch in (first, second):
         for name, counts in launch.counts.items():
-            assert name in ("grad", "param", "partials") or counts["loaded"].size <= max(m, n) * r + 512, name
-    total = traffic.galore_step(m, n, r, left=left, param=dtype, grad=dtype, basis=dtype, card=card)
+            assert name in ("grad", "weight", "partials") or counts["loaded"].size <= max(m, n) * r + 512, name
     counted = sum(
         sum(meter.bytes(launch, name))
         for launch in (first, second)
         for name in launch.counts
         if name not in ("scalars", "counters")
     )
-    assert counted == sum(map(sum, total.values()))
+    assert counted == sum(sum(map(sum, rows.values())) for rows in total)
 
 
 @SIDES
@@ -63,16 +64,8 @@ def test_a_shared_launch_moves_the_bytes_of_its_matrices(lane, meter, card, left
     steps = [torch.zeros((), device=lane.device) for _ in cases]
     galore_step_list(*map(list, zip(*(case.tensors() for case in cases))), steps, lr=torch.tensor(1e-2), left=left, **lane.hyper)
     _, first, second = meter.launches
-    kind = {"left": left, "basis": FP32, "card": card}
-    four = [
-        {name: (4 * loaded, 4 * stored) for name, (loaded, stored) in rows.items()}
-        for rows in (
-            traffic.project(208, 528, 16, grad=FP32, out=FP32, moments=True, **kind),
-            traffic.back_project(208, 528, 16, param=FP32, low_rank=FP32, **kind),
-        )
-    ]
-    assert_bytes(meter, first, four[0])
-    assert_bytes(meter, second, four[1])
+    for launch, rows in zip((first, second), traffic.step(208, 528, 16, left=left, weight=FP32, grad=FP32, basis=FP32, card=card)):
+        assert_bytes(meter, launch, {name: (4 * loaded, 4 * stored) for name, (loaded, stored) in rows.items()})
 
 
 @SIDES
@@ -93,16 +86,16 @@ def test_subspace_step(lane, meter, card, left):
     case = lane.case(140, 150, 70, left)
     subspace_step(*case.tensors("low_rank"), step=1, lr=1e-2, left=left, **lane.hyper)
     _, first, second = meter.launches
-    assert_bytes(meter, first, traffic.adam(140, 150, 70, left=left, out=FP32))
-    rows = traffic.back_project(140, 150, 70, left=left, param=FP32, low_rank=FP32, basis=FP32, card=card)
-    assert_bytes(meter, second, rows)
+    kind = {"left": left, "weight": FP32, "grad": FP32, "basis": FP32, "projected": True, "card": card}
+    for launch, rows in zip((first, second), traffic.step(140, 150, 70, **kind)):
+        assert_bytes(meter, launch, rows)
 
 
 @SIDES
 def test_back_project(lane, meter, card, left):
     case = lane.case(140, 160, 80, left, BF16, BF16, BF16)
     back_project_(case.param, case.low_rank, case.basis, left=left)
-    rows = traffic.back_project(140, 160, 80, left=left, param=BF16, low_rank=FP32, basis=BF16, card=card)
+    rows = traffic.apply(140, 160, 80, left=left, weight=BF16, low_rank=FP32, basis=BF16, card=card)
     assert_bytes(meter, meter.launches[0], rows)
 
 
@@ -124,11 +117,11 @@ CARDS = [
 )
 def test_realistic_shapes_by_formula(shape, card, dtype, left):
     m, n, r = shape
-    rows = traffic.galore_step(m, n, r, left=left, param=dtype, grad=dtype, basis=dtype, card=card)
+    first, second = traffic.step(m, n, r, left=left, weight=dtype, grad=dtype, basis=dtype, card=card)
     full = m * n * dtype.itemsize
-    assert rows["grad"] == (full * -(-r // 128), 0)
-    assert rows["param"] == (full, full)
-    assert sum(rows["partials"]) <= 0.25 * full
+    assert first["grad"] == (full * -(-r // 128), 0)
+    assert second["weight"] == (full, full)
+    assert sum(first["partials"]) <= 0.25 * full
     low_rank = traffic.compulsory(m, n, r, left=left, param=dtype, grad=dtype, basis=dtype) - 3 * full
     assert low_rank == (m if left else n) * r * dtype.itemsize + 4 * (n if left else m) * r * 4
     if r <= 128 and min(m, n) >= 4096:

@@ -162,7 +162,7 @@ MUTANTS = (
     Mutant("ties in bf16 away from zero", "kernels/common.py", "bits + 0x7FFF + ((bits >> 16) & 1)", "bits + 0x8000", INTERPRET),
     Mutant(
         "a channel whose residual overflows is used",
-        "kernels/residual.py",
+        "kernels/channels.py",
         'b_ok = b_ok & (b_residual < float("inf"))',
         "b_ok = b_ok",
         INTERPRET[2:],
