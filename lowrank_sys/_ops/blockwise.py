@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from lowrank_sys._ops.rounding import STOCHASTIC, check_draws
 from lowrank_sys._ops.rules import (
     ADAM,
     GUARDS,
@@ -23,7 +24,6 @@ from lowrank_sys._ops.rules import (
     expect_matrix,
     fake,
 )
-from lowrank_sys._ops.rounding import STOCHASTIC, check_draws
 from lowrank_sys._ops.workspace import workspace
 
 BLOCK = 256

@@ -15,7 +15,7 @@ STOCHASTIC = "bool stochastic=False, int seed=0, int[] parameters=[], int[] offs
 
 SCHEMAS = {
     # W <- values.
-    "round_stochastic_": "(Tensor(a!) param, Tensor values, *, int seed, Tensor step, int parameter, SymInt offset=0) -> ()",
+    "round_stochastic_": "(Tensor(a!) param, Tensor values, *, int seed, Tensor step, int parameter, SymInt offset=0) -> ()"
 }
 
 

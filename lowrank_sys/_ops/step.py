@@ -20,6 +20,7 @@ import torch
 from lowrank_sys._ops.blockwise import expect_moments
 from lowrank_sys._ops.int4 import expect_int4
 from lowrank_sys._ops.int8 import expect_int8, expect_stream
+from lowrank_sys._ops.rounding import STOCHASTIC, check_numbers
 from lowrank_sys._ops.rules import (
     ADAM,
     GUARDS,
@@ -34,7 +35,6 @@ from lowrank_sys._ops.rules import (
     expect_scalar,
     fake,
 )
-from lowrank_sys._ops.rounding import STOCHASTIC, check_numbers
 from lowrank_sys._ops.sparse import expect_indices, expect_row_scale, selected_shape
 from lowrank_sys._ops.workspace import (
     copy_unless_fp32,

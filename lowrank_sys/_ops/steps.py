@@ -2,8 +2,8 @@
 
 import torch
 
-from lowrank_sys._ops.rules import ADAM, GUARDS, check_guards, check_lists, define, expect_dtype, expect_float, expect_like, fake
 from lowrank_sys._ops.rounding import STOCHASTIC, check_draws
+from lowrank_sys._ops.rules import ADAM, GUARDS, check_guards, check_lists, define, expect_dtype, expect_float, expect_like, fake
 from lowrank_sys._ops.workspace import workspace
 
 SCHEMAS = {

@@ -13,7 +13,6 @@ from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.weight import weight_store
 from lowrank_sys.subspace.matrices import count, each, is_batch, matrices, stacked
 
-
 # Numbers of parameters in groups without a rank begin here, behind those of all matrices.
 FIRST_PLAIN = 2**31
 

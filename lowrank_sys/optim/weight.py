@@ -91,8 +91,8 @@ class InPlace:
 
 
 class Stochastic(InPlace):
-    """The parameter itself, rounded stochastically once a step as Int8 is, unless it is fp32: what a step adds or decays is there in
-    the mean, even if it is less than half of the weight's last place.
+    """The parameter itself, rounded stochastically once a step unless it is fp32: what a step adds or decays is there in the mean,
+    even if it is less than half of the weight's last place.
 
     The random bits follow from the group's `seed`, the step and the number of the weight: a resumed run draws the same.
     State of a weight: `parameter`, its number.
@@ -106,7 +106,9 @@ class Stochastic(InPlace):
     def options(self, group, states):
         for state in states:
             if "parameter" not in state:
-                raise ValueError("stochastic_rounding must be set before the first step, or loaded: a state has no number of its weight")
+                raise ValueError(
+                    "stochastic_rounding must be set before the first step, or loaded: a state has no number of its weight"
+                )
         return {"stochastic": True, "seed": group.get("seed", 0), "parameters": [s["parameter"] for s in states]}
 
     def put(self, rows, values, state, seed, first):
@@ -119,12 +121,8 @@ class Stochastic(InPlace):
             rows.copy_(written)
 
 
-class Int8(InPlace):
-    """INT8 codes and their scales (lowrank_sys.nn.QuantWeight), rounded stochastically once a step.
-
-    The random bits follow from the group's `seed`, the step and the number of the matrix: a resumed run draws the same.
-    State of a matrix: `parameter`, its number.
-    """
+class Int8(Stochastic):
+    """INT8 codes and their scales (lowrank_sys.nn.QuantWeight), rounded stochastically once a step, with random bits as those."""
 
     name = "int8"
     int8 = True
@@ -134,9 +132,6 @@ class Int8(InPlace):
 
     def check(self, param, name):
         """Codes and scales are what quantize_int8 made."""
-
-    def init(self, state, index):
-        state["parameter"] = index
 
     def tensors(self, params):
         drop_exact(*params)

@@ -67,7 +67,14 @@ def step(
     for x in rows:
         if advance:
             x.step.add_(1)
-        left_out = _step(x, _Options(**options, left=left, weight_decay=weight_decay, stochastic=stochastic, op=op), lr, projected, factor, **policies)
+        left_out = _step(
+            x,
+            _Options(**options, left=left, weight_decay=weight_decay, stochastic=stochastic, op=op),
+            lr,
+            projected,
+            factor,
+            **policies,
+        )
         if skipped is not None:
             skipped += left_out
 

@@ -29,7 +29,7 @@ def rounded(values, dtype, bits):
     return torch.where(within, magnitude.copysign(x).float(), values).to(dtype)
 
 
-def write_(param, values, *, stochastic, seed, step, parameter, offset):
+def write_(param, values, *, step, stochastic=False, seed=0, parameter=0, offset=0):
     """param <- values; stochastic: with the random bits of its elements from `offset` on, unless it is fp32 or wider."""
     if stochastic and param.itemsize == 2 and param.numel():
         bits = random16(offset, param.numel(), seed=seed, step=int(step) % 2**32, parameter=parameter, device=param.device)

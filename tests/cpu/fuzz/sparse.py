@@ -143,6 +143,7 @@ def compare_one(before, after, result):
 def compare_matrices(before, after, result):
     # A list without scales, as rows.
     full = [a if a["row_scales"] else a | {"row_scales": [torch.ones(len(x)) for x in a["indices"]]} for a in (before, after)]
+
     def check_row(then, now, b, grad_scale, settings):
         return check_matrix(then, now, b["left"], grad_scale, settings, places(b, then[0]))
 
