@@ -10,7 +10,7 @@ namespace {
 constexpr int kThreads = 256, kVector = 8, kChunk = kThreads * kVector;
 
 template <int V, class W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     round_stochastic(W* w, const float* values, int64_t n, const Rounding rounding, const __grid_constant__ Number step) {
   const int64_t begin = int64_t(blockIdx.x) * kChunk, left = n - begin;
   const Drawing drawing{{rounding.stream.seed, counter_step(read(step)), rounding.stream.parameter}, rounding.first};
