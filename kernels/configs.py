@@ -3,6 +3,7 @@
 A table maps (kernel, kind) to {largest rank: keyword arguments of the launch}. BLOCK_R is the tile along the rank, BLOCK_C
 along the channels, BLOCK_D along the projected axis. The kind is 16 if the two operands share a 16-bit type and nothing else
 a tile holds is wider, else 32; "odd" if n or r is no multiple of 16: elements then move one by one, and a large tile spills.
+"large" is for the same operands as 16: twice to four times as many channels a tile, whose rule runs on a piece at a time.
 """
 
 import functools
@@ -11,9 +12,16 @@ from typing import NamedTuple
 import torch
 import triton
 
+from lowrank_sys.kernels import roofline
+
 # Of every launch. Sums are rounded as written; left alone, ptxas spills a few registers where that lets two programs share a
 # multiprocessor.
 OPTIONS = {"enable_fp_fusion": False, "maxnreg": 255}
+
+
+FP32 = torch.float32.itemsize
+# A rule runs behind a product on all of a tile of at most this many sums; behind a larger one on a piece at a time, from scratch.
+WHOLE = 128 * 64
 
 
 def cdiv(a, b):
@@ -25,8 +33,9 @@ def _tile(num_warps, num_stages, **blocks):
     return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def _table(stages):
+def _table(stages, large):
     return {
+        ("project", "large"): {128: large},
         ("project", 32): {
             16: _tile(4, stages, BLOCK_R=16, BLOCK_C=128, BLOCK_D=32),
             32: _tile(4, stages, BLOCK_R=32, BLOCK_C=128, BLOCK_D=32),
@@ -57,10 +66,15 @@ def _table(stages):
     }
 
 
-_LARGE = _table(stages=4)  # 163 KiB of shared memory a block, or more
-_SMALL = _table(stages=3)  # 99 KiB
+_WIDE = _tile(8, 3, BLOCK_R=128, BLOCK_C=128, BLOCK_D=64)
+_LARGE = _table(stages=4, large=_WIDE)  # 163 KiB of shared memory a block, or more
+_SMALL = _table(stages=3, large=_WIDE)  # 99 KiB
+# wgmma keeps its operands in shared memory: 128 x 256 sums leave registers for the rest.
+_HOPPER = _table(stages=4, large=_tile(8, 4, BLOCK_R=128, BLOCK_C=256, BLOCK_D=64))
+# The tiles that cuBLAS is assumed to take.
+LIBRARY = {"BLOCK_R": 128, "BLOCK_C": 256, "BLOCK_D": 64}
 
-TABLES = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMALL}
+TABLES = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _HOPPER, 100: _LARGE, 120: _SMALL}
 
 # A Gaussian basis is made in groups of 64 rows.
 GAUSSIAN_BASIS = _tile(4, 1, BLOCK_R=64)
@@ -129,12 +143,20 @@ def together(m, n, card):
 
 
 class Plan(NamedTuple):
-    """How a product is launched: its grid is (tiles, splits), each split sums over `chunk` of the summed axis."""
+    """How a product is launched: its grid is (tiles, splits), each split sums over `chunk` of the summed axis. parts: how many fp32
+    copies of the result there are in scratch; config None: it is cuBLAS's."""
 
-    config: dict
+    config: dict | None
     tiles: int
     splits: int
     chunk: int
+    parts: int = 0
+    seconds: float = 0.0  # computed
+
+    @property
+    def fused(self):
+        """Whether a rule runs behind the product in the same launch, else in one of its own."""
+        return self.config is not None
 
 
 @functools.cache
@@ -224,15 +246,59 @@ def apply_int8(config, r, group_size):
 
 
 @functools.cache
-def plan_project(m, n, r, *, left, dtypes, card):
-    """Plan of R = project(G) for G (m, n) and B of `dtypes`.
+def plan_project(m, n, r, *, left, dtypes, card, adam=False, squares=False, int4=False, library=False):
+    """Plan of R = project(G) for G (m, n) and B of `dtypes`, of least computed time.
 
-    Two programs a multiprocessor fill the card; the fp32 partials, written and read once, stay under 25% of the gradient:
-    splits * r * 8 <= depth * itemsize / 4.
+    adam: X is stored, not R; squares: with the sums of squares of G's channels; int4: B is codes, in G's type; library: cuBLAS may
+    take the product. See docs/kernels/projection.md for what is compared.
     """
-    config = config_for(card.arch, "project", n=n, r=r, dtypes=dtypes)
     channels, depth = (n, m) if left else (m, n)
-    return _split(config, channels, depth, r, config["BLOCK_D"], dtypes[0], card)
+    narrow = dtypes[0] == dtypes[1] and dtypes[0].itemsize == 2
+    whole = narrow and not int4 and n % 16 == 0 and r % 16 == 0
+    grad, result = m * n * dtypes[0].itemsize, r * channels * FP32
+    basis = depth * r * (0.5 if int4 else dtypes[1].itemsize)
+    # R is in registers, or in the cache behind the product: both moments twice, X once.
+    rule = roofline.memory(card, 4 * result + r * channels * dtypes[1].itemsize) if adam else 0.0
+
+    # Partial sums are few beside G, or stay in the L2 cache until they are added; small matrices fill the card together.
+    room = max(grad // 8, (of_arch(roofline.FIGURES, card.arch).cache << 20) // 2 if together(m, n, card) == 1 else 0)
+
+    def plan(config, splits, fused=True):
+        tiles_r, tiles_c = cdiv(r, config["BLOCK_R"]), cdiv(channels, config["BLOCK_C"])
+        blocks = max(1, cdiv(depth, config["BLOCK_D"]))
+        chunk = cdiv(blocks, splits)
+        splits = cdiv(blocks, chunk)
+        aside = adam and fused and config["BLOCK_R"] * config["BLOCK_C"] > WHOLE
+        parts = splits if splits > 1 or aside else 0
+        # From sm_90 on two tiles of cuBLAS's along the rank share what they read of G.
+        times = tiles_r if fused or card.arch < 90 else cdiv(tiles_r, 2)
+        stored = parts + (not (adam and fused))
+        work = roofline.Work(
+            flop=2 * m * n * r,
+            cached=times * grad + tiles_c * basis + 2 * parts * result,
+            moved=grad + basis + stored * result,
+            programs=max(1, tiles_r * tiles_c * splits),
+        )
+        taken = roofline.seconds(card, work, narrow=narrow) + rule
+        if adam and not fused:
+            taken += roofline.BOUNDARY + roofline.memory(card, result)
+        return Plan(config if fused else None, tiles_r * tiles_c, splits, chunk * config["BLOCK_D"], parts if fused else 0, taken)
+
+    def split(config, **how):
+        """Every number of splits that is worth a thought."""
+        tiles = cdiv(channels, config["BLOCK_C"]) * cdiv(r, config["BLOCK_R"])
+        most = max(1, min(cdiv(card.counters, max(1, tiles)), cdiv(depth, config["BLOCK_D"])))
+        return [plan(config, splits, **how) for splits in range(1, most + 1) if splits == 1 or splits * result <= room]
+
+    plans = split(config_for(card.arch, "project", n=n, r=r, dtypes=dtypes))
+    if whole and r >= 128:
+        plans += split(of_arch(TABLES, card.arch)["project", "large"][128])
+    best = min(plans, key=lambda plan: plan.seconds)
+    if library and whole and not squares and together(m, n, card) == 1:
+        other = min(split(LIBRARY, fused=False), key=lambda plan: plan.seconds)
+        # What the model cannot tell apart stays in one launch.
+        best = other if other.seconds < 0.9 * best.seconds else best
+    return best
 
 
 def quantize_int8(depth):

@@ -10,8 +10,13 @@ from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.basis import Int4Basis, arguments, load_int4, project_codes, rank, types
 from lowrank_sys.kernels.common import SLOTS, dot, is_off, on_device_of, pick, precision
-from lowrank_sys.kernels.epilogue import finish, finish_sum
+from lowrank_sys.kernels.epilogue import finish, store_part, sum_parts
 from lowrank_sys.kernels.int8_gemm import launch_project_int8
+from lowrank_sys.kernels.rule import ADAM, launch_rule
+
+WHOLE = tl.constexpr(configs.WHOLE)
+# torch's product of 16-bit operands with an fp32 result.
+WIDE_PRODUCT = getattr(torch.ops.aten.mm, "dtype_out", None)
 
 
 @triton.jit
@@ -71,6 +76,16 @@ def project_entries(
 
 
 @triton.jit
+def tile_of(o_r, o_c, r, channels, LEFT: tl.constexpr):
+    """(offsets, mask) of a tile of R."""
+    if LEFT:
+        o_tile, m_tile = o_r[:, None] * channels + o_c[None, :], (o_r < r)[:, None] & (o_c < channels)[None, :]
+    else:
+        o_tile, m_tile = o_c[:, None] * r + o_r[None, :], (o_c < channels)[:, None] & (o_r < r)[None, :]
+    return o_tile, m_tile
+
+
+@triton.jit
 def project_kernel(
     grad,
     basis,
@@ -112,6 +127,8 @@ def project_kernel(
     partials and counters hold one part a matrix. squares (splits, channels), given for one matrix alone, gets the sums of
     squares of G's channels.
 
+    Tiles of more than WHOLE sums have partials (splits, *R's shape) even unsplit, and then no counters, if there are moments.
+
     Bytes: G once per tile of r, B once per tile of channels, R-sized: moments twice each, out once, partials 2 * splits times.
     """
     i_matrix = tl.program_id(2)
@@ -133,8 +150,10 @@ def project_kernel(
     depth, channels = (m, n) if LEFT else (n, m)
     begin = i_split * chunk
     end = tl.minimum(begin + chunk, depth)
-    # Sums of squares beside codes leave registers for half a tile.
-    DEEP: tl.constexpr = BLOCK_D // 2 if GROUP and squares is not None and BLOCK_D > 16 else BLOCK_D
+    PIECE: tl.constexpr = BLOCK_C if BLOCK_R * BLOCK_C <= WHOLE else 32
+    # Sums of squares beside codes, or beside a large tile, leave registers for half as many entries at a time.
+    HALF: tl.constexpr = squares is not None and BLOCK_D > 16 and (GROUP > 0 or BLOCK_C > 128)
+    DEEP: tl.constexpr = BLOCK_D // 2 if HALF else BLOCK_D
     if GROUP and grad.dtype.element_ty != tl.float32:
         b_r, b_squares = project_codes(
             grad,
@@ -185,17 +204,26 @@ def project_kernel(
         if i_r == 0:
             tl.store(squares + i_split.to(tl.int64) * channels + o_c, b_squares, mask=o_c < channels)
 
-    if LEFT:
-        o_tile, m_tile = o_r[:, None] * n + o_c[None, :], (o_r < r)[:, None] & (o_c < n)[None, :]
-    else:
-        o_tile, m_tile = o_c[:, None] * r + o_r[None, :], (o_c < m)[:, None] & (o_r < r)[None, :]
-    size = tl.full([], 1, tl.int64) * r * channels
-    if partials is not None:
-        partials += i_matrix * splits * size
-        counters += i_matrix * tl.num_programs(0)
-    b_r, last = finish_sum(b_r, partials, counters, i_tile, i_split, splits, size, o_tile, m_tile)
-    if last:
+    o_tile, m_tile = tile_of(o_r, o_c, r, channels, LEFT)
+    if partials is None:
         finish(b_r, out, exp_avg, exp_avg_sq, scalars, o_tile, m_tile, beta1, beta2, gain1, gain2, eps, LEFT)
+    else:
+        size = tl.full([], 1, tl.int64) * r * channels
+        partials += i_matrix * splits * size
+        last = True
+        if counters is not None:
+            counters += i_matrix * tl.num_programs(0)
+            last = store_part(b_r, partials, counters, i_tile, i_split, splits, size, o_tile, m_tile)
+        else:
+            tl.store(partials + o_tile, b_r, mask=m_tile, cache_modifier=".cg")
+            tl.debug_barrier()
+        if last:
+            # In pieces: the sums of a large tile and what a rule holds besides have no room in registers together.
+            for i_piece in range(BLOCK_C // PIECE):
+                o_piece = (i_c * BLOCK_C + i_piece * PIECE + tl.arange(0, PIECE)).to(tl.int64)
+                o_part, m_part = tile_of(o_r, o_piece, r, channels, LEFT)
+                b_sum = sum_parts(partials, splits, size, o_part, m_part)
+                finish(b_sum, out, exp_avg, exp_avg_sq, scalars, o_part, m_part, beta1, beta2, gain1, gain2, eps, LEFT)
 
 
 def counters_of(device):
@@ -213,6 +241,21 @@ def counters_of(device):
 @functools.cache
 def _zeroed(device, stream=None):
     return torch.zeros(configs.MOST * configs.target(device).counters, dtype=torch.int32, device=device)
+
+
+def plan_of(grad, basis, *, left, adam=False, squares=False, out=torch.float32):
+    """How `launch_project` takes a product, see `configs.plan_project`: `fused` says whether Adam runs in the product's launch."""
+    return configs.plan_project(
+        *grad.shape,
+        rank(basis),
+        left=left,
+        dtypes=types(grad, basis),
+        card=configs.target(grad.device),
+        adam=adam,
+        squares=squares,
+        int4=isinstance(basis, Int4Basis),
+        library=WIDE_PRODUCT is not None and (adam or out == torch.float32),
+    )
 
 
 def launch_project(
@@ -234,16 +277,18 @@ def launch_project(
 
     bases: matrices, or each an `Int4Basis`; outs: R's shape, fp32 or the bases' type; scalars: a row a matrix. squares, for one
     matrix alone: a function of the number of splits that gives a buffer (splits, channels) for the sums of squares of G's
-    channels; the filled buffer is returned.
+    channels; the filled buffer is returned. `plan_of` says how: in one launch, or by cuBLAS with Adam behind it.
     """
     grad, basis, out = grads[0], bases[0], outs[0]
     if out.numel() == 0:
         return
     m, n = grad.shape
-    r = rank(basis)
-    plan = configs.plan_project(m, n, r, left=left, dtypes=types(grad, basis), card=configs.target(grad.device))
+    plan = plan_of(grad, basis, left=left, adam=exp_avgs is not None, squares=squares is not None, out=out.dtype)
+    adam = {"beta1": beta1, "beta2": beta2, "eps": eps}
+    if not plan.fused:
+        return _library_project(grads, bases, outs, left, exp_avgs, exp_avg_sqs, scalars, adam)
     split = plan.splits > 1
-    partials = torch.empty((len(grads), plan.splits, *out.shape), dtype=torch.float32, device=grad.device) if split else None
+    partials = torch.empty((len(grads), plan.parts, *out.shape), dtype=torch.float32, device=grad.device) if plan.parts else None
     sums = None if squares is None else squares(plan.splits)
     project_kernel[plan.tiles, plan.splits, len(grads)](
         grad=tuple(grads),
@@ -257,20 +302,36 @@ def launch_project(
         counters=counters if split else None,
         m=m,
         n=n,
-        r=r,
+        r=rank(basis),
         splits=plan.splits,
         chunk=plan.chunk,
-        beta1=beta1,
-        beta2=beta2,
+        **adam,
         gain1=1 - beta1,
         gain2=1 - beta2,
-        eps=eps,
         LEFT=left,
         PRECISION=precision(),
         **plan.config,
         **configs.OPTIONS,
     )
     return sums
+
+
+def _library_project(grads, bases, outs, left, exp_avgs, exp_avg_sqs, scalars, adam):
+    """launch_project by torch's product, a matrix at a time; R is in memory before Adam reads it."""
+    for i, (grad, basis, out) in enumerate(zip(grads, bases, outs)):
+        low_rank_grad = out if exp_avgs is None else torch.empty_like(out, dtype=torch.float32)
+        wide_product(*((basis.T, grad) if left else (grad, basis)), low_rank_grad)
+        if exp_avgs is not None:
+            moments = [exp_avgs[i]], [exp_avg_sqs[i]]
+            launch_rule([low_rank_grad], [out], moments, scalars[i : i + 1], rule=ADAM, left=left, **adam)
+
+
+def wide_product(a, b, out):
+    """out <- a @ b: 16-bit operands of one type, fp32 sums and result."""
+    if out.is_cuda:
+        WIDE_PRODUCT(a, b, torch.float32, out=out)
+    else:
+        torch.mm(a.float(), b.float(), out=out)  # where the interpreter plays the card
 
 
 def project(grad, basis, *, left, int8_gemm=False):

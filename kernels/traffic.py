@@ -36,11 +36,6 @@ def _type(basis):
     return basis.dtype if isinstance(basis, Int4) else basis
 
 
-def _project_types(grad, basis):
-    """What the products of a projection are taken in: the codes of an INT4 basis take the gradient's type."""
-    return grad, grad if isinstance(basis, Int4) else basis
-
-
 def _basis(basis, d, r, times, tile):
     """A basis (d, r) that is read `times` times in tiles of `tile` entries of a vector. basis: a type or `Int4`."""
     if not isinstance(basis, Int4):
@@ -49,12 +44,31 @@ def _basis(basis, d, r, times, tile):
     return {"basis": Bytes(times * r * triton.cdiv(d, 2), 0), "scale": scales, "offset": scales}
 
 
-def project(m, n, r, *, left, grad, basis, card, out=torch.float32, moments=False):
-    """R = project(G); the moments of an Adam epilogue if `moments`. grad, basis, out are types; basis may be `Int4`."""
-    plan = configs.plan_project(m, n, r, left=left, dtypes=_project_types(grad, basis), card=card)
+def _sum(*launches):
+    total = {}
+    for rows in launches:
+        for name, (loaded, stored) in rows.items():
+            before = total.get(name, Bytes(0, 0))
+            total[name] = Bytes(before.loaded + loaded, before.stored + stored)
+    return total
+
+
+def project(m, n, r, *, left, grad, basis, card, out=torch.float32, moments=False, squares=False):
+    """R = project(G); the moments of an Adam epilogue if `moments`. grad, basis, out are types; basis may be `Int4`.
+
+    Where cuBLAS takes the product, what it must move, and the launch of Adam behind it.
+    """
+    plan = plan_project(m, n, r, left=left, grad=grad, basis=basis, card=card, out=out, moments=moments, squares=squares)
     channels, depth = (n, m) if left else (m, n)
     size = r * channels
-    parts = plan.splits * size * FP32 if plan.splits > 1 else 0
+    if not plan.fused:
+        rows = {"grad": Bytes(m * n * grad.itemsize, 0), **_basis(basis, depth, r, 1, depth), "partials": Bytes(0, 0)}
+        return (
+            rows | {"out": Bytes(0, size * FP32)}
+            if not moments
+            else _sum(rows | {"low_rank_grad": Bytes(0, size * FP32)}, rule(m, n, r, left=left, out=out))
+        )
+    parts = plan.parts * size * FP32
     times = triton.cdiv(channels, plan.config["BLOCK_C"])
     rows = {
         "grad": Bytes(triton.cdiv(r, plan.config["BLOCK_R"]) * m * n * grad.itemsize, 0),
@@ -70,6 +84,23 @@ def project(m, n, r, *, left, grad, basis, card, out=torch.float32, moments=Fals
     if moments:
         rows |= {name: Bytes(size * FP32, size * FP32) for name in ("exp_avg", "exp_avg_sq")}
     return rows
+
+
+def plan_project(m, n, r, *, left, grad, basis, card, out=torch.float32, moments=False, squares=False):
+    """The plan of `launch_project` by types; basis may be `Int4`, whose codes take the gradient's type."""
+    int4 = isinstance(basis, Int4)
+    return configs.plan_project(
+        m,
+        n,
+        r,
+        left=left,
+        dtypes=(grad, grad if int4 else basis),
+        card=card,
+        adam=moments,
+        squares=squares,
+        int4=int4,
+        library=moments or out == torch.float32,
+    )
 
 
 def _weight(m, n, weight):
@@ -235,8 +266,9 @@ def _projected(m, n, r, *, left, grad, basis, card, squares):
     """The launches of R = project(G), and how many parts the `squares` of G's channels have; basis None: a key."""
     made = () if basis else (gaussian_basis(m if left else n, r, key=True),)
     basis = basis or torch.float32
-    first = project(m, n, r, left=left, grad=grad, basis=basis, card=card)
-    splits = configs.plan_project(m, n, r, left=left, dtypes=_project_types(grad, basis), card=card).splits if squares else 0
+    kind = {"left": left, "grad": grad, "basis": basis, "card": card, "squares": squares}
+    first = project(m, n, r, **kind)
+    splits = plan_project(m, n, r, **kind).splits if squares else 0
     first["squares"] = Bytes(0, splits * (n if left else m) * FP32)
     return *made, first, splits
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from lowrank_sys.kernels.configs import Target
+from lowrank_sys.kernels.roofline import FIGURES
 
 
 class Limits(NamedTuple):
@@ -64,12 +65,12 @@ class Card(NamedTuple):
         return 1e12 * (self.tf32 / 3 if dtype == torch.float32 else self.narrow)
 
 
-CARDS = {
-    "RTX 3090": Card(Target(86, 82), 936, 71, 35.6),
-    "RTX 4090": Card(Target(89, 128), 1008, 165.2, 82.6),
-    "A100 80GB": Card(Target(80, 108), 2039, 312, 156),
-    "H100 SXM": Card(Target(90, 132), 3350, 989.4, 494.7),
-}
+def _card(arch):
+    figures = FIGURES[arch]
+    return Card(Target(arch, figures.multiprocessors), figures.bandwidth, figures.narrow, figures.tf32)
+
+
+CARDS = {"RTX 3090": _card(86), "RTX 4090": _card(89), "A100 80GB": _card(80), "H100 SXM": _card(90)}
 
 
 def roofline(card, dtype, moved, flop):

@@ -25,15 +25,16 @@ def rows_of(kernel):
 
 
 def in_one_type(count, variant, narrow=()):
-    """`always` for a step at r = 128: every argument given, in one type throughout, and with a basis in INT4; that of 16-bit
-    operands in the types `narrow`, if given."""
+    """`always` for a step at r = 128: every argument given, in one type throughout, and with a basis in INT4, beside 16-bit
+    operands in the types `narrow` if they are given, else beside fp32."""
 
     def calls(kind, rank):
         if rank != 128:
             return []
-        fp32 = ("fp32",) * count
-        codes = [(narrow, f"{variant}+int4")] if narrow else []
-        return {16: [(("bf16",) * count, variant), *codes], 32: [(fp32, variant), (fp32, f"{variant}+int4")]}.get(kind, [])
+        bf16, fp32 = ((type_,) * count for type_ in ("bf16", "fp32"))
+        codes = (narrow or fp32, f"{variant}+int4")
+        ours = {16: [(bf16, variant)], "large": [(bf16, variant)], 32: [(fp32, variant)]}.get(kind, [])
+        return ours + [codes] if kind == (16 if narrow else 32) else ours
 
     return calls
 
@@ -48,10 +49,12 @@ def group(variant, config):
 
 
 def project_calls(kind):
-    words = ("step", "step+split", "plain", "plain+split", "plain+squares", "plain+squares+split")
-    types = {16: SAME, 32: MIXED, "odd": SAME + MIXED}[kind]
+    words = ["step", "step+split", "plain", "plain+split", "plain+squares", "plain+squares+split"]
+    if kind == "large":
+        words[0] = "step+pieces"  # R lies in scratch before Adam
+    types = {16: SAME, "large": SAME, 32: MIXED, "odd": SAME + MIXED}[kind]
     # The codes of an INT4 basis take the gradient's type; an update is fp32 there.
-    grads = {16: ("bf16", "fp16"), 32: ("fp32",), "odd": FLOATS}[kind]
+    grads = {16: ("bf16", "fp16"), "large": (), 32: ("fp32",), "odd": FLOATS}[kind]
     int4 = [((grad, "fp32"), f"{word}+int4") for grad in grads for word in words]
     return list(itertools.product(types, words)) + int4
 
@@ -63,7 +66,8 @@ def project_tensors(types, variant):
         {"grad": f"*{types[0]}", "out": f"*{types[1]}" if stepping else "*fp32"}
         | basis(types[1], variant)
         | (MOMENTS if stepping else {})
-        | ({"partials": "*fp32", "counters": "*i32"} if "split" in variant else {})
+        | ({"partials": "*fp32"} if "split" in variant or "pieces" in variant else {})
+        | ({"counters": "*i32"} if "split" in variant else {})
         # Only a step that keeps R asks for its channels' squares.
         | ({"squares": "*fp32", "scalars": "*fp32"} if "squares" in variant else {})
     )

@@ -180,7 +180,8 @@ inline void check_guards(const char* op, const char* first, const Tensors& param
   for (size_t i = 0; i < steps.size(); ++i) {
     const Item name{"steps", i};
     if (!counted) {
-      expect_number(op, name, steps[i], place_of(params[i]));
+      const Place of_it = place_of(params[i]);
+      steps.size() == 1 ? expect_number(op, "step", steps[i], of_it) : expect_number(op, name, steps[i], of_it);
       continue;
     }
     expect_scalar(op, name, steps[i], place_of(params[i]), true);

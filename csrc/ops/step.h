@@ -182,10 +182,20 @@ inline void check_entry(const char* op, const Entry& x, const Policies& p, bool 
   if (p.draws()) expect_stream(op, x.parameter, x.offset);
 }
 
-// What errors of matrix i of a step begin with.
-inline std::string place_in(const std::string& op, size_t i, size_t count) {
-  return count == 1 ? op : op + ": matrix " + std::to_string(i);
-}
+// What errors of a matrix of a step begin with: the op, and which of several it is.
+class Where {
+ public:
+  Where(const std::string& op, size_t count) : text_(count == 1 ? op : op + ": matrix "), prefix_(count == 1 ? 0 : text_.size()) {}
+
+  const char* at(size_t i) {
+    if (prefix_ > 0) text_.replace(prefix_, std::string::npos, std::to_string(i));
+    return text_.c_str();
+  }
+
+ private:
+  std::string text_;
+  size_t prefix_;
+};
 
 // The rules of step.rows. row_scales is empty where no matrix has one.
 struct RowLists {
@@ -208,9 +218,9 @@ inline void check_rows(const std::string& name, const RowLists& l, const Tensor&
       fail(op, what, " must have ", count, " tensors for ", count, " weights, got ", list->size());
   draws.check(op, count, draws.stochastic);
   check_guards(op, "weights", l.weights, l.steps, &lr, guards, advance);
+  Where where(name, count);
   for (size_t i = 0; i < count; ++i) {
-    const std::string where = place_in(name, i, count);
-    const char* at = where.c_str();
+    const char* at = where.at(i);
     const Tensor &w = l.weights[i], &index = l.indices[i];
     const Place place = place_of(w);
     expect_matrix(at, "param", w);

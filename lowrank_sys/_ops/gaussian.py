@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys._ops.rules import define, expect, expect_dtype, expect_like, expect_matrix, fake
-from lowrank_sys._ops.workspace import bound, fp32, workspace
+from lowrank_sys._ops.workspace import bound, fp32, split_parts, workspace
 
 WHICH = "int seed, SymInt step, int parameter, SymInt first=0"
 
@@ -66,5 +66,5 @@ def _(matrix, low_rank=None, *, left, rank=None, cuda=False, **_):
     if not cuda:
         return bound(matrix, low_rank)
     rank = low_rank.shape[0 if left else 1] if rank is None else rank
-    parts = matrix.numel() * matrix.element_size() // 4  # of a split product
-    return fp32(matrix.shape[0 if left else 1], rank) + (parts if low_rank is None else 0)
+    d, channels = matrix.shape if left else matrix.shape[::-1]
+    return fp32(d, rank) + (split_parts(matrix, rank * channels) if low_rank is None else 0)

@@ -7,7 +7,7 @@ A basis (d, r) is stored vector by vector: packed (r, ⌈d/2⌉) uint8, entry 2i
 import torch
 
 from lowrank_sys._ops.rules import define, expect, expect_dtype, expect_group_size, expect_like, expect_matrix, fake
-from lowrank_sys._ops.workspace import int4_panel_of, tile_unless_fp32, workspace
+from lowrank_sys._ops.workspace import int4_panel_of, split_parts, tile_unless_fp32, workspace
 
 INT4 = "Tensor packed, Tensor scale, Tensor offset"
 SCHEMAS = {
@@ -112,5 +112,5 @@ def _(*_, cuda=False, **__):
 @workspace("project_int4", "back_project_int4_")
 def _(matrix, *operands, left, cuda=False, **_):
     if cuda:
-        return matrix.numel() * matrix.element_size() // 4  # the parts of a split product, under 25% of what is read
+        return split_parts(matrix, operands[-3].shape[0] * matrix.shape[1 if left else 0])
     return int4_panel_of(matrix, operands[-3].shape[0], left) + (tile_unless_fp32(matrix) if matrix.numel() else 0)

@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys._ops.rules import define, expect_basis, expect_dtype, expect_like, expect_matrix, fake, low_rank_shape
-from lowrank_sys._ops.workspace import copy_unless_fp32, int8_operand, int8_panels, tile_unless_fp32, workspace
+from lowrank_sys._ops.workspace import copy_unless_fp32, int8_operand, int8_panels, split_parts, tile_unless_fp32, workspace
 
 SCHEMAS = {
     "project": "(Tensor grad, Tensor basis, *, bool left, bool int8_gemm=False) -> Tensor",
@@ -50,9 +50,9 @@ def _(grad, *, left):
 
 
 @workspace("project", "back_project_")
-def _(matrix, *operands, int8_gemm=False, cuda=False, **_):
+def _(matrix, *operands, left, int8_gemm=False, cuda=False, **_):
     if cuda:
-        return matrix.numel() * matrix.element_size() // 4  # the parts of a split product, under 25% of what is read
+        return split_parts(matrix, operands[-1].shape[1] * matrix.shape[1 if left else 0])
     if int8_gemm:
         d, r = operands[-1].shape
         if len(operands) == 1:

@@ -144,7 +144,7 @@ def check_guards(op, params, steps, lr, grad_scale, found_inf, skipped, first="p
             expect_scalar(op, f"steps[{i}]", step, params[i].device, own_device=True)
             expect_dtype(op, f"steps[{i}]", step, torch.float32)
         else:
-            expect_number(op, f"steps[{i}]", step, params[i].device)
+            expect_number(op, "step" if len(steps) == 1 else f"steps[{i}]", step, params[i].device)
     for i, param in enumerate(params):
         expect(param.device == device, op, lambda: f"{first}[{i}] must be on {device} like {first}[0], got {param.device}")
     for name, tensor in (("grad_scale", grad_scale), ("found_inf", found_inf)):

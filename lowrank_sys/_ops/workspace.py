@@ -12,6 +12,8 @@ import torch
 TILE_SIDE, TILE_ELEMENTS = 1024, 1 << 20
 # Two programs a multiprocessor of a large card: matrices of fewer tiles share a launch, up to 8 at once.
 FULL_CARD, SHARED_LAUNCH = 2 * 148, 8
+# Of the L2 cache of such a card.
+HALF_CACHE = 63 << 20
 
 FORMULAS = {}
 
@@ -95,6 +97,18 @@ def reused(needs):
 def launched_together(m, n):
     """How many matrices (m, n) a launch on a GPU serves at most."""
     return SHARED_LAUNCH if -(-m // 128) * -(-n // 128) < FULL_CARD else 1
+
+
+def split_parts(gradient, size):
+    """Most bytes of R, of `size` elements, and of its parts that a launch of projections like this holds in scratch on a GPU.
+
+    Parts are an eighth of each gradient; for one that fills its card by itself as many as fill it with tiles of 256 x 128, in half
+    of its L2 cache (kernels/configs.py).
+    """
+    m, n = gradient.shape
+    few = max(gradient.numel() * gradient.element_size() // 8, 4 * size)
+    alone = fp32(min(FULL_CARD, -(-m // 128) * -(-n // 128)), 256, 128) + 4 * size
+    return max(launched_together(m, n) * few, min(HALF_CACHE, alone))
 
 
 def bound(*args, **kwargs):

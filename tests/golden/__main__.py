@@ -34,6 +34,10 @@ EXPECTED = {
         [(f"{method}, int8*", "*") for method in ("galore", "galore [a-z]*", "adafactor*", "grass*", "fira*", "frugal*")],
         "the update of an INT8 weight is rounded itself, not the difference of two fp32 weights",
     ),
+    **dict.fromkeys(
+        [("galore8bit*", "*"), ("q-galore*", "*")],
+        "8-bit moments of a low-rank gradient are in blocks of one row, or in fp32 where its rows are short; checkpoints follow",
+    ),
     ("adafactor*, bf16, *", "*"): "weight decay and the update of a bf16 weight are rounded once",
     ("adafactor*, in_backward clipped", "*"): "R is scaled in place of G",
     ("adafactor int4*", "*"): "G is multiplied by the codes of a basis, not by the basis that they stand for",

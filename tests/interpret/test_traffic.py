@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowrank_sys._ops.named_steps import bound
-from lowrank_sys.kernels import configs, traffic
+from lowrank_sys.kernels import configs, roofline, traffic
 from lowrank_sys.kernels.back_project import back_project_
 from lowrank_sys.kernels.project import project
 from lowrank_sys.kernels.step import step
@@ -117,13 +117,16 @@ CARDS = [
 )
 def test_realistic_shapes_by_formula(shape, card, dtype, left):
     m, n, r = shape
-    first, second = traffic.step(m, n, r, left=left, weight=dtype, grad=dtype, basis=dtype, card=card)
-    full = m * n * dtype.itemsize
-    assert first["grad"] == (full * -(-r // 128), 0)
+    rows = traffic.step(m, n, r, left=left, weight=dtype, grad=dtype, basis=dtype, card=card)
+    first, second = rows[0], rows[-1]
+    plan = traffic.plan_project(m, n, r, left=left, grad=dtype, basis=dtype, card=card, moments=True)
+    full, cache = m * n * dtype.itemsize, roofline.FIGURES[card.arch].cache << 20
+    assert first["grad"] == (full * (-(-r // 128) if plan.fused else 1), 0)
     assert second["weight"] == (full, full)
-    assert sum(first["partials"]) <= 0.25 * full
+    # Partial sums are few, or never leave the cache: where the rule runs on pieces, R itself passes through it once.
+    few = sum(first["partials"]) <= 0.25 * full
+    assert few or plan.parts == 1 or (first["partials"].stored <= cache / 2 and configs.together(m, n, card) == 1)
     low_rank = traffic.compulsory(m, n, r, left=left, param=dtype, grad=dtype, basis=dtype) - 3 * full
     assert low_rank == (m if left else n) * r * dtype.itemsize + 4 * (n if left else m) * r * 4
     if r <= 128 and min(m, n) >= 4096:
-        plan = configs.plan_project(m, n, r, left=left, dtypes=(dtype, dtype), card=card)
         assert plan.tiles * plan.splits >= 0.75 * card.multiprocessors, "the projection leaves a quarter of the card idle"

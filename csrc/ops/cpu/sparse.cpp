@@ -116,8 +116,8 @@ void step_rows(const Tensors& weights, const Tensors& gradients, const Tensors& 
   const Draws draws{stochastic, seed, parameters, offsets};
   check_rows(op, lists, lr, left, advance, draws, guards);
   std::vector<std::vector<uint32_t>> owner;
-  for (size_t i = 0; i < weights.size(); ++i)
-    owner.push_back(owners(place_in(op, i, weights.size()).c_str(), indices[i], weights[i].size(left ? 0 : 1)));
+  Where where(op, weights.size());
+  for (size_t i = 0; i < weights.size(); ++i) owner.push_back(owners(where.at(i), indices[i], weights[i].size(left ? 0 : 1)));
   if (is_no_op(guards)) return;
   const Hyper hyper{beta1, beta2, eps, weight_decay, scale};
   const double rate = read_number(lr);

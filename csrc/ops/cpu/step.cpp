@@ -157,8 +157,8 @@ void step(const Tensors& weights, const Tensors& weight_scales, const Tensors& g
   const Draws draws{stochastic, seed, parameters, offsets};
   const auto entries = entries_of(op.c_str(), {weights, weight_scales, gradients, bases, basis_parts, states, steps, draws}, p);
   check_guards(op.c_str(), "weights", weights, steps, &lr, guards, advance);
-  for (size_t i = 0; i < entries.size(); ++i)
-    check_entry(place_in(op, i, entries.size()).c_str(), entries[i], p, left, group_size, basis_group_size);
+  Where where(op, entries.size());
+  for (size_t i = 0; i < entries.size(); ++i) check_entry(where.at(i), entries[i], p, left, group_size, basis_group_size);
   if (is_no_op(guards)) return;
   const Options options{{beta1, beta2, eps, weight_decay, scale},
                         residual_scale,

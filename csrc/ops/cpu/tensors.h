@@ -49,6 +49,7 @@ inline Tensor view(const Tensor& t, int64_t offset, int64_t rows, int64_t column
 
 // Part of a contiguous matrix, and its transpose.
 inline Tensor part(const Tensor& t, int64_t row, int64_t column, int64_t rows, int64_t columns) {
+  if (rows == t.size(0) && columns == t.size(1)) return t;
   return view(t, row * t.size(1) + column, rows, columns, t.size(1), 1);
 }
 

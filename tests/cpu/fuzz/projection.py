@@ -23,9 +23,13 @@ def product_of(grad, basis, left):
     return product(Near(b.value.T, b.error.T), g) if left else product(g, b)
 
 
+# A GEMM may multiply its factor, here 2.5e-4 or more, into X first, which loses digits where that is subnormal.
+SUBNORMAL = TINY / 2.5e-4
+
+
 def back_of(x, basis, left):
     """back(X) with its bound."""
-    return _back(x, exact(basis), left)
+    return _back(Near(x.value, x.error + SUBNORMAL * (x.value != 0)), exact(basis), left)
 
 
 def _back(x, b, left):
