@@ -145,8 +145,8 @@ def apply_kernel(
     in `skipped`; the whole launch may be switched off. With scale and offset, the basis is in INT4, see `load_int4`; `width` bytes
     hold a vector. With a step (int64, on the device) the weight is rounded stochastically, in 16 bits, or, with an INT8_GROUP, as
     codes with their scales, see `update_int8`; `first` is the index of element (0, 0) in the unsharded tensor.
-    A launch serves several matrices of one shape, where all are floats, to nearest, and NONE is added, else one: weight, low_rank and what
-    the basis is made of are tuples, scalars has a row a matrix.
+    A launch serves several matrices of one shape, where all are floats, to nearest, and NONE is added, else one: weight, low_rank
+    and what the basis is made of are tuples, scalars has a row a matrix.
 
     Bytes: W read once and written once, G once; X and R once per tile of rows if LEFT (else of columns), B once per tile of the
     other axis, coefficients once per tile.

@@ -22,8 +22,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. Keys of a low-rank group: `rank` and
-            those of the parts. Of any group: `stochastic_rounding` (False; True: weights in 16 bits are rounded stochastically, with
-            the random bits of the group's `seed`; fp32 weights are not).
+            those of the parts. Of any group: `stochastic_rounding` (False; True: weights in 16 bits are rounded stochastically,
+            with the random bits of the group's `seed`; fp32 weights are not).
         pipeline: the parts (lowrank_sys.optim.pipeline.Pipeline).
         defaults: the rule's hyper-parameters, with `lr` (float or 0-dim tensor).
         nonfinite: 'skip': a gradient that is not finite leaves its channel (plain groups: its element) untouched, counted

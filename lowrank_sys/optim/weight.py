@@ -35,6 +35,12 @@ def _part(tensor, shape, first, end):
     return tensor[first:end] if tensor.dim() == len(shape) and tensor.shape[0] == shape[0] else tensor
 
 
+def _number(state):
+    if "parameter" not in state:
+        raise ValueError("stochastic_rounding must be set before a group's first step, or be loaded: its states lack `parameter`")
+    return state["parameter"]
+
+
 class InPlace:
     """The parameter itself, in its own dtype (fp32, bf16 or fp16), rounded to nearest even once a step."""
 
@@ -104,17 +110,12 @@ class Stochastic(InPlace):
         state["parameter"] = index
 
     def options(self, group, states):
-        for state in states:
-            if "parameter" not in state:
-                raise ValueError(
-                    "stochastic_rounding must be set before the first step, or loaded: a state has no number of its weight"
-                )
-        return {"stochastic": True, "seed": group.get("seed", 0), "parameters": [s["parameter"] for s in states]}
+        return {"stochastic": True, "seed": group.get("seed", 0), "parameters": [_number(s) for s in states]}
 
     def put(self, rows, values, state, seed, first):
         written = rows.contiguous()
         torch.ops.lowrank.round_stochastic_(
-            written, values.contiguous(), seed=seed, step=state["step"], parameter=state["parameter"],
+            written, values.contiguous(), seed=seed, step=state["step"], parameter=_number(state),
             offset=first * math.prod(rows.shape[1:]),
         )  # fmt: skip
         if written is not rows:

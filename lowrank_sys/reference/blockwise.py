@@ -111,9 +111,9 @@ def adam_8bit_(
     """adamw_step with 8-bit moments: AdamW on tensors of any shape, moments in blocks of 256.
 
     params, grads: fp32 | bf16 | fp16; exp_avgs (signed codes), exp_avg_sqs (unsigned codes): uint8 of their shapes, with
-    absmaxes (fp32, one a block); steps, lr, the guards and the rounding as in adamw_step. The update comes from the moments before they are
-    rounded to codes. An element whose gradient is not finite keeps its weight, and its decoded moments as its block is encoded
-    again; a block of such elements only keeps its bytes.
+    absmaxes (fp32, one a block); steps, lr, the guards and the rounding as in adamw_step. The update comes from the moments before
+    they are rounded to codes. An element whose gradient is not finite keeps its weight, and its decoded moments as its block is
+    encoded again; a block of such elements only keeps its bytes.
     """
     moments = (exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes)
     draws = (stochastic, parameters, offsets)

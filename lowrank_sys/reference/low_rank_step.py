@@ -23,8 +23,8 @@ OVERFLOW = 2.0**128
 
 def step(
     weights, weight_scales, gradients, bases, basis_parts, states, steps, *, lr, weight, basis, moments, rule, remainder,
-    weight_decay, left, projected=False, advance=True, stochastic=False, parameters=(), offsets=(), grad_scale=None, found_inf=None, skipped=None,
-    op="step", checked=True, **options,
+    weight_decay, left, projected=False, advance=True, stochastic=False, parameters=(), offsets=(), grad_scale=None,
+    found_inf=None, skipped=None, op="step", checked=True, **options,
 ):  # fmt: skip
     """One step of every matrix, in place.
 

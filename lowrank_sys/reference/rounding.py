@@ -44,7 +44,7 @@ def draw_of(i, stochastic, seed, parameters, offsets):
 
 
 def round_stochastic_(param, values, *, seed, step, parameter, offset=0):
-    """param <- values, each rounded up in magnitude with the probability of what truncation would drop; fp32 takes them as they are.
+    """param <- values, rounded up in magnitude with the probability of what truncation would drop; fp32 takes them as they are.
 
     param: any shape, fp32 | bf16 | fp16, contiguous; values: fp32 of its shape. seed has 64 bits; step (0-dim, any number, modulo
     2³²) and parameter 32. Element i draws the bits of element offset + i of the unsharded tensor, in row-major order, as

@@ -121,7 +121,8 @@ def rows_step(
     else:
         rows = _ops.step.check_rows(
             weights, gradients, indices, row_scales, exp_avgs, exp_avg_sqs, steps, lr=lr, left=left, advance=advance,
-            stochastic=stochastic, parameters=parameters, offsets=offsets, grad_scale=grad_scale, found_inf=found_inf, skipped=skipped, op=op,
+            stochastic=stochastic, parameters=parameters, offsets=offsets, grad_scale=grad_scale, found_inf=found_inf,
+            skipped=skipped, op=op,
         )  # fmt: skip
         for i, (param, _, index, *_) in enumerate(rows):
             check_indices(op if len(rows) == 1 else f"{op}: matrix {i}", index, param.shape[0 if left else 1])

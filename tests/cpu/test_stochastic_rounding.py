@@ -413,7 +413,7 @@ def test_switched_on_in_the_middle_it_is_refused():
     optimizer, params = made("galore", stochastic_rounding=False)
     take(optimizer, params)
     optimizer.param_groups[0]["stochastic_rounding"] = True
-    with pytest.raises(ValueError, match="stochastic_rounding must be set before the first step"):
+    with pytest.raises(ValueError, match="stochastic_rounding must be set before a group's first step"):
         take(optimizer, params)
 
 
