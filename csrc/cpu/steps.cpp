@@ -29,7 +29,7 @@ int64_t run_adam_rows(const LowRankAdam& a, int64_t begin, int64_t end) {
 }
 
 int64_t run_adamw(const AdamW& a, int64_t begin, int64_t end) {
-  constexpr int64_t chunk = 1 << 12;
+  constexpr int64_t chunk = 1 << 16;
   const OneThread block{nullptr};
   return dispatch(a.w_dtype, [&](auto w_type) {
     return dispatch(a.g_dtype, [&](auto g_type) {
