@@ -45,6 +45,7 @@ from lowrank_sys._ops.workspace import (
     int8_tile_shape,
     launched_together,
     reused,
+    split_parts,
     tile_shape,
     tile_unless_fp32,
     workspace,
@@ -358,7 +359,7 @@ def _(
         shape = x.weight.shape
         if not projected:
             tiles.append(tile_unless_fp32(x.gradient))
-            whole = x.gradient.dtype == torch.float32
+            whole = x.gradient.dtype == torch.float32 or basis == "key"
             panels.append(_basis_scratch(x, basis, shape if whole else tile_shape(*shape), left))
         if back:
             straight = not residual and x.weight.dtype == torch.float32  # the product goes into the weight
@@ -370,13 +371,13 @@ def _(
 
 
 def _on_gpu(x, basis, moments, remainder, left, projected):
-    """R, the update, and the parts of a split product: under 25% of the gradient; with ratios, five numbers a channel."""
-    entries, g = x.moments[0].numel(), x.gradient
-    parts = 0 if projected else g.numel() * g.element_size() // 4
+    """R, the update, and the parts of a split product; with ratios, five numbers a channel."""
+    entries = x.moments[0].numel()
+    parts = 0 if projected else split_parts(x.gradient, entries)
     if remainder == "none":  # the update is in the basis' type; with moments in fp32, R exists in registers only
         fused = projected or moments == "fp32"
         update = entries * (x.basis.element_size() if basis == "dense" else 4)
-        return launched_together(*x.weight.shape) * (update + 4 * entries * (not fused) + parts)
+        return launched_together(*x.weight.shape) * (update + 4 * entries * (not fused)) + parts
     # R, the update where it is applied, (BᵀB)R, and a Gaussian basis
     low_rank = 1 + (remainder != "scaled-gradient") + (x.gram is not None and x.limiter is not None)
     made = fp32(x.weight.shape[0 if left else 1], rank_of(x.basis, basis, x.moments[0], left)) if basis == "key" else 0

@@ -13,8 +13,11 @@ import torch
 
 from lowrank_sys import cli
 from lowrank_sys._ops import workspace
+from lowrank_sys._ops.named_steps import bound
+from lowrank_sys._ops.step import BASES, LIMITED
 from lowrank_sys.memory import allocator, planner, process, rehearsal, units
 from lowrank_sys.memory.workspace import scratch_bytes
+from lowrank_sys.optim.fused import FUSED
 from lowrank_sys.train import flags
 from lowrank_sys.train.methods import METHODS
 
@@ -105,8 +108,15 @@ def matrix(m, n, r, left, dtype):
     )
 
 
-def expected(op, *args, **kwargs):
-    return scratch_bytes(op, args, kwargs)
+def expected(function, *args, **kwargs):
+    return scratch_bytes(function, args, kwargs)
+
+
+def behind(form, *args, **kwargs):
+    """(op, its arguments, its keywords) that a named step calls."""
+    call = []
+    bound(form, lambda *lists, **keywords: call.extend((lists, keywords)))(*args, **kwargs)
+    return torch.ops.lowrank.step.default, *call
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -115,12 +125,10 @@ def expected(op, *args, **kwargs):
 def test_scratch_formulas_are_what_the_allocator_sees(shape, left, dtype):
     ops = torch.ops.lowrank
     param, grad, basis, m, v = matrix(*shape, 24, left, dtype)
-    step = (ops.galore_step.default, param, grad, basis, m, v)
-    assert allocated(*step, step=1, scale=1.0, left=left, **ADAM) == expected(*step, step=1, scale=1.0, left=left, **ADAM)
-    assert expected(*step, step=1, scale=1.0, left=left, **ADAM) >= 4 * m.numel()
     low_rank = torch.randn_like(m)
-    step = (ops.subspace_step.default, param, low_rank, basis, m, v)
-    assert allocated(*step, step=1, scale=1.0, left=left, **ADAM) == expected(*step, step=1, scale=1.0, left=left, **ADAM)
+    for form, gradient in (("galore_step", grad), ("subspace_step", low_rank)):
+        op, lists, keys = behind(form, param, gradient, basis, m, v, step=1, scale=1.0, left=left, **ADAM)
+        assert allocated(op, *lists, **keys) == expected(op, *lists, **keys) >= 4 * m.numel()
     for call in ((ops.project.default, grad, basis), (ops.back_project_.default, param, low_rank, basis)):
         assert allocated(*call, left=left) == expected(*call, left=left)
     assert allocated(ops.channel_norms.default, grad, left=left) == expected(ops.channel_norms.default, grad, left=left)
@@ -134,9 +142,7 @@ def test_scratch_formulas_of_low_precision_ops(shape, left, dtype):
     ops = torch.ops.lowrank
     param, grad, basis, m, v = matrix(*shape, 24, left, dtype)
     int4, int8, x = ops.quantize_int4(basis), ops.quantize_int8(param), torch.randn_like(m)
-    stored = [*ops.quantize_blockwise(m, signed=True, by_row=True), *ops.quantize_blockwise(v, signed=False, by_row=True)]
-    stored = [stored[i] for i in (0, 2, 1, 3)]
-    step, stream = dict(step=1, scale=1.0, left=left, **ADAM), dict(seed=1, parameter=0)
+    stream = dict(seed=1, parameter=0)
     rows, outs = torch.randn(1100, shape[1]).to(dtype), torch.randn(7, shape[0]).to(dtype)
     calls = [
         ((ops.project_int4.default, grad, *int4), dict(left=left)),
@@ -145,21 +151,46 @@ def test_scratch_formulas_of_low_precision_ops(shape, left, dtype):
         ((ops.int8_update_.default, *int8, grad), dict(step=1, **stream)),
         ((ops.int8_linear.default, rows, *int8, param[:, 0].contiguous()), {}),
         ((ops.int8_linear_backward.default, outs, *int8), {}),
-        ((ops.galore_step_8bit.default, param, grad, basis, *stored), step),
         ((ops.back_project_int8_.default, *int8, x, basis), dict(left=left, step=1, **stream)),
         ((ops.back_project_int8_.default, *int8, x, *int4), dict(left=left, step=1, **stream)),
-        ((ops.qgalore_step.default, *int8, grad, *int4, *stored), step | stream),
-        ((ops.qgalore_step.default, *int8, grad, basis, None, None, *stored), step | stream),
-        ((ops.qgalore_subspace_step.default, *int8, x, *int4, *stored), step | stream),
-        ((ops.apollo_int8_step.default, *int8, grad, basis, m, v, torch.tensor(0.5)), step | stream),
-        (
-            (ops.apollo_int8_step.list, [int8[0]], [int8[1]], [grad], [basis], [m], [v], [], [torch.tensor(0.0)]),
-            step | dict(seed=1, parameters=[0], lr=torch.tensor(0.1)),
-        ),
     ]
     for call, keys in calls:
-        keys = {key: value for key, value in keys.items() if key != "step" or not str(call[0]).endswith("list")}
         assert allocated(*call, **keys) == expected(*call, **keys), str(call[0])
+
+
+def step_call(weight, basis, moments, rule, remainder, shape, left, dtype):
+    """(lists, keywords) of a step of one matrix."""
+    ops = torch.ops.lowrank
+    param, grad, b, m, v = matrix(*shape, 24, left, dtype)
+    states, parts = [m, v], []
+    if moments == "8bit":
+        (m, m_absmax), (v, v_absmax) = (ops.quantize_blockwise(x, signed=x is m, by_row=True) for x in (m, v))
+        states = [m, v, m_absmax, v_absmax]
+    if remainder in LIMITED:
+        states.append(torch.tensor(0.5))
+    if basis == "int4":
+        b, *parts = ops.quantize_int4(b)
+    elif basis == "key":
+        b = torch.tensor([1, 2, 3, 0])
+    weights, scales = ([x] for x in ops.quantize_int8(param)) if weight == "int8" else ([param], [])
+    policies = dict(weight=weight, basis=basis, moments=moments, rule=rule, remainder=remainder, left=left)
+    keys = dict(**ADAM | {"lr": torch.tensor(0.1)}, scale=1.0, sign=True, parameters=[0] if scales else [], **policies)
+    return (weights, scales, [grad], [b], parts, states, [torch.tensor(0.0)]), keys
+
+
+STEPS = [row for row in FUSED if row[1] in BASES]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize("row", STEPS, ids="-".join)
+def test_scratch_of_every_step(row, left, dtype):
+    """To the byte, and nothing of the weight's size."""
+    lists, keys = step_call(*row, BIG, left, dtype)
+    op = torch.ops.lowrank.step.default
+    assert allocated(op, *lists, **keys) == expected(op, *lists, **keys)
+    lists, keys = step_call(*row, (2500, 1800), left, dtype)
+    assert allocated(op, *lists, **keys) < 4 * 2500 * 1800
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -169,8 +200,8 @@ def test_scratch_of_a_list_is_kept_from_matrix_to_matrix(dtype):
     steps = [torch.zeros(()) for _ in matrices]
     lr = torch.tensor(ADAM["lr"])
     keys = {**ADAM, "lr": lr, "scale": 1.0, "left": True}
-    op = torch.ops.lowrank.galore_step.list
-    seen, said = allocated(op, *lists, steps, **keys), expected(op, *lists, steps, **keys)
+    op, step_lists, step_keys = behind("galore_step.list", *lists, steps, **keys)
+    seen, said = allocated(op, *step_lists, **step_keys), expected(op, *step_lists, **step_keys)
     assert seen <= said <= 1.25 * seen  # the parts are largest at different matrices
     plain = (
         [p.clone() for p in lists[0]],
@@ -189,16 +220,16 @@ def test_scratch_of_products_in_int8(dtype, left):
     """Quantised operands; the panels of the threads are not torch's, and so not seen."""
     ops = torch.ops.lowrank
     param, grad, basis, m, v = matrix(*BIG, 24, left, dtype)
-    step = dict(step=1, scale=1.0, left=left, **ADAM)
-    for call, keys in [
-        ((ops.project.default, grad, basis), dict(left=left)),
-        ((ops.back_project_.default, param, torch.randn_like(m), basis), dict(left=left)),
-        ((ops.galore_step.default, param, grad, basis, m, v), step),
-        ((ops.subspace_step.default, param, torch.randn_like(m), basis, m, v), step),
+    step = dict(step=1, scale=1.0, left=left, int8_gemm=True, **ADAM)
+    for op, call, keys in [
+        (ops.project.default, (grad, basis), dict(left=left, int8_gemm=True)),
+        (ops.back_project_.default, (param, torch.randn_like(m), basis), dict(left=left, int8_gemm=True)),
+        behind("galore_step", param, grad, basis, m, v, **step),
+        behind("subspace_step", param, torch.randn_like(m), basis, m, v, **step),
     ]:
-        seen, said = allocated(*call, **keys, int8_gemm=True), expected(*call, **keys, int8_gemm=True)
+        seen, said = allocated(op, *call, **keys), expected(op, *call, **keys)
         panels = workspace.int8_panels(24)
-        assert seen <= said - panels <= 1.35 * seen, str(call[0])
+        assert seen <= said - panels <= 1.35 * seen, str(op)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -239,8 +270,8 @@ def test_an_op_without_a_formula_is_bounded():
     assert workspace.bound([param, param[:8]], [grad, grad[:8]], [basis, basis], lr=0.1) == (
         4 * basis.numel() + 4 * workspace.TILE_ELEMENTS
     )
-    formula = workspace.FORMULAS["galore_step"](param, grad, basis, m, v)
-    assert formula <= workspace.bound(param, grad, basis, m, v, left=True)
+    _, lists, keys = behind("galore_step", param, grad, basis, m, v, step=1, scale=1.0, left=True, **ADAM)
+    assert workspace.FORMULAS["step"](*lists, **keys) <= workspace.bound(param, grad, basis, m, v, left=True)
 
 
 # --- the process

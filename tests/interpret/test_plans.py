@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from lowrank_sys import reference
+from lowrank_sys._ops.named_steps import bound
 from lowrank_sys._ops.workspace import split_parts
 from lowrank_sys.kernels import configs, roofline, traffic
 from lowrank_sys.kernels.project import counters_of, launch_project
+from lowrank_sys.kernels.step import step
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
