@@ -17,8 +17,8 @@ NONE, SCALED, SIGNED = (tl.constexpr(i) for i in range(3))
 NO_BASIS = {"basis": None, "scale": None, "offset": None, "width": 0, "GROUP": 0}
 
 
-class Int8(NamedTuple):
-    """What an INT8 weight is beside its codes, and the numbers of its random bits; `step` (int64) is on the device."""
+class Drawn(NamedTuple):
+    """The numbers of a weight's random bits, `step` (int64) on the device, and what an INT8 one is beside its codes."""
 
     scale: torch.Tensor | None = None
     step: torch.Tensor | None = None
@@ -28,7 +28,7 @@ class Int8(NamedTuple):
     group_size: int = 0
 
 
-FLOAT = Int8()
+NEAREST = Drawn()
 
 
 @triton.jit
@@ -143,10 +143,10 @@ def apply_kernel(
 
     In a STEP an element whose update is not finite keeps its bytes (X or c is NaN in a channel that is left out) and is counted
     in `skipped`; the whole launch may be switched off. With scale and offset, the basis is in INT4, see `load_int4`; `width` bytes
-    hold a vector. With an INT8_GROUP the weight is codes with their scales, rounded stochastically as in `update_int8`: step
-    (int64) is on the device, `first` is the index of element (0, 0) in the unsharded tensor.
-    A launch serves several matrices of one shape, where all are floats and NONE is added, else one: weight, low_rank and what
-    the basis is made of are tuples, scalars has a row a matrix.
+    hold a vector. With a step (int64, on the device) the weight is rounded stochastically, in 16 bits, or, with an INT8_GROUP, as
+    codes with their scales, see `update_int8`; `first` is the index of element (0, 0) in the unsharded tensor.
+    A launch serves several matrices of one shape, where all are floats, to nearest, and NONE is added, else one: weight, low_rank
+    and what the basis is made of are tuples, scalars has a row a matrix.
 
     Bytes: W read once and written once, G once; X and R once per tile of rows if LEFT (else of columns), B once per tile of the
     other axis, coefficients once per tile.
@@ -217,7 +217,9 @@ def apply_kernel(
     if coefficients is not None:
         alpha = alpha * (tl.sqrt_rn(tl.load(scalars + CORRECTION2)) / tl.load(scalars + CORRECTION1))
     if not INT8_GROUP:
-        write_weight(b_update, weight, alpha, decay, skipped, i_m, i_n, m, n, STEP, BLOCK_M, BLOCK_N)
+        write_weight(
+            b_update, weight, alpha, decay, skipped, i_m, i_n, m, n, seed, step, parameter, first, STEP, ALIGNED, BLOCK_M, BLOCK_N
+        )
     else:
         update_int8(
             b_update,
@@ -256,11 +258,11 @@ def launch_apply(
     residual_scale=1.0,
     is_step=True,
     skipped=None,
-    int8=FLOAT,
+    drawn=NEAREST,
 ):
     """W <- scalars[DECAY] W + scalars[ALPHA] update, for matrices of one shape and one set of dtypes; see `apply_kernel`.
 
-    weights: (m, n), fp32 | bf16 | fp16, or the codes of one with the rest in `int8`; low_ranks: X, R's shape, fp32 or the bases'
+    weights: (m, n), fp32 | bf16 | fp16, or the codes of one with the rest in `drawn`; low_ranks: X, R's shape, fp32 or the bases'
     type; bases: matrices, or each an `Int4Basis`; low_rank_grad: R, fp32; scalars: a row a matrix.
     """
     weight = weights[0]
@@ -277,23 +279,23 @@ def launch_apply(
         n=n,
         r=r,
         dtypes=(*dtypes, weight.dtype),
-        group_size=int8.group_size,
-        offset=int8.offset,
+        group_size=drawn.group_size,
+        offset=drawn.offset,
     )
     apply_kernel[configs.cdiv(m, config["BLOCK_M"]) * configs.cdiv(n, config["BLOCK_N"]), len(weights)](
         weight=tuple(weights),
-        weight_scale=int8.scale,
+        weight_scale=drawn.scale,
         grad=grad,
         low_rank=None if low_ranks is None else tuple(low_ranks),
         low_rank_grad=low_rank_grad,
         **basis,
         coefficients=coefficients,
         scalars=scalars,
-        step=int8.step,
+        step=drawn.step,
         skipped=skipped,
-        seed=int8.seed,
-        parameter=int8.parameter,
-        first=int8.offset,
+        seed=drawn.seed,
+        parameter=drawn.parameter,
+        first=drawn.offset,
         m=m,
         n=n,
         r=r,
@@ -303,8 +305,8 @@ def launch_apply(
         PHI=phi.value,
         STEP=is_step,
         PRECISION=precision(),
-        INT8_GROUP=int8.group_size,
-        ALIGNED=int8.group_size > 0 and aligned(n, int8.offset),
+        INT8_GROUP=drawn.group_size,
+        ALIGNED=drawn.step is not None and aligned(n, drawn.offset),
         **config,
         **configs.OPTIONS,
     )

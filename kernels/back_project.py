@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys import _ops
-from lowrank_sys.kernels.apply import Int8, launch_apply
+from lowrank_sys.kernels.apply import Drawn, launch_apply
 from lowrank_sys.kernels.basis import Int4Basis
 from lowrank_sys.kernels.common import ALPHA, DECAY, SLOTS, on_device_of
 from lowrank_sys.kernels.int8_gemm import launch_back_project_int8
@@ -92,5 +92,5 @@ def back_project_int8_(
             low_ranks=[low_rank],
             bases=[basis if basis_scale is None else Int4Basis(basis, basis_scale, basis_offset, basis_group_size)],
             is_step=False,
-            int8=Int8(scale, number, seed, parameter, offset, group_size),
+            drawn=Drawn(scale, number, seed, parameter, offset, group_size),
         )

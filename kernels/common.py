@@ -51,6 +51,27 @@ def store(p_out, b_value, m_out):
         tl.store(p_out, b_value.to(p_out.dtype.element_ty), mask=m_out)
 
 
+@triton.jit
+def store_drawn(p_out, b_value, m_out, b_random):
+    """Store fp32 values in 16 bits, rounded stochastically with 16 random bits each, to the bits of csrc/core/rounding.h."""
+    b_bits = b_value.to(tl.uint32, bitcast=True)
+    b_size, b_random = b_bits & 0x7FFFFFFF, b_random.to(tl.uint32)
+    if p_out.dtype.element_ty == tl.bfloat16:
+        b_nearest = tl.where(b_value == b_value, b_bits + 0x7FFF + ((b_bits >> 16) & 1), b_bits | 0x400000)
+        b_drawn = tl.where(b_size <= 0x7F7F0000, b_bits + (0xFFFF - b_random), b_nearest)
+        tl.store(p_out, (b_drawn >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=m_out)
+    else:
+        b_small = b_size < 0x38800000
+        b_normal = (b_size - 0x38000000 + (0x1FFF - (b_random >> 3))) >> 13
+        # Subnormal: in fixed point with 16 bits of fraction. Below 2²³ adding and taking away 2²³ rounds, beyond all are whole.
+        b_fixed = tl.where(b_small, tl.abs(b_value), 0.0) * 1099511627776.0
+        b_fixed = tl.where(b_fixed < 8388608.0, (b_fixed + 8388608.0) - 8388608.0, b_fixed).to(tl.int32).to(tl.uint32)
+        b_drawn = tl.where(b_small, (b_fixed + (0xFFFF - b_random)) >> 16, b_normal) | ((b_bits >> 16) & 0x8000)
+        b_nearest = b_value.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        b_drawn = tl.where(b_size <= 0x477FE000, b_drawn, b_nearest)
+        tl.store(p_out, b_drawn.to(tl.uint16).to(tl.float16, bitcast=True), mask=m_out)
+
+
 def precision():
     """How fp32 products are taken: three tf32 products, or one where torch allows that."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"

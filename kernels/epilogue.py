@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from lowrank_sys.kernels.channels import usable_channels
-from lowrank_sys.kernels.common import GRAD_SCALE, store
+from lowrank_sys.kernels.common import GRAD_SCALE, store, store_drawn
+from lowrank_sys.kernels.random import random16, random16_rows
 from lowrank_sys.kernels.rule import adam, advance_moments
 
 
@@ -63,9 +64,28 @@ def count_left_out(skipped, b_update, m_w):
 
 @triton.jit
 def write_weight(
-    b_update, param, alpha, decay, skipped, i_m, i_n, m, n, STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    b_update,
+    param,
+    alpha,
+    decay,
+    skipped,
+    i_m,
+    i_n,
+    m,
+    n,
+    seed,
+    step,
+    parameter,
+    first,
+    STEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """W <- decay W + alpha update on tile (i_m, i_n). In a STEP an element whose update is not finite keeps its bytes."""
+    """W <- decay W + alpha update on tile (i_m, i_n). In a STEP an element whose update is not finite keeps its bytes.
+
+    With the `step` (int64, on the device) of random bits W, in 16 bits, is rounded stochastically; ALIGNED as in `update_int8`.
+    """
     o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     p_w = param + o_m[:, None] * n + o_n[None, :]
@@ -77,4 +97,12 @@ def write_weight(
     if STEP:
         b_new = tl.where(tl.abs(b_update) < float("inf"), b_new, b_w)
         count_left_out(skipped, b_update, m_w)
-    store(p_w, b_new, m_w)
+    if step is None:
+        store(p_w, b_new, m_w)
+    else:
+        o_first = first + o_m * n + i_n * BLOCK_N
+        if ALIGNED:
+            b_random = random16_rows(seed, tl.load(step), parameter, o_first, BLOCK_N)
+        else:
+            b_random = random16(seed, tl.load(step), parameter, o_first[:, None] + tl.arange(0, BLOCK_N)[None, :])
+        store_drawn(p_w, b_new, m_w, b_random)

@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 
 from lowrank_sys.kernels import configs
+from lowrank_sys.kernels.apply import NEAREST
 from lowrank_sys.kernels.common import ALPHA, DECAY, is_off
 from lowrank_sys.kernels.epilogue import finish, finish_sum, write_weight
-from lowrank_sys.kernels.int8 import INFINITY_BITS, LEAST_SCALE, inverse_of, magnitude
+from lowrank_sys.kernels.int8 import INFINITY_BITS, LEAST_SCALE, aligned, inverse_of, magnitude
 from lowrank_sys.reference import int8_gemm as reference
 
 GROUP = tl.constexpr(reference.GROUP)
@@ -120,7 +121,7 @@ def project_int8_kernel(
         finish(b_r, out, exp_avg, exp_avg_sq, scalars, o_tile, m_tile, beta1, beta2, gain1, gain2, eps, LEFT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "parameter", "first"], do_not_specialize_on_alignment=["draw_step"])
 def back_project_int8_gemm_kernel(
     param,
     rows,
@@ -128,19 +129,24 @@ def back_project_int8_gemm_kernel(
     columns,
     column_scale,
     scalars,
+    draw_step,
     skipped,
+    seed,
+    parameter,
+    first,
     m,
     n,
     r,
     groups,
     STEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """W <- decay W + alpha rows columnsᵀ in INT8: codes (m, r) and (n, r), scales (m, groups) and (n, groups).
 
-    STEP as in `apply_kernel`; BLOCK_D divides a group.
+    STEP as in `apply_kernel`, and draw_step its step of random bits; BLOCK_D divides a group.
 
     Bytes: W read once and written once; codes and scales of rows once per tile of columns, and the reverse.
     """
@@ -164,7 +170,25 @@ def back_project_int8_gemm_kernel(
         b_row_scale = tl.load(row_scale + o_m * groups + i_g, mask=m_m, other=0.0)
         b_column_scale = tl.load(column_scale + o_n * groups + i_g, mask=m_n, other=0.0)
         b_back += (b_row_scale[:, None] * b_column_scale[None, :]) * b_dot.to(tl.float32)
-    write_weight(b_back, param, tl.load(scalars + ALPHA), tl.load(scalars + DECAY), skipped, i_m, i_n, m, n, STEP, BLOCK_M, BLOCK_N)
+    write_weight(
+        b_back,
+        param,
+        tl.load(scalars + ALPHA),
+        tl.load(scalars + DECAY),
+        skipped,
+        i_m,
+        i_n,
+        m,
+        n,
+        seed,
+        draw_step,
+        parameter,
+        first,
+        STEP,
+        ALIGNED,
+        BLOCK_M,
+        BLOCK_N,
+    )
 
 
 def quantized(x, *, columns):
@@ -226,8 +250,11 @@ def launch_project_int8(
     )
 
 
-def launch_back_project_int8(param, low_rank, basis, scalars, *, left, step, skipped=None):
-    """W <- scalars[DECAY] W + scalars[ALPHA] back(X) for one matrix; X (R's shape) in fp32, so that its codes are the oracle's."""
+def launch_back_project_int8(param, low_rank, basis, scalars, *, left, step, skipped=None, drawn=NEAREST):
+    """W <- scalars[DECAY] W + scalars[ALPHA] back(X) for one matrix; X (R's shape) in fp32, so that its codes are the oracle's.
+
+    drawn: as in `launch_apply`.
+    """
     if param.numel() == 0:
         return
     m, n = param.shape
@@ -242,12 +269,17 @@ def launch_back_project_int8(param, low_rank, basis, scalars, *, left, step, ski
         columns=columns,
         column_scale=column_scale,
         scalars=scalars,
+        draw_step=drawn.step,
         skipped=skipped,
+        seed=drawn.seed,
+        parameter=drawn.parameter,
+        first=drawn.offset,
         m=m,
         n=n,
         r=r,
         groups=row_scale.shape[1],
         STEP=step,
+        ALIGNED=drawn.step is not None and aligned(n, drawn.offset),
         **config,
         **configs.OPTIONS,
     )

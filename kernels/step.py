@@ -11,7 +11,7 @@ import torch
 
 from lowrank_sys._ops.step import check_step
 from lowrank_sys.kernels import configs
-from lowrank_sys.kernels.apply import SCALED, SIGNED, Int8, launch_apply
+from lowrank_sys.kernels.apply import NEAREST, SCALED, SIGNED, Drawn, launch_apply
 from lowrank_sys.kernels.basis import Int4Basis, rank
 from lowrank_sys.kernels.channels import empty_sums, launch_sums
 from lowrank_sys.kernels.coefficient import launch_coefficients
@@ -48,6 +48,7 @@ class Options(NamedTuple):
     advance: bool = True
     group_size: int = 256
     basis_group_size: int = 256
+    stochastic: bool = False
     seed: int = 0
     parameters: tuple = ()
     offsets: tuple = ()
@@ -55,6 +56,10 @@ class Options(NamedTuple):
     found_inf: torch.Tensor | None = None
     skipped: torch.Tensor | None = None
     op: str = "step"
+
+    def draws(self, weight):
+        """Whether its rounding takes random bits."""
+        return self.weight == "int8" or (self.stochastic and weight.itemsize == 2)
 
     @property
     def adam(self):
@@ -77,7 +82,7 @@ def step(*lists, **options):
             its = slice(first, first := first + len(launch))
             if launch[0].moments[0].numel():
                 run = _in_int8 if h.int8_gemm else _low_rank if h.remainder == "none" else _with_remainder
-                run(launch, rows[its], numbers[its] if h.weight == "int8" else None, counters, h)
+                run(launch, rows[its], None if numbers is None else numbers[its], counters, h)
 
 
 def together(matrices, h):
@@ -102,7 +107,7 @@ def together(matrices, h):
 def _scalars(steps, device, h):
     """(rows, numbers of the random bits or None) of the matrices' steps."""
     options = {"lr": h.lr, "beta1": h.beta1, "beta2": h.beta2, "weight_decay": h.weight_decay}
-    options |= {"grad_scale": h.grad_scale, "found_inf": h.found_inf, "draws": h.weight == "int8"}
+    options |= {"grad_scale": h.grad_scale, "found_inf": h.found_inf, "draws": h.weight == "int8" or h.stochastic}
     # A remainder is not scaled with back(X).
     options["scale"] = h.scale if h.remainder == "none" else 1.0
     return advance(steps, **options) if h.advance else read(steps, device, **options)
@@ -143,15 +148,19 @@ def _adam(launch, low_rank_grads, updates, scalars, h):
 
 
 def _apply(launch, scalars, numbers, h, low_ranks=None, bases=None, **residual):
-    """The update of the weights; those in INT8 have streams of random bits of their own, and a launch each."""
+    """The update of the weights; those that draw random bits have streams of their own, and a launch each."""
     options = {"left": h.left, "skipped": h.skipped, **residual}
-    if h.weight == "float":
+    if not h.draws(launch[0].weight):
         launch_apply([matrix.weight for matrix in launch], scalars, low_ranks=low_ranks, bases=bases, **options)
         return
     for i, matrix in enumerate(launch):
         of_it = {} if low_ranks is None else {"low_ranks": [low_ranks[i]], "bases": [bases[i]]}
-        int8 = Int8(matrix.weight_scale, numbers[i], h.seed, matrix.parameter, matrix.offset, h.group_size)
-        launch_apply([matrix.weight], scalars[i], int8=int8, **of_it, **options)
+        launch_apply([matrix.weight], scalars[i], drawn=_drawn(matrix, numbers[i], h), **of_it, **options)
+
+
+def _drawn(matrix, number, h):
+    group_size = h.group_size if h.weight == "int8" else 0
+    return Drawn(matrix.weight_scale, number, h.seed, matrix.parameter, matrix.offset, group_size)
 
 
 def _low_rank(launch, scalars, numbers, counters, h):
@@ -181,7 +190,8 @@ def _in_int8(launch, scalars, numbers, counters, h):
         launch_project_int8(
             x.gradient, x.basis, update, counters=counters, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, scalars=scalars, **h.adam
         )
-    launch_back_project_int8(x.weight, update, x.basis, scalars, left=h.left, step=True, skipped=h.skipped)
+    drawn = _drawn(x, numbers[0], h) if h.draws(x.weight) else NEAREST
+    launch_back_project_int8(x.weight, update, x.basis, scalars, left=h.left, step=True, skipped=h.skipped, drawn=drawn)
 
 
 def _with_remainder(launch, scalars, numbers, counters, h):

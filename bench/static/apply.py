@@ -14,8 +14,8 @@ INT8 = {"weight": ("*i8",), "weight_scale": "*fp32", "step": "*i64"} | STREAM | 
 
 
 def counted(variant):
-    """Only lists count what they leave out."""
-    return {"skipped": "*i64"} if "counted" in variant else {}
+    """Only lists count what they leave out; 16 bits that are rounded stochastically have a step of their random bits."""
+    return ({"skipped": "*i64"} if "counted" in variant else {}) | ({"step": "*i64"} if "drawn" in variant else {})
 
 
 def one(tensors):
@@ -27,6 +27,7 @@ def one(tensors):
 def float_calls(kind):
     types = list(itertools.product(FLOATS, FLOATS))
     steps = [((basis, basis, weight), variant) for basis, weight in types for variant in ("step", "step+counted")]
+    steps += [((basis, basis, weight), "step+counted+drawn") for basis, weight in types if weight != "fp32"]
     plain = [(("fp32", basis, weight), "plain") for basis, weight in types]
     plain += [(types, f"{variant}+int4") for types, variant in steps + plain if types[:2] == ("fp32", "fp32")]
     narrow = [call for call in steps if "fp32" not in call[0]]
@@ -103,7 +104,7 @@ def constants(variant, config):
         "PHI": phi.value,
         "STEP": "plain" not in variant,
         "INT8_GROUP": size,
-        "ALIGNED": int8 and "alone" not in variant,
+        "ALIGNED": (int8 or "drawn" in variant) and "alone" not in variant,
         **{name: value for name, value in blocks.items() if name.startswith("BLOCK")},
     }
 

@@ -19,7 +19,8 @@ def project_tensors(types, variant):
 
 def back_project_tensors(types, variant):
     codes = dict.fromkeys(("rows", "columns"), "*i8") | dict.fromkeys(("row_scale", "column_scale", "scalars"), "*fp32")
-    return {"param": f"*{types[0]}"} | codes | ({"skipped": "*i64"} if "counted" in variant else {})
+    stream = {"seed": "i64", "parameter": "i32", "first": "i32"} | ({"draw_step": "*i64"} if "drawn" in variant else {})
+    return {"param": f"*{types[0]}"} | codes | stream | ({"skipped": "*i64"} if "counted" in variant else {})
 
 
 KERNELS = {
@@ -42,8 +43,12 @@ KERNELS = {
     "back_project_int8_gemm": Kernel(
         int8_gemm.back_project_int8_gemm_kernel,
         lambda arch: {("any", 0): configs.BACK_PROJECT_INT8_GEMM},
-        lambda kind: [((param,), variant) for param in FLOATS for variant in ("plain", "step", "step+counted")],
+        lambda kind: (
+            [((param,), variant) for param in FLOATS for variant in ("plain", "step", "step+counted")]
+            + [((param,), "step+counted+drawn") for param in FLOATS if param != "fp32"]
+        ),
         back_project_tensors,
+        constants=lambda variant, config: {"ALIGNED": "drawn" in variant},
         own=False,
     ),
 }

@@ -30,19 +30,20 @@ class Wide(NamedTuple):
 
 # A source of csrc/cuda -> its kernels that move many bytes.
 WIDE = {
-    "adamw.cu": [Wide("5adamwI", 9, loads=4, stores=4)],
+    "adamw.cu": [Wide("5adamwI", 18, loads=4, stores=4)],
     "blockwise.cu": [
-        Wide("4adamI", 9, loads=2, stores=1),
+        Wide("4adamI", 18, loads=2, stores=1),
         Wide("13low_rank_adamIf", 1, loads=2, stores=1),
         Wide("13low_rank_adamIN", 2, loads=2, stores=0),
         Wide("8quantizeI", 6, loads=1, stores=0),
         Wide("10dequantizeI", 2, loads=0, stores=1),
         Wide("4markE", 1, loads=2, stores=0),
     ],
-    "grass.cu": [Wide("10grass_leftILi4", 9, loads=2, stores=2)],
+    "grass.cu": [Wide("10grass_leftILi4", 15, loads=2, stores=2)],
     "int4.cu": [],
     "int8.cu": [Wide("(6update|8quantize)ILi8", 6, loads=1, stores=0)],
     "norms.cu": [Wide("9row_normsILi8", 3, loads=1, stores=0), Wide("24column_tile_norms_kernel", 3, loads=8, stores=0)],
+    "rounding.cu": [Wide("16round_stochasticILi8", 3, loads=2, stores=1)],
     "rows.cu": [Wide("8add_rowsILi4", 3, loads=1, stores=0)],
     "selection.cu": [],
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "blockwise.h"
+#include "rounding.h"
 
 namespace lowrank {
 
@@ -27,16 +28,19 @@ struct Codebooks {
 };
 
 // Where an update goes: into the weights, which keep their bytes where the gradient g is not usable.
-template <class W>
+template <class W, class Rounded = ToNearest>
 struct IntoWeights {
   W* w;
+  Rounded rounding = {};
 
   template <int V>
   LR_HD void put(int lane, const float* g, const float* update, const AdamStep& s) const {
     W old[V];
     load_each<V>(w + lane, [&](int e, W element) { old[e] = element; });
-    store_each<V>(w + lane,
-                  [&](int e) { return choose(usable(g[e]), from_float<W>(apply_update(to_float(old[e]), update[e], s)), old[e]); });
+    const auto draw = rounding.template at<V>(lane);
+    store_each<V>(w + lane, [&](int e) {
+      return choose(usable(g[e]), draw.template round<W>(apply_update(to_float(old[e]), update[e], s), e), old[e]);
+    });
   }
 };
 

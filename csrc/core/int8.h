@@ -108,9 +108,6 @@ LR_HD void dequantize_group(const Block& block, const int8_t* codes, float scale
   }
 }
 
-// The counter's step from a number of any type: modulo 2^32.
-LR_HD uint32_t counter_step(double step) { return fabs(step) < 0x1p62 ? uint32_t(int64_t(step)) : 0u; }
-
 // The random bits of the elements first ... first + n - 1, from bits[first % 8] on; `bits` is on 16 bytes, whole groups of 8.
 template <class Block>
 LR_HD void random_bits(const Block& block, const RandomStream& stream, uint64_t first, int n, uint16_t* bits) {

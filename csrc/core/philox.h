@@ -11,6 +11,9 @@ struct RandomStream {
   uint32_t step, parameter;
 };
 
+// The counter's step from a number of any type: modulo 2^32.
+LR_HD uint32_t counter_step(double step) { return fabs(step) < 0x1p62 ? uint32_t(int64_t(step)) : 0u; }
+
 struct Philox {
   uint32_t word[4];
 };

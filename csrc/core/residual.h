@@ -3,7 +3,7 @@
 
 #include "adam.h"
 #include "block.h"
-#include "convert.h"
+#include "rounding.h"
 
 LR_BEGIN
 
@@ -127,9 +127,9 @@ LR_HD bool ratio_row(const Block& block, float* r, float* m, float* v, float* x,
 }
 
 // How a weight moves: w <- decay * w + alpha * (back + coefficient * g), where the coefficient is NaN the weight stays.
-template <class W>
-LR_HD void move_element(W& w, float back, float direction, float coefficient, float decay, float alpha) {
-  const W next = from_float<W>(decay * to_float(w) + alpha * (back + coefficient * direction));
+template <class W, class Rounded>
+LR_HD void move_element(W& w, float back, float direction, float coefficient, float decay, float alpha, const Rounded& rounding) {
+  const W next = rounding.template round<W>(decay * to_float(w) + alpha * (back + coefficient * direction), 0);
   w = choose(coefficient == coefficient, next, w);
 }
 
@@ -142,9 +142,9 @@ struct Flag {
 
 // One row of n weights. `back` may be null, `inside` is null or back(R): then the direction is sign(g - inside), else g.
 // `coefficients` has one a column, or is null: then `coefficient` is the row's.
-template <class Block, class W, class G>
+template <class Block, class W, class G, class Rounded = ToNearest>
 LR_HD void move_row(const Block& block, W* w, const G* g, const float* back, const float* inside, const float* coefficients,
-                    float coefficient, int64_t n, float decay, float alpha) {
+                    float coefficient, int64_t n, float decay, float alpha, Rounded rounding = {}) {
   const auto each = [&](auto has_back, auto has_inside, auto has_columns) {
     LR_SIMD
     for (int64_t i = block.tid; i < n; i += Block::threads) {
@@ -154,7 +154,7 @@ LR_HD void move_row(const Block& block, W* w, const G* g, const float* back, con
       float projected = 0.0f, scale = coefficient;
       if constexpr (has_back.value) projected = back[i];
       if constexpr (has_columns.value) scale = coefficients[i];
-      move_element(w[i], projected, direction, scale, decay, alpha);
+      move_element(w[i], projected, direction, scale, decay, alpha, rounding.template at<1>(i));
     }
   };
   const auto with_columns = [&](auto has_columns) {

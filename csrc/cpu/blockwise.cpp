@@ -1,5 +1,6 @@
 #include "blockwise.h"
 
+#include "philox.h"
 #include "prefetch.h"
 #include "wide_thread.h"
 
@@ -47,18 +48,20 @@ int64_t run_adam(const Adam8bit& a, int64_t begin, int64_t end) {
       using W = typename decltype(w_type)::type;
       const auto* g = static_cast<const typename decltype(g_type)::type*>(a.g);
       auto* w = static_cast<W*>(a.w);
-      int64_t skipped = 0;
-      for (int64_t i = begin; i < end; ++i) {
-        const BlockAt at = block_at({1, a.numel}, i);
-        const Moments8bit moments = at_block(a.moments, i, at.first);
-        prefetch(g + at.first, kBlock);
-        prefetch(w + at.first, kBlock);
-        prefetch(moments.m, kBlock);
-        prefetch(moments.v, kBlock);
-        skipped += adam_8bit_block<1>(block, kBooks, g + at.first, IntoWeights<W>{w + at.first}, moments, at.n, a.grad_scale,
-                                      a.step, EveryChannel{});
-      }
-      return skipped;
+      return with_rounding<W>(a.rounding, kBlock, [&](const auto& rounding) {
+        int64_t skipped = 0;
+        for (int64_t i = begin; i < end; ++i) {
+          const BlockAt at = block_at({1, a.numel}, i);
+          const Moments8bit moments = at_block(a.moments, i, at.first);
+          prefetch(g + at.first, kBlock);
+          prefetch(w + at.first, kBlock);
+          prefetch(moments.m, kBlock);
+          prefetch(moments.v, kBlock);
+          const IntoWeights target{w + at.first, rounding.run(at.first, at.n)};
+          skipped += adam_8bit_block<1>(block, kBooks, g + at.first, target, moments, at.n, a.grad_scale, a.step, EveryChannel{});
+        }
+        return skipped;
+      });
     });
   });
 }

@@ -24,6 +24,7 @@ struct Adam8bit {
   int64_t numel;
   float grad_scale;
   AdamStep step;
+  Rounding rounding;
 };
 
 struct LowRankAdam8bit {

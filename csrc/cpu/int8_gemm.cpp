@@ -9,7 +9,7 @@
 #include "../core/store.h"
 #include "buffer.h"
 #include "lanes.h"
-#include "one_thread.h"
+#include "philox.h"
 
 namespace lowrank {
 inline namespace LR_ISA {
@@ -232,21 +232,25 @@ void run_back(const Int8Back& b, int64_t begin, int64_t end) {
   const Buffer sums(kInt8Rows * wide * 4);
   const int64_t m = b.rows.channels, n = b.columns.channels;
   dispatch(b.w.dtype, [&](auto type) {
-    auto* w = static_cast<typename decltype(type)::type*>(b.w.data);
-    for (int64_t row = begin * kInt8Rows; row < smaller(end * kInt8Rows, m); row += kInt8Rows) {
-      const int64_t rows = smaller(kInt8Rows, m - row);
-      for (int64_t column = 0; column < n; column += wide) {
-        const int64_t columns = smaller(wide, n - column);
-        for (int64_t group = 0; group < b.rows.groups(); ++group)
-          add_group(part_of(b.rows, group, row), rows, part_of(b.columns, group, column), columns, depth_of(b.rows.depth, group),
-                    group == 0, sums.as<float>(), wide);
-        for (int64_t i = 0; i < rows; ++i) {
-          if (b.ok_rows != nullptr && !b.ok_rows[row + i]) continue;
-          apply_row(OneThread{nullptr}, w + (row + i) * b.w.stride + column, sums.as<float>() + i * wide,
-                    b.ok_columns == nullptr ? nullptr : b.ok_columns + column, columns, b.decay, b.alpha);
+    using W = typename decltype(type)::type;
+    with_rounding<W>(b.rounding, wide, [&](const auto& rounding) {
+      for (int64_t row = begin * kInt8Rows; row < smaller(end * kInt8Rows, m); row += kInt8Rows) {
+        const int64_t rows = smaller(kInt8Rows, m - row);
+        for (int64_t column = 0; column < n; column += wide) {
+          const int64_t columns = smaller(wide, n - column);
+          for (int64_t group = 0; group < b.rows.groups(); ++group)
+            add_group(part_of(b.rows, group, row), rows, part_of(b.columns, group, column), columns, depth_of(b.rows.depth, group),
+                      group == 0, sums.as<float>(), wide);
+          for (int64_t i = 0; i < rows; ++i) {
+            if (b.ok_rows != nullptr && !b.ok_rows[row + i]) continue;
+            const int64_t at = (row + i) * b.w.stride + column;
+            apply_row(OneThread{nullptr}, static_cast<W*>(b.w.data) + at, sums.as<float>() + i * wide,
+                      b.ok_columns == nullptr ? nullptr : b.ok_columns + column, columns, b.decay, b.alpha,
+                      rounding.run(at, columns));
+          }
         }
       }
-    }
+    });
   });
 }
 

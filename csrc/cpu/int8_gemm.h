@@ -1,6 +1,7 @@
 // Products in INT8 (core/int8_gemm.h) on raw pointers.
 #pragma once
 
+#include "../core/rounding.h"
 #include "matrix.h"
 
 namespace lowrank {
@@ -36,6 +37,7 @@ struct Int8Back {
   Matrix w;
   const uint8_t *ok_rows, *ok_columns;  // may be null
   float decay, alpha;
+  Rounding rounding;  // from w's first element on
 };
 
 struct Int8GemmKernels {

@@ -1,7 +1,7 @@
 #include "residual.h"
 
 #include "../core/residual.h"
-#include "one_thread.h"
+#include "philox.h"
 
 namespace lowrank {
 inline namespace LR_ISA {
@@ -45,12 +45,16 @@ void run_square_rows(const Squares& a, int64_t begin, int64_t end) {
 void run_move(const Move& a, int64_t begin, int64_t end) {
   dispatch(a.w.dtype, [&](auto w_type) {
     dispatch(a.g.dtype, [&](auto g_type) {
-      auto* w = static_cast<typename decltype(w_type)::type*>(a.w.data);
+      using W = typename decltype(w_type)::type;
+      auto* w = static_cast<W*>(a.w.data);
       const auto* g = static_cast<const typename decltype(g_type)::type*>(a.g.data);
       const auto row = [&](const float* x, int64_t i) { return x == nullptr ? nullptr : x + i * a.columns; };
-      for (int64_t i = begin; i < end; ++i)
-        move_row(OneThread{nullptr}, w + i * a.w.stride, g + i * a.g.stride, row(a.back, i), row(a.inside, i),
-                 a.column_coefficients, a.row_coefficients == nullptr ? 0.0f : a.row_coefficients[i], a.columns, a.decay, a.alpha);
+      with_rounding<W>(a.rounding, a.columns, [&](const auto& rounding) {
+        for (int64_t i = begin; i < end; ++i)
+          move_row(OneThread{nullptr}, w + i * a.w.stride, g + i * a.g.stride, row(a.back, i), row(a.inside, i),
+                   a.column_coefficients, a.row_coefficients == nullptr ? 0.0f : a.row_coefficients[i], a.columns, a.decay, a.alpha,
+                   rounding.run(i * a.w.stride, a.columns));
+      });
     });
   });
 }

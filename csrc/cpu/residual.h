@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../core/adam.h"
+#include "../core/rounding.h"
 #include "matrix.h"
 
 namespace lowrank {
@@ -28,6 +29,7 @@ struct Move {
   const float *row_coefficients, *column_coefficients;  // one of the two
   int64_t columns;
   float decay, alpha;
+  Rounding rounding;  // from w's first element on
 };
 
 struct ResidualKernels {

@@ -4,7 +4,7 @@
 
 #include "../core/rows.h"
 #include "../core/selection.h"
-#include "one_thread.h"
+#include "philox.h"
 
 namespace lowrank {
 inline namespace LR_ISA {
@@ -51,21 +51,24 @@ void run_add_columns(const Matrix& w, const SelectedRows& s, const float* x, flo
   });
 }
 
-// f(Grass<W, G>) for the storage types of the step.
+// f(Grass<W, G, ...>) for the storage types of the step, and how its weights are rounded: at most `most` in one run.
 template <class F>
-int64_t with_types(const GrassStep& a, const F& f) {
+int64_t with_types(const GrassStep& a, int64_t most, const F& f) {
   return dispatch(a.w.dtype, [&](auto w) {
     return dispatch(a.g.dtype, [&](auto g) {
       using W = typename decltype(w)::type;
       using G = typename decltype(g)::type;
-      return f(Grass<W, G>{row<W>(a.w, 0), row<G>(a.g, 0), a.m, a.v, a.n, a.rows, a.grad_scale, a.step});
+      return with_rounding<W>(a.rounding, most, [&](const auto& rounding) {
+        using Rounded = std::decay_t<decltype(rounding)>;
+        return f(Grass<W, G, Rounded>{row<W>(a.w, 0), row<G>(a.g, 0), a.m, a.v, a.n, a.rows, a.grad_scale, a.step, rounding});
+      });
     });
   });
 }
 
 int64_t run_grass_columns(const GrassStep& a, int64_t begin, int64_t end) {
-  return with_types(a, [&](const auto& grass) {
-    constexpr int strip = 256;
+  constexpr int strip = 256;
+  return with_types(a, strip, [&](const auto& grass) {
     int64_t skipped = 0;
     for (int64_t c = begin; c < end; c += strip)
       skipped += grass_columns<strip, 1>(kOne, grass, a.ok, c, int(std::min<int64_t>(strip, end - c)));
@@ -74,7 +77,7 @@ int64_t run_grass_columns(const GrassStep& a, int64_t begin, int64_t end) {
 }
 
 int64_t run_grass_rows(const GrassStep& a, int64_t begin, int64_t end) {
-  return with_types(a, [&](const auto& grass) {
+  return with_types(a, a.n, [&](const auto& grass) {
     int64_t skipped = 0;
     for (int64_t i = begin; i < end; ++i) skipped += !grass_row<1>(kOne, grass, i);
     return skipped;
@@ -83,9 +86,12 @@ int64_t run_grass_rows(const GrassStep& a, int64_t begin, int64_t end) {
 
 void run_decay_rows(const GrassStep& a, int64_t begin, int64_t end) {
   dispatch(a.w.dtype, [&](auto type) {
-    for (int64_t i = begin; i < end; ++i)
-      if (a.rows.owner[i] == SelectedRows::kNobody)
-        decay_row<1>(kOne, row<typename decltype(type)::type>(a.w, i), a.ok, a.n, a.step.decay);
+    using W = typename decltype(type)::type;
+    with_rounding<W>(a.rounding, a.n, [&](const auto& rounding) {
+      for (int64_t i = begin; i < end; ++i)
+        if (a.rows.owner[i] == SelectedRows::kNobody)
+          decay_row<1>(kOne, row<W>(a.w, i), a.ok, a.n, a.step.decay, rounding.run(i * a.n, a.n));
+    });
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include "../core/adam.h"
 #include "../core/philox.h"
+#include "../core/rounding.h"
 #include "../core/sparse.h"
 #include "matrix.h"
 
@@ -17,6 +18,7 @@ struct GrassStep {
   float grad_scale;
   AdamStep step;
   uint8_t* ok;  // left: one flag a column; null without weight decay
+  Rounding rounding;
 };
 
 struct SparseKernels {

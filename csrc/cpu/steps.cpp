@@ -2,7 +2,7 @@
 
 #include "../core/adamw.h"
 #include "../core/low_rank.h"
-#include "one_thread.h"
+#include "philox.h"
 
 namespace lowrank {
 inline namespace LR_ISA {
@@ -33,12 +33,17 @@ int64_t run_adamw(const AdamW& a, int64_t begin, int64_t end) {
   const OneThread block{nullptr};
   return dispatch(a.w_dtype, [&](auto w_type) {
     return dispatch(a.g_dtype, [&](auto g_type) {
-      auto* w = static_cast<typename decltype(w_type)::type*>(a.w);
+      using W = typename decltype(w_type)::type;
+      auto* w = static_cast<W*>(a.w);
       const auto* g = static_cast<const typename decltype(g_type)::type*>(a.g);
-      int64_t skipped = 0;
-      for (int64_t i = begin; i < end; i += chunk)
-        skipped += adamw_chunk<1>(block, w + i, g + i, a.m + i, a.v + i, int(smaller(chunk, end - i)), a.grad_scale, a.step);
-      return skipped;
+      return with_rounding<W>(a.rounding, chunk, [&](const auto& rounding) {
+        int64_t skipped = 0;
+        for (int64_t i = begin; i < end; i += chunk) {
+          const int n = int(smaller(chunk, end - i));
+          skipped += adamw_chunk<1>(block, w + i, g + i, a.m + i, a.v + i, n, a.grad_scale, a.step, rounding.run(i, n));
+        }
+        return skipped;
+      });
     });
   });
 }

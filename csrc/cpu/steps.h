@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../core/adam.h"
+#include "../core/rounding.h"
 #include "matrix.h"
 
 namespace lowrank {
@@ -22,6 +23,7 @@ struct AdamW {
   float *m, *v;
   float grad_scale;
   AdamStep step;
+  Rounding rounding;
 };
 
 struct StepKernels {

@@ -96,16 +96,22 @@ __device__ int find(const Grid<List>& grid, int64_t& first) {
   return index;
 }
 
-template <class W, class G>
-__global__ void __launch_bounds__(kThreads, 2)
-    adam(const __grid_constant__ Adam8bitList list, const __grid_constant__ Grid<Adam8bitList> grid,
-         const __grid_constant__ AdamWScalars s) {
+// How the weights of an item are rounded.
+__device__ ToNearest rounding_of(const Adam8bitList::Item&, uint64_t) { return {}; }
+
+__device__ Drawing rounding_of(const DrawnAdam8bitList::Item& item, uint64_t seed) {
+  return {{seed, counter_step(*item.step), item.parameter}, item.offset};
+}
+
+template <class W, class G, class List>
+__global__ void __launch_bounds__(kThreads, 2) adam(const __grid_constant__ List list, const __grid_constant__ Grid<List> grid,
+                                                    const __grid_constant__ AdamWScalars s, uint64_t seed) {
   if (s.found_inf != nullptr && *s.found_inf != 0.0f) return;
   __shared__ Codebook<true> m_book;
   __shared__ Codebook<false> v_book;
   __shared__ AdamStep step;
   int64_t first;
-  const Adam8bitList::Item& item = list.items[find(grid, first)];
+  const typename List::Item& item = list.items[find(grid, first)];
   copy(m_book, signed_book);
   copy(v_book, unsigned_book);
   if (threadIdx.x == 0) step = adam_step(s.beta1, s.beta2, s.eps, s.weight_decay, 1.0, read(s.lr), *item.step);
@@ -116,10 +122,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   const G* g = static_cast<const G*>(item.g);
   const float grad_scale = s.grad_scale == nullptr ? 1.0f : *s.grad_scale;
   const bool wide = aligned(16, w) && aligned(16, g) && aligned(8, item.moments.m, item.moments.v);
+  const auto rounding = rounding_of(item, seed);
   int left_out = 0;
   for_blocks(first, grid.per_warp, {1, item.numel}, wide, [&](const auto& block, auto v, int64_t i, const BlockAt& at) {
-    left_out += adam_8bit_block<decltype(v)::value>(block, books, g + at.first, IntoWeights<W>{w + at.first},
-                                                    at_block(item.moments, i, at.first), at.n, grad_scale, step, EveryChannel{});
+    const auto mine = rounding.run(at.first, at.n);
+    const IntoWeights<W, std::remove_const_t<decltype(mine)>> target{w + at.first, mine};
+    left_out += adam_8bit_block<decltype(v)::value>(block, books, g + at.first, target, at_block(item.moments, i, at.first), at.n,
+                                                    grad_scale, step, EveryChannel{});
   });
   if (s.skipped != nullptr && left_out > 0)
     atomicAdd(reinterpret_cast<unsigned long long*>(s.skipped), (unsigned long long)left_out);
@@ -240,17 +249,32 @@ cudaError_t launch_dequantize_blockwise(const uint8_t* codes, const float* absma
   });
 }
 
-cudaError_t launch_adam_8bit(DType w_dtype, DType g_dtype, const Adam8bitList& list, const AdamWScalars& scalars,
-                             cudaStream_t stream) {
+namespace {
+
+template <class List>
+cudaError_t launch_adam(DType w_dtype, DType g_dtype, const List& list, const AdamWScalars& scalars, uint64_t seed,
+                        cudaStream_t stream) {
   return launch_list(
       list, [](const auto& item) { return RowBlocks{1, item.numel}; },
       [&](int blocks, const auto& grid) {
         dispatch(w_dtype, [&](auto w) {
           dispatch(g_dtype, [&](auto g) {
-            adam<typename decltype(w)::type, typename decltype(g)::type><<<blocks, kThreads, 0, stream>>>(list, grid, scalars);
+            adam<typename decltype(w)::type, typename decltype(g)::type, List>
+                <<<blocks, kThreads, 0, stream>>>(list, grid, scalars, seed);
           });
         });
       });
+}
+
+}  // namespace
+
+cudaError_t launch_adam_8bit(DType w, DType g, const Adam8bitList& list, const AdamWScalars& scalars, cudaStream_t stream) {
+  return launch_adam(w, g, list, scalars, 0, stream);
+}
+
+cudaError_t launch_adam_8bit(DType w, DType g, const DrawnAdam8bitList& list, const AdamWScalars& scalars, uint64_t seed,
+                             cudaStream_t stream) {
+  return launch_adam(w, g, list, scalars, seed, stream);
 }
 
 cudaError_t launch_mark_channels(const LowRankAdam8bitList& list, const LowRankAdam8bitScalars& scalars, cudaStream_t stream) {

@@ -20,6 +20,8 @@ struct Adam8bitList {
   int count = 0;
 };
 
+using DrawnAdam8bitList = DrawnList<Adam8bitList, 40>;
+
 // Low-rank gradients and their updates.
 struct LowRankAdam8bitList {
   static constexpr int kMost = 32;
@@ -48,6 +50,8 @@ cudaError_t launch_dequantize_blockwise(const uint8_t* codes, const float* absma
 
 // One AdamW step of tensors that all have these dtypes, at steps that are already advanced.
 cudaError_t launch_adam_8bit(DType w, DType g, const Adam8bitList& list, const AdamWScalars& scalars, cudaStream_t stream);
+cudaError_t launch_adam_8bit(DType w, DType g, const DrawnAdam8bitList& list, const AdamWScalars& scalars, uint64_t seed,
+                             cudaStream_t stream);
 
 // Updates of dtype x. The first clears the flags of channels that are not usable, the second reads them.
 cudaError_t launch_mark_channels(const LowRankAdam8bitList& list, const LowRankAdam8bitScalars& scalars, cudaStream_t stream);

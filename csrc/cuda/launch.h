@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../core/dtype.h"
+#include "../core/rounding.h"
 
 namespace lowrank {
 
@@ -21,6 +22,20 @@ struct AdamWList {
   Item items[kMost];
   int count = 0;
 };
+
+// Such a list whose weights are rounded stochastically, with where the random bits of each are.
+template <class List, int MOST>
+struct DrawnList {
+  static constexpr int kMost = MOST;
+  struct Item : List::Item {
+    uint32_t parameter;
+    uint64_t offset;
+  };
+  Item items[kMost];
+  int count = 0;
+};
+
+using DrawnAdamWList = DrawnList<AdamWList, 52>;
 
 // A 0-dim tensor: read on the device where `device` is set.
 struct Number {
@@ -56,6 +71,12 @@ cudaError_t launch_advance(const StepList& list, const float* found_inf, cudaStr
 
 // One AdamW step of tensors that all have these dtypes.
 cudaError_t launch_adamw(DType w, DType g, const AdamWList& list, const AdamWScalars& scalars, cudaStream_t stream);
+cudaError_t launch_adamw(DType w, DType g, const DrawnAdamWList& list, const AdamWScalars& scalars, uint64_t seed,
+                         cudaStream_t stream);
+
+// Fills n weights with fp32 values; rounding.stream.step is read from `step` on the device where it lies there.
+cudaError_t launch_round(DType dtype, void* w, const float* values, int64_t n, const Rounding& rounding, const Number& step,
+                         cudaStream_t stream);
 
 // norms of the rows, or of the columns, of g (rows, columns), row-major.
 cudaError_t launch_row_norms(DType dtype, const void* g, float* norms, int64_t rows, int64_t columns, cudaStream_t stream);

@@ -33,6 +33,7 @@ struct GrassArguments {
   const float *grad_scale, *found_inf;  // may be null
   int64_t* skipped;                     // may be null
   uint8_t* ok;                          // left, with weight decay: a flag a column, at an address aligned to 8
+  Rounding rounding;                    // whose step is read from `step`
 };
 
 // One Grass step of a matrix; after launch_claim.

@@ -3,6 +3,7 @@
 
 #include "../core/adam_8bit.h"
 #include "projection.h"
+#include "rounding.h"
 
 namespace lowrank {
 
@@ -85,12 +86,13 @@ inline void check_dequantize_blockwise(const Tensor& codes, const Tensor& absmax
 }
 
 inline void check_adam_8bit(const Tensors& params, const Tensors& grads, const StoredLists& moments, const Tensors& steps,
-                            const Tensor& lr, const Guards& guards) {
+                            const Tensor& lr, const Draws& draws, const Guards& guards) {
   constexpr const char* op = "adam_8bit_";
   check_length(op, "grads", grads, "params", params);
   moments.check_lengths(op, "params", params);
   check_length(op, "steps", steps, "params", params);
   check_guards(op, params, steps, lr, guards);
+  draws.check_streams(op, params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     expect_param_and_grad(op, i, params[i], grads[i]);
     moments.at(i).check(op, params[i].sizes(), false, place_of(params[i]), i);

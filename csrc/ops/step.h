@@ -4,7 +4,7 @@
 #include "blockwise.h"
 #include "gaussian.h"
 #include "int4.h"
-#include "int8.h"
+#include "rounding.h"
 #include "sparse.h"
 
 namespace lowrank {
@@ -14,11 +14,14 @@ enum class Remainder { none, scaled_gradient, scaled_residual, state_free };
 
 // What is the same for all matrices of a step.
 struct Policies {
-  bool int8;  // the weights, which else are float
+  bool int8, stochastic;  // the weights, which else are float, and their rounding, which is always so of int8
   BasisKind basis;
   bool moments_8bit;
   Remainder remainder;
   bool projected, int8_gemm;
+
+  // Whether rounding takes random bits.
+  bool draws() const { return int8 || stochastic; }
 
   // Norm ratios scale the remainder, which a limiter may bound.
   bool ratio() const { return remainder == Remainder::scaled_gradient || remainder == Remainder::scaled_residual; }
@@ -36,9 +39,11 @@ size_t expect_member(const char* op, const char* name, const std::string& value,
 }
 
 inline Policies check_policies(const char* op, const std::string& weight, const std::string& basis, const std::string& moments,
-                               const std::string& rule, const std::string& remainder, bool projected, bool int8_gemm) {
+                               const std::string& rule, const std::string& remainder, bool projected, bool int8_gemm,
+                               bool stochastic) {
   const Policies p{
       expect_member(op, "weight", weight, {"float", "int8"}) == 1,
+      stochastic,
       BasisKind(expect_member(op, "basis", basis, {"dense", "int4", "key"})),
       expect_member(op, "moments", moments, {"fp32", "8bit"}) == 1,
       Remainder(expect_member(op, "remainder", remainder, {"none", "scaled-gradient", "scaled-residual", "state-free"})),
@@ -83,7 +88,7 @@ struct Entry {
 
 struct StepLists {
   const Tensors &weights, &weight_scales, &gradients, &bases, &basis_parts, &states, &steps;
-  const std::vector<int64_t>&parameters, &offsets;
+  Draws draws;
 };
 
 // A list that holds `least` to `most` columns of `count` tensors, one after the other: whether it holds the most.
@@ -94,10 +99,6 @@ inline bool check_columns(const char* op, const char* name, const Tensors& list,
   wanted << least * count;
   if (least != most) wanted << " or " << most * count;
   fail(op, name, " must have ", wanted.str(), " tensors for ", count, " weights, got ", list.size());
-}
-
-inline void check_numbers(const char* op, const char* name, const std::vector<int64_t>& numbers, size_t count) {
-  if (numbers.size() != count) fail(op, name, " must have ", count, " numbers, one a weight, got ", numbers.size());
 }
 
 // The lists as one entry a matrix; their lengths must fit.
@@ -113,10 +114,7 @@ inline std::vector<Entry> entries_of(const char* op, const StepLists& l, const P
   const bool residual = p.remainder == Remainder::scaled_residual;
   const bool grams = check_columns(op, "basis_parts", l.basis_parts, count, parts, parts + residual) && residual;
   const bool limiters = check_columns(op, "states", l.states, count, moments, moments + p.ratio()) && p.ratio();
-  if (p.int8) {
-    check_numbers(op, "parameters", l.parameters, count);
-    if (!l.offsets.empty()) check_numbers(op, "offsets", l.offsets, count);
-  }
+  l.draws.check(op, count, p.draws());
   std::vector<Entry> entries;
   entries.reserve(count);
   for (size_t i = 0; i < count; ++i) {
@@ -132,8 +130,8 @@ inline std::vector<Entry> entries_of(const char* op, const StepLists& l, const P
                        {*state(0), *state(1), p.moments_8bit ? state(2) : nullptr, p.moments_8bit ? state(3) : nullptr},
                        limiters ? state(moments) : nullptr,
                        l.steps[i],
-                       p.int8 ? l.parameters[i] : 0,
-                       p.int8 && !l.offsets.empty() ? l.offsets[i] : 0});
+                       p.draws() ? l.draws.parameter(i) : 0,
+                       p.draws() ? l.draws.offset(i) : 0});
   }
   return entries;
 }
@@ -181,7 +179,7 @@ inline void check_entry(const char* op, const Entry& x, const Policies& p, bool 
     expect_scalar(op, "limiter", *x.limiter, place, true);
     expect_dtype(op, "limiter", *x.limiter, aoti_torch_dtype_float32());
   }
-  if (p.int8) expect_stream(op, x.parameter, x.offset);
+  if (p.draws()) expect_stream(op, x.parameter, x.offset);
 }
 
 // What errors of a matrix of a step begin with: the op, and which of several it is.
@@ -208,7 +206,7 @@ struct RowLists {
   }
 };
 
-inline void check_rows(const std::string& name, const RowLists& l, const Tensor& lr, bool left, bool advance,
+inline void check_rows(const std::string& name, const RowLists& l, const Tensor& lr, bool left, bool advance, const Draws& draws,
                        const Guards& guards) {
   const char* op = name.c_str();
   const size_t count = l.weights.size();
@@ -218,6 +216,7 @@ inline void check_rows(const std::string& name, const RowLists& l, const Tensor&
   for (const auto& [what, list] : lists)
     if (list->size() != count && !(list == &l.row_scales && list->empty()))
       fail(op, what, " must have ", count, " tensors for ", count, " weights, got ", list->size());
+  draws.check(op, count, draws.stochastic);
   check_guards(op, "weights", l.weights, l.steps, &lr, guards, advance);
   Where where(name, count);
   for (size_t i = 0; i < count; ++i) {
@@ -232,6 +231,7 @@ inline void check_rows(const std::string& name, const RowLists& l, const Tensor&
     const Shape shape = selected_shape(w, index, left);
     expect_low_rank(at, "exp_avg", l.exp_avgs[i], shape, place);
     expect_low_rank(at, "exp_avg_sq", l.exp_avg_sqs[i], shape, place);
+    if (draws.stochastic) expect_stream(at, draws.parameter(i), draws.offset(i));
   }
 }
 

@@ -1,18 +1,19 @@
 // The rules of lowrank_sys/_ops/steps.py.
 #pragma once
 
-#include "rules.h"
+#include "rounding.h"
 
 namespace lowrank {
 
 inline void check_adamw_step(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-                             const Tensors& steps, const Tensor& lr, const Guards& guards) {
+                             const Tensors& steps, const Tensor& lr, const Draws& draws, const Guards& guards) {
   constexpr const char* op = "adamw_step";
   check_length(op, "grads", grads, "params", params);
   check_length(op, "exp_avgs", exp_avgs, "params", params);
   check_length(op, "exp_avg_sqs", exp_avg_sqs, "params", params);
   check_length(op, "steps", steps, "params", params);
   check_guards(op, params, steps, lr, guards);
+  draws.check_streams(op, params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     expect_param_and_grad(op, i, params[i], grads[i]);
     const Place place = place_of(params[i]);

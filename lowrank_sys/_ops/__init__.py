@@ -24,6 +24,7 @@ from lowrank_sys._ops import (
     projection,
     qgalore,
     refresh,
+    rounding,
     sparse,
     step,
     steps,
@@ -50,5 +51,6 @@ _GROUPS = (
     gaussian,
     refresh,
     qgalore,
+    rounding,
 )
 SCHEMAS = {name: schema for group in _GROUPS for name, schema in group.SCHEMAS.items()}

@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from lowrank_sys._ops.rounding import STOCHASTIC, check_draws
 from lowrank_sys._ops.rules import (
     ADAM,
     GUARDS,
@@ -34,8 +35,8 @@ SCHEMAS = {
     "quantize_blockwise": "(Tensor x, *, bool signed, bool by_row=False) -> (Tensor codes, Tensor absmax)",
     "dequantize_blockwise": "(Tensor codes, Tensor absmax, *, bool signed) -> Tensor",
     # adamw_step with 8-bit moments.
-    "adam_8bit_": f"(Tensor(a!)[] params, Tensor[] grads, {_MOMENT_LISTS}, Tensor(f!)[] steps, *, Tensor lr, {ADAM}, {GUARDS}) "
-    "-> ()",
+    "adam_8bit_": f"(Tensor(a!)[] params, Tensor[] grads, {_MOMENT_LISTS}, Tensor(f!)[] steps, *, Tensor lr, {ADAM}, "
+    f"{STOCHASTIC}, {GUARDS}) -> ()",
     # The middle of a low-rank step: updates <- Adam(low_rank_grads), NaN in channels that are left out; steps are only read.
     "adam_8bit_low_rank_": f"(Tensor[] low_rank_grads, Tensor(a!)[] updates, {_MOMENT_LISTS}, Tensor[] steps, *, float beta1, "
     "float beta2, float eps, bool left, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
@@ -86,10 +87,12 @@ def _lists(moments):
     return dict(zip(("exp_avgs", "exp_avg_sqs", "exp_avg_absmaxes", "exp_avg_sq_absmaxes"), moments))
 
 
-def check_adam_8bit(params, grads, *moments_and_steps, lr, guards, op="adam_8bit_"):
+def check_adam_8bit(params, grads, *moments_and_steps, lr, draws, guards, op="adam_8bit_"):
+    """draws: stochastic, parameters and offsets."""
     *moments, steps = moments_and_steps
     check_lists(op, params=params, grads=grads, **_lists(moments), steps=steps)
     check_guards(op, params, steps, lr, *guards)
+    check_draws(op, len(params), *draws)
     for i, (param, grad, *stored) in enumerate(zip(params, grads, *moments)):
         expect_float(op, f"params[{i}]", param)
         expect_float(op, f"grads[{i}]", grad)
@@ -128,8 +131,11 @@ def _(codes, absmax, *, signed):
 
 
 @fake("adam_8bit_")
-def _(*lists, lr, beta1, beta2, eps, weight_decay, grad_scale=None, found_inf=None, skipped=None):
-    check_adam_8bit(*lists, lr=lr, guards=(grad_scale, found_inf, skipped))
+def _(
+    *lists, lr, beta1, beta2, eps, weight_decay, stochastic=False, seed=0, parameters=(), offsets=(), grad_scale=None,
+    found_inf=None, skipped=None,
+):  # fmt: skip
+    check_adam_8bit(*lists, lr=lr, draws=(stochastic, parameters, offsets), guards=(grad_scale, found_inf, skipped))
 
 
 @fake("adam_8bit_low_rank_")

@@ -4,7 +4,8 @@
 
 | policy    | members                                                                                                  |
 |-----------|----------------------------------------------------------------------------------------------------------|
-| weight    | float: (m, n) fp32, bf16 or fp16; int8: codes and their scales, rounded stochastically                   |
+| weight    | float: (m, n) fp32, bf16 or fp16, rounded to nearest, or stochastically if `stochastic`; int8: codes and  |
+|           | their scales, always rounded stochastically                                                              |
 | basis     | dense: a matrix; int4: packed codes, their scales and offsets; key: of a Gaussian basis, made as it is read |
 | moments   | fp32: of R's shape; 8bit: codes and absmax in blocks                                                     |
 | rule      | adam: with bias correction; ratio-adam: N = M / (sqrt(V) + eps), whose correction multiplies the rate    |
@@ -19,6 +20,7 @@ import torch
 from lowrank_sys._ops.blockwise import expect_moments
 from lowrank_sys._ops.int4 import expect_int4
 from lowrank_sys._ops.int8 import expect_int8, expect_stream
+from lowrank_sys._ops.rounding import STOCHASTIC, check_numbers
 from lowrank_sys._ops.rules import (
     ADAM,
     GUARDS,
@@ -66,12 +68,12 @@ SCHEMAS = {
     "Tensor(c!)[] states, Tensor(d!)[] steps, *, Tensor lr, str weight, str basis, str moments, str rule, str remainder, "
     f"{ADAM}, float scale, bool left, float residual_scale=1.0, bool sign=False, bool per_tensor=False, bool scale_front=False, "
     "float growth=1.01, bool projected=False, bool int8_gemm=False, bool advance=True, int group_size=256, "
-    f'int basis_group_size=256, int seed=0, int[] parameters=[], int[] offsets=[], {GUARDS}, str op="step") -> ()',
+    f'int basis_group_size=256, {STOCHASTIC}, {GUARDS}, str op="step") -> ()',
     # On rows of the identity, with a scale each (float, fp32, adam, none): touches the selected rows alone, unless W decays.
     # row_scales is empty where no matrix has one.
     "step.rows": "(Tensor(a!)[] weights, Tensor[] gradients, Tensor[] indices, Tensor[] row_scales, Tensor(b!)[] exp_avgs, "
-    f"Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, *, Tensor lr, {ADAM}, float scale, bool left, bool advance=True, {GUARDS}, "
-    'str op="step") -> ()',
+    f"Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, *, Tensor lr, {ADAM}, float scale, bool left, bool advance=True, {STOCHASTIC}, "
+    f'{GUARDS}, str op="step") -> ()',
 }
 
 
@@ -136,10 +138,6 @@ def _columns(op, name, tensors, count, least, most):
     return lists + [[None] * count] * (most - len(lists))
 
 
-def _numbers(op, name, numbers, count):
-    expect(len(numbers) == count, op, lambda: f"{name} must have {count} numbers, one a weight, got {len(numbers)}")
-
-
 def matrices(
     op,
     weights,
@@ -156,9 +154,11 @@ def matrices(
     remainder,
     parameters,
     offsets,
+    stochastic=False,
 ):
     """The lists of a step as a list of `Matrix`; the lengths must fit."""
     count, int8 = len(weights), weight == "int8"
+    draws = int8 or stochastic
     for name, tensors, size in (
         ("weight_scales", weight_scales, count if int8 else 0),
         ("gradients", gradients, count),
@@ -175,10 +175,8 @@ def matrices(
     *kept, limiters = _columns(op, "states", states, count, size, size + (remainder in LIMITED)) + (
         [] if remainder in LIMITED else [[None] * count]
     )
-    if int8:
-        _numbers(op, "parameters", parameters, count)
-        if offsets:
-            _numbers(op, "offsets", offsets, count)
+    if draws:
+        check_numbers(op, count, parameters, offsets)
     return [
         Matrix(*row, moments=tuple(its), limiter=limiter, step=step, parameter=parameter, offset=offset)
         for *row, its, limiter, step, parameter, offset in zip(
@@ -192,13 +190,13 @@ def matrices(
             zip(*kept) if count else [],
             limiters,
             steps,
-            parameters if int8 else [0] * count,
-            offsets if int8 and offsets else [0] * count,
+            parameters if draws else [0] * count,
+            offsets if draws and offsets else [0] * count,
         )
     ]
 
 
-def check_matrix(op, x, *, weight, basis, moments, left, projected, group_size, basis_group_size):
+def check_matrix(op, x, *, weight, basis, moments, left, projected, group_size, basis_group_size, stochastic=False):
     """The rules of one matrix."""
     device = x.weight.device
     if weight == "int8":
@@ -236,7 +234,7 @@ def check_matrix(op, x, *, weight, basis, moments, left, projected, group_size, 
     if x.limiter is not None:
         expect_scalar(op, "limiter", x.limiter, device, own_device=True)
         expect_dtype(op, "limiter", x.limiter, torch.float32)
-    if weight == "int8":
+    if weight == "int8" or stochastic:
         expect_stream(op, x.parameter, x.offset)
 
 
@@ -255,6 +253,7 @@ def check_step(
     advance=True,
     group_size=256,
     basis_group_size=256,
+    stochastic=False,
     parameters=(),
     offsets=(),
     grad_scale=None,
@@ -268,11 +267,15 @@ def check_step(
         op, weight=weight, basis=basis, moments=moments, rule=rule, remainder=remainder, projected=projected, int8_gemm=int8_gemm
     )
     policies = {"weight": weight, "basis": basis, "moments": moments}
-    rows = matrices(op, weights, *lists, **policies, remainder=remainder, parameters=parameters, offsets=offsets)
+    numbers = {"parameters": parameters, "offsets": offsets, "stochastic": stochastic}
+    rows = matrices(op, weights, *lists, **policies, remainder=remainder, **numbers)
     check_guards(op, weights, lists[-1], lr, grad_scale, found_inf, skipped, first="weights", counted=advance)
     for i, row in enumerate(rows):
         at = op if len(rows) == 1 else f"{op}: matrix {i}"
-        check_matrix(at, row, **policies, left=left, projected=projected, group_size=group_size, basis_group_size=basis_group_size)
+        check_matrix(
+            at, row, **policies, left=left, projected=projected, group_size=group_size, basis_group_size=basis_group_size,
+            stochastic=stochastic,
+        )  # fmt: skip
     return rows
 
 
@@ -285,8 +288,8 @@ def _(*lists, **options):
 
 
 def check_rows(
-    weights, gradients, indices, row_scales, exp_avgs, exp_avg_sqs, steps, *, lr, left, advance=True, grad_scale=None,
-    found_inf=None, skipped=None, op="step", **hyper,
+    weights, gradients, indices, row_scales, exp_avgs, exp_avg_sqs, steps, *, lr, left, advance=True, stochastic=False,
+    parameters=(), offsets=(), grad_scale=None, found_inf=None, skipped=None, op="step", **hyper,
 ):  # fmt: skip
     """The rules of a step on rows; returns its matrices: weight, gradient, indices, scale or None, moments and step of each."""
     count = len(weights)
@@ -299,6 +302,8 @@ def check_rows(
         ("steps", steps),
     ):
         expect(len(tensors) == count, op, lambda: f"{name} must have {count} tensors for {count} weights, got {len(tensors)}")
+    if stochastic:
+        check_numbers(op, count, parameters, offsets)
     check_guards(op, weights, steps, lr, grad_scale, found_inf, skipped, first="weights", counted=advance)
     rows = list(zip(weights, gradients, indices, row_scales or [None] * count, exp_avgs, exp_avg_sqs, steps))
     for i, (weight, gradient, index, row_scale, *moments, _) in enumerate(rows):
@@ -312,6 +317,8 @@ def check_rows(
         for name, moment in zip(MOMENTS["fp32"], moments):
             expect_like(at, name, moment, selected_shape(weight, index, left), device)
             expect_dtype(at, name, moment, torch.float32)
+        if stochastic:
+            expect_stream(at, parameters[i], offsets[i] if offsets else 0)
     return rows
 
 

@@ -38,7 +38,7 @@ def _grams(batch, store):
 
 
 def _low_rank(batch, method, lr):
-    weights, store = weight_store(batch.params[0]), store_of(batch.states[0])
+    weights, store = batch.store, store_of(batch.states[0])
     weight, basis, moments, rule, remainder = names_of(batch.params[0], batch.states[0], batch.rule, batch.remainder)
     bases, *parts = map(batch.column, store.keys)
     parts = [tensor for column in parts for tensor in column]
@@ -57,7 +57,8 @@ def _rows(batch, method, lr):
     ops.step.rows(
         batch.written, batch.gradients, batch.column("indices"),
         batch.column("row_scale") if "row_scale" in batch.states[0] else [], *map(batch.column, MOMENTS["fp32"]),
-        batch.column("step"), lr=lr, scale=batch.group["scale"], left=batch.left, **_adam(batch.group), **batch.guards,
+        batch.column("step"), lr=lr, scale=batch.group["scale"], left=batch.left,
+        **batch.store.options(batch.group, batch.states), **_adam(batch.group), **batch.guards,
     )  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def _adamw(batch, method, lr):
     moments = _moments_of(batch.states[0])
     op(
         batch.written, batch.gradients, *map(batch.column, MOMENTS[moments]), batch.column("step"), lr=lr, **_adam(batch.group),
-        **batch.guards,
+        **batch.store.options(batch.group, batch.states), **batch.guards,
     )  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def fused(batch, method):
 
 def run(step, batch, method, lr):
     """Take a fused step of weights that may not lie in rows."""
-    batch.written = by_rows(batch.params) if not weight_store(batch.params[0]).int8 else batch.params
+    batch.written = by_rows(batch.params) if not batch.store.int8 else batch.params
     step(batch, method, lr)
-    if not weight_store(batch.params[0]).int8:
+    if not batch.store.int8:
         put_back(batch.params, batch.written)

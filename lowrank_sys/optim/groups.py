@@ -45,7 +45,8 @@ class ParamGroups(list):
 
 def param_groups(
     model: nn.Module, rank: int | None = 128, *, target_modules: Sequence[str] | None = None,
-    plain: Mapping[str, Any] | None = None, narrow: Literal["plain", "own"] = "plain", **low_rank: Any,
+    plain: Mapping[str, Any] | None = None, narrow: Literal["plain", "own"] = "plain", stochastic_rounding: bool = False,
+    **low_rank: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Two optimizer groups: weights of linear layers in a subspace, everything else plain.
 
@@ -60,6 +61,7 @@ def param_groups(
         plain: keys of the plain group, e.g. {"lr": 1e-3}.
         narrow: what becomes of a matrix with a side below the rank, of which a warning tells: 'plain', it joins the plain group; or
             'own', it trains at the rank that it has, in a group of all such, as an INT8 weight does in any case.
+        stochastic_rounding: of all groups: weights in 16 bits are rounded stochastically, with the random bits of `seed`.
         **low_rank: keys of the low-rank group, e.g. update_proj_gap, scale, proj_type, subspace, moments, seed, lr.
 
     Returns:
@@ -69,7 +71,8 @@ def param_groups(
     known = known_keys()
     if unknown := sorted(low_rank.keys() - known):
         raise ValueError(f"keys of the low-rank group must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
-    keys = {"rank": rank, **low_rank}
+    rounding = {"stochastic_rounding": stochastic_rounding} if stochastic_rounding is not False else {}
+    keys = {"rank": rank, **low_rank, **rounding}
     hyper.check(keys, hyper.RULES)
     rank = keys["rank"]
     if narrow not in ("plain", "own"):
@@ -104,7 +107,9 @@ def param_groups(
     narrow_ones = [name for name, p in matrices if rank is not None and min(matrix_shape(p.shape)) < rank]
     _tell_of_narrow(narrow_ones, rank, own=any(r != rank for r, _ in by_rank))
     others = [(name, p) for name, p in named if id(p) not in inside]
-    return ParamGroups([{"params": others, **(plain or {})}, *low], model, bool(layers))
+    if rounding and "seed" in keys:
+        rounding["seed"] = keys["seed"]
+    return ParamGroups([{"params": others, **rounding, **(plain or {})}, *low], model, bool(layers))
 
 
 def _projected(model, rank, target_modules, keys):

@@ -105,6 +105,7 @@ RULES = {
     "alpha": at_least(0),
     "residual_scale": at_least(0),
     "quant": flag,
+    "stochastic_rounding": flag,
     "int8_gemm": flag,
     "cos_threshold": optional(share),
     "gamma_proj": at_least(1),

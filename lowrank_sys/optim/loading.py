@@ -12,6 +12,8 @@ from lowrank_sys.subspace.moments import absmax_of
 
 # What may be there or not: the norm that per_layer='in_backward' clips by, and what a GPU says of its last choice of a basis.
 OPTIONAL = {"norm", "missed"}
+# What stays of a run with stochastic rounding where it is off now.
+UNREAD = {"parameter"}
 
 
 def check_groups(optimizer, saved_groups):
@@ -70,6 +72,26 @@ def with_blocks_by_row(pipeline, states, params):
     return states
 
 
+def with_rounding(optimizer, saved_groups):
+    """`saved_groups` with `stochastic_rounding`, which older versions do not have: as this optimizer's groups have it."""
+    own = [group.get("stochastic_rounding", False) for group in optimizer.param_groups]
+    own += [False] * (len(saved_groups) - len(own))
+    return [{"stochastic_rounding": mine, **saved} for mine, saved in zip(own, saved_groups)]
+
+
+def with_numbers(states, params, new_state):
+    """`states` with the number of the weight wherever stochastic rounding asks for it: those of a run without have none.
+
+    states, params: as in with_blocks_by_row; new_state(param, group) makes a state.
+    """
+    states = dict(states)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for i, group, param in params:
+            if states.get(i) and group.get("stochastic_rounding") and "parameter" not in states[i]:
+                states[i] = {**states[i], "parameter": new_state(param, group)["parameter"]}
+    return states
+
+
 def _flat_moments(pipeline, state, group):
     """(name, signed) of the moments of R's shape, or of a stack of them, whose blocks are flat over each R."""
     for name, moment in pipeline.moments_of(group, (1, 1)).items() if pipeline.moments.low_rank else ():
@@ -94,7 +116,7 @@ def check_state(optimizer, saved, params, new_state):
         state, where = saved[param], f"the loaded state of {names[param]}"
         if lacking := sorted(want.keys() - state.keys() - OPTIONAL):
             raise ValueError(f"{where} must have what {type(optimizer).__name__} keeps, it lacks {', '.join(lacking)}")
-        if surplus := sorted(state.keys() - want.keys() - OPTIONAL):
+        if surplus := sorted(state.keys() - want.keys() - OPTIONAL - UNREAD):
             raise ValueError(f"{where} must have what {type(optimizer).__name__} keeps, it has {', '.join(surplus)} too")
         for key, value in want.items():
             if key in state and isinstance(value, torch.Tensor) and not _alike(value, state[key]):

@@ -7,11 +7,14 @@ import torch
 
 from lowrank_sys.optim import hyper, ledger
 from lowrank_sys.optim.coefficient import weights, with_coefficients, without_coefficients
-from lowrank_sys.optim.loading import check_groups, check_ranks, check_state, with_blocks_by_row
+from lowrank_sys.optim.loading import check_groups, check_ranks, check_state, with_blocks_by_row, with_numbers, with_rounding
 from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.weight import weight_store
 from lowrank_sys.subspace.matrices import count, each, is_batch, matrices, stacked
+
+# Numbers of parameters in groups without a rank begin here, behind those of all matrices.
+FIRST_PLAIN = 2**31
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -19,7 +22,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. Keys of a low-rank group: `rank` and
-            those of the parts.
+            those of the parts. Of any group: `stochastic_rounding` (False; True: weights in 16 bits are rounded stochastically,
+            with the random bits of the group's `seed`; fp32 weights are not).
         pipeline: the parts (lowrank_sys.optim.pipeline.Pipeline).
         defaults: the rule's hyper-parameters, with `lr` (float or 0-dim tensor).
         nonfinite: 'skip': a gradient that is not finite leaves its channel (plain groups: its element) untouched, counted
@@ -65,6 +69,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         try:
             super().add_param_group(with_names(param_group, self.param_groups))
             group = self.param_groups[-1]
+            group.setdefault("stochastic_rounding", False)
             names = group.get("param_names") or default_names(self.param_groups[:-1], len(group["params"]))
             hyper.check(group, self.rules)
             self._check_stores(group, names)
@@ -155,14 +160,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _new_states(self):
         """A function of (parameter, its group) that makes a state as it is before the first step."""
-        index, total = {}, 0
+        plain = (p for group in self.param_groups if "rank" not in group for p in group["params"])
+        index, total = {param: i for i, param in enumerate(plain, FIRST_PLAIN)}, 0
         for param in (p for group in self.param_groups if "rank" in group for p in weights(group)):
             index[param] = total
             total += count(param.shape)
 
         def new_state(param, group):
             if "rank" not in group:
-                return self.pipeline.new_state(param, group, None, total)
+                return self.pipeline.new_state(param, group, index[param], total)
             first = range(index[param], index[param] + count(param.shape))
             states = [self.pipeline.new_state(one, group, i, total) for i, one in zip(first, matrices(param))]
             return stacked(states) if is_batch(param.shape) else states[0]
@@ -309,11 +315,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.gradients.check_loaded(state_dict["param_groups"])
         state_dict = with_coefficients(self, state_dict)
         check_groups(self, state_dict["param_groups"])
+        state_dict = {**state_dict, "param_groups": with_rounding(self, state_dict["param_groups"])}
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         groups = [self._loaded_group(g, saved) for g, saved in enumerate(state_dict["param_groups"])]
         groups = [group for group in groups for _ in group["params"]]
-        state_dict = {**state_dict, "state": with_blocks_by_row(self.pipeline, state_dict["state"], zip(ids, groups, params))}
+        own = list(zip(ids, groups, params))
+        states = with_numbers(with_blocks_by_row(self.pipeline, state_dict["state"], own), own, self._new_states())
+        state_dict = {**state_dict, "state": states}
         saved = {param: state_dict["state"].get(i, {}) for i, param in zip(ids, params)}
         for group, (param, state) in zip(groups, saved.items()):
             if "rank" in group and state and not self._fits(param, state):

@@ -68,6 +68,11 @@ class Batch:
         return self.states[0].get("left", False)
 
     @property
+    def store(self):
+        """The store of the weights."""
+        return weight_store(self.params[0], self.group)
+
+    @property
     def has_subspace(self):
         return store_of(self.states[0]) is not None
 
@@ -127,12 +132,12 @@ class Pipeline:
         return {key: missing for key, names in needs.items() if (missing := [name for name in names if name not in kept])}
 
     def new_state(self, param, group, index, count):
-        """The state before the first step; matrix `index` of `count` in groups with a rank."""
+        """The state before the first step of weight number `index`; of `count` matrices in groups with a rank."""
         state, shape = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}, param.shape
         if "rank" in group:
             shape = self.subspace.init(state, param, group, index, count)
             self.remainder.init(state, param)
-            weight_store(param).init(state, index)
+        weight_store(param, group).init(state, index)
         self.moments.init(state, self.moments_of(group, shape), tuple(shape), param, group)
         return state
 
@@ -212,7 +217,7 @@ class Pipeline:
 
 def _general(method, batch, param, g, state, usable_channels, lr):
     """The step of one weight by the parts alone. g: G, or R if the batch is projected."""
-    group, rule, remainder, store = batch.group, batch.rule, batch.remainder, weight_store(param)
+    group, rule, remainder, store = batch.group, batch.rule, batch.remainder, batch.store
     go, skipped, has_basis = batch.go, batch.guards["skipped"], store_of(state) is not None
     axis = (0 if batch.left else 1) if has_basis else None  # along which a channel runs
     whole = rule.returns_gradient(group) and not has_basis  # then nothing of the weight's size is made

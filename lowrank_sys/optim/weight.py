@@ -1,4 +1,4 @@
-"""Weight stores: how an optimizer keeps the weights, and the only writers of them. A parameter says by itself which it has."""
+"""Weight stores: how an optimizer keeps the weights, and the only writers of them. A parameter and its group say which it has."""
 
 import math
 
@@ -35,11 +35,18 @@ def _part(tensor, shape, first, end):
     return tensor[first:end] if tensor.dim() == len(shape) and tensor.shape[0] == shape[0] else tensor
 
 
+def _number(state):
+    if "parameter" not in state:
+        raise ValueError("stochastic_rounding must be set before a group's first step, or be loaded: its states lack `parameter`")
+    return state["parameter"]
+
+
 class InPlace:
     """The parameter itself, in its own dtype (fp32, bf16 or fp16), rounded to nearest even once a step."""
 
     name = "float"  # in the table of fused steps
     int8 = False
+    stochastic = False
     group_size = None
 
     def check(self, param, name):
@@ -48,7 +55,7 @@ class InPlace:
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {param.dtype}")
 
     def init(self, state, index):
-        """Add this store's state for matrix `index` of the optimizer."""
+        """Add this store's state for weight `index` of the optimizer."""
 
     def tensors(self, params):
         """The lists of tensors that ops take for the weights: themselves or their codes, and scales."""
@@ -73,7 +80,7 @@ class InPlace:
 
         change: a lowrank_sys.optim.update.Change. decay: 0-dim; None is 1. ok: bool, broadcast to W. seed: of random bits.
         """
-        if change.is_low_rank(param) and (decay is None or param.dtype == torch.float32):
+        if change.is_low_rank(param) and (param.dtype == torch.float32 or (decay is None and not self.stochastic)):
             if decay is not None:
                 param.mul_(torch.where(ok, decay, 1.0))
             change.subtract_from(param)
@@ -82,15 +89,41 @@ class InPlace:
         for first, end in panels(whole.shape):
             old = whole[first:end].float()
             new = (old if decay is None else decay * old) - change.panel(first, end)
-            whole[first:end].copy_(torch.where(_part(ok, param.shape, first, end), new, old))
+            self.put(whole[first:end], torch.where(_part(ok, param.shape, first, end), new, old), state, seed, first)
+
+    def put(self, rows, values, state, seed, first):
+        """rows, from row `first` of a weight on, <- values (fp32)."""
+        rows.copy_(values)
 
 
-class Int8(InPlace):
-    """INT8 codes and their scales (lowrank_sys.nn.QuantWeight), rounded stochastically once a step.
+class Stochastic(InPlace):
+    """The parameter itself, rounded stochastically once a step unless it is fp32: what a step adds or decays is there in the mean,
+    even if it is less than half of the weight's last place.
 
-    The random bits follow from the group's `seed`, the step and the number of the matrix: a resumed run draws the same.
-    State of a matrix: `parameter`, its number.
+    The random bits follow from the group's `seed`, the step and the number of the weight: a resumed run draws the same.
+    State of a weight: `parameter`, its number.
     """
+
+    stochastic = True
+
+    def init(self, state, index):
+        state["parameter"] = index
+
+    def options(self, group, states):
+        return {"stochastic": True, "seed": group.get("seed", 0), "parameters": [_number(s) for s in states]}
+
+    def put(self, rows, values, state, seed, first):
+        written = rows.contiguous()
+        torch.ops.lowrank.round_stochastic_(
+            written, values.contiguous(), seed=seed, step=state["step"], parameter=_number(state),
+            offset=first * math.prod(rows.shape[1:]),
+        )  # fmt: skip
+        if written is not rows:
+            rows.copy_(written)
+
+
+class Int8(Stochastic):
+    """INT8 codes and their scales (lowrank_sys.nn.QuantWeight), rounded stochastically once a step, with random bits as those."""
 
     name = "int8"
     int8 = True
@@ -100,9 +133,6 @@ class Int8(InPlace):
 
     def check(self, param, name):
         """Codes and scales are what quantize_int8 made."""
-
-    def init(self, state, index):
-        state["parameter"] = index
 
     def tensors(self, params):
         drop_exact(*params)
@@ -127,9 +157,11 @@ class Int8(InPlace):
             )  # fmt: skip
 
 
-IN_PLACE = InPlace()
+IN_PLACE, STOCHASTIC = InPlace(), Stochastic()
 
 
-def weight_store(param):
-    """The store that a parameter is kept in."""
-    return Int8(param.group_size) if is_quantized(param) else IN_PLACE
+def weight_store(param, group=None):
+    """The store that a parameter of a group is kept in; without the group, how it lies in memory."""
+    if is_quantized(param):
+        return Int8(param.group_size)
+    return STOCHASTIC if group is not None and group.get("stochastic_rounding") else IN_PLACE

@@ -4,6 +4,7 @@ import torch
 
 from lowrank_sys import _ops
 from lowrank_sys._ops.numerics import accumulator, usable
+from lowrank_sys.reference.rounding import draw_of, write_
 
 
 def adam_(gradient, exp_avg, exp_avg_sq, ok, *, step, beta1, beta2, eps):
@@ -42,6 +43,10 @@ def adamw_step(
     beta2,
     eps,
     weight_decay,
+    stochastic=False,
+    seed=0,
+    parameters=(),
+    offsets=(),
     grad_scale=None,
     found_inf=None,
     skipped=None,
@@ -50,18 +55,21 @@ def adamw_step(
 
     params, grads: fp32 | bf16 | fp16; exp_avgs, exp_avg_sqs: fp32 of the same shapes; steps: 0-dim fp32, advanced by one;
     lr: 0-dim. grad_scale multiplies the gradients; found_inf != 0 makes the whole step a no-op; skipped (int64) counts
-    elements left out.
+    elements left out. stochastic: weights that are not fp32 are rounded as by `round_stochastic_`, with the bits of their steps,
+    `parameters` and `offsets`.
     """
-    _ops.steps.check_adamw_step(params, grads, exp_avgs, exp_avg_sqs, steps, lr, (grad_scale, found_inf, skipped))
+    draws = (stochastic, parameters, offsets)
+    _ops.steps.check_adamw_step(params, grads, exp_avgs, exp_avg_sqs, steps, lr, draws, (grad_scale, found_inf, skipped))
     if skip(params, found_inf):
         return
-    for param, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps):
+    for i, (param, grad, exp_avg, exp_avg_sq, step) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps)):
         step += 1
         w, g = param.to(accumulator(param)), grad.to(accumulator(param))
         if grad_scale is not None:
             g = g * grad_scale.reshape(())
         ok = usable(g)
         update = adam_(g, exp_avg, exp_avg_sq, ok, step=step, beta1=beta1, beta2=beta2, eps=eps)
-        param.copy_(torch.where(ok, (1 - lr * weight_decay) * w - lr * update, w))
+        new = torch.where(ok, (1 - lr * weight_decay) * w - lr * update, w)
+        write_(param, new, step=step, **draw_of(i, stochastic, seed, parameters, offsets))
         if skipped is not None:
             skipped += (~ok).sum()

@@ -10,6 +10,7 @@ from lowrank_sys._ops.blockwise import BLOCK, absmax_shape, is_by_row
 from lowrank_sys._ops.codebook import dynamic_map
 from lowrank_sys._ops.numerics import accumulator, usable
 from lowrank_sys.reference.adam import adam_, skip
+from lowrank_sys.reference.rounding import draw_of, write_
 
 
 def midpoints(signed, device="cpu"):
@@ -99,6 +100,10 @@ def adam_8bit_(
     beta2,
     eps,
     weight_decay,
+    stochastic=False,
+    seed=0,
+    parameters=(),
+    offsets=(),
     grad_scale=None,
     found_inf=None,
     skipped=None,
@@ -106,16 +111,17 @@ def adam_8bit_(
     """adamw_step with 8-bit moments: AdamW on tensors of any shape, moments in blocks of 256.
 
     params, grads: fp32 | bf16 | fp16; exp_avgs (signed codes), exp_avg_sqs (unsigned codes): uint8 of their shapes, with
-    absmaxes (fp32, one a block); steps, lr and the guards as in adamw_step. The update comes from the moments before they are
-    rounded to codes. An element whose gradient is not finite keeps its weight, and its decoded moments as its block is encoded
-    again; a block of such elements only keeps its bytes.
+    absmaxes (fp32, one a block); steps, lr, the guards and the rounding as in adamw_step. The update comes from the moments before
+    they are rounded to codes. An element whose gradient is not finite keeps its weight, and its decoded moments as its block is
+    encoded again; a block of such elements only keeps its bytes.
     """
     moments = (exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes)
-    _ops.blockwise.check_adam_8bit(params, grads, *moments, steps, lr=lr, guards=(grad_scale, found_inf, skipped))
+    draws = (stochastic, parameters, offsets)
+    _ops.blockwise.check_adam_8bit(params, grads, *moments, steps, lr=lr, draws=draws, guards=(grad_scale, found_inf, skipped))
     if skip(params, found_inf):
         return
     grad_scale = None if grad_scale is None else grad_scale.reshape(())
-    for param, grad, *stored, step in zip(params, grads, *moments, steps):
+    for i, (param, grad, *stored, step) in enumerate(zip(params, grads, *moments, steps)):
         step += 1
         left_out = adamw(
             param,
@@ -128,19 +134,20 @@ def adam_8bit_(
             eps=eps,
             weight_decay=weight_decay,
             grad_scale=grad_scale,
+            **draw_of(i, stochastic, seed, parameters, offsets),
         )
         if skipped is not None:
             skipped += left_out
 
 
-def adamw(param, grad, moments, *, step, lr, beta1, beta2, eps, weight_decay, grad_scale=None):
+def adamw(param, grad, moments, *, step, lr, beta1, beta2, eps, weight_decay, grad_scale=None, **draw):
     """One tensor of adam_8bit_; returns how many elements were left out."""
     w, g = param.to(accumulator(param)), grad.to(accumulator(param))
     if grad_scale is not None:
         g = g * grad_scale
     ok = usable(g)
     update = moments.adam(g, ok, step=step, beta1=beta1, beta2=beta2, eps=eps)
-    param.copy_(torch.where(ok, (1 - lr * weight_decay) * w - lr * update, w))
+    write_(param, torch.where(ok, (1 - lr * weight_decay) * w - lr * update, w), step=step, **draw)
     return (~ok).sum()
 
 

@@ -15,6 +15,7 @@ from lowrank_sys.reference.galore import back, project
 from lowrank_sys.reference.gaussian import gaussian_project
 from lowrank_sys.reference.int4 import dequantize_int4
 from lowrank_sys.reference.int8 import int8_update_
+from lowrank_sys.reference.rounding import write_
 
 TINY = 1e-8  # beside norms that divide, as the papers' code has it
 OVERFLOW = 2.0**128
@@ -22,8 +23,8 @@ OVERFLOW = 2.0**128
 
 def step(
     weights, weight_scales, gradients, bases, basis_parts, states, steps, *, lr, weight, basis, moments, rule, remainder,
-    weight_decay, left, projected=False, advance=True, parameters=(), offsets=(), grad_scale=None, found_inf=None, skipped=None,
-    op="step", checked=True, **options,
+    weight_decay, left, projected=False, advance=True, stochastic=False, parameters=(), offsets=(), grad_scale=None,
+    found_inf=None, skipped=None, op="step", checked=True, **options,
 ):  # fmt: skip
     """One step of every matrix, in place.
 
@@ -37,7 +38,8 @@ def step(
     not `sign`.
 
     weights (m, n): fp32 | bf16 | fp16, or int8 codes with weight_scales (m, ⌈n/group_size⌉) as in `quantize_int8`, rounded as in
-    `int8_update_` at (seed, step, parameters, offsets). gradients: G (m, n) fp32 | bf16 | fp16, or R (r, n) if left, else (m, r),
+    `int8_update_` at (seed, step, parameters, offsets). stochastic: weights in 16 bits are rounded as in `round_stochastic_`, with
+    the same bits. gradients: G (m, n) fp32 | bf16 | fp16, or R (r, n) if left, else (m, r),
     fp32, if `projected`. bases (m or n, r); or packed codes, with scales and offsets as basis_parts, of `quantize_int4` in groups
     of basis_group_size; or keys: int64 (4,) of seed, refresh, parameter and first row. states: exp_avg and exp_avg_sq of R's
     shape, fp32, or codes and absmax as in `adam_8bit_low_rank_`; then limiters (0-dim fp32, 0 before the first step), which hold
@@ -51,10 +53,11 @@ def step(
     lists = (weights, weight_scales, gradients, bases, basis_parts, states, steps)
     policies = {"weight": weight, "basis": basis, "moments": moments, "remainder": remainder}
     if is_truth(weights, checked):
-        rows = matrices(op, *lists, **policies, parameters=parameters, offsets=offsets)
+        rows = matrices(op, *lists, **policies, parameters=parameters, offsets=offsets, stochastic=stochastic)
     else:
         rows = check_step(
-            *lists, lr=lr, **policies, rule=rule, left=left, projected=projected, advance=advance, parameters=parameters,
+            *lists, lr=lr, **policies, rule=rule, left=left, projected=projected, advance=advance, stochastic=stochastic,
+            parameters=parameters,
             offsets=offsets, grad_scale=grad_scale, found_inf=found_inf, skipped=skipped, op=op,
             **{key: options[key] for key in ("int8_gemm", "group_size", "basis_group_size") if key in options},
         )  # fmt: skip
@@ -64,7 +67,14 @@ def step(
     for x in rows:
         if advance:
             x.step.add_(1)
-        left_out = _step(x, _Options(**options, left=left, weight_decay=weight_decay, op=op), lr, projected, factor, **policies)
+        left_out = _step(
+            x,
+            _Options(**options, left=left, weight_decay=weight_decay, stochastic=stochastic, op=op),
+            lr,
+            projected,
+            factor,
+            **policies,
+        )
         if skipped is not None:
             skipped += left_out
 
@@ -74,7 +84,7 @@ class _Options:
 
     def __init__(
         self, *, beta1, beta2, eps, weight_decay, scale, left, residual_scale=1.0, sign=False, per_tensor=False, scale_front=False,
-        growth=1.01, int8_gemm=False, group_size=256, basis_group_size=256, seed=0, op="step",
+        growth=1.01, int8_gemm=False, group_size=256, basis_group_size=256, stochastic=False, seed=0, op="step",
     ):  # fmt: skip
         self.__dict__.update(locals())
 
@@ -189,5 +199,6 @@ def _write(x, update, ok, rate, lr, o, weight):
         )  # fmt: skip
     else:
         w = x.weight.to(update.dtype)
-        x.weight.copy_(torch.where(ok, (1 - lr * o.weight_decay) * w - rate * update, w))
+        new = torch.where(ok, (1 - lr * o.weight_decay) * w - rate * update, w)
+        write_(x.weight, new, stochastic=o.stochastic, seed=o.seed, step=x.step, parameter=x.parameter, offset=x.offset)
     return (~ok.expand_as(x.weight)).sum()

@@ -7,6 +7,7 @@ from lowrank_sys import _ops
 from lowrank_sys._ops.numerics import accumulator, usable
 from lowrank_sys.reference.adam import adam_, is_truth, skip
 from lowrank_sys.reference.galore import channel_norms
+from lowrank_sys.reference.rounding import draw_of, write_
 
 
 def row_norms(grad, *, left, norms=channel_norms):
@@ -83,8 +84,9 @@ def _add_rows_(param, rows, indices, count, axis):
 
 
 def _step(
-    param, grad, indices, row_scale, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left, grad_scale=None
-):
+    param, grad, indices, row_scale, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay, scale, left, draw,
+    grad_scale=None,
+):  # fmt: skip
     """The step of one matrix; returns how many weights were left out."""
     axis = 0 if left else 1
     count = counted(indices, param.shape[axis])
@@ -98,13 +100,13 @@ def _step(
     if row_scale is not None:
         x = x * per_row(row_scale.to(x.dtype), left)
     _add_rows_(new, -(lr * scale) * x, indices, count, axis)
-    param.copy_(torch.where(ok, new, w))
+    write_(param, torch.where(ok, new, w), step=step, **draw)
     return (~ok).sum() * param.shape[axis]
 
 
 def rows_step(
-    weights, gradients, indices, row_scales, exp_avgs, exp_avg_sqs, steps, *, lr, left, advance=True, grad_scale=None,
-    found_inf=None, skipped=None, op="step", checked=True, **hyper,
+    weights, gradients, indices, row_scales, exp_avgs, exp_avg_sqs, steps, *, lr, left, advance=True, stochastic=False, seed=0,
+    parameters=(), offsets=(), grad_scale=None, found_inf=None, skipped=None, op="step", checked=True, **hyper,
 ):  # fmt: skip
     """One Grass-AdamW step of every matrix: W <- (1 - lr*weight_decay) W - lr*scale*scatter(Adam(gather(G))).
 
@@ -112,22 +114,24 @@ def rows_step(
     and row_scales (r,) fp32, or none at all, as in gather_rows and scatter_add_rows_, with their rule for bad indices. All of W
     decays, as torch.optim.AdamW's; without weight decay only the selected rows are read or written. A channel of R (a column of G
     if left) with a value that is not finite keeps its moments and weights; a value that is not finite in a row that is not selected
-    has no effect. steps, advance, the guards and op as in `step`.
+    has no effect. steps, advance, the rounding, the guards and op as in `step`.
     """
     if is_truth(weights, checked):
         rows = list(zip(weights, gradients, indices, row_scales or [None] * len(weights), exp_avgs, exp_avg_sqs, steps))
     else:
         rows = _ops.step.check_rows(
             weights, gradients, indices, row_scales, exp_avgs, exp_avg_sqs, steps, lr=lr, left=left, advance=advance,
-            grad_scale=grad_scale, found_inf=found_inf, skipped=skipped, op=op,
+            stochastic=stochastic, parameters=parameters, offsets=offsets, grad_scale=grad_scale, found_inf=found_inf,
+            skipped=skipped, op=op,
         )  # fmt: skip
         for i, (param, _, index, *_) in enumerate(rows):
             check_indices(op if len(rows) == 1 else f"{op}: matrix {i}", index, param.shape[0 if left else 1])
     if skip(weights, found_inf):
         return
-    for *tensors, step in rows:
+    for i, (*tensors, step) in enumerate(rows):
         if advance:
             step.add_(1)
-        left_out = _step(*tensors, step=step, lr=lr, left=left, grad_scale=grad_scale, **hyper)
+        draw = draw_of(i, stochastic, seed, parameters, offsets)
+        left_out = _step(*tensors, step=step, lr=lr, left=left, draw=draw, grad_scale=grad_scale, **hyper)
         if skipped is not None:
             skipped += left_out

@@ -53,6 +53,8 @@ def _train(args: argparse.Namespace) -> None:
     args = settle(args, say)
     out, device = Path(args.out), _device(args.device)
     args.dtype = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(args.dtype, args.dtype)
+    if args.stochastic_rounding and args.dtype == "fp32":
+        raise CommandError("--stochastic-rounding needs --dtype bf16, weights are fp32")
 
     corpus = data.load(args.data, seq_len=args.seq_len, tokenizer=args.tokenizer, field=args.text_field)
     say(

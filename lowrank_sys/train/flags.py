@@ -47,10 +47,11 @@ BOUND = (
     "per_layer",
     "accumulate_dtype",
     "int8_gemm",
+    "stochastic_rounding",
     "target_modules",
 )
 # Bound flags that older checkpoints do not have, and what they were.
-NEWER = {"int8_gemm": False, "target_modules": None}
+NEWER = {"int8_gemm": False, "stochastic_rounding": False, "target_modules": None}
 FREE = ("out", "resume", "steps", "save_steps", "eval_steps", "eval_tokens", "keep", "gradient_checkpointing", "device", "as_given")
 
 
@@ -129,6 +130,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", metavar="S", type=int, default=0, help="of weights, data order and bases (default: %(default)s)")
     dtypes = "of computation and float weights: fp32 or bf16 (default: bf16 on a GPU, fp32 on a CPU)"
     add("--dtype", metavar="NAME", default="auto", help=dtypes)
+    add(
+        "--stochastic-rounding",
+        action="store_true",
+        help="with --dtype bf16: round float weights stochastically at every step, so that updates and decay below half of a "
+        "weight's last place count in the mean",
+    )
     add(
         "--weights",
         metavar="NAME",

@@ -22,8 +22,9 @@ DEFAULTS = ("rank", "scale", "subspace", "weights", "update_proj_gap")
 
 def _plain_groups(model, rank=None, *, plain=None, target_modules=None, **keys):
     """The same split as the low-rank methods', so that embeddings, norms and head have their own rate, and no rank."""
-    others, linear = optim.param_groups(model, rank=1, plain=plain, target_modules=target_modules)
-    return [others, {"params": linear["params"]}]
+    rounding = {"stochastic_rounding": True, "seed": keys["seed"]} if keys.get("stochastic_rounding") else {}
+    others, linear = optim.param_groups(model, rank=1, plain=plain, target_modules=target_modules, **rounding)
+    return [others, {"params": linear["params"], **rounding}]
 
 
 METHODS = {
@@ -52,6 +53,8 @@ def settle(args: argparse.Namespace, tell: Callable[[str], None] = lambda line: 
 
 def _groups(method, model, args):
     keys = {"seed": args.seed, **method.keys}
+    if args.stochastic_rounding:
+        keys["stochastic_rounding"] = True
     if args.rank is not None:
         keys |= {
             "update_proj_gap": args.update_proj_gap,

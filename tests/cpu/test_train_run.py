@@ -316,6 +316,16 @@ def test_products_in_int8(text, tmp_path, capsys):
     )
 
 
+def test_bf16_weights_that_are_rounded_stochastically(text, tmp_path, capsys):
+    runs = {}
+    for name, more in {"on": ["--stochastic-rounding"], "off": []}.items():
+        assert train(flags(text, tmp_path / name, "--dtype", "bf16", *more, method="galore", steps=4)) == 0
+        runs[name] = weights(tmp_path / name)
+    assert any(not torch.equal(runs["on"][name], runs["off"][name]) for name in runs["on"])
+    wanted = "--stochastic-rounding needs --dtype bf16, weights are fp32"
+    fails(capsys, flags(text, tmp_path / "no", "--stochastic-rounding", method="galore"), 2, wanted)
+
+
 def test_every_flag_is_bound_or_free_for_a_resume():
     parser = cli.Parser()
     train_flags.add_arguments(parser)

@@ -180,3 +180,19 @@ def test_random_bits_are_the_oracles(seed, group):
     bits = torch.empty(100, dtype=torch.uint16)
     _host.random16(seed=seed, step=9, parameter=4, group=group, out=bits.numpy())
     assert torch.equal(bits.long(), philox.random16(8 * group, 100, seed=seed, step=9, parameter=4))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("first", [0, 8, 5, 2**35 - 3])
+def test_stochastic_rounding_is_that_of_the_op(dtype, first):
+    values = poisoned(1003, torch.float32, 3) * torch.tensor([1.0, 2.0**-16, 2.0**-24, 6e4]).repeat(251)[:1003]
+    values = values.contiguous()
+    want = torch.empty(1003, dtype=dtype)
+    stream = dict(seed=-5, parameter=7)
+    torch.ops.lowrank.round_stochastic_(want, values, **stream, step=torch.tensor(3), offset=first)
+    for threads in THREADS:
+        for vector in (1, 4, 8):
+            got = torch.empty(1003, dtype=dtype)
+            _host.round(threads, vector, values.numpy(), name(dtype), 2**64 - 5, 3, 7, first, array(got))
+            assert torch.equal(got.isnan(), want.isnan()), (threads, vector)
+            assert torch.equal(got.nan_to_num(0.0), want.nan_to_num(0.0)), (threads, vector)

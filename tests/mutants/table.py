@@ -59,8 +59,8 @@ MUTANTS = (
     Mutant(
         "8-bit Adam writes weights of unusable gradients",
         "csrc/core/adam_8bit.h",
-        "choose(usable(g[e]), from_float<W>(apply_update(to_float(old[e]), update[e], s)), old[e])",
-        "from_float<W>(apply_update(to_float(old[e]), update[e], s))",
+        "choose(usable(g[e]), draw.template round<W>(apply_update(to_float(old[e]), update[e], s), e), old[e])",
+        "draw.template round<W>(apply_update(to_float(old[e]), update[e], s), e)",
         cpu("adam_8bit"),
     ),
     Mutant(

@@ -16,6 +16,8 @@ void row(const char* name, int64_t n) {
     run_block(threads, [&](const auto& block) {
       apply_row(block, w.data(), update.data(), ok.data(), n, 0.9f, -0.1f);
       block.sync();
+      round_row<4>(block, w.data(), update.data(), n / 2, Drawing{{1, 2, 3}, 5});
+      block.sync();
       widen_row(block, w.data(), wide.data(), n);
     });
     Result result;

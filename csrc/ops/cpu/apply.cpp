@@ -19,7 +19,7 @@ Matrix gradient_from(const Update& u, int64_t i, int64_t j) {
 
 // w <- decay w + alpha (back + c o phi) for the tile that begins at (i, j); `back` may be null.
 void move_tile(const Matrix& w, const float* back, const Update& u, int64_t i, int64_t j, int64_t rows, int64_t columns,
-               float decay, float alpha, Workspace& work) {
+               float decay, float alpha, const Rounding& rounding, Workspace& work) {
   const float* inside = nullptr;
   if (u.inside != nullptr) {
     const Tensor within = work.inside.matrix(rows, columns);
@@ -27,7 +27,7 @@ void move_tile(const Matrix& w, const float* back, const Update& u, int64_t i, i
     inside = data<float>(within);
   }
   const Coefficients c(u, i, j);
-  const Move a{w, gradient_from(u, i, j), back, inside, c.by_row, c.by_column, columns, decay, alpha};
+  const Move a{w, gradient_from(u, i, j), back, inside, c.by_row, c.by_column, columns, decay, alpha, rounding};
   parallel(rows, columns, [&](int64_t begin, int64_t end) { residual_kernels().move(a, begin, end); });
 }
 
@@ -48,9 +48,9 @@ void for_int8_tiles(int64_t m, int64_t n, const F& f) {
 
 }  // namespace
 
-void apply_into(const Tensor& param, const Update& u, Workspace& work) {
+void apply_into(const Tensor& param, const Update& u, const Rounding& rounding, Workspace& work) {
   if (u.gradient == nullptr) {
-    back_project_into(param, *u.x, *u.basis, u.left, u.decay, u.alpha, u.ok, work);
+    back_project_into(param, *u.x, *u.basis, u.left, u.decay, u.alpha, u.ok, work, rounding);
     return;
   }
   const int64_t m = param.size(0), n = param.size(1);
@@ -58,12 +58,12 @@ void apply_into(const Tensor& param, const Update& u, Workspace& work) {
     return Matrix{storage(param), data<char>(param) + (i * n + j) * int64_t(param.element_size()), n};
   };
   if (u.x == nullptr) {
-    move_tile(weights(0, 0), nullptr, u, 0, 0, m, n, u.decay, u.alpha, work);
+    move_tile(weights(0, 0), nullptr, u, 0, 0, m, n, u.decay, u.alpha, rounding, work);
     return;
   }
   for_tiles(m, n, [&](int64_t i, int64_t j, int64_t rows, int64_t columns) {
     const Tensor back = back_tile(u, i, j, rows, columns, work);
-    move_tile(weights(i, j), data<float>(back), u, i, j, rows, columns, u.decay, u.alpha, work);
+    move_tile(weights(i, j), data<float>(back), u, i, j, rows, columns, u.decay, u.alpha, rounding.at(i * n + j), work);
   });
 }
 
@@ -81,7 +81,7 @@ void apply_int8_into(const Int8Matrix& w, int64_t m, const Update& u, const Rand
     const Tensor back = back_tile(u, i, j, rows, columns, work);
     const Matrix update{DType::f32, data<float>(back), columns};
     // The tile becomes back + c o phi, and stays NaN where a channel is left out.
-    if (u.gradient != nullptr) move_tile(update, data<float>(back), u, i, j, rows, columns, 0.0f, 1.0f, work);
+    if (u.gradient != nullptr) move_tile(update, data<float>(back), u, i, j, rows, columns, 0.0f, 1.0f, {}, work);
     update_int8_tile(w, {i, j, rows, columns}, update, step);
   });
 }

@@ -17,7 +17,7 @@ struct Update {
   const float* coefficients = nullptr;  // c, one a channel where there is a phi; NaN leaves it out
 };
 
-void apply_into(const Tensor& param, const Update& u, Workspace& work);
+void apply_into(const Tensor& param, const Update& u, const Rounding& rounding, Workspace& work);
 
 // Rounded stochastically, with the bits of `stream` from element `offset` on.
 void apply_int8_into(const Int8Matrix& w, int64_t rows, const Update& u, const RandomStream& stream, uint64_t offset,

@@ -30,18 +30,21 @@ Tensor dequantize_blockwise(const Tensor& codes, const Tensor& absmax, bool is_s
 
 void adam_8bit(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
                const Tensors& exp_avg_absmaxes, const Tensors& exp_avg_sq_absmaxes, const Tensors& steps, const Tensor& lr,
-               double beta1, double beta2, double eps, double weight_decay, const std::optional<Tensor>& grad_scale,
+               double beta1, double beta2, double eps, double weight_decay, bool stochastic, int64_t seed,
+               const std::vector<int64_t>& parameters, const std::vector<int64_t>& offsets, const std::optional<Tensor>& grad_scale,
                const std::optional<Tensor>& found_inf, const std::optional<Tensor>& skipped) {
   const Guards guards{grad_scale, found_inf, skipped};
   const StoredLists moments{exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes};
-  check_adam_8bit(params, grads, moments, steps, lr, guards);
+  const Draws draws{stochastic, seed, parameters, offsets};
+  check_adam_8bit(params, grads, moments, steps, lr, draws, guards);
   const double rate = read_number(lr);
   if (is_no_op(guards)) return;
   const Hyper hyper{beta1, beta2, eps, weight_decay, 1.0};
   for (size_t i = 0; i < params.size(); ++i) {
     const double step = count_of(steps[i], true);
-    const Adam8bit adam{storage(params[i]),       storage(grads[i]), data<void>(params[i]), data<void>(grads[i]),
-                        moments.at(i).pointers(), params[i].numel(), grad_scale_of(guards), hyper.at(step, rate)};
+    const Adam8bit adam{storage(params[i]),    storage(grads[i]),        data<void>(params[i]),
+                        data<void>(grads[i]),  moments.at(i).pointers(), params[i].numel(),
+                        grad_scale_of(guards), hyper.at(step, rate),     rounding_of(draws, i, step)};
     std::atomic<int64_t> left_out = 0;
     parallel(block_count({1, adam.numel}), kBlock,
              [&](int64_t begin, int64_t end) { left_out += blockwise_kernels().adam(adam, begin, end); });

@@ -66,7 +66,7 @@ void back_project(const Tensor& param, const Tensor& x, double alpha, double bet
         const Matrix w{storage(param), data<char>(param) + (i * n + row + j) * int64_t(param.element_size()), n};
         const float* delta = data<float>(update);
         parallel(high, wide, [&](int64_t begin, int64_t end) {
-          store_kernels().apply(w, delta, nullptr, nullptr, wide, float(beta), float(alpha), begin, end);
+          store_kernels().apply(w, delta, nullptr, nullptr, wide, float(beta), float(alpha), {}, begin, end);
         });
       });
     }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../core/adam.h"
+#include "../rounding.h"
 #include "tensors.h"
 
 namespace lowrank {
@@ -17,6 +18,12 @@ inline bool is_no_op(const Guards& guards) { return guards.found_inf && *data<fl
 
 inline void count_skipped(const Guards& guards, int64_t skipped) {
   if (guards.skipped) *data<int64_t>(*guards.skipped) += skipped;
+}
+
+// How weight i of a step is rounded, at its count.
+inline Rounding rounding_of(const Draws& draws, size_t i, double count) {
+  if (!draws.stochastic) return {};
+  return {true, {uint64_t(draws.seed), counter_step(count), uint32_t(draws.parameter(i))}, uint64_t(draws.offset(i))};
 }
 
 // The count of a step: a counter that advances first, or a number.

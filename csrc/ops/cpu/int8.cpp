@@ -61,7 +61,7 @@ void int8_update_tensor(const Tensor& codes, const Tensor& scale, const Tensor& 
 void narrow(const Tensor& from, const Matrix& to) {
   const int64_t rows = from.size(0), columns = from.size(1);
   parallel(rows, columns, [&](int64_t begin, int64_t end) {
-    store_kernels().apply(to, data<float>(from), nullptr, nullptr, columns, 0.0f, 1.0f, begin, end);
+    store_kernels().apply(to, data<float>(from), nullptr, nullptr, columns, 0.0f, 1.0f, {}, begin, end);
   });
 }
 

@@ -43,7 +43,7 @@ void project_int8_gemm(const Tensor& r, const Tensor& grad, const Tensor& basis,
 }
 
 void back_project_int8_gemm(const Tensor& param, const Tensor& x, const Tensor& basis, bool left, double beta, double alpha,
-                            const uint8_t* ok, Workspace& work) {
+                            const uint8_t* ok, const Rounding& rounding, Workspace& work) {
   if (param.numel() == 0) return;
   const Int8Source b = source_of(basis, false), update = source_of(x, left);
   const Int8Back back{quantized(left ? b : update, true, work.basis),
@@ -52,7 +52,8 @@ void back_project_int8_gemm(const Tensor& param, const Tensor& x, const Tensor& 
                       left ? nullptr : ok,
                       left ? ok : nullptr,
                       float(beta),
-                      float(alpha)};
+                      float(alpha),
+                      rounding};
   parallel((param.size(0) + kInt8Rows - 1) / kInt8Rows, kInt8Rows * param.size(1),
            [&](int64_t begin, int64_t end) { int8_gemm_kernels().back(back, begin, end); });
 }

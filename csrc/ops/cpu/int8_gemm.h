@@ -10,6 +10,6 @@ void project_int8_gemm(const Tensor& r, const Tensor& grad, const Tensor& basis,
 
 // param <- beta * param + alpha * back(x) where ok, which has a flag a channel (null: everywhere).
 void back_project_int8_gemm(const Tensor& param, const Tensor& x, const Tensor& basis, bool left, double beta, double alpha,
-                            const uint8_t* ok, Workspace& work);
+                            const uint8_t* ok, const Rounding& rounding, Workspace& work);
 
 }  // namespace lowrank

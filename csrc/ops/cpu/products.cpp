@@ -62,13 +62,13 @@ void back_project_tile(const Tensor& w, int64_t row, int64_t column, const Tenso
 }
 
 void back_project_into(const Tensor& param, const Tensor& x, const Basis& basis, bool left, double beta, double alpha,
-                       const uint8_t* ok, Workspace& work) {
+                       const uint8_t* ok, Workspace& work, const Rounding& rounding) {
   if (param.numel() == 0) return;
   if (storage(param) == DType::f32 && ok == nullptr) {
     back_project_tile(param, 0, 0, x, basis, left, beta, alpha, work);
     return;
   }
-  apply_tiles(param, left, beta, alpha, ok, work.tile, [&](const Tensor& update, int64_t row, int64_t column) {
+  apply_tiles(param, left, beta, alpha, ok, rounding, work.tile, [&](const Tensor& update, int64_t row, int64_t column) {
     back_project_tile(update, row, column, x, basis, left, 0.0, 1.0, work);
   });
 }

@@ -18,7 +18,8 @@ using Basis = std::variant<Tensor, Int4>;
 // param <- beta * param + alpha * back where ok, which has a flag a channel (null: everywhere). `make(update, i, j)` fills an
 // fp32 tile with the part of back that begins at (i, j).
 template <class F>
-void apply_tiles(const Tensor& param, bool left, double beta, double alpha, const uint8_t* ok, Scratch& scratch, const F& make) {
+void apply_tiles(const Tensor& param, bool left, double beta, double alpha, const uint8_t* ok, const Rounding& rounding,
+                 Scratch& scratch, const F& make) {
   const int64_t n = param.size(1);
   for_tiles(param.size(0), n, [&](int64_t i, int64_t j, int64_t rows, int64_t columns) {
     const Tensor update = scratch.matrix(rows, columns);
@@ -27,7 +28,7 @@ void apply_tiles(const Tensor& param, bool left, double beta, double alpha, cons
     const uint8_t *ok_rows = ok && !left ? ok + i : nullptr, *ok_columns = ok && left ? ok + j : nullptr;
     const float* delta = data<float>(update);
     parallel(rows, columns, [&](int64_t begin, int64_t end) {
-      store_kernels().apply(w, delta, ok_rows, ok_columns, columns, float(beta), float(alpha), begin, end);
+      store_kernels().apply(w, delta, ok_rows, ok_columns, columns, float(beta), float(alpha), rounding.at(i * n + j), begin, end);
     });
   });
 }
@@ -42,6 +43,6 @@ void back_project_tile(const Tensor& w, int64_t row, int64_t column, const Tenso
 
 // param <- beta * param + alpha * back(x) where ok, which has a flag a channel (null: everywhere).
 void back_project_into(const Tensor& param, const Tensor& x, const Basis& basis, bool left, double beta, double alpha,
-                       const uint8_t* ok, Workspace& work);
+                       const uint8_t* ok, Workspace& work, const Rounding& rounding = {});
 
 }  // namespace lowrank

@@ -24,7 +24,7 @@ void back_project(const Tensor& param, const Tensor& low_rank, const Tensor& bas
   check_back_project("back_project_", param, low_rank, basis, left);
   Workspace work;
   if (int8_gemm) {
-    back_project_int8_gemm(param, low_rank, basis, left, beta, alpha, nullptr, work);
+    back_project_int8_gemm(param, low_rank, basis, left, beta, alpha, nullptr, {}, work);
   } else {
     back_project_into(param, low_rank, as_fp32(basis, work.basis), left, beta, alpha, nullptr, work);
   }

@@ -83,7 +83,7 @@ void scatter_add_rows(const Tensor& param, const Tensor& low_rank, const Tensor&
 // One step; returns the number of weights left out.
 int64_t run(const Tensor& param, const Tensor& grad, const Tensor& indices, const std::optional<Tensor>& row_scale,
             const std::vector<uint32_t>& owner, const Tensor& exp_avg, const Tensor& exp_avg_sq, const AdamStep& step,
-            float grad_scale, bool left) {
+            const Rounding& rounding, float grad_scale, bool left) {
   const int64_t m = param.size(0), n = param.size(1), r = indices.size(0);
   const bool decays = step.decay != 1.0f;
   std::vector<uint8_t> ok(left && decays ? n : 0);
@@ -96,7 +96,8 @@ int64_t run(const Tensor& param, const Tensor& grad, const Tensor& indices, cons
                         rows,
                         grad_scale,
                         step,
-                        ok.empty() ? nullptr : ok.data()};
+                        ok.empty() ? nullptr : ok.data(),
+                        rounding};
   std::atomic<int64_t> skipped = 0;
   parallel(left ? n : m, left || !decays ? r : n, [&](int64_t begin, int64_t end) {
     skipped += (left ? sparse_kernels().grass_columns : sparse_kernels().grass_rows)(grass, begin, end);
@@ -107,12 +108,13 @@ int64_t run(const Tensor& param, const Tensor& grad, const Tensor& indices, cons
 
 void step_rows(const Tensors& weights, const Tensors& gradients, const Tensors& indices, const Tensors& row_scales,
                const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& lr, double beta1,
-               double beta2, double eps, double weight_decay, double scale, bool left, bool advance,
-               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-               const std::optional<Tensor>& skipped, const std::string& op) {
+               double beta2, double eps, double weight_decay, double scale, bool left, bool advance, bool stochastic, int64_t seed,
+               const std::vector<int64_t>& parameters, const std::vector<int64_t>& offsets, const std::optional<Tensor>& grad_scale,
+               const std::optional<Tensor>& found_inf, const std::optional<Tensor>& skipped, const std::string& op) {
   const Guards guards{grad_scale, found_inf, skipped};
   const RowLists lists{weights, gradients, indices, row_scales, exp_avgs, exp_avg_sqs, steps};
-  check_rows(op, lists, lr, left, advance, guards);
+  const Draws draws{stochastic, seed, parameters, offsets};
+  check_rows(op, lists, lr, left, advance, draws, guards);
   std::vector<std::vector<uint32_t>> owner;
   Where where(op, weights.size());
   for (size_t i = 0; i < weights.size(); ++i) owner.push_back(owners(where.at(i), indices[i], weights[i].size(left ? 0 : 1)));
@@ -120,9 +122,9 @@ void step_rows(const Tensors& weights, const Tensors& gradients, const Tensors& 
   const Hyper hyper{beta1, beta2, eps, weight_decay, scale};
   const double rate = read_number(lr);
   for (size_t i = 0; i < weights.size(); ++i) {
-    const AdamStep at = hyper.at(count_of(steps[i], advance), rate);
-    count_skipped(guards, run(weights[i], gradients[i], indices[i], lists.scale_at(i), owner[i], exp_avgs[i], exp_avg_sqs[i], at,
-                              grad_scale_of(guards), left));
+    const double count = count_of(steps[i], advance);
+    count_skipped(guards, run(weights[i], gradients[i], indices[i], lists.scale_at(i), owner[i], exp_avgs[i], exp_avg_sqs[i],
+                              hyper.at(count, rate), rounding_of(draws, i, count), grad_scale_of(guards), left));
   }
 }
 

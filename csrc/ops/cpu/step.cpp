@@ -68,7 +68,7 @@ class Step {
     const Channels c = adam(r, x_.moments, x, adam_, grad_scale_, left_);
     if (c.skipped == c.count()) return c.skipped;
     if (p_.int8_gemm) {
-      back_project_int8_gemm(x_.weight, x, x_.basis, left_, adam_.decay, adam_.alpha, c.flags(), work_);
+      back_project_int8_gemm(x_.weight, x, x_.basis, left_, adam_.decay, adam_.alpha, c.flags(), rounding(), work_);
     } else {
       apply({.left = left_, .decay = adam_.decay, .alpha = adam_.alpha, .basis = &basis_, .x = &x, .ok = c.flags()});
     }
@@ -123,10 +123,14 @@ class Step {
     return c.skipped;
   }
 
+  Rounding rounding() const {
+    return {p_.draws(), {uint64_t(o_.seed), counter_step(count_), uint32_t(x_.parameter)}, uint64_t(x_.offset)};
+  }
+
   void apply(const Update& u) {
-    if (!p_.int8) return apply_into(x_.weight, u, work_);
-    const RandomStream stream{uint64_t(o_.seed), counter_step(count_), uint32_t(x_.parameter)};
-    apply_int8_into(as_int8(x_.weight, *x_.weight_scale, o_.group_size), x_.weight.size(0), u, stream, uint64_t(x_.offset), work_);
+    const Rounding how = rounding();
+    if (!p_.int8) return apply_into(x_.weight, u, how, work_);
+    apply_int8_into(as_int8(x_.weight, *x_.weight_scale, o_.group_size), x_.weight.size(0), u, how.stream, how.first, work_);
   }
 
   const Entry& x_;
@@ -145,13 +149,13 @@ void step(const Tensors& weights, const Tensors& weight_scales, const Tensors& g
           const std::string& basis, const std::string& moments, const std::string& rule, const std::string& remainder, double beta1,
           double beta2, double eps, double weight_decay, double scale, bool left, double residual_scale, bool sign, bool per_tensor,
           bool scale_front, double growth, bool projected, bool int8_gemm, bool advance, int64_t group_size,
-          int64_t basis_group_size, int64_t seed, const std::vector<int64_t>& parameters, const std::vector<int64_t>& offsets,
-          const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, const std::optional<Tensor>& skipped,
-          const std::string& op) {
+          int64_t basis_group_size, bool stochastic, int64_t seed, const std::vector<int64_t>& parameters,
+          const std::vector<int64_t>& offsets, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+          const std::optional<Tensor>& skipped, const std::string& op) {
   const Guards guards{grad_scale, found_inf, skipped};
-  const Policies p = check_policies(op.c_str(), weight, basis, moments, rule, remainder, projected, int8_gemm);
-  const auto entries =
-      entries_of(op.c_str(), {weights, weight_scales, gradients, bases, basis_parts, states, steps, parameters, offsets}, p);
+  const Policies p = check_policies(op.c_str(), weight, basis, moments, rule, remainder, projected, int8_gemm, stochastic);
+  const Draws draws{stochastic, seed, parameters, offsets};
+  const auto entries = entries_of(op.c_str(), {weights, weight_scales, gradients, bases, basis_parts, states, steps, draws}, p);
   check_guards(op.c_str(), "weights", weights, steps, &lr, guards, advance);
   Where where(op, entries.size());
   for (size_t i = 0; i < entries.size(); ++i) check_entry(where.at(i), entries[i], p, left, group_size, basis_group_size);

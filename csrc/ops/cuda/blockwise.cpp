@@ -34,25 +34,27 @@ Tensor dequantize_blockwise(const Tensor& codes, const Tensor& absmax, bool is_s
 
 void adam_8bit(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
                const Tensors& exp_avg_absmaxes, const Tensors& exp_avg_sq_absmaxes, const Tensors& steps, const Tensor& lr,
-               double beta1, double beta2, double eps, double weight_decay, const std::optional<Tensor>& grad_scale,
+               double beta1, double beta2, double eps, double weight_decay, bool stochastic, int64_t seed,
+               const std::vector<int64_t>& parameters, const std::vector<int64_t>& offsets, const std::optional<Tensor>& grad_scale,
                const std::optional<Tensor>& found_inf, const std::optional<Tensor>& skipped) {
   const StoredLists moments{exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes};
   const Guards guards{grad_scale, found_inf, skipped};
-  check_adam_8bit(params, grads, moments, steps, lr, guards);
+  const Draws draws{stochastic, seed, parameters, offsets};
+  check_adam_8bit(params, grads, moments, steps, lr, draws, guards);
   if (params.empty()) return;
   const AdamWScalars scalars = adamw_scalars(beta1, beta2, eps, weight_decay, lr, guards);
   const DeviceGuard guard(params[0].get_device_index());
   const cudaStream_t stream = current_stream(params[0]);
-  launch_lists<Adam8bitList>(
-      params.size(), [&](size_t i) { return std::pair{storage(params[i]), storage(grads[i])}; },
-      [&](size_t i) {
-        return Adam8bitList::Item{params[i].data_ptr(), grads[i].data_ptr(), moments.at(i).pointers(),
-                                  static_cast<float*>(steps[i].data_ptr()), params[i].numel()};
-      },
-      [&](const auto& dtypes, const Adam8bitList& list) {
-        STD_CUDA_CHECK(launch_advance(StepList::of(list), scalars.found_inf, stream));
-        STD_CUDA_CHECK(launch_adam_8bit(dtypes.first, dtypes.second, list, scalars, stream));
-      });
+  const auto dtypes_of = [&](size_t i) { return std::pair{storage(params[i]), storage(grads[i])}; };
+  const auto item = [&](size_t i) {
+    return Adam8bitList::Item{params[i].data_ptr(), grads[i].data_ptr(), moments.at(i).pointers(),
+                              static_cast<float*>(steps[i].data_ptr()), params[i].numel()};
+  };
+  const auto launch = [&](const auto& dtypes, const auto& list, auto... seeds) {
+    STD_CUDA_CHECK(launch_advance(StepList::of(list), scalars.found_inf, stream));
+    STD_CUDA_CHECK(launch_adam_8bit(dtypes.first, dtypes.second, list, scalars, seeds..., stream));
+  };
+  launch_rounded<Adam8bitList, DrawnAdam8bitList>(params.size(), draws, dtypes_of, item, launch);
 }
 
 void adam_8bit_low_rank(const Tensors& low_rank_grads, const Tensors& updates, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,

@@ -76,8 +76,8 @@ int64_t step_words(const Tensor& param, bool left) {
 }
 
 void run(const Tensor& param, const Tensor& grad, const Tensor& indices, const std::optional<Tensor>& row_scale,
-         const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& memory, const Hyper& hyper, const Number& step,
-         const Number& lr, const Guards& guards, bool left, cudaStream_t stream) {
+         const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& memory, const Rounding& rounding, const Hyper& hyper,
+         const Number& step, const Number& lr, const Guards& guards, bool left, cudaStream_t stream) {
   auto* owner = data<uint32_t>(memory);
   const SelectedRows rows = selected(param, indices, row_scale, left, owner);
   const bool flags = left && hyper.weight_decay != 0;
@@ -98,7 +98,8 @@ void run(const Tensor& param, const Tensor& grad, const Tensor& indices, const s
                                  pointer(guards.grad_scale),
                                  pointer(guards.found_inf),
                                  guards.skipped ? data<int64_t>(*guards.skipped) : nullptr,
-                                 flags ? reinterpret_cast<uint8_t*>(owner + (rows.size + 1) / 2 * 2) : nullptr};
+                                 flags ? reinterpret_cast<uint8_t*>(owner + (rows.size + 1) / 2 * 2) : nullptr,
+                                 rounding};
   STD_CUDA_CHECK(launch_claim(rows, owner, stream));
   STD_CUDA_CHECK(launch_grass(storage(param), storage(grad), arguments, left, stream));
 }
@@ -114,14 +115,21 @@ void advance_all(const Tensors& steps, const std::optional<Tensor>& found_inf, c
   }
 }
 
+// How weight i is rounded; the kernel reads the step.
+Rounding rounding_of(const Draws& draws, size_t i) {
+  if (!draws.stochastic) return {};
+  return {true, {uint64_t(draws.seed), 0, uint32_t(draws.parameter(i))}, uint64_t(draws.offset(i))};
+}
+
 void step_rows(const Tensors& weights, const Tensors& gradients, const Tensors& indices, const Tensors& row_scales,
                const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& lr, double beta1,
-               double beta2, double eps, double weight_decay, double scale, bool left, bool advance,
-               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-               const std::optional<Tensor>& skipped, const std::string& op) {
+               double beta2, double eps, double weight_decay, double scale, bool left, bool advance, bool stochastic, int64_t seed,
+               const std::vector<int64_t>& parameters, const std::vector<int64_t>& offsets, const std::optional<Tensor>& grad_scale,
+               const std::optional<Tensor>& found_inf, const std::optional<Tensor>& skipped, const std::string& op) {
   const Guards guards{grad_scale, found_inf, skipped};
   const RowLists lists{weights, gradients, indices, row_scales, exp_avgs, exp_avg_sqs, steps};
-  check_rows(op, lists, lr, left, advance, guards);
+  const Draws draws{stochastic, seed, parameters, offsets};
+  check_rows(op, lists, lr, left, advance, draws, guards);
   if (weights.empty()) return;
   const DeviceGuard guard(weights[0].get_device_index());
   const cudaStream_t stream = current_stream(weights[0]);
@@ -132,8 +140,8 @@ void step_rows(const Tensors& weights, const Tensors& gradients, const Tensors& 
   const Hyper hyper{beta1, beta2, eps, weight_decay, scale};
   const Number rate = number(lr);
   for (size_t i = 0; i < weights.size(); ++i)
-    run(weights[i], gradients[i], indices[i], lists.scale_at(i), exp_avgs[i], exp_avg_sqs[i], memory, hyper, number(steps[i]), rate,
-        guards, left, stream);
+    run(weights[i], gradients[i], indices[i], lists.scale_at(i), exp_avgs[i], exp_avg_sqs[i], memory, rounding_of(draws, i), hyper,
+        number(steps[i]), rate, guards, left, stream);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank, CUDA, library) {

@@ -4,7 +4,7 @@
 #include <map>
 
 #include "../../cuda/launch.h"
-#include "../rules.h"
+#include "../rounding.h"
 
 namespace lowrank {
 
@@ -55,6 +55,15 @@ void launch_lists(size_t count, const KeyOf& key, const ItemOf& item, const Laun
   }
   for (const auto& [k, list] : lists)
     if (list.count > 0) launch(k, list);
+}
+
+// The same, in lists with the random bits of each item where weights are rounded stochastically; launch then gets the seed too.
+template <class List, class Drawn, class KeyOf, class ItemOf, class Launch>
+void launch_rounded(size_t count, const Draws& draws, const KeyOf& key, const ItemOf& item, const Launch& launch) {
+  if (!draws.stochastic) return launch_lists<List>(count, key, item, launch);
+  launch_lists<Drawn>(
+      count, key, [&](size_t i) { return typename Drawn::Item{item(i), uint32_t(draws.parameter(i)), uint64_t(draws.offset(i))}; },
+      [&](const auto& k, const Drawn& list) { launch(k, list, uint64_t(draws.seed)); });
 }
 
 }  // namespace lowrank

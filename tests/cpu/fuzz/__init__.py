@@ -14,6 +14,7 @@ from fuzz import (
     projection,
     qgalore,
     residual,
+    rounding,
     schedule,
     sparse,
     step,
@@ -37,5 +38,6 @@ GROUPS = (
     schedule,
     qgalore,
     apollo_int8,
+    rounding,
 )
 FUZZ = {name: entry for group in GROUPS for name, entry in group.FUZZ.items()}

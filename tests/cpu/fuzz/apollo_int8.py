@@ -6,7 +6,8 @@ from fuzz import residual
 from fuzz.bounds import Near, adam, assert_within, scaled
 from fuzz.harness import Fuzz, replace, same_bits
 from fuzz.projection import product_of
-from fuzz.qgalore import check_weight, filled, sizes, stream
+from fuzz.qgalore import check_weight, filled, sizes
+from fuzz.rounding import stream
 from fuzz.steps import compare_list, guards, hyper, rate, usable
 from lowrank_sys import reference
 from lowrank_sys.reference import galore

@@ -6,6 +6,7 @@ from fuzz.bounds import UNIT, Near, adam, assert_within, decayed, exact, scaled
 from fuzz.harness import FLOATS, Fuzz, exactly, same_bits
 from fuzz.int4 import drawn_int4, group_size
 from fuzz.projection import back_of, drawn_basis, low_rank, product_of
+from fuzz.rounding import places, rounding
 from fuzz.steps import compare_list, guards, hyper, rate, settings_of, usable
 from lowrank_sys import reference
 from lowrank_sys._ops.blockwise import BLOCK, absmax_shape, is_by_row
@@ -89,11 +90,11 @@ def check_moments(before, after, r, sure, never, settings):
     return update.select(sure, torch.zeros(()))
 
 
-def check_weights(then, now, update, sure, never, settings):
+def check_weights(then, now, update, sure, never, settings, halves=1):
     sure, never = sure.expand_as(then), never.expand_as(then)
     assert same_bits(then[never], now[never]), "param: an unusable gradient changed it"
     near = decayed(then, update, **settings)
-    assert_within("param", now[sure], Near(near.value[sure], near.error[sure]))
+    assert_within("param", now[sure], Near(near.value[sure], near.error[sure]), halves)
 
 
 def adam_arguments(draw):
@@ -105,15 +106,16 @@ def adam_arguments(draw):
     ]
     columns = [list(column) for column in zip(*rows)] or [[] for _ in range(6)]
     return dict(zip(("params", "grads", *LISTS), columns)) | dict(
-        steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw), **guards(draw)
-    )
+        steps=[torch.tensor(float(draw.of(0, 9))) for _ in range(count)], lr=rate(draw), **hyper(draw), **rounding(draw, count),
+        **guards(draw),
+    )  # fmt: skip
 
 
 def check_adam(then, now, before, grad_scale, settings):
     r = scaled(grad_scale, exact(then[1]), operations=1)
     sure, never = usable(r)
     update = check_moments(then[2:], now[2:], r, sure, never, settings)
-    check_weights(then[0], now[0], update, sure, never, settings)
+    check_weights(then[0], now[0], update, sure, never, settings, places(before, then[0]))
     return int(never.sum()), int((~sure).sum())
 
 

@@ -83,9 +83,9 @@ def decayed(param, update, *, lr, weight_decay, scale=1.0, **_):
     return added(scaled(1 - lr * weight_decay, exact(param)), scaled(-lr * scale, update, operations=3))
 
 
-def assert_within(name, got, near):
-    """`got` is `near`, rounded to its own dtype."""
-    value, unit, most = near.value, UNITS[got.dtype], torch.finfo(got.dtype).max
+def assert_within(name, got, near, places=1):
+    """`got` is `near`, rounded to its own dtype, `places` halves of its last place off at most."""
+    value, unit, most = near.value, places * UNITS[got.dtype], torch.finfo(got.dtype).max
     assert got.shape == value.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(value.shape)}"
     error = near.error + unit * (value.abs() + near.error) + TINIES[got.dtype]
     got = got.double()

@@ -8,6 +8,7 @@ from fuzz.harness import FLOATS, Fuzz, exactly
 from fuzz.int4 import drawn_int4
 from fuzz.int8 import quantized
 from fuzz.projection import back_of, drawn_basis, product_of
+from fuzz.rounding import stream
 from fuzz.steps import compare_list, guards, hyper, rate, settings_of, usable
 from lowrank_sys import reference
 from lowrank_sys.reference.int8 import LEAST_SCALE, grouped
@@ -65,12 +66,6 @@ def any_basis(draw, d, r, int4):
 
 def dense(basis, scale, offset, d, group_size):
     return basis if scale is None else reference.dequantize_int4(basis, scale, offset, d=d, group_size=group_size)
-
-
-def stream(draw):
-    return dict(
-        seed=draw.integer(-(2**63), 2**63 - 1), parameter=draw.integer(0, 2**32 - 1), offset=draw.of(0, 8, 1, 5, 2**35 - 16)
-    )
 
 
 def whole_numbers(draw, *shape):

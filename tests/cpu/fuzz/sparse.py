@@ -5,6 +5,7 @@ import torch
 from fuzz.bounds import TINY, UNIT, Near, adam, exact, scaled
 from fuzz.harness import FLOATS, Fuzz, assert_equal, exactly
 from fuzz.projection import compare_norms, low_rank, norms_arguments
+from fuzz.rounding import places, rounding
 from fuzz.steps import assert_step, compare_list, guards, hyper, moments, rate, settings_of, usable
 from lowrank_sys import _ops
 from lowrank_sys.reference import selection, sparse
@@ -117,7 +118,7 @@ def times(a, factors):
     return Near(value, value).fits(a.error * factors.double().abs() * (1 + UNIT) + UNIT * value.abs() + TINY)
 
 
-def check_matrix(before, after, left, grad_scale, settings):
+def check_matrix(before, after, left, grad_scale, settings, halves=1):
     """One matrix of a step; returns (fewest, most) weights that may have been left out."""
     param, grad, indices, row_scale, m, v = before
     axis, at = 0 if left else 1, indices.long()
@@ -130,7 +131,7 @@ def check_matrix(before, after, left, grad_scale, settings):
     update = times(update.select(sure, torch.zeros(())), rho)
     zeros = torch.zeros(param.shape, dtype=torch.float64)
     scattered = Near(zeros.index_copy(axis, at, update.value), zeros.index_copy(axis, at, update.error))
-    assert_step((param, m, v), (after[0], after[4], after[5]), r, (sure, never), scattered, new_m, new_v, settings)
+    assert_step((param, m, v), (after[0], after[4], after[5]), r, (sure, never), scattered, new_m, new_v, settings, halves)
     return int(never.sum()) * param.shape[axis], int((~sure).sum()) * param.shape[axis]
 
 
@@ -142,9 +143,11 @@ def compare_one(before, after, result):
 def compare_matrices(before, after, result):
     # A list without scales, as rows.
     full = [a if a["row_scales"] else a | {"row_scales": [torch.ones(len(x)) for x in a["indices"]]} for a in (before, after)]
-    compare_list(COLUMNS, lambda then, now, b, grad_scale, settings: check_matrix(then, now, b["left"], grad_scale, settings))(
-        *full, result
-    )
+
+    def check_row(then, now, b, grad_scale, settings):
+        return check_matrix(then, now, b["left"], grad_scale, settings, places(b, then[0]))
+
+    compare_list(COLUMNS, check_row)(*full, result)
 
 
 def renamed(arguments, names):
@@ -156,7 +159,8 @@ ROWS = {"params": "weights", "grads": "gradients"}
 
 
 def rows_arguments(draw):
-    return renamed(list_arguments(draw), ROWS) | dict(advance=True, op="step")
+    arguments = renamed(list_arguments(draw), ROWS)
+    return arguments | dict(advance=True, **rounding(draw, len(arguments["weights"])), op="step")
 
 
 def compare_rows(before, after, result):

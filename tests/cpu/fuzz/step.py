@@ -7,7 +7,7 @@ import torch
 
 from fuzz.harness import FLOATS, Fuzz, replace, same_bits
 from fuzz.projection import low_rank
-from fuzz.qgalore import stream
+from fuzz.rounding import rounding
 from fuzz.steps import guards, hyper, moments, rate
 from lowrank_sys import reference
 from lowrank_sys._ops.step import BASES, LIMITED, MOMENTS, RULES, WEIGHTS
@@ -53,7 +53,9 @@ def arguments(draw):
     sizes = draw.of(256, 32), draw.of(256, 32)
     rows = [matrix(draw, weight, basis, kept, remainder, left, projected, hostile, limited, gram, sizes) for _ in range(count)]
     weights, scales, gradients, bases, parts, states = map(list, zip(*rows)) if rows else [[] for _ in range(6)]
-    drawn = [stream(draw) for _ in range(count)]
+    how = rounding(draw, count)
+    if weight == "int8" and not how["parameters"]:
+        how |= dict(parameters=list(range(count)))
     advance = draw.of(True, True, False)
     return dict(
         weights=weights, weight_scales=scales if weight == "int8" else [], gradients=gradients, bases=bases,
@@ -62,9 +64,7 @@ def arguments(draw):
         lr=rate(draw), weight=weight, basis=basis, moments=kept, rule=RULES[remainder], remainder=remainder, left=left,
         projected=projected, advance=advance, **hyper(draw), scale=draw.of(0.25, 1.0), residual_scale=draw.of(0.1, 1.0),
         sign=draw.of(True, False), per_tensor=draw.of(False, True), scale_front=draw.of(False, True), growth=1.01,
-        group_size=sizes[0], basis_group_size=sizes[1], seed=draw.integer(-(2**63), 2**63 - 1),
-        parameters=[each["parameter"] for each in drawn] if weight == "int8" else [],
-        offsets=draw.of([], [each["offset"] for each in drawn]) if weight == "int8" else [], **guards(draw), op="step",
+        group_size=sizes[0], basis_group_size=sizes[1], **how, **guards(draw), op="step",
     )  # fmt: skip
 
 
