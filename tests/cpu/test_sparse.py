@@ -291,8 +291,8 @@ BAD = {
     "index low": (lambda a: a.update(indices=INDEX - 1), "indices[3] must be in [0, 20), got -1"),
     "index twice": (lambda a: a.update(indices=INDEX.clamp(max=3)), "indices[2] = 3 repeats indices[1]"),
     "step": (lambda a: a.update(step=0), "grass_step: step counts from 1, got 0"),
-    "step bool": (lambda a: a.update(step=torch.tensor(True), lr=torch.tensor(0.1)), "steps[0] must be float32, float64, int32 or"),
-    "step 1-dim": (lambda a: a.update(step=torch.ones(1), lr=torch.tensor(0.1)), "steps[0] must be a 0-dim tensor, got shape (1,)"),
+    "step bool": (lambda a: a.update(step=torch.tensor(True), lr=torch.tensor(0.1)), "step must be float32, float64, int32 or"),
+    "step 1-dim": (lambda a: a.update(step=torch.ones(1), lr=torch.tensor(0.1)), "step must be a 0-dim tensor, got shape (1,)"),
 }
 CALLS = {
     "grass_step": (("param", "grad", "indices", "row_scale", "exp_avg", "exp_avg_sq"), ("step", "lr", "left", *HYPER)),
