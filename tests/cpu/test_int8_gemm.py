@@ -304,7 +304,7 @@ def test_per_layer_projects_in_int8_too(mode, monkeypatch):
             model(torch.randn(8, 24)).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-    products = [flag for name, flag in seen if name == "lowrank::subspace_step"]
+    products = [flag for name, flag in seen if name == "lowrank::step"]
     assert products and all(products)
     projections = [flag for name, flag in seen if name == "lowrank::project"]
     assert any(projections)
