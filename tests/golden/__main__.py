@@ -38,6 +38,7 @@ EXPECTED = {
         [("galore8bit*", "*"), ("q-galore*", "*")],
         "8-bit moments of a low-rank gradient are in blocks of one row, or in fp32 where its rows are short; checkpoints follow",
     ),
+    ("galore int4*", "*"): "a basis in INT4 is unpacked panel by panel inside the products, which add up in another order",
     ("adafactor*, bf16, *", "*"): "weight decay and the update of a bf16 weight are rounded once",
     ("adafactor*, in_backward clipped", "*"): "R is scaled in place of G",
     ("adafactor int4*", "*"): "G is multiplied by the codes of a basis, not by the basis that they stand for",
