@@ -22,8 +22,8 @@ void for_blocks(const Tensor& r, const F& f) {
 
 LowRankAdam8bit adam_8bit_of(const Tensor& r, const Moments& moments, const Tensor& x, const AdamStep& step, float grad_scale,
                              bool left) {
-  return {data<float>(r), storage(x), data<void>(x), moments.stored().pointers(), nullptr, blocks_of(r.sizes(), true), left,
-          grad_scale, step};
+  return {data<float>(r), storage(x), data<void>(x), moments.stored().pointers(), nullptr, blocks_of(r.sizes(), true),
+          left,           grad_scale, step};
 }
 
 void advance_8bit(LowRankAdam8bit a, const Tensor& r, const Channels& c) {
