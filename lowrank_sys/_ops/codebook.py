@@ -1,7 +1,5 @@
 """The values that 8-bit codes stand for."""
 
-import functools
-
 import torch
 
 
@@ -9,7 +7,6 @@ def _fp32(value):
     return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
-@functools.cache
 def _map(signed):
     magnitudes = []
     for decade in range(7):
@@ -22,10 +19,14 @@ def _map(signed):
     return torch.cat([*((-magnitudes.flip(0),) if signed else ()), _fp32(0.0)[None], magnitudes, _fp32(1.0)[None]])
 
 
+# Numbers, not tensors: one made while tensors are fake would stay so.
+_VALUES = {signed: _map(signed).tolist() for signed in (True, False)}
+
+
 def dynamic_map(signed, device="cpu"):
     """The 256 values of codes, ascending, fp32: dynamic tree quantization.
 
     [0.1, 1) * 10^(i-6), i = 0 ... 6, holds the midpoints of 2^i equal parts with both signs (unsigned: of 2^(i+1)); also 0
     and 1. Sums and products are rounded as those of bitsandbytes.functional.create_dynamic_map, which it equals.
     """
-    return _map(signed).to(device)
+    return torch.tensor(_VALUES[signed], dtype=torch.float32, device=device)
