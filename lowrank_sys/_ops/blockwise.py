@@ -28,7 +28,6 @@ from lowrank_sys._ops.workspace import workspace
 
 BLOCK = 256
 
-_MOMENTS = "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) exp_avg_absmax, Tensor(e!) exp_avg_sq_absmax"
 _MOMENT_LISTS = "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] exp_avg_absmaxes, Tensor(e!)[] exp_avg_sq_absmaxes"
 
 SCHEMAS = {

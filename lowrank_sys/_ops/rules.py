@@ -113,16 +113,6 @@ def expect_group_size(op, group_size):
     )
 
 
-def check_step_and_rate(op, device, step, lr):
-    """step and lr, each a number or a 0-dim tensor."""
-    if isinstance(step, torch.Tensor):
-        expect_number(op, "step", step, device)
-    else:
-        expect(step >= 1, op, lambda: f"step counts from 1, got {step}")
-    if isinstance(lr, torch.Tensor):
-        expect_number(op, "lr", lr, device)
-
-
 def check_lists(op, **lists):
     """All lists have one length."""
     (first, tensors), *rest = lists.items()

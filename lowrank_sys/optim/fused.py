@@ -1,6 +1,6 @@
 """The fused steps: one op for a whole batch, by what its parts are. Whatever is not in the table takes the general route.
 
-A row is (weight, basis, moments, rule, remainder) by their names, and a function of (batch, method, lr) that calls the op.
+A row is (weight, basis, moments, rule, remainder) by their names, and a function of (batch, lr) that calls the op.
 """
 
 from itertools import product
@@ -37,7 +37,7 @@ def _grams(batch, store):
     return [] if grams[0] is None else grams
 
 
-def _low_rank(batch, method, lr):
+def _low_rank(batch, lr):
     weights, store = batch.store, store_of(batch.states[0])
     weight, basis, moments, rule, remainder = names_of(batch.params[0], batch.states[0], batch.rule, batch.remainder)
     bases, *parts = map(batch.column, store.keys)
@@ -53,7 +53,7 @@ def _low_rank(batch, method, lr):
     )  # fmt: skip
 
 
-def _rows(batch, method, lr):
+def _rows(batch, lr):
     ops.step.rows(
         batch.written, batch.gradients, batch.column("indices"),
         batch.column("row_scale") if "row_scale" in batch.states[0] else [], *map(batch.column, MOMENTS["fp32"]),
@@ -62,7 +62,7 @@ def _rows(batch, method, lr):
     )  # fmt: skip
 
 
-def _adamw(batch, method, lr):
+def _adamw(batch, lr):
     op = ops.adam_8bit_ if "exp_avg_absmax" in batch.states[0] else ops.adamw_step
     moments = _moments_of(batch.states[0])
     op(
@@ -93,16 +93,16 @@ def names_of(param, state, rule, remainder):
     return weight_store(param).name, None if store is None else store.name, _moments_of(state), rule.name, remainder.name
 
 
-def fused(batch, method):
-    """The step of this batch, a function of (batch, method, lr), or None where only the general route takes it."""
+def fused(batch):
+    """The step of this batch, a function of (batch, lr), or None where only the general route takes it."""
     step = FUSED.get(names_of(batch.params[0], batch.states[0], batch.rule, batch.remainder))
     served = not batch.projected or (step is _low_rank and batch.remainder.from_low_rank)
     return step if served else None
 
 
-def run(step, batch, method, lr):
+def run(step, batch, lr):
     """Take a fused step of weights that may not lie in rows."""
     batch.written = by_rows(batch.params) if not batch.store.int8 else batch.params
-    step(batch, method, lr)
+    step(batch, lr)
     if not batch.store.int8:
         put_back(batch.params, batch.written)

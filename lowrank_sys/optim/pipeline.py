@@ -200,9 +200,9 @@ class Pipeline:
     def update(self, batch, lr):
         """Step the weights, on the bases that are there. A fused step reads no value on the host and makes nothing that stays, so
         that a CUDA graph can hold it."""
-        step = fused.fused(batch, self)
+        step = fused.fused(batch)
         if step is not None:
-            fused.run(step, batch, self, lr)
+            fused.run(step, batch, lr)
             return
         for param, gradient, state, mask in zip(batch.params, batch.gradients, batch.states, batch.usable):
             with torch.autocast(param.device.type, enabled=False):

@@ -525,7 +525,7 @@ def test_scale_s_groups(tied):
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 def test_fira_measures_what_a_basis_that_is_not_orthonormal_leaves(left, general, monkeypatch):
     if general:
-        monkeypatch.setattr(fused, "fused", lambda batch, method: None)
+        monkeypatch.setattr(fused, "fused", lambda batch: None)
     param = nn.Parameter(torch.zeros(24, 36))
     keys = {"rank": 4, "subspace": "coap", "proj_type": "left" if left else "right", "alpha": 0.5}
     optimizer = optim.FiraAdamW([{"params": [param], **keys}], lr=1e-2)

@@ -101,7 +101,7 @@ def both(row, dtype, side, monkeypatch, **options):
     monkeypatch.setattr(fused, "run", lambda *a, run=fused.run: called.append(1) or run(*a))
     step(optimizer, param, g, **options)
     assert called == [1]
-    monkeypatch.setattr(fused, "fused", lambda batch, method: None)
+    monkeypatch.setattr(fused, "fused", lambda batch: None)
     step(other, twin, g, **options)
     assert called == [1]
     return before, values(optimizer, param), values(other, twin), (optimizer.skipped() - skipped, other.skipped() - skipped)
@@ -168,7 +168,7 @@ def test_nothing_of_the_weights_size_is_made(row, dtype, side, monkeypatch):
     m, n = 512, 384
     optimizer, param = made(row, dtype, side, (m, n))
     g = gradient(param, dtype)
-    monkeypatch.setattr(fused, "fused", lambda batch, method: None)
+    monkeypatch.setattr(fused, "fused", lambda batch: None)
     monkeypatch.setattr(weights, "PANEL", 4 * 32 * n)
     tensors = [param.codes, param.scale] if row[0] == "int8" else [param.detach()]
     known = [g, *tensors, *(value for value in optimizer.state[param].values() if isinstance(value, torch.Tensor))]
