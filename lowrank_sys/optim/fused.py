@@ -9,7 +9,7 @@ import torch
 
 from lowrank_sys._ops.step import BASES, MOMENTS, RULES, WEIGHTS
 from lowrank_sys.optim.weight import by_rows, put_back, weight_store
-from lowrank_sys.subspace.basis import load, store_of
+from lowrank_sys.subspace.basis import axis_of, store_of
 from lowrank_sys.subspace.select import gram_of
 
 ops = torch.ops.lowrank
@@ -27,13 +27,9 @@ def _states(batch, moments):
     return [tensor for key in keys for tensor in batch.column(key)]
 
 
-def _grams(batch, store):
+def _grams(batch):
     """BᵀB of bases that are not orthonormal, else none."""
-    if store.orthonormal:
-        grams = [gram_of(basis, batch.group) for basis in batch.column("basis")]
-    else:
-        bases = [load(state, param).float() for state, param in zip(batch.states, batch.params)]
-        grams = [basis.T @ basis for basis in bases]
+    grams = [gram_of(state, axis_of(param.shape, state), batch.group) for param, state in zip(batch.params, batch.states)]
     return [] if grams[0] is None else grams
 
 
@@ -43,7 +39,7 @@ def _low_rank(batch, lr):
     bases, *parts = map(batch.column, store.keys)
     parts = [tensor for column in parts for tensor in column]
     if remainder == "scaled-residual" and "limiter" in batch.states[0]:
-        parts += _grams(batch, store)
+        parts += _grams(batch)
     kept = {f"basis_{key}": value for key, value in store.options.items()}
     ops.step(
         *weights.tensors(batch.written), batch.gradients, bases, parts, _states(batch, moments), batch.column("step"), lr=lr,

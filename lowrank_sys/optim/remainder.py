@@ -130,9 +130,7 @@ class _Scaled(_FromGradient):
 
     def _inside(self, r, r_squares, s, state, h):
         """Rᵀ (BᵀB) R by channel."""
-        store = store_of(state)
-        basis = store.load(state, s.d)
-        gram = gram_of(basis, h) if store.orthonormal else basis.float().T @ basis.float()
+        gram = gram_of(state, s.d, h)
         return r_squares if gram is None else (r * (gram @ r if state["left"] else r @ gram)).sum(_axis(state), keepdim=True)
 
 

@@ -6,6 +6,7 @@ of 0 say that the gradient was zero or not finite, and that the basis is not of 
 
 import torch
 
+from lowrank_sys.subspace.basis import store_of
 from lowrank_sys.subspace.iteration import basis_from_sketch, svd_basis
 
 
@@ -56,7 +57,10 @@ def randomized_basis(grad, basis, *, rank, left, seed=0):
 SELECT = {"randomized": Randomized(), "svd": Svd()}
 
 
-def gram_of(basis, group):
-    """BᵀB (r, r) fp32 of a basis (d, r) that its selector does not make orthonormal; None where it is I."""
-    selector = SELECT.get(group.get("subspace"))
-    return None if selector is None or selector.orthonormal else basis.float().T @ basis.float()
+def gram_of(state, d, group):
+    """BᵀB (r, r) fp32 of a state's basis (d, r); None where its store and its selector say that it is I."""
+    store, selector = store_of(state), SELECT.get(group.get("subspace"))
+    if store.orthonormal and (selector is None or selector.orthonormal):
+        return None
+    basis = store.load(state, d).float()
+    return basis.T @ basis
