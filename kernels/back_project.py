@@ -66,7 +66,7 @@ def back_project_int8_(
     basis_group_size=256,
 ):
     """W <- decay W + alpha back(X) for an INT8 weight (m, n), rounded stochastically; types and rules as the oracle's."""
-    _ops.qgalore.check_back_project_int8(
+    _ops.back_project_int8.check_back_project_int8(
         codes,
         scale,
         low_rank,

@@ -14,6 +14,7 @@ One module a group of ops: its schemas, the rules of its arguments (`check_*`, w
 """
 
 from lowrank_sys._ops import (
+    back_project_int8,
     blockwise,
     dct,
     gaussian,
@@ -22,7 +23,6 @@ from lowrank_sys._ops import (
     named_steps,
     orthogonalize,
     projection,
-    qgalore,
     refresh,
     rounding,
     sparse,
@@ -50,7 +50,7 @@ _GROUPS = (
     blockwise,
     gaussian,
     refresh,
-    qgalore,
+    back_project_int8,
     rounding,
 )
 SCHEMAS = {name: schema for group in _GROUPS for name, schema in group.SCHEMAS.items()}

@@ -1,4 +1,4 @@
-// The rules of lowrank_sys/_ops/qgalore.py.
+// The rules of lowrank_sys/_ops/back_project_int8.py.
 #pragma once
 
 #include "int4.h"

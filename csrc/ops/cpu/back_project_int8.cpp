@@ -1,5 +1,5 @@
 // torch.ops.lowrank on the CPU: back-projection into INT8 weights.
-#include "../qgalore.h"
+#include "../back_project_int8.h"
 
 #include "apply.h"
 

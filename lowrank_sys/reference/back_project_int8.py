@@ -1,8 +1,4 @@
-"""Q-GaLore (Zhang et al. 2024): Adam in the subspace of an INT4 basis, on weights that exist in INT8 only.
-
-Its code dequantizes the weight, takes a step of GaLore's 8-bit Adam, and quantizes the weight again with stochastic rounding.
-Here the moments are those of `galore_step_8bit` and the rounding is that of `int8_update_`.
-"""
+"""Back-projection into INT8 weights (Q-GaLore, Zhang et al. 2024), with the rounding of `int8_update_`."""
 
 from lowrank_sys import _ops
 from lowrank_sys.reference.galore import back
@@ -42,7 +38,7 @@ def back_project_int8_(
     basis_group_size. alpha, decay, the random bits (seed, step, parameter, offset), scales that grow and shrink, and elements
     that are left out are those of `int8_update_` with back(X) as the update: a NaN in X leaves out its channel.
     """
-    _ops.qgalore.check_back_project_int8(
+    _ops.back_project_int8.check_back_project_int8(
         codes,
         scale,
         low_rank,
