@@ -8,13 +8,13 @@ from functools import partial
 from lowrank_sys._ops.named_steps import FORMS, bound
 from lowrank_sys._ops.rules import implement
 from lowrank_sys.reference.adam import adamw_step
+from lowrank_sys.reference.back_project_int8 import back_project_int8_
 from lowrank_sys.reference.blockwise import adam_8bit_, adam_8bit_low_rank_, dequantize_blockwise, quantize_blockwise
 from lowrank_sys.reference.galore import back_project_, channel_norms, project
 from lowrank_sys.reference.gaussian import gaussian_back_project_, gaussian_basis_, gaussian_project
 from lowrank_sys.reference.int4 import back_project_int4_, dequantize_int4, project_int4, quantize_int4
 from lowrank_sys.reference.int8 import dequantize_int8, int8_linear, int8_linear_backward, int8_update_, quantize_int8
 from lowrank_sys.reference.low_rank_step import step
-from lowrank_sys.reference.back_project_int8 import back_project_int8_
 from lowrank_sys.reference.rounding import round_stochastic_
 from lowrank_sys.reference.selection import select_rows
 from lowrank_sys.reference.sparse import gather_rows, rows_step, scatter_add_rows_
