@@ -12,6 +12,8 @@ from lowrank_sys.train import flags
 from lowrank_sys.train.methods import settle
 
 NO_FIT = 3
+# As lowrank_sys.memory.devices has them, which takes torch to import.
+STRATEGIES = ("ddp", "fsdp")
 
 KINDS = {
     "weights": "and buffers",
@@ -20,6 +22,8 @@ KINDS = {
     "moments": "of the inner rule",
     "activations": "saved for backward, and their gradients",
     "workspace": "scratch of clipping and step",
+    "buckets": "of gradients that are being reduced",
+    "gathered": "whole layers at work, and their gradients",
 }
 
 
@@ -33,6 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("--device-memory", metavar="SIZE", help="memory of the device, as 24GiB: says whether the run fits, and what would")
+    add("--nproc", metavar="N", type=int, default=1, help="devices that share the work, each with --batch-size (default: 1)")
+    add(
+        "--strategy",
+        metavar="NAME",
+        default="ddp",
+        help="how several devices do: ddp, the whole model on each, or fsdp, rows of weights, gradients and moments dealt out "
+        "(default: %(default)s)",
+    )
     add("--json", action="store_true", help="print one JSON object, in bytes")
 
 
@@ -40,12 +52,22 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; returns 0, or NO_FIT where the run does not fit. Raises CommandError, code 2 for bad input."""
     memory = None if args.device_memory is None else units.parse(args.device_memory, "--device-memory")
     flags.check(args)
+    _check_devices(args)
     try:
         result = make(args, memory)
     except ModuleNotFoundError as error:
         raise CommandError(f"{error.name} is not installed; pip install 'lowrank-sys[train]' brings it", code=1) from error
     print(json.dumps(result, indent=1) if args.json else report(result))
     return NO_FIT if result["fits"] is False else 0
+
+
+def _check_devices(args: argparse.Namespace) -> None:
+    if args.nproc < 1:
+        raise CommandError(f"--nproc: got {args.nproc}; it must be at least 1")
+    if args.strategy not in STRATEGIES:
+        raise CommandError(f"--strategy: unknown {args.strategy!r}; valid: {', '.join(STRATEGIES)}")
+    if args.nproc > 1 and args.per_layer is not None and (args.per_layer, args.strategy) != ("accumulate", "ddp"):
+        raise CommandError(f"--per-layer {args.per_layer} is for one process, got --nproc {args.nproc} --strategy {args.strategy}")
 
 
 def make(args: argparse.Namespace, memory: int | None) -> dict[str, Any]:
@@ -73,6 +95,8 @@ def make(args: argparse.Namespace, memory: int | None) -> dict[str, Any]:
         "device": args.device,
         "dtype": args.dtype,
         "device_memory_bytes": memory,
+        "nproc": args.nproc,
+        "strategy": args.strategy if args.nproc > 1 else None,
         **plan,
         "activations_with_checkpointing_bytes": with_,
         "activations_without_checkpointing_bytes": without,
@@ -98,11 +122,17 @@ def report(plan: dict[str, Any]) -> str:
     ]
     if plan["peak_bytes"] > plan["training_peak_bytes"]:
         rows[-1] = ("peak", plan["peak_bytes"], "at the end, when plots and files are made")
-    lines = [f"{plan['model']}, {plan['method']}, {plan['dtype']} on {plan['device']}"]
+    several = f", each of {plan['nproc']} by {plan['strategy']}" if plan["nproc"] > 1 else ""
+    lines = [f"{plan['model']}, {plan['method']}, {plan['dtype']} on {plan['device']}{several}"]
     lines += [f"  {name:<16}{units.show(size):>12}  {note}".rstrip() for name, size, note in rows]
     with_, without = (plan[f"activations_{w}_checkpointing_bytes"] for w in ("with", "without"))
     known = "not possible" if with_ is None else units.show(with_)
     lines.append(f"activations at the peak: {known} with --gradient-checkpointing, {units.show(without)} without")
+    if plan["wire_bytes_per_step"]:
+        crossing = {name: units.show(round(size)) for name, size in plan["wire_bytes_per_step"].items()}
+        sent = crossing.pop("sent")
+        lines.append(f"on the wire in a step: {', '.join(f'{name} {size}' for name, size in crossing.items())}")
+        lines.append(f"each device sends {sent}, with rings")
     if plan["fits"] is None:
         return "\n".join(lines)
     memory = units.show(plan["device_memory_bytes"])

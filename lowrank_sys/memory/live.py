@@ -159,19 +159,19 @@ class LiveStorages(TorchDispatchMode):
             most = max(most, live)
         return most
 
+    def changes(self):
+        """[(category, change in bytes)] of all that was allocated and freed, in order; they add up to what is alive."""
+        of, found = {None: "workspace"}, []
+        for key, phase, size in self._log:
+            category = of.setdefault(key, self._marks.get(key, phase))
+            found.append((category, size))
+        return found
+
     def _at(self, position):
-        live, scratch = {}, 0
-        for key, phase, size in self._log[:position]:
-            if key is None:
-                scratch += size
-            elif size < 0:
-                del live[key]
-            else:
-                live[key] = (self._marks.get(key, phase), size)
-        sums = Counter({"workspace": scratch})
-        for category, size in live.values():
+        sums = Counter({"workspace": 0})
+        for category, size in self.changes()[:position]:
             sums[category] += size
-        return dict(sums)
+        return {category: size for category, size in sums.items() if size or category == "workspace"}
 
 
 class _Result:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lowrank_sys.cli import CommandError
-from lowrank_sys.memory import allocator, process
+from lowrank_sys.memory import allocator, devices, process
 from lowrank_sys.memory.rehearsal import Rehearsal, rehearse
 from lowrank_sys.optim.ledger import CATEGORIES
 from lowrank_sys.train.flags import check
@@ -56,19 +56,23 @@ class Planner:
             "finishing_peak_bytes": finishing,
             "peak_bytes": peak,
             "fits": None if self._memory is None else peak <= self._memory,
+            "wire_bytes_per_step": devices.wire(run.layout, self._changed(changes)),
         }
 
     def _rehearse(self, changes: dict[str, Any]) -> Rehearsal:
-        key = tuple(sorted(changes.items()))
+        """The run with `changes` as it is on the device that holds most."""
+        changed, alone = self._changed(changes), {name: value for name, value in changes.items() if name != "nproc"}
+        key = tuple(sorted(alone.items()))
         if key not in self._rehearsals:
-            changed = self._changed(changes)
-            self._tell(f"rehearsing {described(changes) or 'the run'}")
+            self._tell(f"rehearsing {described(alone) or 'the run'}")
             self._rehearsals[key] = rehearse(changed)
-        return self._rehearsals[key]
+        return devices.spread(self._rehearsals[key], changed)
 
     def _changed(self, changes: dict[str, Any]) -> argparse.Namespace:
         changed = argparse.Namespace(**{**vars(self._args), **changes})
         check(changed)
+        if changed.strategy == "fsdp":  # its rows are dealt out, so that the basis is on the other side
+            changed.proj_type = "right"
         return changed
 
     def _allocator(self, run: Rehearsal, args: argparse.Namespace) -> tuple[int, bool]:
@@ -148,6 +152,8 @@ def _changes(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     if settle(args).weights == "float":
         yield [{"weights": "int8"}]
     yield [{"method": method} for method in LEAN if method != args.method]
+    if args.strategy == "fsdp":
+        yield [{"nproc": args.nproc << doublings} for doublings in (1, 2, 3)]
     rank = settle(args).rank
     yield [{"rank": rank >> halvings} for halvings in (1, 2, 3) if rank is not None and rank >> halvings >= 4]
 

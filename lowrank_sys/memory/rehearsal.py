@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_sys.memory import allocator
+from lowrank_sys.memory.devices import Layout, layout
 from lowrank_sys.memory.live import LiveStorages
 from lowrank_sys.optim import ledger
 from lowrank_sys.train import data, methods, models, trainer
@@ -24,7 +25,8 @@ STEPS = 2  # the first makes the state, the second has gradients and activations
 class Rehearsal(NamedTuple):
     """Bytes of live tensors: `peak`, with its parts `at_peak`; `rest`, what stays when a step is over, with `at_rest`.
 
-    in_heap: the most that was alive in blocks that glibc takes from its heap. model: as it was after the run.
+    in_heap: the most that was alive in blocks that glibc takes from its heap. model: as it was after the run. changes: (part, bytes)
+    of all that was allocated and freed, in order. layout: what stays, piece by piece.
     """
 
     peak: int
@@ -33,6 +35,8 @@ class Rehearsal(NamedTuple):
     at_rest: dict[str, int]
     in_heap: int
     model: torch.nn.Module
+    changes: list[tuple[str, int]]
+    layout: Layout
 
 
 def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
@@ -88,7 +92,7 @@ def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
         trainer.mean_loss(model, held_out, args.batch_size)
         mark()
         in_heap = live.most_in_blocks(below=allocator.HEAP_BLOCK)
-        return Rehearsal(live.peak, live.at_peak(), live.bytes, live.now(), in_heap, model)
+        return Rehearsal(live.peak, live.at_peak(), live.bytes, live.now(), in_heap, model, live.changes(), layout(model, optimizer))
 
 
 def _as_if_real():

@@ -1,0 +1,190 @@
+"""A run on several devices, by arithmetic on the rehearsal of one: what each holds, and what crosses the wire in a step.
+
+ddp: every device holds all of the model, and gradients are all-reduced, or R where a gradient is never kept whole.
+fsdp: fully_shard on each layer of the model and on the rest. Rows of weights, gradients and moments are dealt out as torch does it:
+⌈rows/N⌉ to the first ones, so the first device holds most. A basis is on the right side, whole on every device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from lowrank_sys.nn.coefficient import is_coefficient
+from lowrank_sys.nn.quant_weight import is_quantized
+from lowrank_sys.optim.coefficient import weights
+from lowrank_sys.optim.optimizer import LowRankOptimizer
+from lowrank_sys.subspace.basis import store_of
+from lowrank_sys.subspace.iteration import sketched_columns
+from lowrank_sys.subspace.matrices import each
+
+if TYPE_CHECKING:
+    from lowrank_sys.memory.rehearsal import Rehearsal
+
+# Categories that fsdp deals out by rows; gradients too, by those of their weights.
+SHARDED = ("weights", "moments", "scales")
+# Products with the gradient in a refresh whose result is summed over the shards: each pass of the iteration, and the last one.
+REFRESH_PRODUCTS = 3
+
+
+class Piece(NamedTuple):
+    """A tensor that stays between steps. rows: of its parameter, if it is dealt out by them, else 0."""
+
+    category: str
+    bytes: int
+    rows: int
+
+
+class Matrix(NamedTuple):
+    """A matrix in a group with a rank: its basis is (d, r), R has `low_rank` elements, a sketch `columns` columns."""
+
+    d: int
+    low_rank: int
+    columns: int
+    gap: int
+
+
+class Layout(NamedTuple):
+    """What the arithmetic needs of a run.
+
+    pieces: weights and state. gradients: of the trained parameters, in bytes, with their rows. plain: bytes of the gradients that no
+    subspace takes. matrices: those that have one. layers, rest: bytes of the weights of each layer that is sharded by itself, and of
+    all others.
+    """
+
+    pieces: tuple[Piece, ...]
+    gradients: tuple[Piece, ...]
+    plain: int
+    matrices: tuple[Matrix, ...]
+    layers: tuple[int, ...]
+    rest: int
+
+
+def layout(model: nn.Module, optimizer: LowRankOptimizer) -> Layout:
+    """The Layout of a model and its optimizer, after a step."""
+    pieces, gradients, matrices, plain = [], [], [], 0
+    kinds = {"step": "counters", **optimizer.pipeline.categories()}
+    pieces += [Piece("weights", _bytes(p), _rows(p)) for p in _distinct(model.parameters())]
+    pieces += [Piece("weights", _bytes(b), 0) for b in _distinct(model.buffers())]
+    for group in optimizer.param_groups:
+        for param in weights(group):
+            rows = _rows(param)
+            gradients.append(Piece("gradients", param.numel() * param.element_size(), rows))
+            plain += 0 if "rank" in group else gradients[-1].bytes
+            state = optimizer.state[param]
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    kind = kinds.get(key, "other")
+                    pieces.append(Piece(kind, _bytes(value), rows if kind in SHARDED and value.dim() else 0))
+            if "rank" in group:
+                matrices += _matrices(optimizer.pipeline.subspace, group, param, state)
+    layers = [sum(map(_bytes, _distinct(layer.parameters()))) for layer in _layers(model)]
+    whole = sum(piece.bytes for piece in pieces if piece.category == "weights" and piece.rows)
+    return Layout(tuple(pieces), tuple(gradients), plain, tuple(matrices), tuple(layers), whole - sum(layers))
+
+
+def spread(run: Rehearsal, args: argparse.Namespace) -> Rehearsal:
+    """The rehearsal of one device as it is on the one that holds most. Of `args`, nproc and strategy."""
+    if args.nproc == 1:
+        return run
+    made = run.layout
+    if args.strategy == "ddp":
+        buckets = {"buckets": _reduced(made, args)}
+        at_peak, at_rest = run.at_peak | buckets, run.at_rest | buckets
+    else:
+        share = {category: _share([p for p in made.pieces if p.category == category], args.nproc) for category in SHARDED}
+        share["gradients"] = _share(made.gradients, args.nproc)
+        # the layer at work and the next one, their gradients, and the rest of the model, which is kept from its forward on
+        gathered = 2 * made.rest + 4 * max(made.layers, default=0)
+        at_peak, at_rest = _most(run.changes, share) | {"gathered": gathered}, _shared(run.at_rest, share)
+    return run._replace(peak=sum(at_peak.values()), at_peak=at_peak, rest=sum(at_rest.values()), at_rest=at_rest)
+
+
+def _most(changes, share):
+    """Bytes by part when the most is alive, of parts of which a device has its share."""
+    now, most, at = 0, 0, 0
+    for i, (part, size) in enumerate(changes, 1):
+        now += size * share.get(part, 1)
+        if now > most:
+            most, at = now, i
+    parts = Counter()
+    for part, size in changes[:at]:
+        parts[part] += size
+    return _shared(parts, share)
+
+
+def _shared(parts, share):
+    return {part: math.ceil(size * share.get(part, 1)) for part, size in parts.items()}
+
+
+def wire(run: Layout, args: argparse.Namespace) -> dict[str, float]:
+    """Bytes handed to collective operations in a step, by part, and `sent`, what each device sends with rings.
+
+    A refresh counts with its share of a step. Numbers (norms, flags) are left out. {} for one process.
+    """
+    n = args.nproc
+    if n == 1:
+        return {}
+    if args.strategy == "ddp":
+        parts = {"gradients": _reduced(run, args)}
+        if args.per_layer == "accumulate":
+            size = 2 if args.accumulate_dtype == "bf16" else 4
+            parts["low-rank gradients"] = sum(size * matrix.low_rank for matrix in run.matrices)
+            parts["sketches"] = sum(4 * matrix.d * matrix.columns / matrix.gap for matrix in run.matrices)
+        return {**parts, "sent": 2 * (n - 1) / n * sum(parts.values())}
+    weights, micro_batches = sum(run.layers), args.gradient_accumulation_steps
+    parts = {
+        "gathered weights": micro_batches * (2 * weights + run.rest),
+        "scattered gradients": micro_batches * sum(piece.bytes for piece in run.gradients),
+        "refreshes": sum(4 * REFRESH_PRODUCTS * matrix.d * matrix.columns / matrix.gap for matrix in run.matrices),
+    }
+    return {**parts, "sent": (n - 1) / n * (parts["gathered weights"] + parts["scattered gradients"] + 2 * parts["refreshes"])}
+
+
+def _reduced(run, args):
+    return run.plain if args.per_layer == "accumulate" else sum(piece.bytes for piece in run.gradients)
+
+
+def _share(pieces, n):
+    """Of the bytes of these pieces, the first device's part."""
+    total, held = 0, 0
+    for piece in pieces:
+        total += piece.bytes
+        held += piece.bytes * math.ceil(piece.rows / n) / piece.rows if piece.rows else piece.bytes
+    return held / total if total else 1
+
+
+def _matrices(subspace, group, param, state):
+    """A Matrix for each of the matrices of a weight."""
+    for matrix, _, one in each(param, None, state):
+        if store_of(one) is None:
+            continue
+        r, other = sorted(subspace.shape_of(matrix, one))
+        d = sum(matrix.shape) - other
+        columns = 0 if subspace.blind else sketched_columns(r, d, other)
+        yield Matrix(d, r * other, columns, group["update_proj_gap"])
+
+
+def _layers(model):
+    """The longest list of modules: the layers of a transformer."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=())
+
+
+def _distinct(tensors):
+    return {id(tensor): tensor for tensor in tensors if not is_coefficient(tensor)}.values()
+
+
+def _rows(param):
+    return param.shape[0] if param.dim() else 1
+
+
+def _bytes(tensor):
+    if is_quantized(tensor):
+        return _bytes(tensor.codes) + _bytes(tensor.scale)
+    return tensor.numel() * tensor.element_size()
