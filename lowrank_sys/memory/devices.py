@@ -52,9 +52,9 @@ class Matrix(NamedTuple):
 class Layout(NamedTuple):
     """What the arithmetic needs of a run.
 
-    pieces: weights and state. gradients: of the trained parameters, in bytes, with their rows. plain: bytes of the gradients that no
-    subspace takes. matrices: those that have one. layers, rest: bytes of the weights of each layer that is sharded by itself, and of
-    all others.
+    pieces: weights and state. gradients: of the trained parameters, in bytes, with their rows. plain: bytes of the gradients that
+    no subspace takes. matrices: those that have one. layers, rest: bytes of the weights of each layer that is sharded by itself,
+    and of all others.
     """
 
     pieces: tuple[Piece, ...]

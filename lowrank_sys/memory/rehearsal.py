@@ -25,8 +25,8 @@ STEPS = 2  # the first makes the state, the second has gradients and activations
 class Rehearsal(NamedTuple):
     """Bytes of live tensors: `peak`, with its parts `at_peak`; `rest`, what stays when a step is over, with `at_rest`.
 
-    in_heap: the most that was alive in blocks that glibc takes from its heap. model: as it was after the run. changes: (part, bytes)
-    of all that was allocated and freed, in order. layout: what stays, piece by piece.
+    in_heap: the most that was alive in blocks that glibc takes from its heap. model: as it was after the run. changes: (part,
+    bytes) of all that was allocated and freed, in order. layout: what stays, piece by piece.
     """
 
     peak: int
@@ -92,7 +92,9 @@ def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
         trainer.mean_loss(model, held_out, args.batch_size)
         mark()
         in_heap = live.most_in_blocks(below=allocator.HEAP_BLOCK)
-        return Rehearsal(live.peak, live.at_peak(), live.bytes, live.now(), in_heap, model, live.changes(), layout(model, optimizer))
+        return Rehearsal(
+            live.peak, live.at_peak(), live.bytes, live.now(), in_heap, model, live.changes(), layout(model, optimizer)
+        )
 
 
 def _as_if_real():

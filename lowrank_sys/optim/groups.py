@@ -1,13 +1,13 @@
 """param_groups: which weights of a model train in a subspace."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
 from lowrank_sys.nn.coefficient import is_coefficient
-from lowrank_sys.nn.linear_layers import experts, linear_layers
+from lowrank_sys.nn.linear_layers import chosen, experts, linear_layers
 from lowrank_sys.nn.projected_linear import ProjectedLinear
 from lowrank_sys.nn.quant_weight import is_quantized
 from lowrank_sys.optim import hyper
@@ -44,7 +44,7 @@ class ParamGroups(list):
 
 
 def param_groups(
-    model: nn.Module, rank: int | None = 128, *, target_modules: Sequence[str] | None = None,
+    model: nn.Module, rank: int | None = 128, *, target_modules: Sequence[str] | Callable[[str], bool] | None = None,
     plain: Mapping[str, Any] | None = None, narrow: Literal["plain", "own"] = "plain", stochastic_rounding: bool = False,
     **low_rank: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
@@ -57,7 +57,8 @@ def param_groups(
     Args:
         model: nn.Module. Frozen parameters are left out.
         rank: of the low-rank group; None for a method without a subspace.
-        target_modules: substrings of module names; a linear layer is low-rank if its name contains one. All by default.
+        target_modules: substrings of module names; a linear layer is low-rank if its name contains one. Or a function of a name
+            that says so. All by default.
         plain: keys of the plain group, e.g. {"lr": 1e-3}.
         narrow: what becomes of a matrix with a side below the rank, of which a warning tells: 'plain', it joins the plain group; or
             'own', it trains at the rank that it has, in a group of all such, as an INT8 weight does in any case.
@@ -78,12 +79,14 @@ def param_groups(
     if narrow not in ("plain", "own"):
         raise ValueError(f"narrow must be 'plain' or 'own', got {narrow!r}")
     layers = _projected(model, rank, target_modules, low_rank)
-    chosen = {id(module.weight) for _, module in linear_layers(model, target_modules)}
-    chosen |= {id(p) for _, p in experts(model, target_modules)}
+    inside = {id(module.weight) for _, module in linear_layers(model, target_modules)}
+    inside |= {id(p) for _, p in experts(model, target_modules)}
     named = [(name, p) for name, p in model.named_parameters() if (p.requires_grad or id(p) in layers) and not is_coefficient(p)]
-    matrices = [(name, p) for name, p in named if id(p) in chosen]
+    matrices = [(name, p) for name, p in named if id(p) in inside]
     if not matrices:
-        wanted = "" if target_modules is None else f" whose name contains one of {', '.join(target_modules)}"
+        wanted = " that target_modules choose" if callable(target_modules) else ""
+        if isinstance(target_modules, Sequence):
+            wanted = f" whose name contains one of {', '.join(target_modules)}"
         raise ValueError(f"model has no trainable linear layer{wanted}")
     by_rank = {(rank, None): []}
     for name, p in matrices:
@@ -114,10 +117,10 @@ def param_groups(
 
 def _projected(model, rank, target_modules, keys):
     """{id of a weight: (rank, side)} of the layers of project_model that train."""
-    found = {}
-    for name, layer in linear_layers(model, None):
+    found, is_chosen = {}, chosen(target_modules)
+    for name, layer in linear_layers(model):
         if isinstance(layer, ProjectedLinear) and layer.coefficient.requires_grad:
-            if target_modules is not None and not any(target in name for target in target_modules):
+            if not is_chosen(name):
                 raise ValueError(f"target_modules must name every projected layer, got none for {name}")
             found[id(layer.weight)] = (layer.rank, "left" if layer.projection.left else "right")
     if found and "proj_type" in keys:

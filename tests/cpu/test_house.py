@@ -17,7 +17,7 @@ FLOORS = (
     ("backends",),
     ("nn",),
     ("optim",),
-    ("memory", "train", "bench", "info", "cli"),
+    ("memory", "train", "bench", "info", "cli", "integrations"),
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 # The oracle is for tests, for dispatch, and for those who measure or account for it.

@@ -1,0 +1,120 @@
+"""Trainer of transformers.
+
+    import lowrank_sys.integrations.transformers
+
+makes the names of TrainingArguments(optim=...) that stand for galore_torch's and apollo_torch's optimizers (NAMES) stand for those
+of this package, neither of which has to be installed. `optim_target_modules` and `optim_args` are read as transformers reads them.
+Every other method is reached by `optimizer`.
+"""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments, trainer_optimizer
+from transformers.trainer_utils import check_target_module_exists
+
+from lowrank_sys.optim import Accumulate, APOLLOAdamW, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, InBackward, LowRankOptimizer
+from lowrank_sys.optim.groups import known_keys, param_groups
+from lowrank_sys.optim.preset import METHODS
+
+_GALORE = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+_APOLLO = {**_GALORE, "scale": 1.0, "proj": "random", "scale_type": "channel"}
+# The names of transformers: class, transformers' defaults of the low-rank group, and options of the class.
+NAMES: Mapping[str, tuple[type[LowRankOptimizer], dict[str, Any], dict[str, Any]]] = {
+    "galore_adamw": (GaLoreAdamW, _GALORE, {}),
+    "galore_adamw_8bit": (GaLoreAdamW8bit, _GALORE, {}),
+    "galore_adafactor": (GaLoreAdafactor, _GALORE, {"relative_step": False, "scale_parameter": False}),
+    "apollo_adamw": (APOLLOAdamW, _APOLLO, {}),
+}
+LAYERWISE = "_layerwise"
+
+
+def optimizer(method: str) -> Callable[[], Callable[..., LowRankOptimizer]]:
+    """A factory of `method` (a name of `lowrank train --method`) for Trainer(optimizer_cls_and_kwargs=(factory, keywords)).
+
+    keywords: `lr` (the method's by default) and `plain_lr`, of what has no subspace (`lr` by default); `rank`, `target_modules`,
+    `plain`, and whatever else lowrank_sys.optim.param_groups takes; arguments of the method's class, such as `betas`,
+    `weight_decay`, `per_layer`. Trainer calls factory()(model, **keywords), axolotl factory()(model, training_arguments,
+    **keywords). Raises ValueError for a name that is no method's.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+
+    def build(model: nn.Module, args: TrainingArguments | None = None, **keywords: Any) -> LowRankOptimizer:
+        return _method(METHODS[method], model, **keywords)
+
+    return lambda: build
+
+
+def _method(method, model, *, lr=None, plain_lr=None, plain=None, **keywords):
+    plain_lr = lr if plain_lr is None else plain_lr
+    lr, plain_lr = method.lr if lr is None else lr, method.plain_lr if plain_lr is None else plain_lr
+    own = known_keys() - {"betas", "eps", "weight_decay", "momentum"} | {"rank", "target_modules", "narrow", "stochastic_rounding"}
+    keys = {"rank": method.rank, **method.keys, **{key: value for key, value in keywords.items() if key in own}}
+    if method.rank is not None:
+        keys = {"update_proj_gap": method.update_proj_gap, "subspace": method.subspace, method.scale_key: method.scale, **keys}
+    options = {**method.options, **{key: value for key, value in keywords.items() if key not in own}}
+    try:
+        return method.optimizer(method.groups(model, plain={"lr": plain_lr, **(plain or {})}, **keys), lr=lr, **options)
+    except TypeError as error:
+        raise ValueError(f"keywords of {method.optimizer.__name__}: {error}") from None
+
+
+def _serve(context):
+    """A handler of transformers: what it makes its optimizer from."""
+    name, args = str(getattr(context.args.optim, "value", context.args.optim)), context.args
+    layerwise = name.endswith(LAYERWISE)
+    cls, defaults, options = NAMES[name.removesuffix(LAYERWISE)]
+    if args.optim_target_modules is None:
+        raise ValueError(f"optim_target_modules must be given with optim={name!r}: names of modules, a pattern, or 'all-linear'")
+    keys = {**defaults, **{key: _value(value) for key, value in context.optim_args.items()}}
+    options = {**options, "lr": args.learning_rate, "weight_decay": args.weight_decay}
+    if cls is not GaLoreAdafactor:
+        options |= context.adam_kwargs
+    if layerwise:
+        options["per_layer"] = _per_layer(cls, args)
+
+    def build(model: nn.Module, **options: Any) -> LowRankOptimizer:
+        return cls(param_groups(model, target_modules=_targets(args.optim_target_modules), **keys), **options)
+
+    return lambda: build, options
+
+
+def _per_layer(cls, args):
+    if cls is not APOLLOAdamW:
+        return Accumulate()
+    if args.gradient_accumulation_steps == 1:
+        return InBackward(max_norm=args.max_grad_norm or None)
+    warnings.warn(
+        f"optim='apollo_adamw{LAYERWISE}' keeps gradients whole with gradient_accumulation_steps="
+        f"{args.gradient_accumulation_steps}: APOLLO scales the whole gradient, which no projection of its parts gives",
+        stacklevel=2,
+    )
+    return None
+
+
+def _targets(modules):
+    """optim_target_modules as param_groups takes them; None for all linear layers."""
+    if isinstance(modules, str) and modules.replace("_", "-") == "all-linear":
+        return None
+    return lambda name: bool(check_target_module_exists(modules, name))
+
+
+def _value(text):
+    """A value of optim_args, which are text: a number, True, False or None, else a name."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+_handlers = trainer_optimizer._OPTIMIZER_HANDLERS
+for _name in NAMES:
+    for _full in (_name, _name + LAYERWISE):
+        if _full in _handlers:
+            _handlers[trainer_optimizer.OptimizerNames(_full)] = _serve
