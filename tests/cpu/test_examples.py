@@ -32,7 +32,7 @@ def test_custom_loop(example):
     assert example("custom_loop").main() < 0.1
 
 
-LEARN = ("accumulate_and_clip", "int8_in_backward", "trainer")
+LEARN = ("accumulate_and_clip", "int8_in_backward", "trainer", "trainer_names")
 
 
 @pytest.mark.parametrize("name", LEARN)
