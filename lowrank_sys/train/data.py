@@ -14,8 +14,10 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from lowrank_sys.cli import CommandError
+from lowrank_sys.train.chats import Chats
 from lowrank_sys.train.documents import STDLIB, fingerprint, read  # noqa: F401  STDLIB: a name of this module too
-from lowrank_sys.train.encoders import bytes_encoder, load_tokenizer, tokenizer_encoder, vocabulary  # noqa: F401  so are two of these
+from lowrank_sys.train.encoders import bytes_encoder, chat_encoder, load_tokenizer, tokenizer_encoder, vocabulary  # noqa: F401  so are two of these
+from lowrank_sys.train.rows import Text
 from lowrank_sys.train.tokens import tokens
 
 if TYPE_CHECKING:
@@ -25,12 +27,13 @@ VALID_SHARE = 0.05
 
 
 class Corpus(NamedTuple):
-    """train, valid: token ids, (n,) uint8 for byte tokens, else int32. vocab: tokens in the vocabulary."""
+    """train, valid: token ids, (n,) uint8 for byte tokens, else int32; with chats marked ones (lowrank_sys.train.chats).
+    vocab: tokens in the vocabulary."""
 
     train: torch.Tensor
     valid: torch.Tensor
     vocab: int
-    split: str  # "document" or "position"
+    split: str  # "document", "position" or "file"
     documents: int
 
     def digest(self) -> str:
@@ -42,27 +45,32 @@ class Corpus(NamedTuple):
         return digest.hexdigest()
 
 
-def load(source: str, *, seq_len: int, tokenizer: str | None = None, field: str = "text") -> Corpus:
+def load(
+    source: str, *, seq_len: int, tokenizer: str | None = None, field: str = "text", chats: bool = False, valid: str | None = None
+) -> Corpus:
     """Read `source`, split it and turn it into tokens, which stay on the disk, mapped, where they are many.
 
     source: `python-stdlib`, a file, a folder, a glob, or `name:SPLIT` (`name:CONFIG:SPLIT`) of a Hugging Face data set.
     seq_len: tokens in a window; both sides get at least one. tokenizer: name or folder of a Hugging Face tokenizer,
-    None for byte tokens 0..255. field: the column of rows that holds the text.
+    None for byte tokens 0..255. field: the column of rows that holds the text. chats: rows may be conversations
+    (lowrank_sys.train.chats), and tokens are marked. valid: another source, all of which is for validation.
     Raises CommandError for data that is missing, empty, unreadable or too short.
     """
     import torch
 
-    encode, end, vocab, dtype, name = bytes_encoder() if tokenizer is None else tokenizer_encoder(tokenizer)
-    kept_as = json.dumps([os.path.abspath(source), field, name])
-    try:
-        found = tokens(kept_as, fingerprint(source), lambda: read(source, field), encode, dtype, seq_len, _held_out, end)
-    except OSError as error:
-        raise CommandError(f"--data {source}: cannot write its tokens: {error}", code=1) from error
-    if not found.documents:
-        raise CommandError(f"--data {source}: it holds no text")
+    made = bytes_encoder() if tokenizer is None else chat_encoder(tokenizer) if chats else tokenizer_encoder(tokenizer)
+    fields = Chats(field) if chats else Text(field)
+    vocab, least = made[2], 1 if chats else seq_len
+    split = _none if valid is not None else _one_at_least if chats else _held_out
+    found = _tokens(source, fields, made, least, split)
     stream = torch.from_numpy(found.stream)
+    if valid is not None:
+        other = _tokens(valid, fields, made, least, _none)
+        return Corpus(stream, torch.from_numpy(other.stream), vocab, "file", found.documents + other.documents)
     if found.valid:
         return Corpus(stream[found.valid :], stream[: found.valid], vocab, "document", found.documents)
+    if chats:
+        raise CommandError(f"--data {source}: it holds one document; one more is needed for validation, there or by --valid-data")
     cut = max(round(len(stream) * VALID_SHARE), seq_len)
     if len(stream) < 2 * seq_len:
         raise CommandError(
@@ -70,6 +78,18 @@ def load(source: str, *, seq_len: int, tokenizer: str | None = None, field: str 
             "one window to train on and one for validation"
         )
     return Corpus(stream[:-cut], stream[-cut:], vocab, "position", found.documents)
+
+
+def _tokens(source, fields, encoder, seq_len, held_out):
+    encode, end, _, dtype, name = encoder
+    kept_as = json.dumps([os.path.abspath(source), fields.field, name])
+    try:
+        found = tokens(kept_as, fingerprint(source), lambda: read(source, fields), encode, dtype, seq_len, held_out, end)
+    except OSError as error:
+        raise CommandError(f"--data {source}: cannot write its tokens: {error}", code=1) from error
+    if not found.documents:
+        raise CommandError(f"--data {source}: it holds no text")
+    return found
 
 
 def _held_out(sizes: list[int]) -> set[int]:
@@ -82,6 +102,14 @@ def _held_out(sizes: list[int]) -> set[int]:
         elif taken > budget / 2:
             break
     return chosen
+
+
+def _one_at_least(sizes: list[int]) -> set[int]:
+    return _held_out(sizes) or ({0} if len(sizes) > 1 else set())
+
+
+def _none(sizes: list[int]) -> set[int]:
+    return set()
 
 
 class Windows:

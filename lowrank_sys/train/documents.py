@@ -24,6 +24,7 @@ from lowrank_sys.cli import CommandError, say
 from lowrank_sys.train import rows
 
 STDLIB = "python-stdlib"
+TEXT = rows.Text("text")
 
 # How files begin.
 _PACKED = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd", ".xz": rb"\xfd7zXZ\0", ".bz2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"}
@@ -38,15 +39,16 @@ _HEAD = 1 << 16
 IN_MEMORY = 64 << 20  # bytes; what is larger stays on the disk
 
 
-def read(source: str, field: str = "text") -> Iterator[bytes | mmap.mmap]:
+def read(source: str, fields: rows.Text = TEXT) -> Iterator[bytes | mmap.mmap]:
     """The documents of `source`, one after the other, as UTF-8 (text files without a mark of UTF-16: as they are).
 
-    A text file larger than IN_MEMORY is mapped. No document holds byte 0: rows with one are passed over.
+    A text file larger than IN_MEMORY is mapped. No text holds byte 0: rows with one are passed over. fields: what a row's document
+    is made of.
     Raises CommandError for what is missing, damaged or no text. In a folder, files that are no text are passed over.
     """
     passed = 0
-    for text in rows.of_data_set(source, field) if _is_data_set(source) else _of_files(source, field):
-        if text.find(b"\0") < 0:
+    for text in rows.of_data_set(source, fields) if _is_data_set(source) else _of_files(source, fields):
+        if text.find(b"\0", len(rows.MARK) if text[: len(rows.MARK)] == rows.MARK else 0) < 0:
             yield text
         else:
             passed += 1
@@ -54,12 +56,12 @@ def read(source: str, field: str = "text") -> Iterator[bytes | mmap.mmap]:
         say(f"data: {passed:,} rows of {source} hold NUL bytes and were passed over")
 
 
-def _of_files(source: str, field: str) -> Iterator[bytes | mmap.mmap]:
+def _of_files(source: str, fields: rows.Text) -> Iterator[bytes | mmap.mmap]:
     whole = source == STDLIB or Path(source).is_dir()
     passed = 0
     for path in _files(source):
         try:
-            yield from _of_file(path, field, named=not whole)
+            yield from _of_file(path, fields, named=not whole)
         except _NoText as flaw:
             if not whole:
                 raise CommandError(f"--data {path}: it is no text: {flaw}") from None
@@ -125,14 +127,14 @@ def _walk(root: Path, skip) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names) if not skip(name) and os.path.isfile(os.path.join(folder, name)))
 
 
-def _of_file(path: Path, field: str, named: bool) -> Iterator[bytes]:
+def _of_file(path: Path, fields: rows.Text, named: bool) -> Iterator[bytes]:
     """named: the user asked for this very file, so a .json is read as rows whatever it looks like."""
     with _opened(path) as file:
         head = file.peek(_HEAD)
         suffix = (Path(path.stem).suffix if path.suffix in _PACKED else path.suffix).lower()
         suffix = _begins(head, _TABLES) or suffix
         if suffix in _TABLES:
-            yield from rows.of_table(file, path, suffix[1:], field)
+            yield from rows.of_table(file, path, suffix[1:], fields)
             return
         if encoding := _begins(head, _MARKS):
             try:
@@ -142,11 +144,11 @@ def _of_file(path: Path, field: str, named: bool) -> Iterator[bytes]:
             file, head = io.BytesIO(content), content[:_HEAD]
         _check(head)
         if suffix in _LINES:
-            yield from rows.of_lines(file, path, field)
+            yield from rows.of_lines(file, path, fields)
         elif suffix in _DELIMITED:
-            yield from rows.of_delimited(file, path, field)
+            yield from rows.of_delimited(file, path, fields)
         elif suffix == ".json" and (named or re.match(rb"\s*\[\s*\{|\s*\{.*\}\s*\n\s*\{", head)):
-            yield from rows.of_json(file, path, field)
+            yield from rows.of_json(file, path, fields)
         else:
             text = _whole(file)
             _check(text)

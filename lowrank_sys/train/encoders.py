@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 
 import numpy as np
 
@@ -19,6 +20,12 @@ def bytes_encoder():
     return (lambda texts: [np.frombuffer(text, np.uint8) for text in texts]), [0], 256, "uint8", "bytes"
 
 
+def where(name: str) -> tuple[str, dict[str, str]]:
+    """What from_pretrained of transformers takes for a name, a folder, or a GGUF file, and with which options."""
+    folder, file = os.path.split(name)
+    return (folder or ".", {"gguf_file": file}) if name.endswith(".gguf") else (name, {})
+
+
 @functools.cache
 def load_tokenizer(name: str):
     """The Hugging Face tokenizer `name`, or of a folder; loaded once, so that no run ends by failing to find it again.
@@ -27,8 +34,9 @@ def load_tokenizer(name: str):
     """
     from transformers import AutoTokenizer
 
+    place, options = where(name)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:  # as with data sets: no such name, no network, a broken file
         raise CommandError(f"--tokenizer {name}: cannot load it: {error}") from error
 
@@ -50,9 +58,22 @@ def tokenizer_encoder(name: str):
             raise CommandError(f"--tokenizer {name}: it cannot read the text: {error}") from error
         return [np.array(ids, np.int32) for ids in found]
 
+    return encode, end, vocabulary(tokenizer), "int32", hashlib.sha256(f"{end} {_says(tokenizer)}".encode()).hexdigest()
+
+
+def chat_encoder(name: str):
+    """Raises CommandError, and so does encode. Tokens are marked (lowrank_sys.train.chats), ends are among them."""
+    from lowrank_sys.train.chats import Encoder
+
+    tokenizer = load_tokenizer(name)
+    says = f"chats {tokenizer.eos_token_id} {tokenizer.chat_template} {_says(tokenizer)}"
+    return Encoder(tokenizer, name), [], vocabulary(tokenizer), "int32", hashlib.sha256(says.encode()).hexdigest()
+
+
+def _says(tokenizer) -> str:
+    """All that decides what a tokenizer makes of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    says = backend.to_str() if backend is not None else json.dumps([repr(tokenizer), tokenizer.get_vocab()])
-    return encode, end, vocabulary(tokenizer), "int32", hashlib.sha256(f"{end} {says}".encode()).hexdigest()
+    return backend.to_str() if backend is not None else json.dumps([repr(tokenizer), tokenizer.get_vocab()])
 
 
 def vocabulary(tokenizer) -> int:

@@ -1,4 +1,4 @@
-"""Texts of the rows of tables: JSON, CSV, Parquet, Arrow, and data sets of Hugging Face.
+"""Documents of the rows of tables: JSON, CSV, Parquet, Arrow, and data sets of Hugging Face.
 
 Parquet, Arrow and data sets by name are read by `datasets`, as streams where that saves a copy. JSON and CSV are read here: its
 builders name no line in their errors, make dates of texts that look like them and texts of numbers, refuse rows whose fields
@@ -27,25 +27,49 @@ from lowrank_sys.memory.limits import available_bytes
 # name:SPLIT or name:CONFIG:SPLIT, where SPLIT may be a slice, train[:1%]
 DATA_SET = re.compile(r"([^:*?\[\]]+)(?::([\w.-]+))?:(\w+)(\[[\d:%]+\])?")
 _BATCH = 1000
+# How a document begins that is no text but JSON.
+MARK = b"\0chat\0"
 
 
-def of_lines(file: BinaryIO, path: Path, field: str) -> Iterator[bytes]:
+class Text:
+    """The document of a row: the text of one of its fields."""
+
+    def __init__(self, field: str):
+        self.field = field
+
+    def columns(self, names: list[str], where: str) -> list[str]:
+        """Which of the columns `names` are read. Raises CommandError where the document cannot be there."""
+        if self.field not in names:
+            self.document({}, names, where)
+        return [self.field]
+
+    def document(self, row: dict, names: list[str], where: str) -> bytes:
+        """The document of a row, UTF-8; names: of the fields that it has, also of those that were not read. Raises CommandError."""
+        value = row.get(self.field)
+        if isinstance(value, str):
+            return value.encode("utf-8", "replace")
+        listed = ", ".join(map(str, names))
+        listed = listed if len(listed) <= 300 else f"{listed[:300]}…"
+        raise CommandError(f"--data {where}: no text in the field {self.field!r}; fields: {listed} (see --text-field)")
+
+
+def of_lines(file: BinaryIO, path: Path, fields: Text) -> Iterator[bytes]:
     for number, line in enumerate(file, 1):
         if line.strip():
             where = f"line {number}"
-            yield _of_row(_parsed(line, f"{path}: {where}"), field, path, where)
+            yield _of_row(_parsed(line, f"{path}: {where}"), fields, path, where)
 
 
-def of_json(file: BinaryIO, path: Path, field: str) -> Iterator[bytes]:
+def of_json(file: BinaryIO, path: Path, fields: Text) -> Iterator[bytes]:
     """An array of objects, one object, or lines of them under the wrong ending."""
     content = file.read()
     first, _, rest = content.strip().partition(b"\n")
     if first.startswith(b"{") and first.rstrip().endswith(b"}") and rest:
-        yield from of_lines(io.BytesIO(content), path, field)
+        yield from of_lines(io.BytesIO(content), path, fields)
         return
     rows = _parsed(content, str(path))
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        yield _of_row(row, field, path, f"item {number}")
+        yield _of_row(row, fields, path, f"item {number}")
 
 
 def _parsed(content: bytes, where: str):
@@ -55,29 +79,36 @@ def _parsed(content: bytes, where: str):
         raise CommandError(f"--data {where} is not JSON: {error}") from error
 
 
-def _of_row(row, field: str, path: Path, where: str) -> bytes:
+def _of_row(row, fields: Text, path: Path, where: str) -> bytes:
     if not isinstance(row, dict):
         raise CommandError(f"--data {path}: {where} is a {type(row).__name__}, not an object")
-    return _text(row.get(field), field, list(row), f"{path}: {where}")
+    return fields.document(row, list(row), f"{path}: {where}")
 
 
-def of_delimited(file: BinaryIO, path: Path, field: str) -> Iterator[bytes]:
-    """Rows under a header; the delimiter is the one with which the header names the field."""
+def of_delimited(file: BinaryIO, path: Path, fields: Text) -> Iterator[bytes]:
+    """Rows under a header; the delimiter is the one with which the header names the fields."""
     csv.field_size_limit((1 << 31) - 1)
     lines = io.TextIOWrapper(file, "utf-8-sig", newline="")
     try:
         header = lines.readline()
-        delimiter = next((d for d in ",\t;|" if field in next(csv.reader([header], delimiter=d), [])), ",")
+        delimiter = next((d for d in ",\t;|" if _has(fields, next(csv.reader([header], delimiter=d), []))), ",")
         rows = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
-        if header and field not in rows.fieldnames:
-            _text(None, field, rows.fieldnames, f"{path}: line 1")
+        if header:
+            fields.columns(rows.fieldnames, f"{path}: line 1")
         for row in rows:
-            yield _text(row.get(field), field, rows.fieldnames, f"{path}: line {rows.line_num}")
+            yield fields.document(row, rows.fieldnames, f"{path}: line {rows.line_num}")
     except (csv.Error, UnicodeDecodeError) as error:
         raise CommandError(f"--data {path}: it is no table of UTF-8 text: {error}") from error
 
 
-def of_table(file: BinaryIO, path: Path, kind: str, field: str) -> Iterator[bytes]:
+def _has(fields: Text, names: list[str]) -> bool:
+    try:
+        return bool(fields.columns(names, ""))
+    except CommandError:
+        return False
+
+
+def of_table(file: BinaryIO, path: Path, kind: str, fields: Text) -> Iterator[bytes]:
     """kind: "parquet" or "arrow"."""
     datasets = _datasets()
     import pyarrow.parquet
@@ -90,20 +121,19 @@ def of_table(file: BinaryIO, path: Path, kind: str, field: str) -> Iterator[byte
             with plain.open("wb") as copy:
                 shutil.copyfileobj(file, copy)
         try:
-            if kind == "parquet":  # read a column alone: it is less, and the others may be of types that datasets does not know
+            if kind == "parquet":  # these columns alone: it is less, and the others may be of types that datasets does not know
                 schema = pyarrow.parquet.read_schema(plain)
-                if field not in schema.names:
-                    _text(None, field, schema.names, str(path))
-                features = datasets.Features.from_arrow_schema(pyarrow.schema([schema.field(field)]))
-                options = dict(columns=[field], features=features, batch_size=_BATCH)
+                read = fields.columns(schema.names, str(path))
+                features = datasets.Features.from_arrow_schema(pyarrow.schema([schema.field(name) for name in read]))
+                options = dict(columns=read, features=features, batch_size=_BATCH)
             files = {"train": globbing.escape(str(plain))}
             rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=True, cache_dir=scratch, **options)
-            yield from _texts(rows, field, str(path))
+            yield from _documents(rows, fields, str(path))
         except (pyarrow.ArrowException, ValueError, TypeError) as error:
             raise CommandError(f"--data {path}: it is not {kind.title()}: {str(error)[:300]}") from error
 
 
-def of_data_set(source: str, field: str) -> Iterator[bytes]:
+def of_data_set(source: str, fields: Text) -> Iterator[bytes]:
     """Streamed from a folder here, or where larger than the memory and not prepared yet; else what `datasets` keeps is read."""
     name, _, split, part = DATA_SET.fullmatch(source).groups("")
     local = os.path.isdir(name)
@@ -122,7 +152,7 @@ def of_data_set(source: str, field: str) -> Iterator[bytes]:
         else:
             builder.download_and_prepare()
             rows = builder.as_dataset(split + part)
-        yield from _texts(rows, field, source)
+        yield from _documents(rows, fields, source)
 
 
 def revision(source: str) -> str:
@@ -154,22 +184,14 @@ def _datasets():
     return datasets
 
 
-def _texts(rows, field: str, where: str) -> Iterator[bytes]:
-    names = rows.column_names or list(next(iter(rows), [field]))  # a stream may know its columns by its rows alone
-    if field not in names:
-        _text(None, field, names, where)
-    number = 0
-    for batch in rows.select_columns([field]).iter(batch_size=_BATCH):
-        for number, value in enumerate(batch[field], number + 1):
-            yield _text(value, field, names, f"{where}: row {number}")
-
-
-def _text(value, field: str, columns: list[str], where: str) -> bytes:
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace")
-    listed = ", ".join(map(str, columns))
-    listed = listed if len(listed) <= 300 else f"{listed[:300]}…"
-    raise CommandError(f"--data {where}: no text in the field {field!r}; fields: {listed} (see --text-field)")
+def _documents(rows, fields: Text, where: str) -> Iterator[bytes]:
+    names = rows.column_names or list(next(iter(rows), {}))  # a stream may know its columns by its rows alone
+    if not names:
+        return
+    read, number = fields.columns(names, where), 0
+    for batch in rows.select_columns(read).iter(batch_size=_BATCH):
+        for number, values in enumerate(zip(*(batch[name] for name in read)), number + 1):
+            yield fields.document(dict(zip(read, values)), names, f"{where}: row {number}")
 
 
 def is_plain(file: BinaryIO) -> bool:

@@ -14,6 +14,7 @@ import torch
 from lowrank_sys.cli import CommandError
 from lowrank_sys.train import data
 from lowrank_sys.train.documents import stdlib_files
+from lowrank_sys.train.rows import Text
 
 T = 16
 
@@ -116,7 +117,7 @@ def test_every_format_gives_the_same_documents(tmp_path, monkeypatch):
     sources = ["rows.jsonl", "rows.jsonl.gz", "rows.parquet", "set:train", "folder", "folder/**/*.txt"]
     digests = {s: data.load(str(tmp_path / s), seq_len=T, field="body").digest() for s in sources}
     assert len(set(digests.values())) == 1, digests
-    half = list(data.read(f"{tmp_path / 'set'}:train[:50%]", "body"))
+    half = list(data.read(f"{tmp_path / 'set'}:train[:50%]", Text("body")))
     assert [text.decode() for text in half] == rows[:25]
 
 

@@ -22,6 +22,7 @@ import pytest
 
 from lowrank_sys.cli import CommandError
 from lowrank_sys.train import data, documents
+from lowrank_sys.train.rows import Text
 
 ROWS = ["first", "NA", "null", "", " spaces ", "two\nlines", 'a "quoted", text', "1.0", "Grüße 数据 😀", "x\u2028y", "tab\there"]
 
@@ -82,7 +83,7 @@ TABLES = {
 
 def read(path, content, field="text"):
     path.write_bytes(content)
-    return [document.decode() for document in documents.read(str(path), field)]
+    return [document.decode() for document in documents.read(str(path), Text(field))]
 
 
 def refused(path, content):
