@@ -77,7 +77,7 @@ def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
 
         sequences = args.batch_size * args.gradient_accumulation_steps
         stream = torch.zeros(2 * STEPS * sequences * args.seq_len, dtype=torch.uint8)
-        held_out = data.sample(stream, args.seq_len, min(args.eval_tokens, args.batch_size * args.seq_len))
+        held_out = data.Windows(stream, args.seq_len, args.seed, 0).sample(min(args.eval_tokens, args.batch_size * args.seq_len))
         runner = trainer.LowRankTrainer(
             model,
             optimizer,
@@ -107,7 +107,7 @@ def _as_if_real():
 
 
 def _model(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
-    vocab = data.vocabulary(data.load_tokenizer(args.tokenizer)) if args.tokenizer else None
+    vocab = data.vocabulary(data.load_tokenizer(args.tokenizer)) if args.tokenizer and not args.from_ else None
     config = models.config(args.model, vocab=vocab, seq_len=args.seq_len)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     return models.build(config, dtype=dtype, device=device, int8=settle(args).weights == "int8", target_modules=args.target_modules)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import functools
 import shlex
 import sys
 from pathlib import Path
@@ -41,11 +42,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> None:
-    import torch
     import transformers
 
     from lowrank_sys.memory import allocator, fit
-    from lowrank_sys.train import checkpoint, data, methods, models, report, trainer
+    from lowrank_sys.train import checkpoint, data, methods, report, trainer
+    from lowrank_sys.train.packing import IGNORED, Packed
     from lowrank_sys.train.record import Recorder
 
     transformers.logging.set_verbosity_error()
@@ -56,7 +57,10 @@ def _train(args: argparse.Namespace) -> None:
     if args.stochastic_rounding and args.dtype == "fp32":
         raise CommandError("--stochastic-rounding needs --dtype bf16, weights are fp32")
 
-    corpus = data.load(args.data, seq_len=args.seq_len, tokenizer=args.tokenizer, field=args.text_field)
+    corpus = data.load(
+        args.data, seq_len=args.seq_len, tokenizer=args.tokenizer, field=args.text_field, chats=args.from_ is not None,
+        valid=args.valid_data,
+    )  # fmt: skip
     say(
         f"data: {args.data}, {corpus.documents:,} documents; {len(corpus.train):,} tokens to train on, "
         f"{len(corpus.valid):,} for validation, split by {corpus.split}"
@@ -70,22 +74,24 @@ def _train(args: argparse.Namespace) -> None:
         identity |= {"chosen": chosen, "per_layer": args.per_layer}
 
         transformers.set_seed(args.seed)
-        config = models.config(args.model, vocab=corpus.vocab if args.tokenizer else None, seq_len=args.seq_len)
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-        model = models.build(config, dtype=dtype, device=device, int8=args.weights == "int8", target_modules=args.target_modules)
+        model = _model(args, device, corpus.vocab)
         if device.type == "cpu" and allocator.should_save(args, model, allocator.available_bytes()):
             allocator.save_memory()
         optimizer = methods.build(model, args)
         say(_share(optimizer))
-        held_out = data.sample(corpus.valid, args.seq_len, args.eval_tokens)
         sequences = args.batch_size * args.gradient_accumulation_steps
+        windows = functools.partial(Packed, pack=not args.no_packing) if args.from_ else data.Windows
+        train, valid = (windows(stream, args.seq_len, args.seed, args.steps * sequences) for stream in (corpus.train, corpus.valid))
+        if args.from_:
+            _tell_of_documents(train, valid, args)
+        held_out = valid.sample(args.eval_tokens)
         warmup = round(args.warmup_ratio * args.steps) if args.warmup_steps is None else args.warmup_steps
         recorder = Recorder(
             out / "metrics.jsonl",
             rows=rows,
             steps=args.steps,
             eval_steps=args.eval_steps,
-            tokens_per_step=sequences * args.seq_len,
+            tokens_per_step=sequences * train.tokens,
             evaluate=lambda: trainer.mean_loss(model, held_out, args.batch_size),
             skipped=optimizer.skipped,
         )
@@ -98,7 +104,7 @@ def _train(args: argparse.Namespace) -> None:
             model,
             optimizer,
             trainer.cosine(optimizer, warmup, args.steps, args.min_lr_ratio),
-            data.Windows(corpus.train, args.seq_len, args.seed, args.steps * sequences),
+            train,
             trainer.arguments(args, device),
             save,
             recorder.seen,
@@ -111,16 +117,15 @@ def _train(args: argparse.Namespace) -> None:
             recorder.close()
         training_peak = report.peak_memory_bytes(device)
 
-        trainer.save_final(model, out / "final", args.tokenizer)
-        seen = data.sample(corpus.train, args.seq_len, args.eval_tokens)
+        seen, predicted = train.sample(args.eval_tokens), held_out["labels"][:, 1:]
         summary = {
             "method": args.method,
             "model": args.model,
             "steps": args.steps,
-            "tokens": args.steps * sequences * args.seq_len,
+            "tokens": round(args.steps * sequences * train.tokens),
             "val_loss": recorder.rows[-1]["val_loss"] or trainer.mean_loss(model, held_out, args.batch_size),
             "train_loss": trainer.mean_loss(model, seen, args.batch_size),
-            "unigram_entropy": data.unigram_entropy(corpus.train, held_out[:, 1:], config.vocab_size),
+            "unigram_entropy": data.unigram_entropy(train.ids, predicted[predicted != IGNORED], model.config.vocab_size),
             "tokens_per_second": report.speed(recorder.rows),
             "optimizer_state_bytes": optimizer.state_bytes(),
             "adamw_state_bytes": 2 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -134,6 +139,8 @@ def _train(args: argparse.Namespace) -> None:
             "command": shlex.join(["lowrank", *sys.argv[1:]]),
             "arguments": {name: getattr(args, name) for name in (*BOUND, *FREE)},
         }
+        # what it writes may change the model
+        trainer.save_final(model, out / "final", args.tokenizer, merged=_dtype(args.merge_dtype))
         report.write_summary(out, summary)
         title = f"{args.model}, {args.method}, {args.data}"
         try:
@@ -142,6 +149,38 @@ def _train(args: argparse.Namespace) -> None:
             say(f"warning: loss.png could not be drawn: {' '.join(str(error).split())}")
         print(report.table(summary))
         print(f"  files             {out}")
+
+
+def _model(args: argparse.Namespace, device: torch.device, vocab: int) -> torch.nn.Module:
+    """The model that trains. vocab: of the tokenizer, if there is one."""
+    from lowrank_sys.train import models
+
+    options = {"dtype": _dtype(args.dtype), "device": device, "int8": args.weights == "int8", "target_modules": args.target_modules}
+    if args.from_ is None:
+        return models.build(models.config(args.model, vocab=vocab if args.tokenizer else None, seq_len=args.seq_len), **options)
+    model = models.load(args.from_, **options)
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and args.seq_len > most:
+        raise CommandError(f"--seq-len {args.seq_len}: {args.from_} knows positions up to {most}")
+    if vocab > model.get_input_embeddings().num_embeddings:
+        raise CommandError(f"--tokenizer {args.tokenizer}: it has {vocab:,} tokens, more than {args.from_} has embeddings")
+    return model
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def _tell_of_documents(windows, valid, args: argparse.Namespace) -> None:
+    for side in (windows, valid):
+        if not side.windows:
+            source = args.valid_data if side is valid and args.valid_data else args.data
+            raise CommandError(f"--data {source}: nothing is learned of the first --seq-len {args.seq_len} tokens of any document")
+    flaws = [f"{windows.cut:,} documents are cut at --seq-len {args.seq_len}"] if windows.cut else []
+    flaws += [f"{windows.left_out:,} are left out, as nothing of them is learned"] if windows.left_out else []
+    say("; ".join([f"windows: {len(windows.windows):,}, {windows.learned:,} tokens are learned", *flaws]))
 
 
 def _device(name: str) -> torch.device:

@@ -115,14 +115,14 @@ def _none(sizes: list[int]) -> set[int]:
 class Windows:
     """The training windows of a whole run, in order: item i is the i-th window that the run reads.
 
-    The stream is cut into windows of `seq_len` tokens; every pass over them is a fresh permutation that depends only on
+    stream: (n,), cut into windows of `seq_len` tokens; every pass over them is a fresh permutation that depends only on
     (seed, pass), so a resumed run continues at item i without replaying anything.
     """
 
     def __init__(self, stream: torch.Tensor, seq_len: int, seed: int, length: int):
         self.windows = windows(stream, seq_len)
-        self.seed = seed
-        self.length = length
+        self.ids, self.seed, self.length = stream, seed, length
+        self.tokens = seq_len  # of the text, in a window
         self._pass, self._order = -1, None
 
     def __len__(self) -> int:
@@ -139,20 +139,19 @@ class Windows:
             self._pass = number
         return self.windows[self._order[position]].long()
 
+    def sample(self, tokens: int) -> dict[str, torch.Tensor]:
+        """Evenly spaced windows, about `tokens` tokens in all, at least one: input_ids and labels, (count, seq_len) int64."""
+        import torch
+
+        count = min(len(self.windows), max(1, tokens // self.tokens))
+        ids = self.windows[torch.arange(count) * len(self.windows) // count].long()
+        return {"input_ids": ids, "labels": ids}
+
 
 def windows(stream: torch.Tensor, seq_len: int) -> torch.Tensor:
     """The stream, (n,), cut into whole windows, (n // seq_len, seq_len); a view."""
     count = len(stream) // seq_len
     return stream[: count * seq_len].view(count, seq_len)
-
-
-def sample(stream: torch.Tensor, seq_len: int, tokens: int) -> torch.Tensor:
-    """Evenly spaced windows of `stream`, about `tokens` tokens in all, at least one: (count, seq_len) int64."""
-    import torch
-
-    every = windows(stream, seq_len)
-    count = min(len(every), max(1, tokens // seq_len))
-    return every[torch.arange(count) * len(every) // count].long()
 
 
 def unigram_entropy(stream: torch.Tensor, targets: torch.Tensor, vocab: int) -> float:

@@ -12,6 +12,7 @@ from lowrank_sys.train import launcher
 from lowrank_sys.train.methods import METHODS
 from lowrank_sys.train.models import PRESETS, is_known
 
+MODEL = "llama-9m"
 DTYPES = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 WEIGHTS = ("float", "int8")
@@ -22,8 +23,11 @@ ACCUMULATE_DTYPES = ("fp32", "bf16")
 # weights so far nor the meaning of an optimizer state.
 BOUND = (
     "model",
+    "from_",
     "method",
     "data",
+    "valid_data",
+    "no_packing",
     "text_field",
     "tokenizer",
     "batch_size",
@@ -51,19 +55,43 @@ BOUND = (
     "target_modules",
 )
 # Bound flags that older checkpoints do not have, and what they were.
-NEWER = {"int8_gemm": False, "stochastic_rounding": False, "target_modules": None}
-FREE = ("out", "resume", "steps", "save_steps", "eval_steps", "eval_tokens", "keep", "gradient_checkpointing", "device", "as_given")
+NEWER = {
+    "int8_gemm": False, "stochastic_rounding": False, "target_modules": None, "from_": None, "valid_data": None,
+    "no_packing": False,
+}  # fmt: skip
+MERGE_DTYPES = ("fp32", "bf16", "fp16")
+FREE = (
+    "out",
+    "resume",
+    "steps",
+    "save_steps",
+    "eval_steps",
+    "eval_tokens",
+    "keep",
+    "gradient_checkpointing",
+    "device",
+    "as_given",
+    "merge_dtype",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `lowrank train`; imports nothing heavy."""
     parser.description = (
-        "Pre-train a LLaMA. DIR gets metrics.jsonl (a row a step), summary.json, loss.png, checkpoints step-* and the "
-        "final weights in final/, which from_pretrained reads. Losses are nats a token."
+        "Pre-train a model, or fine-tune a checkpoint (--from). DIR gets metrics.jsonl (a row a step), summary.json, loss.png, "
+        "checkpoints step-* and the final weights in final/, which from_pretrained reads. Losses are nats a token."
     )
     add = parser.add_argument
     models = f"one of {', '.join(PRESETS)}, or the path of a Hugging Face config.json"
-    add("--model", metavar="NAME", default="llama-9m", help=f"{models} (default: %(default)s)")
+    add("--model", metavar="NAME", default=MODEL, help=f"{models} (default: %(default)s)")
+    add(
+        "--from",
+        dest="from_",
+        metavar="CHECKPOINT",
+        help="fine-tune this, in place of --model: a folder as save_pretrained writes it, a name on the Hugging Face hub, or a "
+        "GGUF file. Its tokenizer is taken, and windows hold whole documents that do not see each other; of rows of messages "
+        "(OpenAI), conversations (ShareGPT), or prompt and completion the answers alone are learned",
+    )
     add("--method", metavar="NAME", default="galore", help=f"one of {', '.join(METHODS)} (default: %(default)s)")
     add(
         "--data",
@@ -73,6 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name:SPLIT or name:CONFIG:SPLIT of a Hugging Face data set, or python-stdlib, the Python library's own "
         "sources (default); what takes long to turn into tokens is kept under ~/.cache/lowrank-sys",
     )
+    add("--valid-data", metavar="PATH_OR_NAME", help="all of the validation, in place of a part of --data (with --from)")
+    add("--no-packing", action="store_true", help="one document a window (with --from)")
     add("--text-field", metavar="NAME", default="text", help="the column of rows that holds the text (default: text)")
     add("--tokenizer", metavar="NAME", help="a Hugging Face tokenizer, its size is the vocabulary (default: bytes)")
     add("--steps", metavar="N", type=int, default=220, help="optimizer steps (default: %(default)s)")
@@ -142,6 +172,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the linear layers: float, in --dtype, or int8, rounded stochastically at every step; the loss is then computed "
         f"without its logits (default: {_defaults('weights')})",
     )
+    add(
+        "--merge-dtype",
+        metavar="NAME",
+        help="write INT8 weights to final/ as an ordinary checkpoint, which plain transformers reads, in one of "
+        f"{', '.join(MERGE_DTYPES)}",
+    )
     add("--device", metavar="NAME", default="auto", help="cpu or cuda (default: cuda where there is a GPU)")
     add("--eval-steps", metavar="N", type=int, default=100, help="steps between evaluations (default: %(default)s)")
     add("--eval-tokens", metavar="N", type=int, default=16384, help="validation tokens used (default: %(default)s)")
@@ -174,12 +210,18 @@ def _title(model: str) -> str:
 
 
 def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return f"--{name.rstrip('_').replace('_', '-')}"
 
 
 def check(args: argparse.Namespace) -> None:
     """Fill the defaults that depend on other flags; raise CommandError for the first bad value."""
-    if not is_known(args.model):
+    if args.from_ is not None:
+        if args.model not in (MODEL, args.from_):
+            raise CommandError(f"--model {args.model}: --from {args.from_} is the model")
+        args.model, args.tokenizer = args.from_, args.tokenizer or args.from_
+    elif args.valid_data is not None or args.no_packing:
+        raise CommandError(f"{'--no-packing' if args.no_packing else '--valid-data'} needs --from")
+    elif not is_known(args.model):
         raise CommandError(f"--model: unknown {args.model!r}; valid: {', '.join(PRESETS)}, or a config.json")
     for name, valid in {
         "method": METHODS,
@@ -188,6 +230,7 @@ def check(args: argparse.Namespace) -> None:
         "weights": (None, *WEIGHTS),
         "per_layer": (None, *PER_LAYER),
         "accumulate_dtype": ACCUMULATE_DTYPES,
+        "merge_dtype": (None, *MERGE_DTYPES),
     }.items():
         if getattr(args, name) not in valid:
             raise CommandError(f"{flag(name)}: unknown {getattr(args, name)!r}; valid: {', '.join(filter(None, valid))}")

@@ -1,4 +1,4 @@
-"""LLaMA presets: llama-1m and llama-9m for a laptop, the rest as in the GaLore paper's configurations."""
+"""Models: presets (llama-1m and llama-9m for a laptop, the rest as in the GaLore paper), configurations, and checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lowrank_sys.cli import CommandError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
 class Preset(NamedTuple):
@@ -43,22 +43,25 @@ def is_known(name: str) -> bool:
 
 
 def config(name: str, *, vocab: int | None = None, seq_len: int = 1024) -> LlamaConfig:
-    """Configuration of the preset `name`, with untied embedding and head; or of a Hugging Face config file.
+    """Configuration of the preset `name`, with untied embedding and head; or of a Hugging Face config file or checkpoint.
 
     vocab: size of the vocabulary in tokens; None, where tokens are bytes, for the preset's or the file's own.
     seq_len: longest sequence in tokens.
-    Raises KeyError for a name that is_known does not know, CommandError for a file that is no configuration.
+    Raises CommandError for what is no configuration of a language model.
     """
     from transformers import AutoConfig, LlamaConfig
 
-    if name.endswith(".json"):
+    from lowrank_sys.train.encoders import where
+
+    if name not in PRESETS:
+        place, options = where(name)
         try:
-            read = AutoConfig.from_pretrained(name)
+            read = AutoConfig.from_pretrained(place, **options)
         except Exception as error:  # no JSON, no model_type, an unknown one: a type of its own each
             raise CommandError(f"--model {name}: transformers cannot read it: {error}") from error
         if not isinstance(getattr(read, "vocab_size", None), int):
             raise CommandError(f"--model {name}: {type(read).__name__} has no vocab_size: it is no language model by itself")
-        if vocab is None and read.vocab_size < BYTES:
+        if vocab is None and name.endswith(".json") and read.vocab_size < BYTES:  # a checkpoint has a tokenizer
             raise CommandError(
                 f"--model {name}: its vocab_size must be at least {BYTES}, the values of a byte, without --tokenizer, "
                 f"got {read.vocab_size}"
@@ -104,19 +107,18 @@ def _forget_foreign_tokens(config) -> None:
 
 def has_int8_layers(name: str) -> bool:
     """Whether the model `name` has linear layers that quantize_model replaces; True for what is no model at all."""
-    return name in PRESETS or _has_int8_layers(name, Path(name).stat().st_mtime_ns)
+    return name in PRESETS or _has_int8_layers(name, Path(name).stat().st_mtime_ns if Path(name).exists() else 0)
 
 
 @functools.lru_cache
 def _has_int8_layers(path: str, changed: int) -> bool:
     import torch
-    from transformers import AutoConfig
 
     from lowrank_sys.nn.quantize import quantizable_layers
     from lowrank_sys.nn.skeleton import skeleton
 
     try:
-        model = skeleton(AutoConfig.from_pretrained(path), torch.float32)
+        model = skeleton(config(path), torch.float32)
     except Exception:  # `config` and `build` say what is wrong with it
         return True
     try:
@@ -146,3 +148,36 @@ def build(
     # from_config rather than .to(dtype): the rotary frequencies stay fp32
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def load(
+    name: str, *, dtype: torch.dtype, device: torch.device, int8: bool = False, target_modules: list[str] | None = None
+) -> PreTrainedModel:
+    """The causal language model of a checkpoint: a folder, a name on the Hugging Face hub, or a GGUF file.
+
+    int8: with INT8 weights, as `build`: of safetensors one weight at a time, so that the float model never exists; of others it
+    does. Weights that are INT8 there stay so. Raises CommandError.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from lowrank_sys.nn import quantize_model, quantized_from_pretrained
+    from lowrank_sys.train.encoders import where
+
+    place, options = where(name)
+    try:
+        if not options and not Path(place).is_dir():
+            from huggingface_hub import snapshot_download
+
+            place = snapshot_download(place, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+        safe = not options and any(Path(place).glob("*.safetensors"))
+        if safe and (int8 or any(Path(place).glob("manifest.json"))):
+            model = quantized_from_pretrained(place, dtype, device, target_modules=target_modules)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options).to(device)
+            _forget_quantization(model.config)
+            if int8:
+                model = quantize_model(model, target_modules=target_modules)
+    except Exception as error:  # of transformers, safetensors, gguf and the hub: a type of its own each
+        raise CommandError(f"--from {name}: cannot load it: {' '.join(str(error).split())[:500]}") from error
+    model.config.use_cache = False
+    return model

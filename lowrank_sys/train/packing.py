@@ -25,13 +25,15 @@ class Packed:
     then nothing is learned is left out. pack: several documents in a window as they fit, else one. A pass over the windows is a
     fresh permutation that depends only on (seed, pass).
 
-    cut, left_out: how many documents were. tokens: of documents, in a window in the mean. learned: how many of all are.
+    ids: of the stream, without marks. cut, left_out: how many documents were. tokens: of documents, in a window in the mean.
+    learned: how many of all are.
     """
 
     def __init__(self, stream: torch.Tensor, seq_len: int, seed: int, length: int, pack: bool = True):
         self.seq_len, self.seed, self.length = seq_len, seed, length
         self._stream = stream.numpy()
-        _, learned, first = unmarked(self._stream)
+        ids, learned, first = unmarked(self._stream)
+        self.ids = torch.from_numpy(ids)
         starts = np.flatnonzero(first)
         ends = np.append(starts[1:], len(first))
         self.cut = int((ends - starts > seq_len).sum())

@@ -15,11 +15,12 @@ from transformers.trainer_callback import PrinterCallback
 from lowrank_sys.cli import CommandError
 from lowrank_sys.nn import causal_lm_loss
 from lowrank_sys.nn.pretrained import save_quantized
-from lowrank_sys.nn.quantize import is_marked
+from lowrank_sys.nn.quantize import dequantize_model, is_marked
 from lowrank_sys.nn.readout import readout
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
 from lowrank_sys.train import checkpoint
 from lowrank_sys.train.data import load_tokenizer
+from lowrank_sys.train.packing import IGNORED, Packed, stacked
 
 if TYPE_CHECKING:
     import argparse
@@ -40,7 +41,7 @@ class LowRankTrainer(Trainer):
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
-        windows: Windows,
+        windows: Windows | Packed,
         arguments: TrainingArguments,
         save: Callable[[int, Callable[[Path], None]], None],
         seen: Callable[[torch.Tensor], None],
@@ -48,8 +49,8 @@ class LowRankTrainer(Trainer):
         if arguments.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
             raise CommandError(f"--gradient-checkpointing: {type(model).__name__} of transformers does not support it")
         super().__init__(model, arguments, train_dataset=windows, data_collator=collate, optimizers=(optimizer, schedule))
-        # every window has the same number of targets, so the plain mean over micro-batches is the token mean
-        self.model_accepts_loss_kwargs = False
+        # where every window has the same number of targets, the plain mean over micro-batches is the token mean
+        self.model_accepts_loss_kwargs = isinstance(windows, Packed)
         self.remove_callback(PrinterCallback)
         self._write_checkpoint = save
         self._seen = seen
@@ -61,10 +62,10 @@ class LowRankTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset)  # Windows is in its final order
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if is_marked(model.config):  # who keeps weights in INT8 has no room for logits
-            return causal_lm_loss(model, **inputs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+            return causal_lm_loss(model, **inputs, num_items_in_batch=num_items_in_batch)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -105,8 +106,10 @@ def arguments(args: argparse.Namespace, device: torch.device) -> TrainingArgumen
     return made
 
 
-def collate(batch: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """(batch_size, seq_len) token ids, which are their own labels: the model shifts them."""
+def collate(batch: list[torch.Tensor] | list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """(batch_size, seq_len) each. Windows that are token ids alone are their own labels: the model shifts them."""
+    if isinstance(batch[0], dict):
+        return stacked(batch)
     ids = torch.stack(batch)
     return {"input_ids": ids, "labels": ids}
 
@@ -135,28 +138,36 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float, no
 
 
 @torch.no_grad()
-def mean_loss(model: torch.nn.Module, windows: torch.Tensor, batch_size: int) -> float:
-    """Mean cross-entropy in nats over every predicted token of `windows`, (count, seq_len) int64."""
+def mean_loss(model: torch.nn.Module, windows: dict[str, torch.Tensor], batch_size: int) -> float:
+    """Mean cross-entropy in nats over every label of `windows` but the first of each and those of -100.
+
+    windows: input_ids, labels, and what else the model's decoder takes, (count, seq_len) int64 each.
+    """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for ids in windows.split(batch_size):
-        ids = ids.to(device)
+    for at in range(0, len(windows["labels"]), batch_size):
+        inputs = {name: values[at : at + batch_size].to(device) for name, values in windows.items()}
         if is_marked(model.config) and readout(model):
-            total += causal_lm_loss(model, ids, ids, num_items_in_batch=1)
+            total += causal_lm_loss(model, **inputs, num_items_in_batch=1)
         else:
-            logits = model(input_ids=ids).logits[:, :-1].float()
-            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+            labels = inputs.pop("labels")[:, 1:].flatten()
+            logits = model(**inputs).logits[:, :-1].float().flatten(0, 1)
+            total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     model.train(training)
-    return total.item() / windows[:, 1:].numel()
+    return (total / (windows["labels"][:, 1:] != IGNORED).sum().to(device)).item()
 
 
-def save_final(model: torch.nn.Module, folder: Path, tokenizer: str | None) -> None:
+def save_final(model: torch.nn.Module, folder: Path, tokenizer: str | None, merged: torch.dtype | None = None) -> None:
     """Write weights and configuration, and the tokenizer if there is one, as `from_pretrained` reads them.
 
-    INT8 weights are written as such: `lowrank_sys.nn.quantized_from_pretrained` reads them.
+    INT8 weights are written as such: `lowrank_sys.nn.quantized_from_pretrained` reads them. merged: the type of an ordinary
+    checkpoint in their place, which the model is made for in place.
     """
+    if merged is not None:
+        dequantize_model(model).to(merged)
+    model.config.use_cache = True  # for those who generate
 
     def fill(partial: Path) -> None:
         save_quantized(model, partial) if is_marked(model.config) else model.save_pretrained(partial)

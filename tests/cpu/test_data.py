@@ -199,10 +199,11 @@ def test_windows_are_a_function_of_seed_and_index():
 
 def test_sample_is_spread_and_bounded():
     stream = torch.arange(1000)
-    some = data.sample(stream, 10, tokens=200)
+    windows = data.Windows(stream, 10, 0, 0)
+    some = windows.sample(200)["input_ids"]
     assert some.shape == (20, 10) and some[:, 0].tolist() == list(range(0, 1000, 50))
-    assert data.sample(stream, 10, tokens=10**6).shape == (100, 10)
-    assert data.sample(stream, 10, tokens=1).shape == (1, 10)
+    assert windows.sample(10**6)["labels"].shape == (100, 10)
+    assert windows.sample(1)["labels"].shape == (1, 10)
 
 
 def test_unigram_entropy():

@@ -96,10 +96,10 @@ def test_files(text, whole):
     # the losses are those of the final weights, as anyone who loads them finds
     corpus = data.load(str(text), seq_len=32)
     model = AutoModelForCausalLM.from_pretrained(whole / "final")
-    valid, seen = (data.sample(stream, 32, 256) for stream in (corpus.valid, corpus.train))
+    valid, seen = (data.Windows(stream, 32, 0, 0).sample(256) for stream in (corpus.valid, corpus.train))
     assert summary["val_loss"] == pytest.approx(trainer.mean_loss(model, valid, 3), rel=1e-5)
     assert summary["train_loss"] == pytest.approx(trainer.mean_loss(model, seen, 3), rel=1e-5)
-    assert summary["unigram_entropy"] == pytest.approx(data.unigram_entropy(corpus.train, valid[:, 1:], 256))
+    assert summary["unigram_entropy"] == pytest.approx(data.unigram_entropy(corpus.train, valid["labels"][:, 1:], 256))
 
 
 def test_kill_and_resume_is_exact(text, whole, tmp_path, capsys):
