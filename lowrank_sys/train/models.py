@@ -175,6 +175,8 @@ def load(
         else:
             model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options).to(device)
             _forget_quantization(model.config)
+            for key in ("is_quantized", "hf_quantizer", "quantization_method"):  # of a GGUF file: its values are plain now
+                vars(model).pop(key, None)
             if int8:
                 model = quantize_model(model, target_modules=target_modules)
     except Exception as error:  # of transformers, safetensors, gguf and the hub: a type of its own each
