@@ -6,6 +6,7 @@ from lowrank_sys.optim.groups import param_groups
 from lowrank_sys.optim.in_backward import InBackward
 from lowrank_sys.optim.methods.apollo import APOLLOAdamW
 from lowrank_sys.optim.methods.coap import COAPAdamW
+from lowrank_sys.optim.methods.dct import DCTAdamW
 from lowrank_sys.optim.methods.fira import FiraAdamW
 from lowrank_sys.optim.methods.fira_lion import FiraLion
 from lowrank_sys.optim.methods.frugal import FrugalAdamW
@@ -20,6 +21,7 @@ from lowrank_sys.optim.optimizer import LowRankOptimizer
 __all__ = [
     "APOLLOAdamW",
     "COAPAdamW",
+    "DCTAdamW",
     "FiraLion",
     "LDAdamW",
     "SCALE",

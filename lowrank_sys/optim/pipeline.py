@@ -127,7 +127,7 @@ class Pipeline:
 
     def lacking(self, group):
         """{group key: names of the state that its part reads and no part keeps}, for the keys `subspace` and `moments`."""
-        kept = {"step", *self.remainder.categories, *self.rule.moments((1, 1), group)}
+        kept = {"step", *self.subspace.categories, *self.remainder.categories, *self.rule.moments((1, 1), group)}
         needs = self.subspace.needs(group)
         return {key: missing for key, names in needs.items() if (missing := [name for name in names if name not in kept])}
 

@@ -60,4 +60,18 @@ def rotate(due, old, new, kept):
         due.write(name, rotated(due.moment(name), c if signed else c * c, left=due.left), kept)
 
 
-TRANSPORTS = {"keep": Transport(keep, bases=False), "reset": Transport(reset, bases=False), "rotate": Transport(rotate)}
+def match(due, old, new, kept):
+    """Moments of a direction that stays move to where it is now, and others begin at zero. old, new: indices (r,), ascending."""
+    place = torch.searchsorted(old, new).clamp(max=len(old) - 1)
+    stays, axis = old[place] == new, 0 if due.left else 1
+    for name in due.moments:
+        moment = due.moment(name).index_select(axis, place)
+        due.write(name, torch.where(stays.unsqueeze(1 - axis), moment, 0), kept)
+
+
+TRANSPORTS = {
+    "keep": Transport(keep, bases=False),
+    "reset": Transport(reset, bases=False),
+    "rotate": Transport(rotate),
+    "match": Transport(match, needs=("columns",)),
+}

@@ -406,7 +406,7 @@ def test_every_basis_moves(name, side):
     def bases():
         return [
             torch.cat(
-                [optimizer.state[p][key].flatten().double() for key in ("basis", "key", "indices") if key in optimizer.state[p]]
+                [optimizer.state[p][key].flatten().double() for key in ("basis", "key", "indices", "columns") if key in optimizer.state[p]]
             )
             for p in matrices
         ]

@@ -1,0 +1,204 @@
+"""Every preset: each step against a transcription of its paper in fp64, its state in bytes, and inputs of every kind."""
+
+import math
+
+import pytest
+import torch
+from methods.transcriptions.dct import dct
+from torch import nn
+
+from lowrank_sys.optim import DCTAdamW
+from lowrank_sys.optim.preset import METHODS
+
+STEPS, LR, DECAY = 9, 1e-2, 0.1
+COMMON = {"lr": LR, "weight_decay": DECAY}
+ADAM = {**COMMON, "betas": (0.9, 0.999), "eps": 1e-8}
+EACH = pytest.mark.parametrize("name", METHODS)
+
+
+def low_rank_keys(name, rank=3, **keys):
+    """Group keys of a method's matrices."""
+    method = METHODS[name]
+    return {**method.keys, **({"rank": None} if method.rank is None else {"rank": min(rank, method.rank), **keys})}
+
+
+def preset(name, params, left=None, **keys):
+    """The optimizer of a method over a group of matrices."""
+    sides = {} if left is None or METHODS[name].rank is None else {"proj_type": "left" if left else "right"}
+    group = {"params": params, **low_rank_keys(name), **sides, **keys}
+    return METHODS[name].optimizer([group], **COMMON, **METHODS[name].options)
+
+
+def matrix_of(shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(shape, steps=STEPS):
+    """Of a few strong directions, so that a basis is one of theirs, and a slow drift."""
+    generator = torch.Generator().manual_seed(1)
+    u, v = torch.randn(*shape[:-1], 3, generator=generator), torch.randn(*shape[:-2], 3, shape[-1], generator=generator)
+    for _ in range(steps):
+        u = u + 0.2 * torch.randn(u.shape, generator=generator)
+        yield u * torch.tensor([4.0, 2.0, 1.0]) @ v + 0.1 * torch.randn(shape, generator=generator)
+
+
+def run(optimizer, params, steps, start=0):
+    """Steps start ... steps - 1 of the same gradients."""
+    series = [list(gradients(p.shape, steps)) for p in params]
+    for step in range(start, steps):
+        for p, own in zip(params, series):
+            p.grad = own[step].to(p.dtype)
+        optimizer.step()
+
+
+# --- each step is the paper's
+
+# (class, arguments, group keys, transcription, its hyper-parameters)
+PAPERS = {
+    "dct": (DCTAdamW, {}, {"rank": 3}, dct, {**ADAM, "rank": 3, "gap": 1, "scale": 1.0}),
+    "dct, l2 at a gap": (
+        DCTAdamW, {}, {"rank": 3, "update_proj_gap": 3, "subspace": "l2", "scale": 0.5},
+        dct, {**ADAM, "rank": 3, "gap": 3, "scale": 0.5, "power": 2},
+    ),
+    "dct, error feedback": (
+        DCTAdamW, {"error_feedback": True}, {"rank": 3}, dct, {**ADAM, "rank": 3, "gap": 1, "scale": 1.0, "feedback": True},
+    ),
+}  # fmt: skip
+SHAPES = {"wide": (8, 12), "tall": (12, 8), "square": (9, 9)}
+
+
+@pytest.mark.parametrize("scaler", [False, True], ids=["plain", "GradScaler"])
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("paper", PAPERS)
+def test_every_step_is_the_paper_s(paper, shape, left, scaler):
+    cls, arguments, keys, formula, h = PAPERS[paper]
+    matrix = nn.Parameter(matrix_of(shape))
+    group = {"params": [matrix], "proj_type": "left" if left else "right", **keys}
+    optimizer = cls([group], **COMMON, **arguments)
+    grads = list(gradients(shape))
+    expected = formula(matrix.detach().double(), [g.double() for g in grads], left, **h)
+    assert len(expected) == len(grads)
+    for t, (g, want) in enumerate(zip(grads, expected)):
+        matrix.grad = g * 1024 if scaler else g
+        if scaler:
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.zeros(())
+        optimizer.step()
+        torch.testing.assert_close(matrix.detach().double(), want, atol=1e-5, rtol=1e-5, msg=lambda m: f"step {t}: {m}")
+
+
+# --- the state in bytes
+
+# Elements of R beside those of the basis and the schedule, and bytes of the basis, of an fp32 matrix (m, n) of rank r with a
+# basis of d entries: {name: (fp32 numbers, bytes of the basis)}; m is the unprojected side too.
+M, N, R = 24, 40, 3
+LOW, BASIS, KEY = 2 * R * N, 4 * M * R, 32
+BYTES = {
+    "galore": 4 * LOW + BASIS,
+    "galore8bit": 4 * LOW + BASIS,  # moments of fewer than 4096 elements stay in fp32
+    "galore-adafactor": 4 * (R + N) + BASIS,
+    "q-galore": 4 * LOW + R * M // 2 + 2 * 4 * R + 4 * 5,  # codes, scales and offsets, the queue of overlaps
+    "grass": 4 * LOW + 4 * R,
+    "apollo": 4 * LOW + KEY + 4,
+    "apollo-mini": 4 * 2 * N + KEY + 4,
+    "fira": 4 * LOW + BASIS + 4,
+    "fira-lion": 4 * LOW // 2 + BASIS + 4,
+    "frugal": 4 * LOW + BASIS,
+    "coap": 4 * LOW + BASIS,
+    "ldadam": 4 * LOW + BASIS + 4 * M * N,
+    "scale": 0,
+    "sinkgd": 0,
+    "dct": 4 * LOW + 4 * R,
+}
+
+
+@EACH
+def test_the_state_is_as_large_as_the_formula_says(name):
+    """Beside the schedule: integers on the host, and the step."""
+    if name not in BYTES:
+        pytest.skip("its own tests count it")
+    matrix = nn.Parameter(matrix_of((M, N)))
+    optimizer = preset(name, [matrix], left=True)
+    run(optimizer, [matrix], 2)
+    state = optimizer.state[matrix]
+    schedule = ("step", "countdown", "refreshes", "gap")
+    kept = {key: value.nbytes for key, value in state.items() if isinstance(value, torch.Tensor) and key not in schedule}
+    assert sum(kept.values()) == BYTES[name], kept
+
+
+# --- inputs of every kind
+
+
+def held(optimizer, params):
+    return [p.detach().clone() for p in params], [
+        {key: value.clone() for key, value in optimizer.state[p].items() if isinstance(value, torch.Tensor)} for p in params
+    ]
+
+
+@EACH
+def test_zero_gradients_change_nothing_and_spoil_nothing(name):
+    matrix = nn.Parameter(matrix_of((8, 12)))
+    optimizer = preset(name, [matrix], weight_decay=0.0)
+    before = matrix.detach().clone()
+    for _ in range(4):
+        matrix.grad = torch.zeros(8, 12)
+        optimizer.step()
+    assert torch.equal(matrix, before)
+    run(optimizer, [matrix], 3)
+    (weight,), (state,) = held(optimizer, [matrix])
+    assert not torch.equal(weight, before) and weight.isfinite().all()
+    assert all(value.isfinite().all() for key, value in state.items() if key != "overlaps")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("step", [0, 4], ids=["first", "later"])
+@EACH
+def test_a_gradient_that_is_not_finite_spoils_nothing(name, step, value):
+    matrix = nn.Parameter(matrix_of((8, 12)))
+    optimizer = preset(name, [matrix], **({} if METHODS[name].rank is None else {"update_proj_gap": 2}))
+    run(optimizer, [matrix], step)
+    before = matrix.detach().clone()
+    matrix.grad = torch.full((8, 12), value)
+    optimizer.step()
+    assert torch.equal(matrix, before) and optimizer.skipped() == 96
+    matrix.grad = matrix_of((8, 12), 5)
+    matrix.grad[3, 5] = value
+    optimizer.step()
+    assert matrix.isfinite().all() and 96 <= optimizer.skipped() < 192  # no more than its channel, where that has a part at all
+    run(optimizer, [matrix], step + 4, start=step)
+    (weight,), (state,) = held(optimizer, [matrix])
+    assert weight.isfinite().all() and not torch.equal(weight, before)
+    assert all(value.isfinite().all() for key, value in state.items() if key != "overlaps")
+
+
+@EACH
+def test_a_weight_of_three_dimensions_is_its_matrices(name):
+    stack = nn.Parameter(matrix_of((2, 8, 12)))
+    alone = [nn.Parameter(one.clone()) for one in stack.detach()]
+    optimizer, other = preset(name, [stack]), preset(name, alone)
+    series = list(gradients(stack.shape, 6))
+    for g in series:
+        stack.grad = g
+        optimizer.step()
+        for one, own in zip(alone, g):
+            one.grad = own.clone()
+        other.step()
+    assert torch.equal(stack, torch.stack(list(alone)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@EACH
+def test_a_group_of_mixed_shapes(name, dtype):
+    """Steps of one matrix are the same whatever is beside it, but for its number, which is the seed of what is drawn."""
+    shapes = [(8, 12), (12, 8), (9, 9), (8, 12), (4, 3, 3, 3), (2, 8, 12)]
+    params = [nn.Parameter(matrix_of(shape, i).to(dtype)) for i, shape in enumerate(shapes)]
+    optimizer = preset(name, params)
+    before = [p.detach().clone() for p in params]
+    run(optimizer, params, 6)
+    assert all(p.isfinite().all() and not torch.equal(p, old) for p, old in zip(params, before))
+    alone = nn.Parameter(before[0].clone())
+    first = preset(name, [alone])
+    run(first, [alone], 1)
+    again = [nn.Parameter(p.clone()) for p in before]
+    run(preset(name, again), again, 1)
+    assert torch.equal(again[0], alone)
