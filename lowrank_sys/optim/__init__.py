@@ -14,6 +14,7 @@ from lowrank_sys.optim.methods.galore import GaLoreAdafactor, GaLoreAdamW, GaLor
 from lowrank_sys.optim.methods.grass import GrassAdamW
 from lowrank_sys.optim.methods.ldadam import LDAdamW
 from lowrank_sys.optim.methods.qgalore import QGaLoreAdamW8bit
+from lowrank_sys.optim.methods.sara import SARAAdamW
 from lowrank_sys.optim.methods.scale import SCALE
 from lowrank_sys.optim.methods.sinkgd import SinkGD
 from lowrank_sys.optim.optimizer import LowRankOptimizer
@@ -24,6 +25,7 @@ __all__ = [
     "DCTAdamW",
     "FiraLion",
     "LDAdamW",
+    "SARAAdamW",
     "SCALE",
     "SinkGD",
     "Accumulate",

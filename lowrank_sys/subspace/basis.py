@@ -164,7 +164,7 @@ class Rows(Dense):
 
 
 class Columns(Dense):
-    """`columns` int32 (r,), ascending, of the orthonormal DCT-II matrix (d, d) (lowrank_sys.subspace.dct), made where it is used."""
+    """`columns` int32 (r,), ascending, of the orthonormal DCT-II matrix (d, d), made where they are used (subspace/dct.py)."""
 
     name = "columns"
     keys = ("columns",)

@@ -1,5 +1,6 @@
 """What becomes of the moments when their basis changes. `TRANSPORTS` is open: a method adds its own by name."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -53,11 +54,12 @@ def reset(due, old, new, kept):
     due.forget()
 
 
-def rotate(due, old, new, kept):
-    """M <- C M, and (C∘C) V of a moment that has no sign."""
+def rotate(due, old, new, kept, first=False):
+    """M <- C M, and (C∘C) V of a moment that has no sign; where `first` such a one stays."""
     c = rotation(old, new, torch.float32)
     for name, signed in due.moments.items():
-        due.write(name, rotated(due.moment(name), c if signed else c * c, left=due.left), kept)
+        if signed or not first:
+            due.write(name, rotated(due.moment(name), c if signed else c * c, left=due.left), kept)
 
 
 def match(due, old, new, kept):
@@ -73,5 +75,6 @@ TRANSPORTS = {
     "keep": Transport(keep, bases=False),
     "reset": Transport(reset, bases=False),
     "rotate": Transport(rotate),
+    "rotate-first": Transport(functools.partial(rotate, first=True)),
     "match": Transport(match, needs=("columns",)),
 }

@@ -403,12 +403,11 @@ def test_every_basis_moves(name, side):
     model, optimizer = made(name, proj_type=side)
     matrices = next(group for group in optimizer.param_groups if "rank" in group)["params"]
 
+    keys = ("basis", "key", "indices", "columns")
+
     def bases():
         return [
-            torch.cat(
-                [optimizer.state[p][key].flatten().double() for key in ("basis", "key", "indices", "columns") if key in optimizer.state[p]]
-            )
-            for p in matrices
+            torch.cat([optimizer.state[p][key].flatten().double() for key in keys if key in optimizer.state[p]]) for p in matrices
         ]
 
     run(model, optimizer, range(1))

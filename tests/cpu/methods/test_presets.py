@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 from methods.transcriptions.dct import dct
+from methods.transcriptions.sara import sara
 from torch import nn
 
-from lowrank_sys.optim import DCTAdamW
+from lowrank_sys.optim import DCTAdamW, SARAAdamW
 from lowrank_sys.optim.preset import METHODS
+from lowrank_sys.subspace.gaussian import gaussian_basis
 
 STEPS, LR, DECAY = 9, 1e-2, 0.1
 COMMON = {"lr": LR, "weight_decay": DECAY}
@@ -63,8 +65,21 @@ PAPERS = {
     "dct, error feedback": (
         DCTAdamW, {"error_feedback": True}, {"rank": 3}, dct, {**ADAM, "rank": 3, "gap": 1, "scale": 1.0, "feedback": True},
     ),
+    "sara": (SARAAdamW, {}, {"rank": 3, "update_proj_gap": 4}, sara, {**ADAM, "rank": 3, "gap": 4, "scale": 0.25}),
+    "sara, moments kept": (
+        SARAAdamW, {}, {"rank": 3, "update_proj_gap": 4, "moments": "keep", "scale": 1.0},
+        sara, {**ADAM, "rank": 3, "gap": 4, "scale": 1.0, "carried": False},
+    ),
 }  # fmt: skip
 SHAPES = {"wide": (8, 12), "tall": (12, 8), "square": (9, 9)}
+
+
+def drawn(formula, shape, h):
+    """`h` with what the method draws, which a transcription is handed."""
+    if formula is sara:
+        shapes = {"d": 2, "rank": min(shape), "seed": 0, "parameter": 0}
+        h = {**h, "exponentials": [gaussian_basis(step=i, **shapes).square().sum(0) for i in range(STEPS)]}
+    return h
 
 
 @pytest.mark.parametrize("scaler", [False, True], ids=["plain", "GradScaler"])
@@ -77,7 +92,7 @@ def test_every_step_is_the_paper_s(paper, shape, left, scaler):
     group = {"params": [matrix], "proj_type": "left" if left else "right", **keys}
     optimizer = cls([group], **COMMON, **arguments)
     grads = list(gradients(shape))
-    expected = formula(matrix.detach().double(), [g.double() for g in grads], left, **h)
+    expected = formula(matrix.detach().double(), [g.double() for g in grads], left, **drawn(formula, shape, h))
     assert len(expected) == len(grads)
     for t, (g, want) in enumerate(zip(grads, expected)):
         matrix.grad = g * 1024 if scaler else g
@@ -109,6 +124,7 @@ BYTES = {
     "scale": 0,
     "sinkgd": 0,
     "dct": 4 * LOW + 4 * R,
+    "sara": 4 * LOW + BASIS,
 }
 
 
@@ -202,3 +218,23 @@ def test_a_group_of_mixed_shapes(name, dtype):
     again = [nn.Parameter(p.clone()) for p in before]
     run(preset(name, again), again, 1)
     assert torch.equal(again[0], alone)
+
+
+# --- what one of them promises alone
+
+
+def test_sara_draws_in_proportion_to_singular_values():
+    """One of three, and one of the two that are left: each within four standard deviations of its share."""
+    values, count = torch.tensor([3.0, 2.0, 1.0]), 600
+    g = torch.diag(values)
+    matrix = nn.Parameter(torch.zeros(3, 3))
+    optimizer = SARAAdamW([{"params": [matrix], "rank": 2, "update_proj_gap": 1}], lr=1e-3)
+    seen = torch.zeros(3)
+    for _ in range(count):
+        matrix.grad = g
+        optimizer.step()
+        seen += optimizer.state[matrix]["basis"].abs().sum(1).round()
+    shares = values / 6
+    wanted = torch.stack([shares[i] + sum(shares[j] * shares[i] / (1 - shares[j]) for j in range(3) if j != i) for i in range(3)])
+    spread = (wanted * (1 - wanted) / count).sqrt()
+    assert seen.sum() == 2 * count and ((seen / count - wanted).abs() < 4 * spread).all(), (seen / count, wanted)
