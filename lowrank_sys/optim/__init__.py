@@ -13,6 +13,7 @@ from lowrank_sys.optim.methods.frugal import FrugalAdamW
 from lowrank_sys.optim.methods.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_sys.optim.methods.grass import GrassAdamW
 from lowrank_sys.optim.methods.ldadam import LDAdamW
+from lowrank_sys.optim.methods.osd import OnlineSubspaceDescent
 from lowrank_sys.optim.methods.qgalore import QGaLoreAdamW8bit
 from lowrank_sys.optim.methods.sara import SARAAdamW
 from lowrank_sys.optim.methods.scale import SCALE
@@ -38,6 +39,7 @@ __all__ = [
     "GrassAdamW",
     "InBackward",
     "LowRankOptimizer",
+    "OnlineSubspaceDescent",
     "QGaLoreAdamW8bit",
     "param_groups",
 ]

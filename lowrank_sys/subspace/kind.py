@@ -148,6 +148,10 @@ class Kind:
         """Keys of the state that choosing a basis reads beside its own: moments by name, 'step'."""
         return ()
 
+    def late(self, group):
+        """Whether bases, but for the first, are chosen after the step."""
+        return False
+
     def hyper_of(self, group):
         return self.hyper
 

@@ -20,6 +20,11 @@ class Selector:
     hyper = {}  # group keys that it reads, numbers, and their defaults
     counts = False  # whether it asks how many bases were chosen so far
     staggered = True  # whether the refreshes of a model's matrices are spread over the gap
+    late = False  # whether the gradient of a step chooses, after it, the basis of the next; a first one is chosen before its step
+    categories = {}  # {key of the state: its category in an account of memory} of what it keeps itself
+
+    def init(self, state, param, rank):
+        """Add what it keeps to the state of a matrix (m, n), of which `left` is there."""
 
     def choose(self, due):
         raise NotImplementedError

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from methods.transcriptions.dct import dct
+from methods.transcriptions.osd import osd
 from methods.transcriptions.sara import sara
 from torch import nn
 
-from lowrank_sys.optim import DCTAdamW, SARAAdamW
+from lowrank_sys.optim import DCTAdamW, LDAdamW, OnlineSubspaceDescent, SARAAdamW
 from lowrank_sys.optim.preset import METHODS
 from lowrank_sys.subspace.gaussian import gaussian_basis
 
@@ -70,6 +71,11 @@ PAPERS = {
         SARAAdamW, {}, {"rank": 3, "update_proj_gap": 4, "moments": "keep", "scale": 1.0},
         sara, {**ADAM, "rank": 3, "gap": 4, "scale": 1.0, "carried": False},
     ),
+    "osd": (OnlineSubspaceDescent, {}, {"rank": 3}, osd, {**ADAM, "rank": 3, "gap": 1, "scale": 0.25, "rate": 1.0, "orthogonality": 1.0}),
+    "osd, every third step": (
+        OnlineSubspaceDescent, {}, {"rank": 3, "update_proj_gap": 3, "basis_rate": 2.0, "orthogonality": 0.5, "scale": 1.0},
+        osd, {**ADAM, "rank": 3, "gap": 3, "scale": 1.0, "rate": 2.0, "orthogonality": 0.5},
+    ),
 }  # fmt: skip
 SHAPES = {"wide": (8, 12), "tall": (12, 8), "square": (9, 9)}
 
@@ -125,6 +131,7 @@ BYTES = {
     "sinkgd": 0,
     "dct": 4 * LOW + 4 * R,
     "sara": 4 * LOW + BASIS,
+    "osd": 4 * LOW + 3 * BASIS,
 }
 
 
@@ -238,3 +245,23 @@ def test_sara_draws_in_proportion_to_singular_values():
     wanted = torch.stack([shares[i] + sum(shares[j] * shares[i] / (1 - shares[j]) for j in range(3) if j != i) for i in range(3)])
     spread = (wanted * (1 - wanted) / count).sqrt()
     assert seen.sum() == 2 * count and ((seen / count - wanted).abs() < 4 * spread).all(), (seen / count, wanted)
+
+
+def test_osd_keeps_its_basis_near_orthonormal_and_follows_the_gradient():
+    """Of a gradient that turns into another subspace, most is in the span in the end; the vectors keep about their length."""
+    g, matrix = list(gradients((24, 40), 2)), nn.Parameter(torch.zeros(24, 40))
+    optimizer = OnlineSubspaceDescent([{"params": [matrix], "rank": 3}], lr=1e-2)
+    shares = []
+    for step in range(120):
+        matrix.grad = torch.roll(g[0], 7, 0) if step else g[0]
+        optimizer.step()
+        b = optimizer.state[matrix]["basis"]
+        q = torch.linalg.qr(b).Q
+        shares.append((q.T @ matrix.grad).norm() / matrix.grad.norm())
+        assert torch.linalg.svdvals(b).max() < 1.6 and torch.linalg.svdvals(b).min() > 0.6
+    assert shares[1] < 0.6 and shares[-1] > 0.95
+
+
+def test_what_chooses_after_the_step_is_refused_beside_error_feedback():
+    with pytest.raises(ValueError, match="subspace must choose before the step for LDAdamW"):
+        LDAdamW([{"params": [nn.Parameter(torch.zeros(8, 12))], "rank": 3, "subspace": "online", "moments": "keep"}])
