@@ -18,6 +18,7 @@ from lowrank_sys.optim.methods.qgalore import QGaLoreAdamW8bit
 from lowrank_sys.optim.methods.sara import SARAAdamW
 from lowrank_sys.optim.methods.scale import SCALE
 from lowrank_sys.optim.methods.sinkgd import SinkGD
+from lowrank_sys.optim.methods.subtrack import SubTrackAdamW
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "SARAAdamW",
     "SCALE",
     "SinkGD",
+    "SubTrackAdamW",
     "Accumulate",
     "CapturedStep",
     "FiraAdamW",

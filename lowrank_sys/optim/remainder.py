@@ -168,17 +168,25 @@ class ScaledResidual(_Scaled):
     """Fira: it is scaled by channel as the rule scales R, and its norm is limited.
 
     Group key: `alpha`, the factor of back(). State of a matrix: `limiter`, the norm of the last scaled residual.
+
+    Args:
+        exact: whether it is G - back(R), as in the paper, or G - alpha back(R), as in the authors' code.
     """
 
     name = "scaled-residual"
     defaults = {"alpha": 0.25}
 
+    def __init__(self, exact=False):
+        self.exact = exact
+        self.name = "exact-scaled-residual" if exact else self.name
+
     def options(self, h):
         return {"scale": h["alpha"], "growth": GROWTH}
 
     def of(self, g, r, x, s, state, h):
-        c = self.coefficients(r, x, s, state, h, alpha=h["alpha"])
-        return Update(x=h["alpha"] * (x - c * r), phi=g, scale=s.grad_scale, c=(c,))
+        c = self.coefficients(r, x, s, state, h, alpha=1.0 if self.exact else h["alpha"])
+        x = h["alpha"] * x - c * r if self.exact else h["alpha"] * (x - c * r)
+        return Update(x=x, phi=g, scale=s.grad_scale, c=(c,))
 
 
 class StateFree(_FromGradient):

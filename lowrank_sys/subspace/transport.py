@@ -71,10 +71,30 @@ def match(due, old, new, kept):
         due.write(name, torch.where(stays.unsqueeze(1 - axis), moment, 0), kept)
 
 
+def corrected(due):
+    """(M / (1 - beta1^t), V / (1 - beta2^t), 1 - beta2^t) as rows of R stand for left bases; t counts the steps that were taken."""
+    m, v = (due.moment(name).T if not due.left else due.moment(name) for name in ("exp_avg", "exp_avg_sq"))
+    first, second = (1 - due.h[f"beta{i}"] ** due.state["step"].clamp(min=1) for i in (1, 2))
+    return m / first, v / second, second
+
+
+def follow(due, old, new, kept):
+    """M <- C M, and of V the variance that C∘C carries over around the moved mean (Robert et al. 2024); (M before, M after)."""
+    c, (m, v, second) = rotation(old, new, torch.float32), corrected(due)
+    moved = c @ m
+    before, after = due.moment("exp_avg").clone(), rotated(due.moment("exp_avg"), c, left=due.left)
+    spread = (second * ((c * c) @ (v - m.square()) + moved.square())).abs()
+    variance = torch.where(kept, due.moment("exp_avg_sq"), spread if due.left else spread.T)
+    due.write("exp_avg", after, kept)
+    due.write("exp_avg_sq", variance, kept)
+    return before, after
+
+
 TRANSPORTS = {
     "keep": Transport(keep, bases=False),
     "reset": Transport(reset, bases=False),
     "rotate": Transport(rotate),
     "rotate-first": Transport(functools.partial(rotate, first=True)),
+    "follow": Transport(follow, needs=("exp_avg", "exp_avg_sq")),
     "match": Transport(match, needs=("columns",)),
 }

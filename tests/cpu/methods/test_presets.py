@@ -7,9 +7,10 @@ import torch
 from methods.transcriptions.dct import dct
 from methods.transcriptions.osd import osd
 from methods.transcriptions.sara import sara
+from methods.transcriptions.subtrack import subtrack
 from torch import nn
 
-from lowrank_sys.optim import DCTAdamW, LDAdamW, OnlineSubspaceDescent, SARAAdamW
+from lowrank_sys.optim import DCTAdamW, LDAdamW, OnlineSubspaceDescent, SARAAdamW, SubTrackAdamW
 from lowrank_sys.optim.preset import METHODS
 from lowrank_sys.subspace.gaussian import gaussian_basis
 
@@ -71,10 +72,21 @@ PAPERS = {
         SARAAdamW, {}, {"rank": 3, "update_proj_gap": 4, "moments": "keep", "scale": 1.0},
         sara, {**ADAM, "rank": 3, "gap": 4, "scale": 1.0, "carried": False},
     ),
-    "osd": (OnlineSubspaceDescent, {}, {"rank": 3}, osd, {**ADAM, "rank": 3, "gap": 1, "scale": 0.25, "rate": 1.0, "orthogonality": 1.0}),
+    "osd": (
+        OnlineSubspaceDescent, {}, {"rank": 3},
+        osd, {**ADAM, "rank": 3, "gap": 1, "scale": 0.25, "rate": 1.0, "orthogonality": 1.0},
+    ),
     "osd, every third step": (
         OnlineSubspaceDescent, {}, {"rank": 3, "update_proj_gap": 3, "basis_rate": 2.0, "orthogonality": 0.5, "scale": 1.0},
         osd, {**ADAM, "rank": 3, "gap": 3, "scale": 1.0, "rate": 2.0, "orthogonality": 0.5},
+    ),
+    "subtrack": (
+        SubTrackAdamW, {}, {"rank": 3, "update_proj_gap": 2, "geodesic_step": 1e-4},
+        subtrack, {**ADAM, "eps": 1e-6, "rank": 3, "gap": 2, "step": 1e-4, "alpha": 0.25},
+    ),
+    "subtrack, a far step": (
+        SubTrackAdamW, {}, {"rank": 3, "update_proj_gap": 3, "geodesic_step": 1e-3, "alpha": 1.0},
+        subtrack, {**ADAM, "eps": 1e-6, "rank": 3, "gap": 3, "step": 1e-3, "alpha": 1.0},
     ),
 }  # fmt: skip
 SHAPES = {"wide": (8, 12), "tall": (12, 8), "square": (9, 9)}
@@ -132,6 +144,7 @@ BYTES = {
     "dct": 4 * LOW + 4 * R,
     "sara": 4 * LOW + BASIS,
     "osd": 4 * LOW + 3 * BASIS,
+    "subtrack": 4 * LOW + BASIS + 4,
 }
 
 
@@ -265,3 +278,20 @@ def test_osd_keeps_its_basis_near_orthonormal_and_follows_the_gradient():
 def test_what_chooses_after_the_step_is_refused_beside_error_feedback():
     with pytest.raises(ValueError, match="subspace must choose before the step for LDAdamW"):
         LDAdamW([{"params": [nn.Parameter(torch.zeros(8, 12))], "rank": 3, "subspace": "online", "moments": "keep"}])
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+def test_subtrack_descends_along_a_geodesic(left):
+    """On both sides: vectors stay orthonormal, and of one gradient less is left after each step of the basis."""
+    g, matrix = matrix_of((12, 16)), nn.Parameter(torch.zeros(12, 16))
+    keys = {"rank": 3, "update_proj_gap": 1, "geodesic_step": 5e-3, "proj_type": "left" if left else "right"}
+    optimizer = SubTrackAdamW([{"params": [matrix], **keys}], lr=1e-2)
+    matrix.grad = matrix_of((12, 16), 1)
+    optimizer.step()
+    matrix.grad, shares = g, []
+    for _ in range(30):
+        optimizer.step()
+        b = optimizer.state[matrix]["basis"]
+        torch.testing.assert_close(b.T @ b, torch.eye(3), atol=1e-5, rtol=0)
+        shares.append(float((b.T @ g if left else g @ b).norm() / g.norm()))
+    assert all(late > early for early, late in zip(shares, shares[1:])) and shares[-1] > shares[0] + 0.1
