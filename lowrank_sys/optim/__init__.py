@@ -9,6 +9,7 @@ from lowrank_sys.optim.methods.coap import COAPAdamW
 from lowrank_sys.optim.methods.dct import DCTAdamW
 from lowrank_sys.optim.methods.fira import FiraAdamW
 from lowrank_sys.optim.methods.fira_lion import FiraLion
+from lowrank_sys.optim.methods.flora import Flora
 from lowrank_sys.optim.methods.frugal import FrugalAdamW
 from lowrank_sys.optim.methods.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_sys.optim.methods.grass import GrassAdamW
@@ -34,6 +35,7 @@ __all__ = [
     "Accumulate",
     "CapturedStep",
     "FiraAdamW",
+    "Flora",
     "FrugalAdamW",
     "GaLoreAdafactor",
     "GaLoreAdamW",

@@ -8,7 +8,7 @@ from lowrank_sys.subspace.basis import axis_of, store_of
 
 
 class Update(NamedTuple):
-    """back(x) + c o phi, of G (m, n) and R.
+    """back(x) + c o phi, or with `over` c o (back(x) + phi), of G (m, n) and R.
 
     x: of R's shape, fp32; None: no back-projection. phi: (m, n) any float dtype, e.g. G itself; None: none. c: factors of phi,
     each broadcast to (m, n): by channel, by row, of the matrix. sign: the sign of phi - back(taken) in place of phi. taken: R where
@@ -23,6 +23,7 @@ class Update(NamedTuple):
     sign: bool = False
     taken: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    over: bool = False
 
 
 class Change:
@@ -35,7 +36,7 @@ class Change:
 
     def is_low_rank(self, param):
         """Whether it is back(x) alone, for a weight in rows."""
-        return self._update.phi is None and param.is_contiguous()
+        return self._update.phi is None and not self._update.c and param.is_contiguous()
 
     def subtract_from(self, param):
         low_rank = self._update.x * self._rate
@@ -44,17 +45,20 @@ class Change:
     def panel(self, first, end):
         """Rows first ... end - 1, fp32."""
         update, rows = self._update, slice(first, end)
-        if update.phi is None:
-            return self._back(update.x, first, end) * self._rate
-        panel = (update.phi[rows] if self._shape else update.phi).float()
-        if update.scale is not None:
-            panel = panel * update.scale
-        if update.sign:
-            panel = (panel - self._back(update.taken, first, end)).sign()
+        back = None if update.x is None else self._back(update.x, first, end)
+        panel = back
+        if update.phi is not None:
+            panel = (update.phi[rows] if self._shape else update.phi).float()
+            if update.scale is not None:
+                panel = panel * update.scale
+            if update.sign:
+                panel = (panel - self._back(update.taken, first, end)).sign()
+            if update.over and back is not None:
+                panel = panel + back
         for factor in update.c:
             panel = panel * (factor[rows] if factor.dim() == 2 and factor.shape[0] == self._shape[0] > 1 else factor)
-        if update.x is not None:
-            panel = panel + self._back(update.x, first, end)
+        if update.phi is not None and back is not None and not update.over:
+            panel = panel + back
         return panel * self._rate
 
     def _back(self, x, first, end):

@@ -19,7 +19,7 @@ SIDES = {
 }
 
 # Integers of a state that differ between matrices.
-NUMBERS = ("first_gap", "seed", "parameter")
+NUMBERS = ("first_gap", "seed", "parameter", "d")
 
 
 class Kind:

@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 from methods.transcriptions.dct import dct
+from methods.transcriptions.flora import flora
 from methods.transcriptions.osd import osd
 from methods.transcriptions.sara import sara
 from methods.transcriptions.subtrack import subtrack
 from torch import nn
 
-from lowrank_sys.optim import DCTAdamW, LDAdamW, OnlineSubspaceDescent, SARAAdamW, SubTrackAdamW
+from lowrank_sys.optim import Accumulate, DCTAdamW, Flora, LDAdamW, OnlineSubspaceDescent, SARAAdamW, SubTrackAdamW, param_groups
 from lowrank_sys.optim.preset import METHODS
 from lowrank_sys.subspace.gaussian import gaussian_basis
 
@@ -88,15 +89,23 @@ PAPERS = {
         SubTrackAdamW, {}, {"rank": 3, "update_proj_gap": 3, "geodesic_step": 1e-3, "alpha": 1.0},
         subtrack, {**ADAM, "eps": 1e-6, "rank": 3, "gap": 3, "step": 1e-3, "alpha": 1.0},
     ),
+    "flora": (Flora, {}, {"rank": 3, "update_proj_gap": 4}, flora, {**COMMON, "gap": 4, "scale": 1.0, "beta1": 0.9}),
+    "flora, slower": (
+        Flora, {"beta1": 0.5}, {"rank": 3, "update_proj_gap": 100, "scale": 0.5},
+        flora, {**COMMON, "gap": 100, "scale": 0.5, "beta1": 0.5},
+    ),
 }  # fmt: skip
 SHAPES = {"wide": (8, 12), "tall": (12, 8), "square": (9, 9)}
 
 
-def drawn(formula, shape, h):
+def drawn(formula, shape, left, h):
     """`h` with what the method draws, which a transcription is handed."""
     if formula is sara:
         shapes = {"d": 2, "rank": min(shape), "seed": 0, "parameter": 0}
         h = {**h, "exponentials": [gaussian_basis(step=i, **shapes).square().sum(0) for i in range(STEPS)]}
+    if formula is flora:
+        where = {"d": shape[0 if left else 1], "rank": 3, "seed": 0, "parameter": 0}
+        h = {**h, "bases": [gaussian_basis(step=i, **where).double() for i in range(STEPS // h["gap"] + 1)]}
     return h
 
 
@@ -110,7 +119,7 @@ def test_every_step_is_the_paper_s(paper, shape, left, scaler):
     group = {"params": [matrix], "proj_type": "left" if left else "right", **keys}
     optimizer = cls([group], **COMMON, **arguments)
     grads = list(gradients(shape))
-    expected = formula(matrix.detach().double(), [g.double() for g in grads], left, **drawn(formula, shape, h))
+    expected = formula(matrix.detach().double(), [g.double() for g in grads], left, **drawn(formula, shape, left, h))
     assert len(expected) == len(grads)
     for t, (g, want) in enumerate(zip(grads, expected)):
         matrix.grad = g * 1024 if scaler else g
@@ -145,6 +154,7 @@ BYTES = {
     "sara": 4 * LOW + BASIS,
     "osd": 4 * LOW + 3 * BASIS,
     "subtrack": 4 * LOW + BASIS + 4,
+    "flora": 4 * (R * N + M + N) + KEY,
 }
 
 
@@ -295,3 +305,23 @@ def test_subtrack_descends_along_a_geodesic(left):
         torch.testing.assert_close(b.T @ b, torch.eye(3), atol=1e-5, rtol=0)
         shares.append(float((b.T @ g if left else g @ b).norm() / g.norm()))
     assert all(late > early for early, late in zip(shares, shares[1:])) and shares[-1] > shares[0] + 0.1
+
+
+def test_flora_accumulates_what_it_compresses():
+    """Two micro-batches a step, whose gradients never exist beside each other: the step of the sum of their compressions."""
+    torch.manual_seed(0)
+    model = nn.Linear(12, 8, bias=False)
+    first, gap = model.weight.detach().double(), 3
+    optimizer = Flora(param_groups(model, rank=3, update_proj_gap=gap, seed=0)[1:], **COMMON, per_layer=Accumulate(model=model))
+    inputs, outputs = torch.randn(STEPS, 2, 5, 12), torch.randn(STEPS, 2, 5, 8)
+    where = {"d": 8, "rank": 3, "seed": 0, "parameter": 0}
+    bases = [gaussian_basis(step=i, **where).double() for i in range(STEPS // gap + 1)]
+    grads = [(y.double().mT @ x.double()).sum(0) for x, y in zip(inputs, outputs)]
+    h = {**COMMON, "gap": gap, "scale": 1.0, "beta1": 0.9, "bases": bases, "compressed": True}
+    for x, y, want in zip(inputs, outputs, flora(first, grads, True, **h)):
+        for part, target in zip(x, y):
+            (model(part) * target).sum().backward()
+        assert model.weight.grad is None or model.weight.grad.numel() == 0 or not model.weight.grad.any()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(model.weight.detach().double(), want, atol=1e-5, rtol=1e-5)
