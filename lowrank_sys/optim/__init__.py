@@ -12,6 +12,7 @@ from lowrank_sys.optim.methods.fira_lion import FiraLion
 from lowrank_sys.optim.methods.flora import Flora
 from lowrank_sys.optim.methods.frugal import FrugalAdamW
 from lowrank_sys.optim.methods.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from lowrank_sys.optim.methods.galore_plus import GaLorePlus
 from lowrank_sys.optim.methods.grass import GrassAdamW
 from lowrank_sys.optim.methods.ldadam import LDAdamW
 from lowrank_sys.optim.methods.osd import OnlineSubspaceDescent
@@ -19,6 +20,7 @@ from lowrank_sys.optim.methods.qgalore import QGaLoreAdamW8bit
 from lowrank_sys.optim.methods.sara import SARAAdamW
 from lowrank_sys.optim.methods.scale import SCALE
 from lowrank_sys.optim.methods.sinkgd import SinkGD
+from lowrank_sys.optim.methods.snsm import SNSM
 from lowrank_sys.optim.methods.subtrack import SubTrackAdamW
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 
@@ -30,6 +32,7 @@ __all__ = [
     "LDAdamW",
     "SARAAdamW",
     "SCALE",
+    "SNSM",
     "SinkGD",
     "SubTrackAdamW",
     "Accumulate",
@@ -40,6 +43,7 @@ __all__ = [
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
+    "GaLorePlus",
     "GrassAdamW",
     "InBackward",
     "LowRankOptimizer",

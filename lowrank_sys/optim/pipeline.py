@@ -173,9 +173,14 @@ class Pipeline:
         if not batch.has_subspace:
             return
         if batch.group["refresh"] == "now":
-            early = batch.part(lambda state: int(state["countdown"]) == COLD) if self.subspace.late(batch.group) else batch
+            late, begins = self.subspace.late(batch.group), batch.remainder.begins
+            cold = batch.part(lambda state: int(state["countdown"]) == COLD) if late or begins else None
+            early = cold if late else batch
             if early.params:
                 self._advance(early, early.gradients, lr)
+            for g, state in zip(cold.gradients, cold.states) if begins else ():
+                if int(state["countdown"]) != COLD:
+                    batch.remainder.begin(g, state)
             return
         omegas = [self.directions(batch.group, p, s) for p, s in zip(batch.params, batch.states)]
         batch.sketches = [

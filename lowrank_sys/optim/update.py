@@ -12,7 +12,8 @@ class Update(NamedTuple):
 
     x: of R's shape, fp32; None: no back-projection. phi: (m, n) any float dtype, e.g. G itself; None: none. c: factors of phi,
     each broadcast to (m, n): by channel, by row, of the matrix. sign: the sign of phi - back(taken) in place of phi. taken: R where
-    `sign`. scale: 0-dim, that multiplies phi as it is read; None is 1.
+    `sign`. scale: 0-dim, that multiplies phi as it is read; None is 1. at: (flat indices (k,) int64, values (k,)) of entries that
+    are these values instead.
 
     What is linear in back(R) belongs in x: back(x) + c o (G - back(R)) = back(x - c o R) + c o G for c by channel.
     """
@@ -24,6 +25,7 @@ class Update(NamedTuple):
     taken: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     over: bool = False
+    at: tuple = ()
 
 
 class Change:
@@ -36,7 +38,7 @@ class Change:
 
     def is_low_rank(self, param):
         """Whether it is back(x) alone, for a weight in rows."""
-        return self._update.phi is None and not self._update.c and param.is_contiguous()
+        return self._update.phi is None and not self._update.c and not self._update.at and param.is_contiguous()
 
     def subtract_from(self, param):
         low_rank = self._update.x * self._rate
@@ -59,7 +61,16 @@ class Change:
             panel = panel * (factor[rows] if factor.dim() == 2 and factor.shape[0] == self._shape[0] > 1 else factor)
         if update.phi is not None and back is not None and not update.over:
             panel = panel + back
+        if update.at:
+            panel = self._put(panel, *update.at, first * self._shape[1])
         return panel * self._rate
+
+    def _put(self, panel, indices, values, begin):
+        """A panel from flat index `begin` on with the values that lie in it; others add 0, so that no device is asked how many."""
+        flat, here = panel.view(-1), indices - begin
+        inside = (here >= 0) & (here < flat.numel())
+        here = torch.where(inside, here, 0)
+        return flat.index_add(0, here, torch.where(inside, values - flat[here], 0)).view_as(panel)
 
     def _back(self, x, first, end):
         """These rows of back(x)."""

@@ -55,7 +55,7 @@ class Gaussian(Kind):
 
 
 class Resampled(Gaussian):
-    """A Gaussian basis after another (Flora): moments are decompressed by the old one and compressed by the new, M <- B_newᵀ B_old M.
+    """One Gaussian basis after another (Flora): moments are decompressed by the old and compressed by the new, M <- B_newᵀ B_old M.
 
     A refresh makes both (d, r) in fp32, and drops them. State of a matrix: that of Gaussian, and d.
     """

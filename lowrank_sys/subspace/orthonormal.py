@@ -91,7 +91,7 @@ class Orthonormal(Kind):
             state["countdown"] -= index * min(gap, FIRST_SKETCHES) // count
         state["first_gap"] = index * gap // count + 1 if selector.staggered else gap + selector.late  # late: not in its step
         state["seed"] = group["seed"] + index
-        selector.init(state, param, rank)
+        selector.init(state, param, group)
         if selector.counts:
             state["refreshes"] = torch.tensor(0, device="cpu")
         if group["cos_threshold"] is not None:

@@ -49,13 +49,14 @@ class Due:
         """Store a moment; where the basis was `kept` (0-dim bool) codes keep their bytes."""
         encode(self.state, name, self.moments[name], value, kept)
 
-    def forget(self):
-        """Zero the moments and the step."""
+    def forget(self, step=True):
+        """Zero the moments, and the step."""
         for name in self.moments:
             self.state[name].zero_()
             if is_coded(self.state, name):
                 self.state[absmax_of(name)].zero_()
-        self.state["step"].zero_()
+        if step:
+            self.state["step"].zero_()
 
 
 class Call:

@@ -23,7 +23,7 @@ class Selector:
     late = False  # whether the gradient of a step chooses, after it, the basis of the next; a first one is chosen before its step
     categories = {}  # {key of the state: its category in an account of memory} of what it keeps itself
 
-    def init(self, state, param, rank):
+    def init(self, state, param, group):
         """Add what it keeps to the state of a matrix (m, n), of which `left` is there."""
 
     def choose(self, due):

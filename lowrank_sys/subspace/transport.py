@@ -49,9 +49,9 @@ def keep(due, old, new, kept):
     """Moments stay as they are, and mean other directions."""
 
 
-def reset(due, old, new, kept):
-    """Moments are forgotten, and with them the step that corrects their bias."""
-    due.forget()
+def reset(due, old, new, kept, step=True):
+    """Moments are forgotten, and with them, unless others still count it, the step that corrects their bias."""
+    due.forget(step)
 
 
 def rotate(due, old, new, kept, first=False):
@@ -93,6 +93,7 @@ def follow(due, old, new, kept):
 TRANSPORTS = {
     "keep": Transport(keep, bases=False),
     "reset": Transport(reset, bases=False),
+    "clear": Transport(functools.partial(reset, step=False), bases=False),
     "rotate": Transport(rotate),
     "rotate-first": Transport(functools.partial(rotate, first=True)),
     "follow": Transport(follow, needs=("exp_avg", "exp_avg_sq")),

@@ -20,8 +20,8 @@ class OnlineDescent(Selector):
     hyper, counts, staggered, orthonormal, late = {"basis_rate": 1.0, "orthogonality": 1.0}, True, False, False, True
     categories = {"basis_exp_avg": "moments", "basis_exp_avg_sq": "moments"}
 
-    def init(self, state, param, rank):
-        shape = axis_of(param.shape, state), rank
+    def init(self, state, param, group):
+        shape = axis_of(param.shape, state), group["rank"]
         for key in self.categories:
             state[key] = torch.zeros(shape, dtype=torch.float32, device=param.device)
 

@@ -12,8 +12,8 @@ from lowrank_sys.subspace.select import SELECT, Selector
 class Geodesic(Selector):
     """S <- S + [S v (cos a - 1) + u sin a] vᵀ, a = `geodesic_step` sigma.
 
-    (u, sigma, v) is the leading triple of 2 (G - S Sᵀ G)(Sᵀ G)ᵀ: a step down |S Sᵀ G - G|² on the Grassmannian, of the rank one; a first basis is the SVD's. A basis in 16 bits is made
-    orthonormal again before each step. One formula serves both sides, with Gᵀ on the right.
+    (u, sigma, v) is the leading triple of 2 (G - S Sᵀ G)(Sᵀ G)ᵀ: a step down |S Sᵀ G - G|² on the Grassmannian, of rank one. A
+    first basis is the SVD's; one in 16 bits is made orthonormal again before each step. On the right the same with Gᵀ.
     """
 
     hyper, sized, staggered = {"geodesic_step": 10.0}, True, False

@@ -6,12 +6,14 @@ import pytest
 import torch
 from methods.transcriptions.dct import dct
 from methods.transcriptions.flora import flora
+from methods.transcriptions.galore_plus import galore_plus
 from methods.transcriptions.osd import osd
 from methods.transcriptions.sara import sara
+from methods.transcriptions.snsm import snsm
 from methods.transcriptions.subtrack import subtrack
 from torch import nn
 
-from lowrank_sys.optim import Accumulate, DCTAdamW, Flora, LDAdamW, OnlineSubspaceDescent, SARAAdamW, SubTrackAdamW, param_groups
+from lowrank_sys.optim import Accumulate, Flora, LDAdamW, OnlineSubspaceDescent, SARAAdamW, SubTrackAdamW, param_groups
 from lowrank_sys.optim.preset import METHODS
 from lowrank_sys.subspace.gaussian import gaussian_basis
 
@@ -58,41 +60,57 @@ def run(optimizer, params, steps, start=0):
 
 # --- each step is the paper's
 
-# (class, arguments, group keys, transcription, its hyper-parameters)
+# A method, and how it is set up: (arguments, group keys, transcription, its hyper-parameters)
 PAPERS = {
-    "dct": (DCTAdamW, {}, {"rank": 3}, dct, {**ADAM, "rank": 3, "gap": 1, "scale": 1.0}),
+    "dct": ({}, {"rank": 3}, dct, {**ADAM, "rank": 3, "gap": 1, "scale": 1.0}),
     "dct, l2 at a gap": (
-        DCTAdamW, {}, {"rank": 3, "update_proj_gap": 3, "subspace": "l2", "scale": 0.5},
+        {}, {"rank": 3, "update_proj_gap": 3, "subspace": "l2", "scale": 0.5},
         dct, {**ADAM, "rank": 3, "gap": 3, "scale": 0.5, "power": 2},
     ),
     "dct, error feedback": (
-        DCTAdamW, {"error_feedback": True}, {"rank": 3}, dct, {**ADAM, "rank": 3, "gap": 1, "scale": 1.0, "feedback": True},
+        {"error_feedback": True}, {"rank": 3}, dct, {**ADAM, "rank": 3, "gap": 1, "scale": 1.0, "feedback": True},
     ),
-    "sara": (SARAAdamW, {}, {"rank": 3, "update_proj_gap": 4}, sara, {**ADAM, "rank": 3, "gap": 4, "scale": 0.25}),
+    "sara": ({}, {"rank": 3, "update_proj_gap": 4}, sara, {**ADAM, "rank": 3, "gap": 4, "scale": 0.25}),
     "sara, moments kept": (
-        SARAAdamW, {}, {"rank": 3, "update_proj_gap": 4, "moments": "keep", "scale": 1.0},
+        {}, {"rank": 3, "update_proj_gap": 4, "moments": "keep", "scale": 1.0},
         sara, {**ADAM, "rank": 3, "gap": 4, "scale": 1.0, "carried": False},
     ),
     "osd": (
-        OnlineSubspaceDescent, {}, {"rank": 3},
+        {}, {"rank": 3},
         osd, {**ADAM, "rank": 3, "gap": 1, "scale": 0.25, "rate": 1.0, "orthogonality": 1.0},
     ),
     "osd, every third step": (
-        OnlineSubspaceDescent, {}, {"rank": 3, "update_proj_gap": 3, "basis_rate": 2.0, "orthogonality": 0.5, "scale": 1.0},
+        {}, {"rank": 3, "update_proj_gap": 3, "basis_rate": 2.0, "orthogonality": 0.5, "scale": 1.0},
         osd, {**ADAM, "rank": 3, "gap": 3, "scale": 1.0, "rate": 2.0, "orthogonality": 0.5},
     ),
     "subtrack": (
-        SubTrackAdamW, {}, {"rank": 3, "update_proj_gap": 2, "geodesic_step": 1e-4},
+        {}, {"rank": 3, "update_proj_gap": 2, "geodesic_step": 1e-4},
         subtrack, {**ADAM, "eps": 1e-6, "rank": 3, "gap": 2, "step": 1e-4, "alpha": 0.25},
     ),
     "subtrack, a far step": (
-        SubTrackAdamW, {}, {"rank": 3, "update_proj_gap": 3, "geodesic_step": 1e-3, "alpha": 1.0},
+        {}, {"rank": 3, "update_proj_gap": 3, "geodesic_step": 1e-3, "alpha": 1.0},
         subtrack, {**ADAM, "eps": 1e-6, "rank": 3, "gap": 3, "step": 1e-3, "alpha": 1.0},
     ),
-    "flora": (Flora, {}, {"rank": 3, "update_proj_gap": 4}, flora, {**COMMON, "gap": 4, "scale": 1.0, "beta1": 0.9}),
+    "flora": ({}, {"rank": 3, "update_proj_gap": 4}, flora, {**COMMON, "gap": 4, "scale": 1.0, "beta1": 0.9}),
     "flora, slower": (
-        Flora, {"beta1": 0.5}, {"rank": 3, "update_proj_gap": 100, "scale": 0.5},
+        {"beta1": 0.5}, {"rank": 3, "update_proj_gap": 100, "scale": 0.5},
         flora, {**COMMON, "gap": 100, "scale": 0.5, "beta1": 0.5},
+    ),
+    "snsm": (
+        {}, {"rank": 3, "update_proj_gap": 4, "subspace": "svd"},
+        snsm, {**ADAM, "eps": 1e-6, "rank": 3, "gap": 4, "scale": 1.0},
+    ),
+    "snsm, momentum kept": (
+        {"eps": 1e-3}, {"rank": 3, "update_proj_gap": 4, "subspace": "svd", "moments": "keep", "scale": 0.5},
+        snsm, {**ADAM, "eps": 1e-3, "rank": 3, "gap": 4, "scale": 0.5, "cleared": False},
+    ),
+    "galore-plus": (
+        {"residual_density": 0.1}, {"rank": 3, "update_proj_gap": 4, "heads": 2},
+        galore_plus, {**ADAM, "rank": 3, "gap": 4, "scale": 0.25, "heads": 2, "density": 0.1},
+    ),
+    "galore-plus, narrow heads": (
+        {"residual_density": 1.0}, {"rank": 3, "update_proj_gap": 4, "heads": 4, "scale": 1.0},
+        galore_plus, {**ADAM, "rank": 3, "gap": 4, "scale": 1.0, "heads": 4, "density": 1.0},
     ),
 }  # fmt: skip
 SHAPES = {"wide": (8, 12), "tall": (12, 8), "square": (9, 9)}
@@ -103,6 +121,9 @@ def drawn(formula, shape, left, h):
     if formula is sara:
         shapes = {"d": 2, "rank": min(shape), "seed": 0, "parameter": 0}
         h = {**h, "exponentials": [gaussian_basis(step=i, **shapes).square().sum(0) for i in range(STEPS)]}
+    if formula is galore_plus:
+        draws = [torch.Generator().manual_seed(i << 32) for i in range(STEPS)]
+        h = {**h, "first_gap": 1, "heads_drawn": [int(torch.randint(h["heads"], (), generator=draw)) for draw in draws]}
     if formula is flora:
         where = {"d": shape[0 if left else 1], "rank": 3, "seed": 0, "parameter": 0}
         h = {**h, "bases": [gaussian_basis(step=i, **where).double() for i in range(STEPS // h["gap"] + 1)]}
@@ -114,10 +135,10 @@ def drawn(formula, shape, left, h):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("paper", PAPERS)
 def test_every_step_is_the_paper_s(paper, shape, left, scaler):
-    cls, arguments, keys, formula, h = PAPERS[paper]
+    arguments, keys, formula, h = PAPERS[paper]
     matrix = nn.Parameter(matrix_of(shape))
     group = {"params": [matrix], "proj_type": "left" if left else "right", **keys}
-    optimizer = cls([group], **COMMON, **arguments)
+    optimizer = METHODS[paper.split(",")[0]].optimizer([group], **COMMON, **arguments)
     grads = list(gradients(shape))
     expected = formula(matrix.detach().double(), [g.double() for g in grads], left, **drawn(formula, shape, left, h))
     assert len(expected) == len(grads)
@@ -154,6 +175,8 @@ BYTES = {
     "sara": 4 * LOW + BASIS,
     "osd": 4 * LOW + 3 * BASIS,
     "subtrack": 4 * LOW + BASIS + 4,
+    "snsm": 4 * (R * N + N) + BASIS,
+    "galore-plus": 4 * LOW + BASIS + 12 * 10,  # a hundredth of the entries
     "flora": 4 * (R * N + M + N) + KEY,
 }
 
@@ -325,3 +348,28 @@ def test_flora_accumulates_what_it_compresses():
         optimizer.step()
         optimizer.zero_grad()
         torch.testing.assert_close(model.weight.detach().double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_galore_plus_takes_the_heads_of_an_attention():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, vocab_size=40)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2))
+    groups = METHODS["galore-plus"].groups(model, 4, proj_type="std", update_proj_gap=2)
+    kinds = {name.split(".")[-2]: (g["proj_type"], g.get("heads")) for g in groups[1:] for name, _ in g["params"]}
+    heads = {"q_proj": ("right", 4), "k_proj": ("right", 2), "v_proj": ("right", 2), "o_proj": ("left", 4)}
+    assert kinds == {**heads, **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), ("std", None))}
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    optimizer = METHODS["galore-plus"].optimizer(groups, lr=1e-2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(3):
+        model(torch.arange(12)[None], labels=torch.arange(12)[None]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("density", [0.0, -1.0, 1.5])
+def test_a_share_of_entries_that_is_none_is_refused(density):
+    with pytest.raises(ValueError, match=r"residual_density must be in \(0, 1\], got"):
+        METHODS["galore-plus"].optimizer([nn.Parameter(torch.zeros(3))], residual_density=density)
