@@ -93,8 +93,8 @@ def follow(due, old, new, kept):
 TRANSPORTS = {
     "keep": Transport(keep, bases=False),
     "reset": Transport(reset, bases=False),
-    "clear": Transport(functools.partial(reset, step=False), bases=False),
     "rotate": Transport(rotate),
+    "clear": Transport(functools.partial(reset, step=False), bases=False),
     "rotate-first": Transport(functools.partial(rotate, first=True)),
     "follow": Transport(follow, needs=("exp_avg", "exp_avg_sq")),
     "match": Transport(match, needs=("columns",)),

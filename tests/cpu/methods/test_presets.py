@@ -6,6 +6,7 @@ import pytest
 import torch
 from methods.transcriptions.dct import dct
 from methods.transcriptions.flora import flora
+from methods.transcriptions.frugal import frugal
 from methods.transcriptions.galore_plus import galore_plus
 from methods.transcriptions.osd import osd
 from methods.transcriptions.sara import sara
@@ -16,6 +17,7 @@ from torch import nn
 from lowrank_sys.optim import Accumulate, Flora, LDAdamW, OnlineSubspaceDescent, SARAAdamW, SubTrackAdamW, param_groups
 from lowrank_sys.optim.preset import METHODS
 from lowrank_sys.subspace.gaussian import gaussian_basis
+from lowrank_sys.subspace.iteration import seeded_basis
 
 STEPS, LR, DECAY = 9, 1e-2, 0.1
 COMMON = {"lr": LR, "weight_decay": DECAY}
@@ -112,8 +114,35 @@ PAPERS = {
         {"residual_density": 1.0}, {"rank": 3, "update_proj_gap": 4, "heads": 4, "scale": 1.0},
         galore_plus, {**ADAM, "rank": 3, "gap": 4, "scale": 1.0, "heads": 4, "density": 1.0},
     ),
+    "frugal, random": (
+        {}, {"rank": 3, "update_proj_gap": 4, "subspace": "random", "residual_scale": 0.5},
+        frugal, {**ADAM, "gap": 4, "scale": 1.0, "residual_scale": 0.5, "choice": "random"},
+    ),
+    "frugal, random with SGD": (
+        {"inactive_update_rule": "sgd"}, {"rank": 3, "update_proj_gap": 4, "subspace": "random", "scale": 0.5},
+        frugal, {**ADAM, "gap": 4, "scale": 0.5, "residual_scale": 1.0, "choice": "random", "sign": False},
+    ),
+    "frugal-columns": (
+        {"choice": "columns"}, {"rank": 3, "update_proj_gap": 4},
+        frugal, {**ADAM, "gap": 4, "scale": 1.0, "residual_scale": 1.0, "choice": "columns"},
+    ),
+    "frugal-columns, SGD": (
+        {"choice": "columns", "inactive_update_rule": "sgd"}, {"rank": 3, "update_proj_gap": 4, "residual_scale": 0.1},
+        frugal, {**ADAM, "gap": 4, "scale": 1.0, "residual_scale": 0.1, "choice": "columns", "sign": False},
+    ),
 }  # fmt: skip
 SHAPES = {"wide": (8, 12), "tall": (12, 8), "square": (9, 9)}
+
+
+def random_basis(d, refresh):
+    return seeded_basis(d, 3, refresh << 32, torch.zeros(())).double()
+
+
+def columns_of(d, refresh):
+    """Three columns of the identity, drawn all alike."""
+    indices, _ = torch.ops.lowrank.select_rows(torch.ones(d), r=3, method="sample", seed=0, step=refresh, parameter=0)
+    assert len(set(indices.tolist())) == 3
+    return torch.eye(d, dtype=torch.float64)[:, indices]
 
 
 def drawn(formula, shape, left, h):
@@ -124,6 +153,10 @@ def drawn(formula, shape, left, h):
     if formula is galore_plus:
         draws = [torch.Generator().manual_seed(i << 32) for i in range(STEPS)]
         h = {**h, "first_gap": 1, "heads_drawn": [int(torch.randint(h["heads"], (), generator=draw)) for draw in draws]}
+    if formula is frugal:
+        d, choice = shape[0 if left else 1], h["choice"]
+        h = {key: value for key, value in h.items() if key != "choice"}
+        h |= {"first_gap": 1, "bases": [random_basis(d, i) if choice == "random" else columns_of(d, i) for i in range(STEPS)]}
     if formula is flora:
         where = {"d": shape[0 if left else 1], "rank": 3, "seed": 0, "parameter": 0}
         h = {**h, "bases": [gaussian_basis(step=i, **where).double() for i in range(STEPS // h["gap"] + 1)]}
@@ -167,6 +200,7 @@ BYTES = {
     "fira": 4 * LOW + BASIS + 4,
     "fira-lion": 4 * LOW // 2 + BASIS + 4,
     "frugal": 4 * LOW + BASIS,
+    "frugal-columns": 4 * LOW + 4 * R,
     "coap": 4 * LOW + BASIS,
     "ldadam": 4 * LOW + BASIS + 4 * M * N,
     "scale": 0,
@@ -373,3 +407,8 @@ def test_galore_plus_takes_the_heads_of_an_attention():
 def test_a_share_of_entries_that_is_none_is_refused(density):
     with pytest.raises(ValueError, match=r"residual_density must be in \(0, 1\], got"):
         METHODS["galore-plus"].optimizer([nn.Parameter(torch.zeros(3))], residual_density=density)
+
+
+def test_a_choice_of_frugal_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="choice must be one of basis, columns, got 'rows'"):
+        METHODS["frugal"].optimizer([nn.Parameter(torch.zeros(3))], choice="rows")
