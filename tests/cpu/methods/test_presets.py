@@ -1,5 +1,6 @@
 """Every preset: each step against a transcription of its paper in fp64, its state in bytes, and inputs of every kind."""
 
+import argparse
 import math
 
 import pytest
@@ -15,9 +16,10 @@ from methods.transcriptions.subtrack import subtrack
 from torch import nn
 
 from lowrank_sys.optim import Accumulate, Flora, LDAdamW, OnlineSubspaceDescent, SARAAdamW, SubTrackAdamW, param_groups
-from lowrank_sys.optim.preset import METHODS
+from lowrank_sys.optim.preset import METHODS, Preset
 from lowrank_sys.subspace.gaussian import gaussian_basis
 from lowrank_sys.subspace.iteration import seeded_basis
+from lowrank_sys.train import flags, methods
 
 STEPS, LR, DECAY = 9, 1e-2, 0.1
 COMMON = {"lr": LR, "weight_decay": DECAY}
@@ -305,6 +307,43 @@ def test_a_group_of_mixed_shapes(name, dtype):
     again = [nn.Parameter(p.clone()) for p in before]
     run(preset(name, again), again, 1)
     assert torch.equal(again[0], alone)
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize("name", [name for name in METHODS if issubclass(METHODS[name].optimizer, Preset)])
+def test_moments_in_8_bits_stay_near_those_in_32(name, left):
+    """Within a twentieth of the way that the weights went, over bases that come and go."""
+    ends = []
+    for bits in (8, 32):
+        matrix = nn.Parameter(matrix_of((96, 80)))
+        keys = low_rank_keys(name, 64) if name != "scale" else {"rank": None, "momentum": 0.9}
+        sides = {} if METHODS[name].rank is None else {"proj_type": "left" if left else "right", "update_proj_gap": 2}
+        group = {"params": [matrix], **keys, **sides, "min_8bit_size": 0}
+        optimizer = METHODS[name].optimizer([group], **COMMON, **METHODS[name].options, bits=bits)
+        for step in range(6):
+            matrix.grad = matrix_of((96, 80), step)  # of no few directions, beside which others would be coded as 0
+            optimizer.step()
+        ends.append(matrix.detach())
+        coded = [key for key, value in optimizer.state[matrix].items() if getattr(value, "dtype", None) == torch.uint8]
+        assert ("exp_avg" in coded) == (bits == 8 and "exp_avg" in optimizer.state[matrix])
+    assert (ends[0] - ends[1]).norm() < 0.05 * (ends[1] - matrix_of((96, 80))).norm()
+
+
+@EACH
+def test_it_is_built_from_the_command_line(name):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=40)
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    parser = argparse.ArgumentParser()
+    flags.add_arguments(parser)
+    args = parser.parse_args(["--method", name, *(["--rank", "4"] if METHODS[name].rank is not None else [])])
+    flags.check(args)
+    optimizer = methods.build(model, args)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.arange(12)[None], labels=torch.arange(12)[None]).loss.backward()
+    optimizer.step()
+    assert all(p.isfinite().all() and not torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 # --- what one of them promises alone
