@@ -6,34 +6,48 @@ from lowrank_sys.optim.groups import param_groups
 from lowrank_sys.optim.in_backward import InBackward
 from lowrank_sys.optim.methods.apollo import APOLLOAdamW
 from lowrank_sys.optim.methods.coap import COAPAdamW
+from lowrank_sys.optim.methods.dct import DCTAdamW
 from lowrank_sys.optim.methods.fira import FiraAdamW
 from lowrank_sys.optim.methods.fira_lion import FiraLion
+from lowrank_sys.optim.methods.flora import Flora
 from lowrank_sys.optim.methods.frugal import FrugalAdamW
 from lowrank_sys.optim.methods.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from lowrank_sys.optim.methods.galore_plus import GaLorePlus
 from lowrank_sys.optim.methods.grass import GrassAdamW
 from lowrank_sys.optim.methods.ldadam import LDAdamW
+from lowrank_sys.optim.methods.osd import OnlineSubspaceDescent
 from lowrank_sys.optim.methods.qgalore import QGaLoreAdamW8bit
+from lowrank_sys.optim.methods.sara import SARAAdamW
 from lowrank_sys.optim.methods.scale import SCALE
 from lowrank_sys.optim.methods.sinkgd import SinkGD
+from lowrank_sys.optim.methods.snsm import SNSM
+from lowrank_sys.optim.methods.subtrack import SubTrackAdamW
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 
 __all__ = [
     "APOLLOAdamW",
     "COAPAdamW",
+    "DCTAdamW",
     "FiraLion",
     "LDAdamW",
+    "SARAAdamW",
     "SCALE",
+    "SNSM",
     "SinkGD",
+    "SubTrackAdamW",
     "Accumulate",
     "CapturedStep",
     "FiraAdamW",
+    "Flora",
     "FrugalAdamW",
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
+    "GaLorePlus",
     "GrassAdamW",
     "InBackward",
     "LowRankOptimizer",
+    "OnlineSubspaceDescent",
     "QGaLoreAdamW8bit",
     "param_groups",
 ]

@@ -114,6 +114,10 @@ RULES = {
     "rho": share,
     "reproject_factor": integer(1),
     "passes": integer(1),
+    "heads": integer(1),
+    "geodesic_step": at_least(0),
+    "basis_rate": at_least(0),
+    "orthogonality": at_least(0),
 }
 
 

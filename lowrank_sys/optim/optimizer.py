@@ -109,6 +109,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 f"moments must be one of {', '.join(pipeline.rule.transports)} for {type(pipeline.rule).__name__}, "
                 f"got {group['moments']!r}"
             )
+        if pipeline.remainder.feeds_back and pipeline.subspace.late(group):
+            raise ValueError(
+                f"subspace must choose before the step for {type(self).__name__}, whose error feedback takes the gradient's place, "
+                f"got {group['subspace']!r}"
+            )
         for key, names in pipeline.lacking(group).items():
             raise ValueError(
                 f"{key}={group[key]!r} needs {', '.join(names)} in the state, which {type(self).__name__} does not keep"

@@ -14,6 +14,8 @@ from lowrank_sys.optim.update import Change, Update
 from lowrank_sys.optim.weight import weight_store
 from lowrank_sys.subspace.basis import axis_of, store_of
 from lowrank_sys.subspace.orthonormal import Orthonormal
+from lowrank_sys.subspace.refresh import COLD
+from lowrank_sys.subspace.select import SELECT
 
 
 class Whole(Remainder):
@@ -56,6 +58,12 @@ class Batch:
         return Batch(
             self.group, self.rule, self.remainder, self.params, gradients, self.states, {**self.guards, **guards}, projected
         )
+
+    def part(self, chosen):
+        """A batch of those whose state is `chosen`."""
+        kept = [i for i, state in enumerate(self.states) if chosen(state)]
+        lists = ([column[i] for i in kept] for column in (self.params, self.gradients, self.states))
+        return Batch(self.group, self.rule, self.remainder, *lists, self.guards, self.projected)
 
     def one_by_one(self, of):
         """Yield a batch for each parameter, its gradient through `of` first."""
@@ -102,7 +110,7 @@ class Pipeline:
     def categories(self):
         """{key of a state: its category in an account of memory}."""
         names = {name for rule in (self.rule, self.plain) for name in rule.names}
-        parts = (self.subspace, self.remainder, self.moments)
+        parts = (self.subspace, self.remainder, self.moments, *SELECT.values())
         kinds = {key: kind for part in parts for key, kind in part.categories.items()}
         return {**kinds, **dict.fromkeys(names, "moments")}
 
@@ -127,7 +135,7 @@ class Pipeline:
 
     def lacking(self, group):
         """{group key: names of the state that its part reads and no part keeps}, for the keys `subspace` and `moments`."""
-        kept = {"step", *self.remainder.categories, *self.rule.moments((1, 1), group)}
+        kept = {"step", *self.subspace.categories, *self.remainder.categories, *self.rule.moments((1, 1), group)}
         needs = self.subspace.needs(group)
         return {key: missing for key, names in needs.items() if (missing := [name for name in names if name not in kept])}
 
@@ -165,7 +173,14 @@ class Pipeline:
         if not batch.has_subspace:
             return
         if batch.group["refresh"] == "now":
-            self._advance(batch, batch.gradients, lr)
+            late, begins = self.subspace.late(batch.group), batch.remainder.begins
+            cold = batch.part(lambda state: int(state["countdown"]) == COLD) if late or begins else None
+            early = cold if late else batch
+            if early.params:
+                self._advance(early, early.gradients, lr)
+            for g, state in zip(cold.gradients, cold.states) if begins else ():
+                if int(state["countdown"]) != COLD:
+                    batch.remainder.begin(g, state)
             return
         omegas = [self.directions(batch.group, p, s) for p, s in zip(batch.params, batch.states)]
         batch.sketches = [
@@ -187,7 +202,9 @@ class Pipeline:
         return self.subspace.sketch_directions(param, state, warm)
 
     def renew(self, batch, lr):
-        """With refresh='next' choose the bases of the next step from the sketches."""
+        """Choose the bases of the next step: with refresh='next' from the sketches, those of a late selector from the gradients."""
+        if batch.has_subspace and batch.group["refresh"] == "now" and self.subspace.late(batch.group):
+            self._advance(batch, batch.gradients, lr)
         if batch.sketches is not None:
             self._advance(batch, batch.sketches, lr, sketched=True)
 

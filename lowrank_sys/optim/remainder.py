@@ -8,9 +8,10 @@ import math
 import torch
 
 from lowrank_sys._ops.numerics import usable
+from lowrank_sys.optim.rules.adam import corrections
 from lowrank_sys.optim.update import Update
 from lowrank_sys.optim.weight import panels
-from lowrank_sys.subspace.basis import store_of
+from lowrank_sys.subspace.basis import axis_of, store_of
 from lowrank_sys.subspace.select import gram_of
 
 # A norm may grow by this factor a step (Fira, section 3.3; APOLLO, section 4.2).
@@ -31,6 +32,7 @@ class Remainder:
     categories = {}
     from_low_rank = True
     feeds_back = False  # whether `before` is anything
+    begins = False  # whether `begin` is anything
     keys = {"scale"}  # group keys of all remainders
 
     def __init_subclass__(cls):
@@ -53,6 +55,9 @@ class Remainder:
         step is none, and nothing may change.
         """
         return g, None
+
+    def begin(self, g, state):
+        """The first basis of a matrix has been chosen, from G (m, n)."""
 
     def measure(self, g, r, s, state, h):
         """Keep in s, before the rule runs, the sums that `of` needs; which channels have usable ones (bool), or None for all."""
@@ -168,17 +173,25 @@ class ScaledResidual(_Scaled):
     """Fira: it is scaled by channel as the rule scales R, and its norm is limited.
 
     Group key: `alpha`, the factor of back(). State of a matrix: `limiter`, the norm of the last scaled residual.
+
+    Args:
+        exact: whether it is G - back(R), as in the paper, or G - alpha back(R), as in the authors' code.
     """
 
     name = "scaled-residual"
     defaults = {"alpha": 0.25}
 
+    def __init__(self, exact=False):
+        self.exact = exact
+        self.name = "exact-scaled-residual" if exact else self.name
+
     def options(self, h):
         return {"scale": h["alpha"], "growth": GROWTH}
 
     def of(self, g, r, x, s, state, h):
-        c = self.coefficients(r, x, s, state, h, alpha=h["alpha"])
-        return Update(x=h["alpha"] * (x - c * r), phi=g, scale=s.grad_scale, c=(c,))
+        c = self.coefficients(r, x, s, state, h, alpha=1.0 if self.exact else h["alpha"])
+        x = h["alpha"] * x - c * r if self.exact else h["alpha"] * (x - c * r)
+        return Update(x=x, phi=g, scale=s.grad_scale, c=(c,))
 
 
 class StateFree(_FromGradient):
@@ -223,3 +236,50 @@ class ErrorFeedback(Remainder):
 
     def after(self, g, r, state):
         store_of(state).back_(state["error"], r, state, alpha=-1.0)
+
+
+class SparseResidual(Remainder):
+    """GaLore+: dropped, but for the entries where it was largest when the first basis was chosen: the moments there are exact.
+
+    G_e has moments of its own, and the update there is Adam's of them in place of back(X). Group key: `scale`, of both. State of a
+    matrix: `entries` int32 (k,), ascending, of the matrix in rows; `entry_avg`, `entry_avg_sq` fp32 (k,).
+
+    Args:
+        density: k / (m n), rounded up.
+    """
+
+    name, from_low_rank, begins = "sparse-residual", False, True
+    categories = dict.fromkeys(("entries", "entry_avg", "entry_avg_sq"), "moments")
+
+    def __init__(self, density):
+        if not 0 < density <= 1:
+            raise ValueError(f"residual_density must be in (0, 1], got {density!r}")
+        self.density = density
+
+    def init(self, state, param):
+        count, on = math.ceil(self.density * param.numel()), {"device": param.device}
+        state["entries"] = torch.arange(count, dtype=torch.int32, **on)
+        state["entry_avg"], state["entry_avg_sq"] = (torch.zeros(count, dtype=torch.float32, **on) for _ in range(2))
+
+    def begin(self, g, state):
+        basis, count = store_of(state).load(state, axis_of(g.shape, state)).float(), len(state["entries"])
+        r = store_of(state).project(g, state)
+        sizes, places = r.new_zeros(0), state["entries"].new_zeros(0, dtype=torch.int64)
+        for first, end in panels(g.shape):
+            back = basis[first:end] @ r if state["left"] else r[first:end] @ basis.T
+            left_out = (g[first:end].float() - back).abs().flatten()
+            here = torch.arange(left_out.numel(), device=g.device) + first * g.shape[1]
+            sizes, places = torch.cat([sizes, torch.where(left_out.isfinite(), left_out, 0)]), torch.cat([places, here])
+            sizes, largest = sizes.topk(min(count, len(sizes)))
+            places = places[largest]
+        state["entries"].copy_(places.sort().values)
+
+    def of(self, g, r, x, s, state, h):
+        places, (beta1, beta2) = state["entries"].long(), h["betas"]
+        ok = s.ok.flatten()[places % g.shape[1] if state["left"] else places // g.shape[1]]
+        value = g.flatten()[places].float() if s.grad_scale is None else g.flatten()[places].float() * s.grad_scale
+        for key, new, beta in (("entry_avg", value, beta1), ("entry_avg_sq", value.square(), beta2)):
+            state[key].copy_(torch.where(ok, beta * state[key] + (1 - beta) * new, state[key]))
+        first, second = (correction.to(r.dtype) for correction in corrections(s, h))
+        exact = (state["entry_avg"] / first) / ((state["entry_avg_sq"] / second).sqrt() + h["eps"])
+        return Update(x=x * h["scale"], at=(places, exact * h["scale"]))

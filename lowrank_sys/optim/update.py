@@ -8,11 +8,12 @@ from lowrank_sys.subspace.basis import axis_of, store_of
 
 
 class Update(NamedTuple):
-    """back(x) + c o phi, of G (m, n) and R.
+    """back(x) + c o phi, or with `over` c o (back(x) + phi), of G (m, n) and R.
 
     x: of R's shape, fp32; None: no back-projection. phi: (m, n) any float dtype, e.g. G itself; None: none. c: factors of phi,
     each broadcast to (m, n): by channel, by row, of the matrix. sign: the sign of phi - back(taken) in place of phi. taken: R where
-    `sign`. scale: 0-dim, that multiplies phi as it is read; None is 1.
+    `sign`. scale: 0-dim, that multiplies phi as it is read; None is 1. at: (flat indices (k,) int64, values (k,)) of entries that
+    are these values instead.
 
     What is linear in back(R) belongs in x: back(x) + c o (G - back(R)) = back(x - c o R) + c o G for c by channel.
     """
@@ -23,6 +24,8 @@ class Update(NamedTuple):
     sign: bool = False
     taken: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    over: bool = False
+    at: tuple = ()
 
 
 class Change:
@@ -35,7 +38,7 @@ class Change:
 
     def is_low_rank(self, param):
         """Whether it is back(x) alone, for a weight in rows."""
-        return self._update.phi is None and param.is_contiguous()
+        return self._update.phi is None and not self._update.c and not self._update.at and param.is_contiguous()
 
     def subtract_from(self, param):
         low_rank = self._update.x * self._rate
@@ -44,18 +47,30 @@ class Change:
     def panel(self, first, end):
         """Rows first ... end - 1, fp32."""
         update, rows = self._update, slice(first, end)
-        if update.phi is None:
-            return self._back(update.x, first, end) * self._rate
-        panel = (update.phi[rows] if self._shape else update.phi).float()
-        if update.scale is not None:
-            panel = panel * update.scale
-        if update.sign:
-            panel = (panel - self._back(update.taken, first, end)).sign()
+        back = None if update.x is None else self._back(update.x, first, end)
+        panel = back
+        if update.phi is not None:
+            panel = (update.phi[rows] if self._shape else update.phi).float()
+            if update.scale is not None:
+                panel = panel * update.scale
+            if update.sign:
+                panel = (panel - self._back(update.taken, first, end)).sign()
+            if update.over and back is not None:
+                panel = panel + back
         for factor in update.c:
             panel = panel * (factor[rows] if factor.dim() == 2 and factor.shape[0] == self._shape[0] > 1 else factor)
-        if update.x is not None:
-            panel = panel + self._back(update.x, first, end)
+        if update.phi is not None and back is not None and not update.over:
+            panel = panel + back
+        if update.at:
+            panel = self._put(panel, *update.at, first * self._shape[1])
         return panel * self._rate
+
+    def _put(self, panel, indices, values, begin):
+        """A panel from flat index `begin` on with the values that lie in it; others add 0, so that no device is asked how many."""
+        flat, here = panel.view(-1), indices - begin
+        inside = (here >= 0) & (here < flat.numel())
+        here = torch.where(inside, here, 0)
+        return flat.index_add(0, here, torch.where(inside, values - flat[here], 0)).view_as(panel)
 
     def _back(self, x, first, end):
         """These rows of back(x)."""

@@ -1,4 +1,5 @@
-"""How a matrix keeps its basis: as a matrix in the parameter's dtype, in INT4, as the key of a Gaussian one, or as selected rows.
+"""How a matrix keeps its basis: as a matrix in the parameter's dtype, in INT4, as the key of a Gaussian one, as selected rows, or
+as selected columns of the DCT.
 
 A store names the tensors that a basis is made of (`keys` of a state, in the order in which ops take them), and reads, writes and
 multiplies by them. Which one a state has is told by the state. d is the length of the projected axis.
@@ -162,14 +163,40 @@ class Rows(Dense):
         )
 
 
-DENSE, KEY, ROWS = Dense(), Key(), Rows()
+class Columns(Dense):
+    """`columns` int32 (r,), ascending, of the orthonormal DCT-II matrix (d, d), made where they are used (subspace/dct.py)."""
+
+    name = "columns"
+    keys = ("columns",)
+    categories = {"columns": "basis"}
+
+    def rank(self, state):
+        return state["columns"].shape[0]
+
+    def fits(self, d, state):
+        return state["columns"].dim() == 1
+
+    def load(self, state, d):
+        """The basis (d, r) in fp32: a copy, to be dropped soon."""
+        return torch.ops.lowrank.dct_columns(state["columns"], d=d)
+
+    def project(self, grad, state, *, int8_gemm=False):
+        basis = self.load(state, axis_of(grad.shape, state)).to(grad.dtype)
+        return torch.ops.lowrank.project(grad, basis, left=state["left"])
+
+    def back_(self, param, low_rank, state, *, alpha=1.0, int8_gemm=False):
+        basis = self.load(state, axis_of(param.shape, state)).to(param.dtype)
+        torch.ops.lowrank.back_project_(param, low_rank, basis, alpha=alpha, left=state["left"])
+
+
+DENSE, KEY, ROWS, COLUMNS = Dense(), Key(), Rows(), Columns()
 
 
 def store_of(state):
     """The store of a state's basis; None for a state that has none."""
     if "group_size" in state:
         return Int4(state["group_size"])
-    return next((store for store in (DENSE, KEY, ROWS) if store.keys[0] in state), None)
+    return next((store for store in (DENSE, KEY, ROWS, COLUMNS) if store.keys[0] in state), None)
 
 
 def axis_of(shape, state):

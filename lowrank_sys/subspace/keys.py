@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys._ops.rules import expect_dtype, expect_like
-from lowrank_sys.subspace.basis import KEY
+from lowrank_sys.subspace.basis import KEY, axis_of
 from lowrank_sys.subspace.kind import Kind
 from lowrank_sys.subspace.orthonormal import Orthonormal
 from lowrank_sys.subspace.refresh import OP, expect_carried, expect_named
@@ -51,6 +51,32 @@ class Gaussian(Kind):
         if due.training:
             due.state["key"][1] += 1
             TRANSPORTS[due.transport].carry(due, None, None, None)
+        return True
+
+
+class Resampled(Gaussian):
+    """One Gaussian basis after another (Flora): moments are decompressed by the old and compressed by the new, M <- B_newᵀ B_old M.
+
+    A refresh makes both (d, r) in fp32, and drops them. State of a matrix: that of Gaussian, and d.
+    """
+
+    defaults = {**Kind.defaults, "update_proj_gap": 1000, "moments": "rotate"}
+
+    def transports(self, group):
+        return ("rotate", *CARRIED)
+
+    def init(self, state, param, group, index, count):
+        shape = super().init(state, param, group, index, count)
+        state["d"] = axis_of(param.shape, state)
+        return shape
+
+    def renew(self, due):
+        transport = TRANSPORTS[due.transport]
+        old = KEY.load(due.state, due.state["d"]) if transport.bases and due.training else None
+        if old is None:
+            return super().renew(due)
+        due.state["key"][1] += 1
+        transport.carry(due, old, KEY.load(due.state, due.state["d"]), torch.zeros((), dtype=torch.bool, device=old.device))
         return True
 
 

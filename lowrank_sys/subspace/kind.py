@@ -19,7 +19,7 @@ SIDES = {
 }
 
 # Integers of a state that differ between matrices.
-NUMBERS = ("first_gap", "seed", "parameter")
+NUMBERS = ("first_gap", "seed", "parameter", "d")
 
 
 class Kind:
@@ -147,6 +147,10 @@ class Kind:
     def reads(self, group):
         """Keys of the state that choosing a basis reads beside its own: moments by name, 'step'."""
         return ()
+
+    def late(self, group):
+        """Whether bases, but for the first, are chosen after the step."""
+        return False
 
     def hyper_of(self, group):
         return self.hyper

@@ -6,7 +6,7 @@ import torch
 
 from lowrank_sys import _ops
 from lowrank_sys._ops.rules import implement
-from lowrank_sys.subspace import keys, none, orthonormal, rows  # noqa: F401  the kinds that a refresh may name
+from lowrank_sys.subspace import columns, keys, none, orthonormal, rows  # noqa: F401  the kinds that a refresh may name
 from lowrank_sys.subspace.dct import dct_columns, dct_select
 from lowrank_sys.subspace.iteration import sketch_directions, subspace_iteration
 from lowrank_sys.subspace.orthogonalize import newton_schulz

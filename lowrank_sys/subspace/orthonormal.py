@@ -89,8 +89,9 @@ class Orthonormal(Kind):
         if group["refresh"] == "next":
             store.write(state, seeded_basis(d, rank, group["seed"] + index, param))
             state["countdown"] -= index * min(gap, FIRST_SKETCHES) // count
-        state["first_gap"] = index * gap // count + 1 if selector.staggered else gap
+        state["first_gap"] = index * gap // count + 1 if selector.staggered else gap + selector.late  # late: not in its step
         state["seed"] = group["seed"] + index
+        selector.init(state, param, group)
         if selector.counts:
             state["refreshes"] = torch.tensor(0, device="cpu")
         if group["cos_threshold"] is not None:
@@ -115,7 +116,11 @@ class Orthonormal(Kind):
         return {"subspace": SELECT[group["subspace"]].moments, **super().needs(group)}
 
     def reads(self, group):
-        return SELECT[group["subspace"]].moments
+        selector = SELECT[group["subspace"]]
+        return (*selector.moments, *selector.categories)
+
+    def late(self, group):
+        return SELECT[group["subspace"]].late
 
     def hyper_of(self, group):
         return (*self.hyper, *SELECT[group["subspace"]].hyper)

@@ -21,13 +21,13 @@ class Due:
 
     state: its tensors and integers. raw: G (m, n), or with `sketched` the sketch Y = G Omega (d, l), right: (l, d), as it came.
     first: whether it has had no gradient's basis yet. moments: {name: whether it has a sign}. h: numbers of its group.
-    select, transport: names of what renews it. training: False for a rate of 0.
+    select, transport: names of what renews it. lr: 0-dim, of the step. training: False for a rate of 0.
     """
 
     def __init__(self, state, gradient, first, call):
         self.state, self.first = state, first
         self.raw, self._scale, self._go = gradient, call.scale, call.go
-        self.left, self.seed = call.left, state.get("seed")
+        self.left, self.lr, self.seed = call.left, call.lr, state.get("seed")
         self.sketched, self.training, self.h = call.sketched, call.training, call.h
         self.select, self.transport, self.moments = call.select, call.transport, call.moments
         self.old = self.rank = None  # the basis (d, r) as it is, and r: for selectors
@@ -49,13 +49,14 @@ class Due:
         """Store a moment; where the basis was `kept` (0-dim bool) codes keep their bytes."""
         encode(self.state, name, self.moments[name], value, kept)
 
-    def forget(self):
-        """Zero the moments and the step."""
+    def forget(self, step=True):
+        """Zero the moments, and the step."""
         for name in self.moments:
             self.state[name].zero_()
             if is_coded(self.state, name):
                 self.state[absmax_of(name)].zero_()
-        self.state["step"].zero_()
+        if step:
+            self.state["step"].zero_()
 
 
 class Call:
@@ -68,7 +69,7 @@ class Call:
         _expect_names(kind, select, transport)
         _expect_lists(tensors, gradients, numbers, keys, number_keys, moments, signed, hyper_keys, hyper)
         self.kind, self.select, self.transport = KINDS[kind], select, transport
-        self.left, self.sketched, self.training = left, sketched, None
+        self.left, self.lr, self.sketched, self.training = left, lr, sketched, None
         self.moments, self.h = dict(zip(moments, signed)), dict(zip(hyper_keys, hyper))
         self.scale = None if grad_scale is None else grad_scale.reshape(())
         self.go = None if found_inf is None else found_inf.reshape(()) == 0

@@ -10,17 +10,20 @@ from lowrank_sys.subspace.kind import Kind
 from lowrank_sys.subspace.refresh import COLD, OP, expect_carried, expect_named, expect_on_host, is_taken, new_verdict
 from lowrank_sys.subspace.transport import TRANSPORTS
 
+DRAWN = ("sample", "sample_replace")  # by their norms
+
 
 class Rows(Kind):
     """Rows of G (left) or columns, selected by their norms (Muhamed et al. 2024); no basis, and no dense product.
 
     Group keys: `rank` (rows kept), `update_proj_gap`, `proj_type`, `seed` as Orthonormal's; `subspace`: 'top' norms, or drawn in
-    proportion to them, 'sample' without and 'sample_replace' with replacement, and scaled so that the estimate is unbiased;
+    proportion to them, 'sample' without and 'sample_replace' with replacement, and scaled so that the estimate is unbiased; or
+    'uniform', drawn all alike (FRUGAL);
     `moments` at a refresh: 'reset' (the paper's) | 'keep'. Refreshes are staggered over matrices. A row whose norm is not finite
     comes last; a gradient without any that is finite and not zero is no choice.
 
-    State of a matrix: `indices` (r,) int32; `row_scale` (r,) fp32 where rows are drawn; `left`; `countdown` and `refreshes`,
-    on the host; `first_gap`, `seed` and `parameter`.
+    State of a matrix: `indices` (r,) int32; `row_scale` (r,) fp32 where rows are drawn by their norms; `left`; `countdown` and
+    `refreshes`, on the host; `first_gap`, `seed` and `parameter`.
     """
 
     defaults = {**Kind.defaults, "subspace": "top", "moments": "reset"}
@@ -29,7 +32,7 @@ class Rows(Kind):
     # A norm is not linear in the gradient: no sketch of it adds up over micro-batches.
 
     def selections(self):
-        return METHODS
+        return (*METHODS, "uniform")
 
     def transports(self, group):
         return CARRIED
@@ -38,7 +41,7 @@ class Rows(Kind):
         rank, gap = group["rank"], group["update_proj_gap"]
         state["left"], shape = self.low_rank_shape(group, param)
         state["indices"] = torch.arange(rank, dtype=torch.int32, device=param.device)
-        if group["subspace"] != "top":
+        if group["subspace"] in DRAWN:
             state["row_scale"] = torch.ones(rank, dtype=torch.float32, device=param.device)
         state["countdown"], state["refreshes"] = torch.tensor(COLD, device="cpu"), torch.tensor(0, device="cpu")
         state.update(new_verdict(param.device))
@@ -63,9 +66,10 @@ class Rows(Kind):
         norms = torch.ops.lowrank.row_norms(due.gradient, left=due.left)
         taken = is_taken(norms, state)
         if taken or due.first:
+            uniform = due.select == "uniform"
             indices, scale = torch.ops.lowrank.select_rows(
-                norms, r=ROWS.rank(state), method=due.select, seed=due.seed, step=state["refreshes"].item(),
-                parameter=state["parameter"],
+                torch.ones_like(norms) if uniform else norms, r=ROWS.rank(state), method="sample" if uniform else due.select,
+                seed=due.seed, step=state["refreshes"].item(), parameter=state["parameter"],
             )  # fmt: skip
             state["indices"].copy_(indices)
             if "row_scale" in state:

@@ -7,7 +7,7 @@ of 0 say that the gradient was zero or not finite, and that the basis is not of 
 import torch
 
 from lowrank_sys.subspace.basis import store_of
-from lowrank_sys.subspace.iteration import basis_from_sketch, svd_basis
+from lowrank_sys.subspace.iteration import basis_from_sketch, seeded_basis, svd_basis
 
 
 class Selector:
@@ -20,6 +20,11 @@ class Selector:
     hyper = {}  # group keys that it reads, numbers, and their defaults
     counts = False  # whether it asks how many bases were chosen so far
     staggered = True  # whether the refreshes of a model's matrices are spread over the gap
+    late = False  # whether the gradient of a step chooses, after it, the basis of the next; a first one is chosen before its step
+    categories = {}  # {key of the state: its category in an account of memory} of what it keeps itself
+
+    def init(self, state, param, group):
+        """Add what it keeps to the state of a matrix (m, n), of which `left` is there."""
 
     def choose(self, due):
         raise NotImplementedError
@@ -48,13 +53,26 @@ class Svd(Selector):
         return svd_basis(due.gradient, due.old, rank=due.rank, left=due.left)
 
 
+class RandomOrthonormal(Selector):
+    """Orthonormal columns from the seed and the number of the refresh, whatever the gradient is (FRUGAL, GoLore)."""
+
+    sketched, counts = True, True
+
+    def choose(self, due):
+        d = len(due.old) if due.old is not None else due.raw.shape[0 if due.left else 1]
+        size = torch.linalg.vector_norm(due.gradient.float())
+        new = seeded_basis(d, due.rank, due.seed + (int(due.state["refreshes"]) << 32), due.raw)
+        energies = torch.where(size.isfinite(), size, 0).expand(due.rank)
+        return new if due.old is None else torch.where(energies[0] > 0, new, due.old.to(new.dtype)), energies
+
+
 def randomized_basis(grad, basis, *, rank, left, seed=0):
     """(the next basis of G (m, n), its energies) by subspace iteration, from the old one or from none."""
     n_iter = 0 if basis is None else 1
     return torch.ops.lowrank.subspace_iteration(grad, basis, rank=rank, left=left, n_iter=n_iter, seed=seed)
 
 
-SELECT = {"randomized": Randomized(), "svd": Svd()}
+SELECT = {"randomized": Randomized(), "svd": Svd(), "random": RandomOrthonormal()}
 
 
 def gram_of(state, d, group):

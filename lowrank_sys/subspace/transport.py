@@ -1,5 +1,6 @@
 """What becomes of the moments when their basis changes. `TRANSPORTS` is open: a method adds its own by name."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -48,16 +49,53 @@ def keep(due, old, new, kept):
     """Moments stay as they are, and mean other directions."""
 
 
-def reset(due, old, new, kept):
-    """Moments are forgotten, and with them the step that corrects their bias."""
-    due.forget()
+def reset(due, old, new, kept, step=True):
+    """Moments are forgotten, and with them, unless others still count it, the step that corrects their bias."""
+    due.forget(step)
 
 
-def rotate(due, old, new, kept):
-    """M <- C M, and (C∘C) V of a moment that has no sign."""
+def rotate(due, old, new, kept, first=False):
+    """M <- C M, and (C∘C) V of a moment that has no sign; where `first` such a one stays."""
     c = rotation(old, new, torch.float32)
     for name, signed in due.moments.items():
-        due.write(name, rotated(due.moment(name), c if signed else c * c, left=due.left), kept)
+        if signed or not first:
+            due.write(name, rotated(due.moment(name), c if signed else c * c, left=due.left), kept)
 
 
-TRANSPORTS = {"keep": Transport(keep, bases=False), "reset": Transport(reset, bases=False), "rotate": Transport(rotate)}
+def match(due, old, new, kept):
+    """Moments of a direction that stays move to where it is now, and others begin at zero. old, new: indices (r,), ascending."""
+    place = torch.searchsorted(old, new).clamp(max=len(old) - 1)
+    stays, axis = old[place] == new, 0 if due.left else 1
+    for name in due.moments:
+        moment = due.moment(name).index_select(axis, place)
+        due.write(name, torch.where(stays.unsqueeze(1 - axis), moment, 0), kept)
+
+
+def corrected(due):
+    """(M / (1 - beta1^t), V / (1 - beta2^t), 1 - beta2^t) as rows of R stand for left bases; t counts the steps that were taken."""
+    m, v = (due.moment(name).T if not due.left else due.moment(name) for name in ("exp_avg", "exp_avg_sq"))
+    first, second = (1 - due.h[f"beta{i}"] ** due.state["step"].clamp(min=1) for i in (1, 2))
+    return m / first, v / second, second
+
+
+def follow(due, old, new, kept):
+    """M <- C M, and of V the variance that C∘C carries over around the moved mean (Robert et al. 2024); (M before, M after)."""
+    c, (m, v, second) = rotation(old, new, torch.float32), corrected(due)
+    moved = c @ m
+    before, after = due.moment("exp_avg").clone(), rotated(due.moment("exp_avg"), c, left=due.left)
+    spread = (second * ((c * c) @ (v - m.square()) + moved.square())).abs()
+    variance = torch.where(kept, due.moment("exp_avg_sq"), spread if due.left else spread.T)
+    due.write("exp_avg", after, kept)
+    due.write("exp_avg_sq", variance, kept)
+    return before, after
+
+
+TRANSPORTS = {
+    "keep": Transport(keep, bases=False),
+    "reset": Transport(reset, bases=False),
+    "rotate": Transport(rotate),
+    "clear": Transport(functools.partial(reset, step=False), bases=False),
+    "rotate-first": Transport(functools.partial(rotate, first=True)),
+    "follow": Transport(follow, needs=("exp_avg", "exp_avg_sq")),
+    "match": Transport(match, needs=("columns",)),
+}

@@ -403,12 +403,11 @@ def test_every_basis_moves(name, side):
     model, optimizer = made(name, proj_type=side)
     matrices = next(group for group in optimizer.param_groups if "rank" in group)["params"]
 
+    keys = ("basis", "key", "indices", "columns")
+
     def bases():
         return [
-            torch.cat(
-                [optimizer.state[p][key].flatten().double() for key in ("basis", "key", "indices") if key in optimizer.state[p]]
-            )
-            for p in matrices
+            torch.cat([optimizer.state[p][key].flatten().double() for key in keys if key in optimizer.state[p]]) for p in matrices
         ]
 
     run(model, optimizer, range(1))
@@ -426,7 +425,7 @@ REFUSED = {
     "covariance of Lion": (FiraLion, {"rank": 4, "moments": "covariance"}, "moments='covariance' needs exp_avg_sq, error"),
     "power without an error": (GaLoreAdamW, {"rank": 4, "subspace": "power"}, "subspace='power' needs error"),
     "coap without a moment": (GaLoreAdafactor, {"rank": 4, "subspace": "coap"}, "subspace='coap' needs exp_avg in the state"),
-    "coap from sketches": (COAPAdamW, {"rank": 4, "refresh": "next"}, "subspace must be randomized with refresh='next'"),
+    "coap from sketches": (COAPAdamW, {"rank": 4, "refresh": "next"}, "subspace must be randomized, random with refresh='next'"),
     "GaLore without a rank": (GaLoreAdamW, {"rank": None}, "rank must be an integer of at least 1, got None"),
     "SCALE with a rank": (SCALE, {"rank": 8}, "rank must be None without a subspace, got 8"),
     "SinkGD with a rank": (SinkGD, {"rank": 8}, "rank must be None without a subspace, got 8"),

@@ -276,7 +276,7 @@ def test_nothing_is_kept_alive(mode):
     [
         ("backward", {}, "per_layer must be None, accumulate, in_backward, an Accumulate or an InBackward, got 'backward'"),
         ("accumulate", {"refresh": "now"}, "refresh must be 'next' with per_layer='accumulate', got 'now'"),
-        ("accumulate", {"subspace": "svd"}, "subspace must be randomized with refresh='next', got 'svd'"),
+        ("accumulate", {"subspace": "svd"}, "subspace must be randomized, random with refresh='next', got 'svd'"),
         (None, {"refresh": "later"}, "refresh must be one of now, next, got 'later'"),
     ],
 )

@@ -7,14 +7,7 @@ from lowrank_sys.optim.remainder import ErrorFeedback
 from lowrank_sys.optim.types import Betas, Params, Rate
 from lowrank_sys.subspace.iteration import orthonormalize, svd_basis
 from lowrank_sys.subspace.select import SELECT, Selector
-from lowrank_sys.subspace.transport import TRANSPORTS, Transport, rotated, rotation
-
-
-def corrected(due):
-    """(M / (1 - beta1^t), V / (1 - beta2^t), 1 - beta2^t) as rows of R stand for left bases; t counts the steps that were taken."""
-    m, v = (due.moment(name).T if not due.left else due.moment(name) for name in ("exp_avg", "exp_avg_sq"))
-    first, second = (1 - due.h[f"beta{i}"] ** due.state["step"].clamp(min=1) for i in (1, 2))
-    return m / first, v / second, second
+from lowrank_sys.subspace.transport import TRANSPORTS, Transport, corrected, follow
 
 
 class PowerStep(Selector):
@@ -36,14 +29,8 @@ class PowerStep(Selector):
 
 
 def covariance(due, old, new, kept):
-    """M <- C M, and of V the variance that C∘C carries over around the moved mean; what M loses joins the error."""
-    c, (m, v, second) = rotation(old, new, torch.float32), corrected(due)
-    moved = c @ m
-    before, after = due.moment("exp_avg").clone(), rotated(due.moment("exp_avg"), c, left=due.left)
-    spread = (second * ((c * c) @ (v - m.square()) + moved.square())).abs()
-    variance = torch.where(kept, due.moment("exp_avg_sq"), spread if due.left else spread.T)
-    due.write("exp_avg", after, kept)
-    due.write("exp_avg_sq", variance, kept)
+    """Moments follow the basis; what M loses joins the error."""
+    before, after = follow(due, old, new, kept)
     lost = torch.cat([before, -after], 0 if due.left else 1)  # as one product: an error in bf16 is rounded once
     lost = torch.where(kept, 0, lost * (due.h["beta1"] / (1 - due.h["beta1"])))
     torch.ops.lowrank.back_project_(due.state["error"], lost, torch.cat([old, new], 1), left=due.left)

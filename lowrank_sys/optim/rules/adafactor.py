@@ -18,7 +18,7 @@ def _mean_over(x, ok, dim):
     return (torch.where(ok, x, 0) / ok.sum(dim, keepdim=True).clamp(min=1)).sum(dim, keepdim=True)
 
 
-def _inverse_root(statistic):
+def inverse_root(statistic):
     """0 where there is no statistic yet: what was left out from the first step on has none."""
     return torch.where(statistic > 0, statistic.rsqrt(), 0)
 
@@ -58,7 +58,7 @@ class Adafactor(Rule):
             update = self._preconditioned(r, square, s, beta2)
         else:
             s.exp_avg_sq = beta2 * s.exp_avg_sq + (1 - beta2) * square
-            update = r * _inverse_root(s.exp_avg_sq)
+            update = r * inverse_root(s.exp_avg_sq)
         update = update * (s.rate / (rms(update) / h["clip_threshold"]).clamp(min=1))
         if h["beta1"] is not None:
             s.exp_avg = h["beta1"] * s.exp_avg + (1 - h["beta1"]) * update
@@ -73,4 +73,4 @@ class Adafactor(Rule):
             setattr(s, name, torch.where(seen, beta2 * old + (1 - beta2) * _mean_over(square, s.ok, dim), old))
         row, col = s.row, s.col
         mean = (row / max(row.shape[-2], 1)).sum(dim=-2, keepdim=True)
-        return (r * _inverse_root(row)) * (mean.sqrt() * _inverse_root(col))
+        return (r * inverse_root(row)) * (mean.sqrt() * inverse_root(col))
