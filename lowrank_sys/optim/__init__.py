@@ -5,19 +5,25 @@ from lowrank_sys.optim.captured import CapturedStep
 from lowrank_sys.optim.groups import param_groups
 from lowrank_sys.optim.in_backward import InBackward
 from lowrank_sys.optim.methods.apollo import APOLLOAdamW
+from lowrank_sys.optim.methods.asgo import ASGO
 from lowrank_sys.optim.methods.coap import COAPAdamW
 from lowrank_sys.optim.methods.fira import FiraAdamW
 from lowrank_sys.optim.methods.fira_lion import FiraLion
 from lowrank_sys.optim.methods.frugal import FrugalAdamW
 from lowrank_sys.optim.methods.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from lowrank_sys.optim.methods.galore_lion import GaLoreLion
 from lowrank_sys.optim.methods.grass import GrassAdamW
 from lowrank_sys.optim.methods.ldadam import LDAdamW
+from lowrank_sys.optim.methods.muon import Muon
 from lowrank_sys.optim.methods.qgalore import QGaLoreAdamW8bit
 from lowrank_sys.optim.methods.scale import SCALE
 from lowrank_sys.optim.methods.sinkgd import SinkGD
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 
 __all__ = [
+    "ASGO",
+    "GaLoreLion",
+    "Muon",
     "APOLLOAdamW",
     "COAPAdamW",
     "FiraLion",

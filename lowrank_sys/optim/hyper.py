@@ -114,6 +114,10 @@ RULES = {
     "rho": share,
     "reproject_factor": integer(1),
     "passes": integer(1),
+    "momentum": momentum,
+    "nesterov": flag,
+    "ns_steps": integer(1),
+    "beta2": momentum,
 }
 
 

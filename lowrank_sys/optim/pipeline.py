@@ -9,20 +9,11 @@ import torch
 from lowrank_sys._ops.numerics import usable
 from lowrank_sys.optim import fused
 from lowrank_sys.optim.moments import Fp32, Opened, first_of, refreshed
-from lowrank_sys.optim.remainder import Remainder
-from lowrank_sys.optim.update import Change, Update
+from lowrank_sys.optim.remainder import WHOLE, Remainder
+from lowrank_sys.optim.update import Change
 from lowrank_sys.optim.weight import weight_store
 from lowrank_sys.subspace.basis import axis_of, store_of
 from lowrank_sys.subspace.orthonormal import Orthonormal
-
-
-class Whole(Remainder):
-    """Of a gradient without a subspace: the update is the rule's own."""
-
-    defaults = {}
-
-    def of(self, g, r, x, s, state, h):
-        return Update(phi=x)
 
 
 class Batch:
@@ -97,7 +88,6 @@ class Pipeline:
         self.subspace = Orthonormal() if subspace is None else subspace
         self.remainder = Remainder() if remainder is None else remainder
         self.moments = Fp32() if moments is None else moments
-        self._whole = Whole()
 
     def categories(self):
         """{key of a state: its category in an account of memory}."""
@@ -118,8 +108,10 @@ class Pipeline:
     def rule_of(self, group):
         return self.rule if "rank" in group else self.plain
 
-    def remainder_of(self, group):
-        return self.remainder if "rank" in group else self._whole
+    def remainder_of(self, group, state):
+        if "rank" not in group:
+            return WHOLE
+        return self.remainder.whole if store_of(state) is None else self.remainder
 
     def moments_of(self, group, shape):
         """{name: Moment} of a gradient of this shape."""
@@ -153,9 +145,11 @@ class Pipeline:
             lists[0].append(param)
             lists[1].append(gradient.contiguous())
             lists[2].append(state)
-        rule, remainder = self.rule_of(group), self.remainder_of(group)
+        rule = self.rule_of(group)
         for (device, *_), lists in kinds.items():
-            yield Batch(group, rule, remainder, *lists, guards_on(device), projected and "rank" in group)
+            yield Batch(
+                group, rule, self.remainder_of(group, lists[2][0]), *lists, guards_on(device), projected and "rank" in group
+            )
 
     # The stations of a step.
 

@@ -5,7 +5,7 @@ import math
 import torch
 
 from lowrank_sys.optim.preset import Preset, method
-from lowrank_sys.optim.remainder import Remainder
+from lowrank_sys.optim.remainder import WithoutBasis
 from lowrank_sys.optim.rules import Adam, Unchanged
 from lowrank_sys.optim.update import Update
 from lowrank_sys.optim.weight import panels
@@ -17,10 +17,10 @@ def _factor(squares, size):
     return torch.where(squares > 0, math.sqrt(size) * squares.rsqrt(), 0)
 
 
-class Sinkhorn(Remainder):
+class Sinkhorn(WithoutBasis):
     """X = diag(a) G diag(b) after `passes` (5) times of rows to norm sqrt(n), columns to norm sqrt(m). It keeps a and b alone."""
 
-    name, defaults, from_low_rank = "sinkhorn", {"passes": 5}, False
+    name, defaults = "sinkhorn", {"passes": 5}
 
     def measure(self, g, r, s, state, h):
         norms = torch.ops.lowrank.channel_norms(g, left=False).unsqueeze(1)

@@ -1,0 +1,145 @@
+"""Methods whose own idea is the rule, against straight transcriptions of their papers in fp64.
+
+A transcription imports nothing of the package. It takes (W (m, n), gradients, left, hyper) and returns W after every step.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank_sys import optim
+
+STEPS, GAP, RANK, LR, DECAY = 8, 4, 3, 1e-2, 0.1
+COMMON = {"lr": LR, "weight_decay": DECAY}
+SHAPES = {"wide": (8, 12), "tall": (12, 8), "square": (9, 9)}
+
+
+# --- the formulas
+
+
+def stepped(weight, update):
+    return (1 - LR * DECAY) * weight - LR * update
+
+
+def whole(rule):
+    """A rule, a function that takes a gradient and returns an update, on the gradient itself."""
+
+    def method(weight, gradients, left, **h):
+        update, out = rule(**h), []
+        for g in gradients:
+            weight = stepped(weight, update(g))
+            out.append(weight)
+        return out
+
+    return method
+
+
+def galore(rule, scale=0.25):
+    """A rule on the gradient's leading singular directions."""
+
+    def method(weight, gradients, left, **h):
+        update, basis, out = rule(**h), None, []
+        for t, g in enumerate(gradients):
+            if t % GAP == 0:
+                u, _, vh = torch.linalg.svd(g, full_matrices=False)
+                new = u[:, :RANK] if left else vh[:RANK].T
+                sign = new.gather(0, new.abs().argmax(0, keepdim=True)) if basis is None else (basis * new).sum(0)
+                basis = new * torch.where(sign < 0, -1, 1)
+            x = scale * update(basis.T @ g if left else g @ basis)
+            weight = stepped(weight, basis @ x if left else x @ basis.T)
+            out.append(weight)
+        return out
+
+    return method
+
+
+def muon(momentum=0.95, nesterov=True, ns_steps=5):
+    m = 0
+
+    def update(g):
+        nonlocal m
+        m = momentum * m + g  # Jordan's; NS does not see its scale
+        x = g + momentum * m if nesterov else m
+        x = x / x.norm()
+        for _ in range(ns_steps):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        return 0.2 * math.sqrt(max(g.shape)) * x
+
+    return update
+
+
+def asgo(momentum=0.9, beta2=0.8):
+    m, v = 0, 0
+
+    def root(a):
+        values, vectors = torch.linalg.eigh(a)
+        return vectors @ torch.diag(values.clamp(min=0).rsqrt()) @ vectors.T
+
+    def update(g):
+        nonlocal m, v
+        m = momentum * m + (1 - momentum) * g
+        tall = g.shape[0] > g.shape[1]
+        v = beta2 * v + (1 - beta2) * (g.T @ g if tall else g @ g.T)
+        u = m @ root(v) if tall else root(v) @ m
+        return 0.2 * math.sqrt(g.numel()) * u / u.norm()
+
+    return update
+
+
+def lion(betas=(0.9, 0.99)):
+    m = 0
+
+    def update(g):
+        nonlocal m
+        x = (betas[0] * m + (1 - betas[0]) * g).sign()
+        m = betas[1] * m + (1 - betas[1]) * g
+        return x
+
+    return update
+
+
+# --- what is held against them
+
+LOW = {"rank": RANK, "update_proj_gap": GAP, "subspace": "svd"}
+PLAIN = {"nesterov": False, "ns_steps": 3}
+# (optimizer, arguments, group keys, formula, its hyper-parameters)
+PAPERS = {
+    "muon": (optim.Muon, {}, {"rank": None}, whole(muon), {}),
+    "muon, no Nesterov": (optim.Muon, PLAIN, {"rank": None}, whole(muon), PLAIN),
+    "muon in a subspace": (optim.Muon, {"momentum": 0.9}, LOW, galore(muon), {"momentum": 0.9}),
+    "asgo": (optim.ASGO, {}, {"rank": None}, whole(asgo), {}),
+    "asgo in a subspace": (optim.ASGO, {"momentum": 0.8}, LOW, galore(asgo), {"momentum": 0.8}),
+    "galore-lion": (optim.GaLoreLion, {}, LOW, galore(lion), {}),
+}  # fmt: skip
+
+
+def gradients(shape, steps=STEPS):
+    """Of a few strong directions that drift, over noise."""
+    generator = torch.Generator().manual_seed(1)
+    u, v = torch.randn(shape[0], 3, generator=generator), torch.randn(3, shape[1], generator=generator)
+    for _ in range(steps):
+        u = u + 0.2 * torch.randn(u.shape, generator=generator)
+        yield u * torch.tensor([4.0, 2.0, 1.0]) @ v + 0.1 * torch.randn(shape, generator=generator)
+
+
+@pytest.mark.parametrize("scaler", [False, True], ids=["plain", "GradScaler"])
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("paper", PAPERS)
+def test_every_step_is_the_paper_s(paper, shape, left, scaler):
+    cls, arguments, keys, formula, h = PAPERS[paper]
+    torch.manual_seed(0)
+    matrix = nn.Parameter(torch.randn(shape))
+    sides = {} if keys["rank"] is None else {"proj_type": "left" if left else "right"}
+    optimizer = cls([{"params": [matrix], **sides, **keys}], **COMMON, **arguments)
+    grads = list(gradients(shape))
+    expected = formula(matrix.detach().double(), [g.double() for g in grads], left, **h)
+    for t, (g, want) in enumerate(zip(grads, expected)):
+        matrix.grad = g * 1024 if scaler else g
+        if scaler:
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.zeros(())
+        optimizer.step()
+        torch.testing.assert_close(matrix.detach().double(), want, atol=1e-5, rtol=1e-5, msg=lambda m: f"step {t}: {m}")
