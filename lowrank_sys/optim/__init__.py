@@ -14,6 +14,7 @@ from lowrank_sys.optim.methods.galore import GaLoreAdafactor, GaLoreAdamW, GaLor
 from lowrank_sys.optim.methods.galore_lion import GaLoreLion
 from lowrank_sys.optim.methods.grass import GrassAdamW
 from lowrank_sys.optim.methods.ldadam import LDAdamW
+from lowrank_sys.optim.methods.mofasgd import MoFaSGD
 from lowrank_sys.optim.methods.muon import Muon
 from lowrank_sys.optim.methods.qgalore import QGaLoreAdamW8bit
 from lowrank_sys.optim.methods.scale import SCALE
@@ -23,6 +24,7 @@ from lowrank_sys.optim.optimizer import LowRankOptimizer
 __all__ = [
     "ASGO",
     "GaLoreLion",
+    "MoFaSGD",
     "Muon",
     "APOLLOAdamW",
     "COAPAdamW",

@@ -8,11 +8,12 @@ from lowrank_sys.subspace.basis import axis_of, store_of
 
 
 class Update(NamedTuple):
-    """back(x) + c o phi, of G (m, n) and R.
+    """back(x) + c o phi + L N, of G (m, n) and R.
 
     x: of R's shape, fp32; None: no back-projection. phi: (m, n) any float dtype, e.g. G itself; None: none. c: factors of phi,
     each broadcast to (m, n): by channel, by row, of the matrix. sign: the sign of phi - back(taken) in place of phi. taken: R where
-    `sign`. scale: 0-dim, that multiplies phi as it is read; None is 1.
+    `sign`. scale: 0-dim, that multiplies phi as it is read; None is 1. factors: (L (m, k), N (k, n)), fp32, of what is low-rank
+    without a basis; None: none.
 
     What is linear in back(R) belongs in x: back(x) + c o (G - back(R)) = back(x - c o R) + c o G for c by channel.
     """
@@ -23,6 +24,7 @@ class Update(NamedTuple):
     sign: bool = False
     taken: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    factors: tuple | None = None
 
 
 class Change:
@@ -35,7 +37,7 @@ class Change:
 
     def is_low_rank(self, param):
         """Whether it is back(x) alone, for a weight in rows."""
-        return self._update.phi is None and param.is_contiguous()
+        return self._update.phi is None and self._update.factors is None and param.is_contiguous()
 
     def subtract_from(self, param):
         low_rank = self._update.x * self._rate
@@ -44,8 +46,17 @@ class Change:
     def panel(self, first, end):
         """Rows first ... end - 1, fp32."""
         update, rows = self._update, slice(first, end)
-        if update.phi is None:
-            return self._back(update.x, first, end) * self._rate
+        parts = [] if update.phi is None else [self._phi(first, end)]
+        if update.factors is not None:
+            left, right = update.factors
+            parts.append(left[rows] @ right)
+        if update.x is not None:
+            parts.append(self._back(update.x, first, end))
+        return sum(parts[1:], parts[0]) * self._rate
+
+    def _phi(self, first, end):
+        """These rows of c o phi."""
+        update, rows = self._update, slice(first, end)
         panel = (update.phi[rows] if self._shape else update.phi).float()
         if update.scale is not None:
             panel = panel * update.scale
@@ -53,9 +64,7 @@ class Change:
             panel = (panel - self._back(update.taken, first, end)).sign()
         for factor in update.c:
             panel = panel * (factor[rows] if factor.dim() == 2 and factor.shape[0] == self._shape[0] > 1 else factor)
-        if update.x is not None:
-            panel = panel + self._back(update.x, first, end)
-        return panel * self._rate
+        return panel
 
     def _back(self, x, first, end):
         """These rows of back(x)."""

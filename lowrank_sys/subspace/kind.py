@@ -56,6 +56,10 @@ class Kind:
         for key, values in valid.items():
             if values and group[key] not in values:
                 raise ValueError(f"{key} must be one of {', '.join(values)}, got {group[key]!r}")
+        self.check_rank(group, names)
+
+    def check_rank(self, group, names):
+        """Raise a ValueError for a group without a rank, or with one that a weight does not have."""
         if group["rank"] is None:
             raise ValueError("rank must be an integer of at least 1, got None")
         for name, param in zip(names, group["params"]):

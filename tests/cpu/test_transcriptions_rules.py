@@ -101,6 +101,23 @@ def lion(betas=(0.9, 0.99)):
     return update
 
 
+def mofasgd(weight, gradients, left, momentum=0.95, scale=1.0, residual_scale=0.0):
+    u = values = v = None
+    out = []
+    for g in gradients:
+        if u is None:
+            m = g
+        else:
+            tangent = u @ u.T @ g + g @ v @ v.T - u @ u.T @ g @ v @ v.T
+            m = momentum * u @ torch.diag(values) @ v.T + tangent
+        u, values, vh = torch.linalg.svd(m, full_matrices=False)
+        u, values, v = u[:, :RANK], values[:RANK], vh[:RANK].T
+        rest = g - u @ u.T @ g
+        weight = stepped(weight, scale * u @ v.T + residual_scale * (rest - rest @ v @ v.T))
+        out.append(weight)
+    return out
+
+
 # --- what is held against them
 
 LOW = {"rank": RANK, "update_proj_gap": GAP, "subspace": "svd"}
@@ -112,6 +129,11 @@ PAPERS = {
     "muon in a subspace": (optim.Muon, {"momentum": 0.9}, LOW, galore(muon), {"momentum": 0.9}),
     "asgo": (optim.ASGO, {}, {"rank": None}, whole(asgo), {}),
     "asgo in a subspace": (optim.ASGO, {"momentum": 0.8}, LOW, galore(asgo), {"momentum": 0.8}),
+    "mofasgd": (optim.MoFaSGD, {}, {"rank": RANK}, mofasgd, {}),
+    "mofasgd, the rest too": (
+        optim.MoFaSGD, {}, {"rank": RANK, "momentum": 0.8, "scale": 0.5, "residual_scale": 0.1},
+        mofasgd, {"momentum": 0.8, "scale": 0.5, "residual_scale": 0.1},
+    ),
     "galore-lion": (optim.GaLoreLion, {}, LOW, galore(lion), {}),
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ import torch
 
 from lowrank_sys.optim.preset import Preset, method
 from lowrank_sys.optim.remainder import WithoutBasis
-from lowrank_sys.optim.rules import Adam, Unchanged
+from lowrank_sys.optim.rules import NoRule
 from lowrank_sys.optim.update import Update
 from lowrank_sys.optim.weight import panels
 from lowrank_sys.subspace.none import NoSubspace
@@ -40,12 +40,6 @@ class Sinkhorn(WithoutBasis):
                 total += (part * a[rows]).square_().sum(0, keepdim=True)
             b = _factor(total, m)
         return Update(phi=g, c=(s.unit, a, b))
-
-
-class NoRule(Unchanged):
-    """Matrices have no rule; all else has AdamW."""
-
-    defaults, plain = {"betas": (0.9, 0.999), "eps": 1e-8}, Adam()
 
 
 @method("sinkgd", lr=1e-3, plain_lr=3e-3, rank=None)
