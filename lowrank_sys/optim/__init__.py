@@ -12,10 +12,14 @@ from lowrank_sys.optim.methods.fira_lion import FiraLion
 from lowrank_sys.optim.methods.frugal import FrugalAdamW
 from lowrank_sys.optim.methods.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_sys.optim.methods.galore_lion import GaLoreLion
+from lowrank_sys.optim.methods.grades import GradES
 from lowrank_sys.optim.methods.grass import GrassAdamW
+from lowrank_sys.optim.methods.gum import GUM
 from lowrank_sys.optim.methods.ldadam import LDAdamW
+from lowrank_sys.optim.methods.lisa import LISA
 from lowrank_sys.optim.methods.mofasgd import MoFaSGD
 from lowrank_sys.optim.methods.muon import Muon
+from lowrank_sys.optim.methods.owlore import OwLore
 from lowrank_sys.optim.methods.qgalore import QGaLoreAdamW8bit
 from lowrank_sys.optim.methods.scale import SCALE
 from lowrank_sys.optim.methods.sinkgd import SinkGD
@@ -23,6 +27,10 @@ from lowrank_sys.optim.optimizer import LowRankOptimizer
 
 __all__ = [
     "ASGO",
+    "GUM",
+    "GradES",
+    "LISA",
+    "OwLore",
     "GaLoreLion",
     "MoFaSGD",
     "Muon",

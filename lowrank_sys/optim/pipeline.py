@@ -12,6 +12,8 @@ from lowrank_sys.optim.moments import Fp32, Opened, first_of, refreshed
 from lowrank_sys.optim.remainder import WHOLE, Remainder
 from lowrank_sys.optim.update import Change
 from lowrank_sys.optim.weight import weight_store
+from lowrank_sys.schedule.roles import FROZEN, TRAINED
+from lowrank_sys.schedule.schedule import Schedule
 from lowrank_sys.subspace.basis import axis_of, store_of
 from lowrank_sys.subspace.orthonormal import Orthonormal
 
@@ -80,26 +82,28 @@ class Pipeline:
         subspace: a kind of lowrank_sys.subspace; an orthonormal basis in memory by default.
         remainder: lowrank_sys.optim.remainder; dropped by default, as in GaLore.
         moments: how moments are kept (lowrank_sys.optim.moments); fp32 by default.
+        schedule: which parameters train now, and as what (lowrank_sys.schedule); all of them always by default.
     """
 
-    def __init__(self, rule, *, plain=None, subspace=None, remainder=None, moments=None):
+    def __init__(self, rule, *, plain=None, subspace=None, remainder=None, moments=None, schedule=None):
         self.rule = rule
         self.plain = rule.plain if plain is None else plain
         self.subspace = Orthonormal() if subspace is None else subspace
         self.remainder = Remainder() if remainder is None else remainder
         self.moments = Fp32() if moments is None else moments
+        self.schedule = Schedule() if schedule is None else schedule
 
     def categories(self):
         """{key of a state: its category in an account of memory}."""
         names = {name for rule in (self.rule, self.plain) for name in rule.names}
-        parts = (self.subspace, self.remainder, self.moments)
+        parts = (self.subspace, self.remainder, self.moments, self.schedule)
         kinds = {key: kind for part in parts for key, kind in part.categories.items()}
         return {**kinds, **dict.fromkeys(names, "moments")}
 
     @property
     def from_low_rank(self):
         """Whether a step needs nothing of G but R, and the next basis nothing but a sketch."""
-        return self.remainder.from_low_rank and self.subspace.sketched
+        return self.remainder.from_low_rank and self.subspace.sketched and self.schedule.static
 
     @property
     def serves_int8_gemm(self):
@@ -111,7 +115,7 @@ class Pipeline:
     def remainder_of(self, group, state):
         if "rank" not in group:
             return WHOLE
-        return self.remainder.whole if store_of(state) is None else self.remainder
+        return self.remainder.whole if self.subspace.is_whole(state) else self.remainder
 
     def moments_of(self, group, shape):
         """{name: Moment} of a gradient of this shape."""
@@ -123,12 +127,16 @@ class Pipeline:
         needs = self.subspace.needs(group)
         return {key: missing for key, names in needs.items() if (missing := [name for name in names if name not in kept])}
 
-    def new_state(self, param, group, index, count):
-        """The state before the first step of weight number `index`; of `count` matrices in groups with a rank."""
+    def new_state(self, param, group, index, count, role=TRAINED):
+        """The state before the first step of weight number `index`; of `count` matrices in groups with a rank. Of a frozen one
+        nothing."""
+        if role == FROZEN:
+            return {}
         state, shape = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}, param.shape
         if "rank" in group:
-            shape = self.subspace.init(state, param, group, index, count)
-            self.remainder.init(state, param)
+            shape = self.subspace.begin(state, param, group, index, count, role)
+            (self.remainder.whole if self.subspace.is_whole(state) else self.remainder).init(state, param)
+            self.schedule.init(state, param)
         weight_store(param, group).init(state, index)
         self.moments.init(state, self.moments_of(group, shape), tuple(shape), param, group)
         return state
@@ -155,6 +163,9 @@ class Pipeline:
 
     def choose(self, batch, lr):
         """Choose the bases that the step uses, with refresh='now'; with 'next' take the sketches of those after it."""
+        if not self.schedule.static and "rank" in batch.group:
+            for gradient, state in zip(batch.gradients, batch.states):
+                self.schedule.watch(gradient, state, batch.scale, batch.group)
         self._before(batch)
         if not batch.has_subspace:
             return

@@ -74,6 +74,14 @@ class Kind:
         """Add this part's state for matrix `index` of `count`; returns the shape of R."""
         raise NotImplementedError
 
+    def begin(self, state, param, group, index, count, role):
+        """`init` for a matrix in this role (lowrank_sys.schedule.roles): without a basis where it trains whole."""
+        return param.shape if role.name == "whole" else self.init(state, param, group, index, count)
+
+    def is_whole(self, state):
+        """Whether R of this matrix is of the weight's own shape, and needs no way back."""
+        return store_of(state) is None
+
     def low_rank_shape(self, group, param):
         """(left, shape of R) of a matrix in this group."""
         m, n = param.shape
@@ -82,6 +90,8 @@ class Kind:
 
     def shape_of(self, param, state):
         """The shape of R that a state is for, which may be loaded."""
+        if self.is_whole(state):
+            return param.shape
         rank, (m, n) = store_of(state).rank(state), param.shape
         return (rank, n) if state["left"] else (m, rank)
 

@@ -22,6 +22,3 @@ class OrWhole(Orthonormal):
 
     def init(self, state, param, group, index, count):
         return param.shape if group["rank"] is None else super().init(state, param, group, index, count)
-
-    def shape_of(self, param, state):
-        return super().shape_of(param, state) if "left" in state else param.shape
