@@ -175,8 +175,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                         self.state[param] = new_state(param, group)
 
     def _new_states(self, roles=None):
-        """A function of (parameter, its group) that makes a state as it is before the first step. roles: {parameter: Role}, the present
-        ones by default."""
+        """A function of (parameter, its group) that makes a state as it is before the first step. roles: {parameter: Role}, those
+        of now by default."""
         role_of = self.turns.role if roles is None else lambda param: roles.get(param, TRAINED)
         plain = (p for group in self.param_groups if "rank" not in group for p in group["params"])
         index, total = {param: i for i, param in enumerate(plain, FIRST_PLAIN)}, 0

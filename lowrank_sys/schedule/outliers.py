@@ -13,13 +13,10 @@ def outlier_scores(model, batches, factor=FACTOR):
     """{layer: the share of the entries |X_j| |W_ij| of its linear weights above `factor` times their mean in it}.
 
     |X_j|: the norm of input j over all tokens of `batches`, of which each is called as model(batch), or model(**batch) of a dict.
-    Layers as lowrank_sys.schedule.roles.layer_of names them. Every share is of floats: a layer without any outlier gets 0, and is
-    never drawn.
+    Layers as lowrank_sys.schedule.roles.layer_of names them. A layer without any outlier gets 0, and is never drawn.
     """
     squares, handles = {}, []
-    linear = {
-        name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and any(p.isdigit() for p in name.split("."))
-    }
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and _numbered(name)}
 
     def add(name):
         def hook(module, inputs):
@@ -41,6 +38,10 @@ def outlier_scores(model, batches, factor=FACTOR):
     for name, total in squares.items():
         layers.setdefault(layer_of(f"{name}.weight"), []).append(linear[name].weight.float().abs() * total.sqrt())
     return {layer: _share_above(products, factor) for layer, products in layers.items()}
+
+
+def _numbered(name):
+    return any(part.isdigit() for part in name.split("."))
 
 
 def _share_above(products, factor):

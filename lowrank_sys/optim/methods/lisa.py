@@ -9,9 +9,9 @@ from lowrank_sys.subspace.none import NoSubspace
 class LISA(Preset):
     """torch.optim.AdamW on `active_layers` (2) layers, drawn evenly every `period` (20) steps, and on what is in no layer, always.
 
-    Layers that are not drawn are frozen: no gradients, no states. The authors' code keeps the states that a layer has had; here they
-    are freed with it, and a layer that is drawn twice running keeps its own. Matrices are in groups with `rank` None; embeddings,
-    head and final norm are in the others. State of a matrix of a drawn layer: `exp_avg`, `exp_avg_sq`.
+    Layers that are not drawn are frozen: no gradients, no states. The authors' code keeps the states that a layer has had; here
+    they are freed with it, and a layer that is drawn twice running keeps its own. Matrices are in groups with `rank` None;
+    embeddings, head and final norm in the others. State of a matrix of a drawn layer: `exp_avg`, `exp_avg_sq`.
     """
 
     subspace, schedule = NoSubspace(), Sampled()
