@@ -101,6 +101,37 @@ def lion(betas=(0.9, 0.99)):
     return update
 
 
+def adam(betas=(0.9, 0.999), eps=1e-8):
+    m, v, t = 0, 0, 0
+
+    def update(g):
+        nonlocal m, v, t
+        t += 1
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g * g
+        return m / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+
+    return update
+
+
+def gum(weight, gradients, left, *, whole, q, period, momentum=0.95):
+    """whole: whether it is, one period after the other."""
+    out = []
+    for t, g in enumerate(gradients):
+        if t % period == 0:
+            u, _, vh = torch.linalg.svd(g, full_matrices=False)
+            p = u[:, :RANK] if left else vh[:RANK].T
+            update = muon(momentum, nesterov=False)
+        if whole[t // period]:
+            x = update((g - (p @ p.T @ g if left else g @ p @ p.T)) / q)
+        else:
+            x = update((p.T @ g if left else g @ p) / (1 - q))
+            x = p @ x if left else x @ p.T
+        weight = stepped(weight, x)
+        out.append(weight)
+    return out
+
+
 def mofasgd(weight, gradients, left, momentum=0.95, scale=1.0, residual_scale=0.0):
     u = values = v = None
     out = []
@@ -134,6 +165,9 @@ PAPERS = {
         optim.MoFaSGD, {}, {"rank": RANK, "momentum": 0.8, "scale": 0.5, "residual_scale": 0.1},
         mofasgd, {"momentum": 0.8, "scale": 0.5, "residual_scale": 0.1},
     ),
+    "lisa, where all layers are drawn": (optim.LISA, {"active_layers": 9}, {"rank": None}, whole(adam), {}),
+    "owlore, where all layers are drawn": (optim.OwLore, {"active_layers": 9}, {**LOW, "scale": 0.5}, galore(adam, 0.5), {}),
+    "grades, before anything settles": (optim.GradES, {"grace": 99}, {"rank": None}, whole(adam), {}),
     "galore-lion": (optim.GaLoreLion, {}, LOW, galore(lion), {}),
 }  # fmt: skip
 
@@ -165,3 +199,30 @@ def test_every_step_is_the_paper_s(paper, shape, left, scaler):
             optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.zeros(())
         optimizer.step()
         torch.testing.assert_close(matrix.detach().double(), want, atol=1e-5, rtol=1e-5, msg=lambda m: f"step {t}: {m}")
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+def test_gum_s_steps_are_the_paper_s(left):
+    """Three layers of one matrix each, one of them whole at a time; which one is the method's draw."""
+    torch.manual_seed(0)
+    shapes, period = [(8, 12), (12, 8), (9, 9)], 3
+    matrices = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    named = [(f"layers.{i}.weight", matrix) for i, matrix in enumerate(matrices)]
+    keys = {**LOW, "update_proj_gap": period, "proj_type": "left" if left else "right"}
+    optimizer = optim.GUM([{"params": named, **keys}], **COMMON)
+    starts = [matrix.detach().double() for matrix in matrices]
+    series, seen, drawn = [list(gradients(shape, 4 * period)) for shape in shapes], [[] for _ in shapes], [[] for _ in shapes]
+    for t in range(4 * period):
+        for matrix, grads in zip(matrices, series):
+            matrix.grad = grads[t]
+        optimizer.step()
+        for i, matrix in enumerate(matrices):
+            seen[i].append(matrix.detach().double())
+            if t % period == 0:
+                drawn[i].append("outside" in optimizer.state[matrix])
+    assert [sum(one) for one in zip(*drawn)] == [1] * 4 and len({tuple(one) for one in zip(*drawn)}) > 1
+    for start, grads, got, whole_ones in zip(starts, series, seen, drawn):
+        expected = gum(start, [g.double() for g in grads], left, whole=whole_ones, q=1 / 3, period=period)
+        # G is some 100 times what the basis leaves of it; NS lifts the rounding of that, 6e-8 of G, by up to 3.4445^5 = 485, and a
+        # step has the factor 0.2 sqrt(12) lr: 2e-5 a step
+        torch.testing.assert_close(torch.stack(got), torch.stack(expected), atol=1e-4, rtol=0)
