@@ -4,7 +4,8 @@ from lowrank_sys.optim.preset import Preset, method
 from lowrank_sys.schedule.schedule import Sampled
 
 
-@method("owlore", lr=5e-3, plain_lr=3e-3, scale=1.0, update_proj_gap=100)
+# One layer at a time from the command line, whose smallest models have two or three.
+@method("owlore", lr=5e-3, plain_lr=3e-3, scale=1.0, update_proj_gap=100, options={"active_layers": 1})
 class OwLore(Preset):
     """GaLoreAdamW on `active_layers` (2) layers, drawn every `period` (20) steps in proportion to `scores`; the others are frozen.
 
