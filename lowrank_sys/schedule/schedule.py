@@ -1,6 +1,6 @@
 """Schedules: the base, under which everything trains always, and layers that are drawn for a period."""
 
-import torch
+import random
 
 from lowrank_sys.schedule.roles import FROZEN, TRAINED, layer_of
 
@@ -80,13 +80,14 @@ class Sampled(Schedule):
 def draw(layers, count, scores, seed, turn):
     """The set of `count` layers of a turn, without replacement, in proportion to their scores (None: evenly).
 
-    The first to arrive of exponential times at these rates, drawn on the host.
+    The first to arrive of exponential times at these rates. By Python's own generator: the same on every machine, and numbers
+    where tensors are fake.
     """
     if scores is not None and (missing := [layer for layer in layers if layer not in scores]):
         raise ValueError(f"scores must have one for every layer, got none for {', '.join(missing)}")
-    rates = torch.tensor([1.0 if scores is None else scores[layer] for layer in layers], dtype=torch.float64, device="cpu")
-    if int((rates > 0).sum()) < count:
-        raise ValueError(f"scores must be above 0 for {count} layers or more, got {int((rates > 0).sum())}")
-    generator = torch.Generator("cpu").manual_seed((seed * 0x9E3779B1 + turn) % 2**63)
-    times = torch.empty(len(layers), dtype=torch.float64, device="cpu").exponential_(generator=generator) / rates
-    return {layers[i] for i in times.argsort()[:count].tolist()}
+    rates = {layer: 1.0 if scores is None else scores[layer] for layer in layers}
+    if (able := sum(rate > 0 for rate in rates.values())) < count:
+        raise ValueError(f"scores must be above 0 for {count} layers or more, got {able}")
+    generator = random.Random(f"{seed} {turn}")
+    times = {layer: generator.expovariate(1.0) for layer in layers}
+    return set(sorted((layer for layer in layers if rates[layer] > 0), key=lambda layer: times[layer] / rates[layer])[:count])
