@@ -115,7 +115,7 @@ class Kind:
 
     def measured(self, group, grad, state):
         """What the norm of a gradient is taken of: R."""
-        return self.project(group, grad, state)
+        return grad if store_of(state) is None else self.project(group, grad, state)
 
     def sketch_directions(self, param, state, warm):
         """Omega of the sketch that this step's gradient of `param` owes the next basis; None if none is due.
