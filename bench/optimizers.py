@@ -11,6 +11,7 @@ import torch
 from lowrank_sys.bench import compare, machine, plot, report, shapes, timing
 from lowrank_sys.bench.cases import case
 from lowrank_sys.cli import CommandError
+from lowrank_sys.optim.preset import METHODS
 from lowrank_sys.train.models import PRESETS
 
 SCALE, LR = 0.25, 1e-3
@@ -120,6 +121,23 @@ CONTENDERS = {
     "torchao-4bit": Contender(_torchao("AdamW4bit"), module="torchao", install="torchao"),
     "gemms": Contender(BareGemms),
 }
+
+
+def _method(method):
+    """A method with its own group keys, at the rank and the gap that are asked for unless it has others."""
+
+    def build(params, settings):
+        usual = {"scale": 0.25, "rank": 128, "update_proj_gap": 200}
+        own = {key: getattr(method, key) for key, value in usual.items() if getattr(method, key) != value}
+        if method.rank is not None:
+            own |= {"subspace": method.subspace, method.scale_key: method.scale}
+        return method.optimizer(settings.groups(params, **{**own, **method.keys}), lr=LR, **method.options)
+
+    return Contender(build, periodic=method.rank is not None and method.update_proj_gap > 1, ours=True)
+
+
+# The methods of the command line that are not there yet; "lowrank" is galore.
+CONTENDERS |= {name: _method(one) for name, one in sorted(METHODS.items()) if name not in {*CONTENDERS, "galore"}}
 
 
 def why_missing(name):

@@ -5,6 +5,7 @@ from lowrank_sys.optim.captured import CapturedStep
 from lowrank_sys.optim.groups import param_groups
 from lowrank_sys.optim.in_backward import InBackward
 from lowrank_sys.optim.methods.apollo import APOLLOAdamW
+from lowrank_sys.optim.methods.asgo import ASGO
 from lowrank_sys.optim.methods.coap import COAPAdamW
 from lowrank_sys.optim.methods.dct import DCTAdamW
 from lowrank_sys.optim.methods.fira import FiraAdamW
@@ -12,10 +13,17 @@ from lowrank_sys.optim.methods.fira_lion import FiraLion
 from lowrank_sys.optim.methods.flora import Flora
 from lowrank_sys.optim.methods.frugal import FrugalAdamW
 from lowrank_sys.optim.methods.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from lowrank_sys.optim.methods.galore_lion import GaLoreLion
 from lowrank_sys.optim.methods.galore_plus import GaLorePlus
+from lowrank_sys.optim.methods.grades import GradES
 from lowrank_sys.optim.methods.grass import GrassAdamW
+from lowrank_sys.optim.methods.gum import GUM
 from lowrank_sys.optim.methods.ldadam import LDAdamW
+from lowrank_sys.optim.methods.lisa import LISA
+from lowrank_sys.optim.methods.mofasgd import MoFaSGD
+from lowrank_sys.optim.methods.muon import Muon
 from lowrank_sys.optim.methods.osd import OnlineSubspaceDescent
+from lowrank_sys.optim.methods.owlore import OwLore
 from lowrank_sys.optim.methods.qgalore import QGaLoreAdamW8bit
 from lowrank_sys.optim.methods.sara import SARAAdamW
 from lowrank_sys.optim.methods.scale import SCALE
@@ -25,29 +33,37 @@ from lowrank_sys.optim.methods.subtrack import SubTrackAdamW
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 
 __all__ = [
+    "Accumulate",
     "APOLLOAdamW",
+    "ASGO",
+    "CapturedStep",
     "COAPAdamW",
     "DCTAdamW",
-    "FiraLion",
-    "LDAdamW",
-    "SARAAdamW",
-    "SCALE",
-    "SNSM",
-    "SinkGD",
-    "SubTrackAdamW",
-    "Accumulate",
-    "CapturedStep",
     "FiraAdamW",
+    "FiraLion",
     "Flora",
     "FrugalAdamW",
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
+    "GaLoreLion",
     "GaLorePlus",
+    "GradES",
     "GrassAdamW",
+    "GUM",
     "InBackward",
+    "LDAdamW",
+    "LISA",
     "LowRankOptimizer",
+    "MoFaSGD",
+    "Muon",
     "OnlineSubspaceDescent",
-    "QGaLoreAdamW8bit",
+    "OwLore",
     "param_groups",
+    "QGaLoreAdamW8bit",
+    "SARAAdamW",
+    "SCALE",
+    "SinkGD",
+    "SNSM",
+    "SubTrackAdamW",
 ]

@@ -10,6 +10,7 @@ import torch
 from lowrank_sys._ops.step import BASES, MOMENTS, RULES, WEIGHTS
 from lowrank_sys.optim.weight import by_rows, put_back, weight_store
 from lowrank_sys.subspace.basis import axis_of, store_of
+from lowrank_sys.subspace.moments import is_by_row
 from lowrank_sys.subspace.select import gram_of
 
 ops = torch.ops.lowrank
@@ -91,6 +92,8 @@ def names_of(param, state, rule, remainder):
 
 def fused(batch):
     """The step of this batch, a function of (batch, lr), or None where only the general route takes it."""
+    if not batch.has_subspace and is_by_row(batch.states[0], "exp_avg"):
+        return None  # the op without a basis takes blocks that cross rows
     step = FUSED.get(names_of(batch.params[0], batch.states[0], batch.rule, batch.remainder))
     served = not batch.projected or (step is _low_rank and batch.remainder.from_low_rank)
     return step if served else None

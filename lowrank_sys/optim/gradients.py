@@ -54,9 +54,9 @@ class AtStep:
             if "rank" not in group:
                 measured += [grad for _, grad in pairs]
                 continue
-            if group["refresh"] != "next":
-                raise ValueError("clipping by the low-rank norm needs refresh='next': a basis must be known before its step")
             for batch in optimizer.batches(group, pairs):
+                if batch.has_subspace and group["refresh"] != "next":
+                    raise ValueError("clipping by the low-rank norm needs refresh='next': a basis must be known before its step")
                 measured += [optimizer.pipeline.subspace.measured(group, g, s) for g, s in zip(batch.gradients, batch.states)]
         return (
             scale_to_norm_(grads, gradient_norms(measured), max_norm)

@@ -12,18 +12,19 @@ from lowrank_sys.nn.projected_linear import ProjectedLinear
 from lowrank_sys.nn.quant_weight import is_quantized
 from lowrank_sys.optim import hyper
 from lowrank_sys.optim.remainder import Remainder
+from lowrank_sys.optim.rules import Rule
 from lowrank_sys.subspace.matrices import matrix_shape
 from lowrank_sys.subspace.refresh import KINDS
 from lowrank_sys.subspace.select import SELECT
 
-# Keys of a low-rank group that no part but a rule, or the optimizer, reads.
-COMMON = {"lr", "weight_decay", "betas", "eps", "min_8bit_size", "momentum"}
+# Keys of a low-rank group that no part reads but the optimizer.
+COMMON = {"lr", "weight_decay", "min_8bit_size"}
 
 
 def known_keys():
     """The keys that a low-rank group may have, of all parts there are; its optimizer says which of them it reads."""
     kinds = {key for kind in KINDS.values() for key in kind.defaults}
-    return COMMON | Remainder.keys | kinds | {key for selector in SELECT.values() for key in selector.hyper}
+    return COMMON | Rule.keys | Remainder.keys | kinds | {key for selector in SELECT.values() for key in selector.hyper}
 
 
 class ParamGroups(list):

@@ -89,6 +89,14 @@ def rank(value):
     return None if value is None else integer(1)(value)
 
 
+def scores(values):
+    """{name: a number of at least 0}."""
+    wanted = "a dict of names and numbers of at least 0"
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ValueError(wanted)
+    return {name: number(wanted, lambda value: value >= 0)(value) for name, value in values.items()}
+
+
 share = number("a number in [0, 1]", lambda value: 0 <= value <= 1)
 momentum = number("in [0, 1)", lambda value: 0 <= value < 1)
 
@@ -118,6 +126,16 @@ RULES = {
     "geodesic_step": at_least(0),
     "basis_rate": at_least(0),
     "orthogonality": at_least(0),
+    "momentum": momentum,
+    "nesterov": flag,
+    "ns_steps": integer(1),
+    "beta2": momentum,
+    "active_layers": integer(1),
+    "period": integer(1),
+    "scores": optional(scores),
+    "schedule_steps": integer(0),
+    "tau": at_least(0),
+    "grace": integer(0),
 }
 
 

@@ -14,18 +14,24 @@ MIN_8BIT_SIZE = 4096
 MIN_8BIT_ROW = 64
 
 
+# The axis of a moment that is a square of the short side.
+SHORT = "short"
+
+
 class Moment(NamedTuple):
-    """What a rule keeps of a gradient R (rows, columns): of its shape, or one number a row (`axis` 0) or a column (1).
+    """What a rule keeps of a gradient R (rows, columns): of its shape, or one number a row (`axis` 0) or a column (1), or a matrix
+    of its short side (SHORT).
 
     signed: whether it has both signs, which says how 8 bits code it and how a new basis rotates it.
     """
 
     signed: bool = True
-    axis: int | None = None
+    axis: int | str | None = None
 
     def shape(self, low_rank):
         """Of the tensor, for a gradient of this shape."""
-        return {None: tuple(low_rank), 0: (*low_rank[:1], 1), 1: (1, *low_rank[1:])}[self.axis]
+        short = (min(low_rank),) * 2 if len(low_rank) == 2 else ()
+        return {None: tuple(low_rank), 0: (*low_rank[:1], 1), 1: (1, *low_rank[1:]), SHORT: short}[self.axis]
 
 
 class Fp32:
@@ -98,9 +104,10 @@ class Opened:
         for name, moment in self._moments.items():
             old, ok = decode(self._state, name, moment.signed), self.ok
             none = ~(ok.any(-1, keepdim=True) if is_by_row(self._state, name) else ok.any())
-            for axis, size in enumerate(old.shape):
+            for axis, size in enumerate(old.shape if moment.axis != SHORT else ()):
                 if size == 1 and ok.shape[axis] != 1:
                     ok = ok.any(axis, keepdim=True)
+            ok = ok.any() if moment.axis == SHORT else ok
             encode(self._state, name, moment.signed, torch.where(ok, getattr(self, name), old), none)
 
 

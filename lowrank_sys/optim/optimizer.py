@@ -11,7 +11,10 @@ from lowrank_sys.optim.loading import check_groups, check_ranks, check_state, wi
 from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.weight import weight_store
+from lowrank_sys.schedule.roles import FROZEN, TRAINED
+from lowrank_sys.schedule.turns import Turns
 from lowrank_sys.subspace.matrices import count, each, is_batch, matrices, stacked
+from lowrank_sys.subspace.refresh import trains
 
 # Numbers of parameters in groups without a rank begin here, behind those of all matrices.
 FIRST_PLAIN = 2**31
@@ -48,15 +51,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.pipeline = pipeline
         self.nonfinite = nonfinite
         self.counters = {}  # device -> how many weights were skipped there
+        self.turns = Turns(pipeline.schedule)
         self.gradients = resolve(per_layer, params)
         if self.gradients.served_by_hooks:
             self.gradients.bind(self)
-        super().__init__(params, defaults)
+        super().__init__(params, {**pipeline.schedule.defaults, **pipeline.schedule.memory, **defaults})
         self.gradients.ready(self)
 
     def __getstate__(self):
         # torch's names three fields only: a copy would lose its parts.
-        own = ("pipeline", "nonfinite", "counters", "gradients")
+        own = ("pipeline", "nonfinite", "counters", "turns", "gradients")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state):
@@ -76,11 +80,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if "rank" in group:
                 self._check_low_rank(group, names)
             self.gradients.attach(self, group, names)
+            self.turns.take(self.param_groups, self._names(), self.state)
         except Exception:
             del self.param_groups[before:]
             for group in unnamed:
                 group.pop("param_names", None)
             raise
+
+    def _names(self):
+        """[[names of the parameters of a group]]."""
+        return [
+            group.get("param_names") or default_names(self.param_groups[:g], len(group["params"]))
+            for g, group in enumerate(self.param_groups)
+        ]
 
     def _check_stores(self, group, names):
         for name, param in zip(names, group["params"]):
@@ -138,6 +150,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"the loaded group {g}: {error}") from None
         return group
 
+    def _with_own_params(self, saved_groups):
+        """Loaded groups over the parameters of this optimizer."""
+        return [{**saved, "params": group["params"]} for group, saved in zip(self.param_groups, saved_groups)]
+
     # What those who take the gradients (lowrank_sys.optim.gradients) and a captured step ask for.
 
     def groups_so_far(self):
@@ -163,8 +179,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     if param in missing:
                         self.state[param] = new_state(param, group)
 
-    def _new_states(self):
-        """A function of (parameter, its group) that makes a state as it is before the first step."""
+    def _new_states(self, roles=None):
+        """A function of (parameter, its group) that makes a state as it is before the first step. roles: {parameter: Role}, those
+        of now by default."""
+        role_of = self.turns.role if roles is None else lambda param: roles.get(param, TRAINED)
         plain = (p for group in self.param_groups if "rank" not in group for p in group["params"])
         index, total = {param: i for i, param in enumerate(plain, FIRST_PLAIN)}, 0
         for param in (p for group in self.param_groups if "rank" in group for p in weights(group)):
@@ -172,10 +190,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
             total += count(param.shape)
 
         def new_state(param, group):
-            if "rank" not in group:
-                return self.pipeline.new_state(param, group, index[param], total)
+            role = role_of(param)
+            if "rank" not in group or role == FROZEN:
+                return self.pipeline.new_state(param, group, index[param], total, role)
             first = range(index[param], index[param] + count(param.shape))
-            states = [self.pipeline.new_state(one, group, i, total) for i, one in zip(first, matrices(param))]
+            states = [self.pipeline.new_state(one, group, i, total, role) for i, one in zip(first, matrices(param))]
             return stacked(states) if is_batch(param.shape) else states[0]
 
         return new_state
@@ -220,8 +239,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def all_batches(self, grad_scale=None, found_inf=None):
         """Yield (group, batch) of all that has a gradient."""
         for group in self.param_groups:
-            for batch in self.batches(group, self.gradients.of(group), grad_scale, found_inf, self.gradients.projected):
+            for batch in self.batches(group, self._pairs(group), grad_scale, found_inf, self.gradients.projected):
                 yield group, batch
+
+    def _pairs(self, group):
+        """[(parameter, gradient)] of what trains now and has one."""
+        return [(param, grad) for param, grad in self.gradients.of(group) if self.turns.trains(param)]
 
     def expect_finite(self, param, grad):
         """With nonfinite='raise' a FloatingPointError that names a parameter whose gradient is not finite."""
@@ -242,12 +265,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         with torch._C.DisableTorchFunctionSubclass():
             self.gradients.begin(self)
             for group in self.param_groups if self.nonfinite == "raise" else ():
-                for param, grad in self.gradients.of(group):
+                for param, grad in self._pairs(group):
                     self.expect_finite(param, grad)
-            self.make_states([param for group in self.param_groups for param, _ in self.gradients.of(group)])
+            self.make_states([param for group in self.param_groups for param, _ in self._pairs(group)])
             for group, batch in self.all_batches(*self.scaler()):
                 self.gradients.step(self, batch, self.rate(group))
             self.gradients.finish(self)
+            if not self.pipeline.schedule.static and any(trains(self.rate(group)) for group in self.param_groups):
+                self.turns.advance(self.param_groups, self._names(), self.state)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -266,8 +291,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return self.gradients.clip(self, max_norm)
 
     def release(self) -> None:
-        """Give the weights back: removes what per_layer put on them and into the model. The optimizer is done."""
+        """Give the weights back: removes what per_layer put on them and into the model, and thaws them. The optimizer is done."""
         self.gradients.release(self)
+        self.turns.release()
 
     def skipped(self) -> int:
         """Weight elements left untouched so far because their gradient was not finite. Reads the device."""
@@ -326,7 +352,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         groups = [self._loaded_group(g, saved) for g, saved in enumerate(state_dict["param_groups"])]
         groups = [group for group in groups for _ in group["params"]]
         own = list(zip(ids, groups, params))
-        states = with_numbers(with_blocks_by_row(self.pipeline, state_dict["state"], own), own, self._new_states())
+        new_state = self._new_states(self.turns.roles(self._with_own_params(state_dict["param_groups"]), self._names()))
+        states = with_numbers(with_blocks_by_row(self.pipeline, state_dict["state"], own), own, new_state)
         state_dict = {**state_dict, "state": states}
         saved = {param: state_dict["state"].get(i, {}) for i, param in zip(ids, params)}
         for group, (param, state) in zip(groups, saved.items()):
@@ -336,7 +363,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     f"{tuple(param.shape)}"
                 )
         check_ranks(self, state_dict["param_groups"])
-        check_state(self, saved, zip(groups, params), self._new_states())
+        check_state(self, saved, zip(groups, params), new_state)
         super().load_state_dict(state_dict)
         for i, param in zip(ids, params):
             for key, value in state_dict["state"].get(i, {}).items():
@@ -345,4 +372,5 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if "rank" in group:
                 self._set_defaults(group)  # keys that an older checkpoint lacks
+        self.turns.take(self.param_groups, self._names(), self.state)
         self.gradients.loaded(self)

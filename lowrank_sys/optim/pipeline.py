@@ -9,22 +9,15 @@ import torch
 from lowrank_sys._ops.numerics import usable
 from lowrank_sys.optim import fused
 from lowrank_sys.optim.moments import Fp32, Opened, first_of, refreshed
-from lowrank_sys.optim.remainder import Remainder
-from lowrank_sys.optim.update import Change, Update
+from lowrank_sys.optim.remainder import WHOLE, Remainder
+from lowrank_sys.optim.update import Change
 from lowrank_sys.optim.weight import weight_store
+from lowrank_sys.schedule.roles import FROZEN, TRAINED
+from lowrank_sys.schedule.schedule import Schedule
 from lowrank_sys.subspace.basis import axis_of, store_of
 from lowrank_sys.subspace.orthonormal import Orthonormal
 from lowrank_sys.subspace.refresh import COLD
 from lowrank_sys.subspace.select import SELECT
-
-
-class Whole(Remainder):
-    """Of a gradient without a subspace: the update is the rule's own."""
-
-    defaults = {}
-
-    def of(self, g, r, x, s, state, h):
-        return Update(phi=x)
 
 
 class Batch:
@@ -97,27 +90,28 @@ class Pipeline:
         subspace: a kind of lowrank_sys.subspace; an orthonormal basis in memory by default.
         remainder: lowrank_sys.optim.remainder; dropped by default, as in GaLore.
         moments: how moments are kept (lowrank_sys.optim.moments); fp32 by default.
+        schedule: which parameters train now, and as what (lowrank_sys.schedule); all of them always by default.
     """
 
-    def __init__(self, rule, *, plain=None, subspace=None, remainder=None, moments=None):
+    def __init__(self, rule, *, plain=None, subspace=None, remainder=None, moments=None, schedule=None):
         self.rule = rule
         self.plain = rule.plain if plain is None else plain
         self.subspace = Orthonormal() if subspace is None else subspace
         self.remainder = Remainder() if remainder is None else remainder
         self.moments = Fp32() if moments is None else moments
-        self._whole = Whole()
+        self.schedule = Schedule() if schedule is None else schedule
 
     def categories(self):
         """{key of a state: its category in an account of memory}."""
         names = {name for rule in (self.rule, self.plain) for name in rule.names}
-        parts = (self.subspace, self.remainder, self.moments, *SELECT.values())
+        parts = (self.subspace, self.remainder, self.moments, self.schedule, *SELECT.values())
         kinds = {key: kind for part in parts for key, kind in part.categories.items()}
         return {**kinds, **dict.fromkeys(names, "moments")}
 
     @property
     def from_low_rank(self):
         """Whether a step needs nothing of G but R, and the next basis nothing but a sketch."""
-        return self.remainder.from_low_rank and self.subspace.sketched
+        return self.remainder.from_low_rank and self.subspace.sketched and self.schedule.static
 
     @property
     def serves_int8_gemm(self):
@@ -126,8 +120,10 @@ class Pipeline:
     def rule_of(self, group):
         return self.rule if "rank" in group else self.plain
 
-    def remainder_of(self, group):
-        return self.remainder if "rank" in group else self._whole
+    def remainder_of(self, group, state):
+        if "rank" not in group:
+            return WHOLE
+        return self.remainder.whole if self.subspace.is_whole(state) else self.remainder
 
     def moments_of(self, group, shape):
         """{name: Moment} of a gradient of this shape."""
@@ -139,12 +135,16 @@ class Pipeline:
         needs = self.subspace.needs(group)
         return {key: missing for key, names in needs.items() if (missing := [name for name in names if name not in kept])}
 
-    def new_state(self, param, group, index, count):
-        """The state before the first step of weight number `index`; of `count` matrices in groups with a rank."""
+    def new_state(self, param, group, index, count, role=TRAINED):
+        """The state before the first step of weight number `index`; of `count` matrices in groups with a rank. Of a frozen one
+        nothing."""
+        if role == FROZEN:
+            return {}
         state, shape = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}, param.shape
         if "rank" in group:
-            shape = self.subspace.init(state, param, group, index, count)
-            self.remainder.init(state, param)
+            shape = self.subspace.begin(state, param, group, index, count, role)
+            (self.remainder.whole if self.subspace.is_whole(state) else self.remainder).init(state, param)
+            self.schedule.init(state, param)
         weight_store(param, group).init(state, index)
         self.moments.init(state, self.moments_of(group, shape), tuple(shape), param, group)
         return state
@@ -161,14 +161,19 @@ class Pipeline:
             lists[0].append(param)
             lists[1].append(gradient.contiguous())
             lists[2].append(state)
-        rule, remainder = self.rule_of(group), self.remainder_of(group)
+        rule = self.rule_of(group)
         for (device, *_), lists in kinds.items():
-            yield Batch(group, rule, remainder, *lists, guards_on(device), projected and "rank" in group)
+            yield Batch(
+                group, rule, self.remainder_of(group, lists[2][0]), *lists, guards_on(device), projected and "rank" in group
+            )
 
     # The stations of a step.
 
     def choose(self, batch, lr):
         """Choose the bases that the step uses, with refresh='now'; with 'next' take the sketches of those after it."""
+        if not self.schedule.static and "rank" in batch.group:
+            for gradient, state in zip(batch.gradients, batch.states):
+                self.schedule.watch(gradient, state, batch.scale, batch.group)
         self._before(batch)
         if not batch.has_subspace:
             return

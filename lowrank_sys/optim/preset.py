@@ -10,6 +10,7 @@ from lowrank_sys.optim.pipeline import Pipeline
 from lowrank_sys.optim.remainder import Remainder
 from lowrank_sys.optim.rules import Adam
 from lowrank_sys.optim.types import NonFinite, Params, PerLayer, Rate
+from lowrank_sys.schedule.schedule import Schedule
 from lowrank_sys.subspace.orthonormal import Orthonormal
 
 
@@ -52,7 +53,7 @@ def method(name, **facts):
 
 
 class Preset(LowRankOptimizer):
-    """A method as its parts: class attributes `rule`, `subspace` and `remainder`.
+    """A method as its parts: class attributes `rule`, `subspace`, `remainder` and `schedule`.
 
     Args:
         params: parameters or groups (lowrank_sys.optim.param_groups makes them from a model).
@@ -60,12 +61,13 @@ class Preset(LowRankOptimizer):
         weight_decay: decoupled, at the rate lr.
         bits: of the moments: 32, or 8 in blocks of 256.
         nonfinite, per_layer: as GaLoreAdamW.
-        **hyper: of the rule, and of the plain one (`rule.defaults`).
+        **hyper: of the rule, of the plain one and of the schedule (their `defaults`).
     """
 
     rule = Adam()
     subspace = Orthonormal()
     remainder = Remainder()
+    schedule = Schedule()
 
     def __init__(
         self,
@@ -80,10 +82,10 @@ class Preset(LowRankOptimizer):
     ) -> None:
         if bits not in (8, 32):
             raise ValueError(f"bits must be 8 or 32, got {bits!r}")
-        pipeline = Pipeline(
-            self.rule, subspace=self.subspace, remainder=self.remainder, moments=Blocks8bit() if bits == 8 else Fp32()
-        )
-        known = {**pipeline.plain.defaults, **self.rule.defaults}
+        moments = Blocks8bit() if bits == 8 else Fp32()
+        parts = {"subspace": self.subspace, "remainder": self.remainder, "schedule": self.schedule}
+        pipeline = Pipeline(self.rule, moments=moments, **parts)
+        known = {**pipeline.plain.defaults, **self.rule.defaults, **self.schedule.defaults}
         if unknown := sorted(hyper.keys() - known.keys()):
             raise ValueError(f"{type(self).__name__} takes {', '.join(sorted(known))}, got {', '.join(unknown)}")
         defaults = {"lr": lr, "weight_decay": weight_decay, **known, **hyper}

@@ -38,6 +38,11 @@ class Remainder:
     def __init_subclass__(cls):
         Remainder.keys |= cls.defaults.keys()
 
+    @property
+    def whole(self):
+        """What serves a matrix without a basis: R is G there, and nothing remains."""
+        return WHOLE
+
     def check(self, group):
         """Raise a ValueError that names a key with a value that is none."""
 
@@ -72,6 +77,28 @@ class Remainder:
 
     def after(self, g, r, state):
         """The step was taken; r is zero where it was none."""
+
+
+class Whole(Remainder):
+    """Of a gradient without a subspace: the update is the rule's own."""
+
+    defaults = {}
+
+    def of(self, g, r, x, s, state, h):
+        return Update(phi=x)
+
+
+class WithoutBasis(Remainder):
+    """Base of those that make their update of a whole gradient."""
+
+    defaults, from_low_rank = {}, False
+
+    @property
+    def whole(self):
+        return self
+
+
+WHOLE = Whole()
 
 
 class _FromGradient(Remainder):

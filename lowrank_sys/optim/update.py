@@ -8,12 +8,12 @@ from lowrank_sys.subspace.basis import axis_of, store_of
 
 
 class Update(NamedTuple):
-    """back(x) + c o phi, or with `over` c o (back(x) + phi), of G (m, n) and R.
+    """back(x) + c o phi + L N, or with `over` c o (back(x) + phi), of G (m, n) and R.
 
     x: of R's shape, fp32; None: no back-projection. phi: (m, n) any float dtype, e.g. G itself; None: none. c: factors of phi,
     each broadcast to (m, n): by channel, by row, of the matrix. sign: the sign of phi - back(taken) in place of phi. taken: R where
     `sign`. scale: 0-dim, that multiplies phi as it is read; None is 1. at: (flat indices (k,) int64, values (k,)) of entries that
-    are these values instead.
+    are these values instead. factors: (L (m, k), N (k, n)), fp32, of what is low-rank without a basis; None: none.
 
     What is linear in back(R) belongs in x: back(x) + c o (G - back(R)) = back(x - c o R) + c o G for c by channel.
     """
@@ -26,6 +26,7 @@ class Update(NamedTuple):
     scale: torch.Tensor | None = None
     over: bool = False
     at: tuple = ()
+    factors: tuple | None = None
 
 
 class Change:
@@ -38,7 +39,9 @@ class Change:
 
     def is_low_rank(self, param):
         """Whether it is back(x) alone, for a weight in rows."""
-        return self._update.phi is None and not self._update.c and not self._update.at and param.is_contiguous()
+        update = self._update
+        alone = update.phi is None and not update.c and not update.at and update.factors is None
+        return alone and param.is_contiguous()
 
     def subtract_from(self, param):
         low_rank = self._update.x * self._rate
@@ -48,22 +51,31 @@ class Change:
         """Rows first ... end - 1, fp32."""
         update, rows = self._update, slice(first, end)
         back = None if update.x is None else self._back(update.x, first, end)
-        panel = back
-        if update.phi is not None:
-            panel = (update.phi[rows] if self._shape else update.phi).float()
-            if update.scale is not None:
-                panel = panel * update.scale
-            if update.sign:
-                panel = (panel - self._back(update.taken, first, end)).sign()
+        if update.phi is None:
+            panel, back = back, None
+        else:
+            panel = self._phi(first, end)
             if update.over and back is not None:
-                panel = panel + back
+                panel, back = panel + back, None
         for factor in update.c:
             panel = panel * (factor[rows] if factor.dim() == 2 and factor.shape[0] == self._shape[0] > 1 else factor)
-        if update.phi is not None and back is not None and not update.over:
-            panel = panel + back
+        low_rank = None if update.factors is None else update.factors[0][rows] @ update.factors[1]
+        panel, *others = (part for part in (panel, low_rank, back) if part is not None)
+        for part in others:
+            panel = panel + part
         if update.at:
             panel = self._put(panel, *update.at, first * self._shape[1])
         return panel * self._rate
+
+    def _phi(self, first, end):
+        """These rows of phi."""
+        update = self._update
+        panel = (update.phi[first:end] if self._shape else update.phi).float()
+        if update.scale is not None:
+            panel = panel * update.scale
+        if update.sign:
+            panel = (panel - self._back(update.taken, first, end)).sign()
+        return panel
 
     def _put(self, panel, indices, values, begin):
         """A panel from flat index `begin` on with the values that lie in it; others add 0, so that no device is asked how many."""

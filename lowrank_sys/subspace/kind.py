@@ -56,6 +56,10 @@ class Kind:
         for key, values in valid.items():
             if values and group[key] not in values:
                 raise ValueError(f"{key} must be one of {', '.join(values)}, got {group[key]!r}")
+        self.check_rank(group, names)
+
+    def check_rank(self, group, names):
+        """Raise a ValueError for a group without a rank, or with one that a weight does not have."""
         if group["rank"] is None:
             raise ValueError("rank must be an integer of at least 1, got None")
         for name, param in zip(names, group["params"]):
@@ -70,6 +74,14 @@ class Kind:
         """Add this part's state for matrix `index` of `count`; returns the shape of R."""
         raise NotImplementedError
 
+    def begin(self, state, param, group, index, count, role):
+        """`init` for a matrix in this role (lowrank_sys.schedule.roles): without a basis where it trains whole."""
+        return param.shape if role.name == "whole" else self.init(state, param, group, index, count)
+
+    def is_whole(self, state):
+        """Whether R of this matrix is of the weight's own shape, and needs no way back."""
+        return store_of(state) is None
+
     def low_rank_shape(self, group, param):
         """(left, shape of R) of a matrix in this group."""
         m, n = param.shape
@@ -78,6 +90,8 @@ class Kind:
 
     def shape_of(self, param, state):
         """The shape of R that a state is for, which may be loaded."""
+        if self.is_whole(state):
+            return param.shape
         rank, (m, n) = store_of(state).rank(state), param.shape
         return (rank, n) if state["left"] else (m, rank)
 
@@ -101,7 +115,7 @@ class Kind:
 
     def measured(self, group, grad, state):
         """What the norm of a gradient is taken of: R."""
-        return self.project(group, grad, state)
+        return grad if store_of(state) is None else self.project(group, grad, state)
 
     def sketch_directions(self, param, state, warm):
         """Omega of the sketch that this step's gradient of `param` owes the next basis; None if none is due.

@@ -22,9 +22,3 @@ class NoSubspace(Kind):
 
     def init(self, state, param, group, index, count):
         return param.shape
-
-    def shape_of(self, param, state):
-        return param.shape
-
-    def measured(self, group, grad, state):
-        return grad

@@ -13,7 +13,7 @@ ROOT = Path(lowrank_sys.__file__).parent
 FLOORS = (
     ("_ops",),
     ("reference", "kernels"),
-    ("subspace",),
+    ("subspace", "schedule"),
     ("backends",),
     ("nn",),
     ("optim",),
@@ -22,7 +22,7 @@ FLOORS = (
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 # The oracle is for tests, for dispatch, and for those who measure or account for it.
 ORACLE = {"backends", "memory", "bench", "reference"}
-PARTS = ("optim", "subspace", "nn")
+PARTS = ("optim", "schedule", "subspace", "nn")
 # Arguments of users, of which a message says what they must be.
 ARGUMENTS = {("optim/per_layer.py", "Hooked"), ("optim/captured.py", "LowRankOptimizer")}
 # Modules of a user's model are told by their class.

@@ -339,7 +339,7 @@ def test_in_backward_is_the_same_to_the_bit(name, int8):
 def test_accumulate_where_a_step_starts_from_r(name):
     model, optimizer = made(name)
     subspaces = [group["subspace"] for group in optimizer.param_groups if "subspace" in group]
-    if not (optimizer.pipeline.from_low_rank and all(SELECT[s].sketched for s in subspaces)):
+    if METHODS[name].rank is None or not (optimizer.pipeline.from_low_rank and all(SELECT[s].sketched for s in subspaces)):
         with pytest.raises(ValueError, match="per_layer='accumulate'|refresh='next'"):
             made(name, per_layer="accumulate")
         return
@@ -372,7 +372,7 @@ def test_surroundings_change_no_bit(name):
             return loss
 
         closure()
-        grads = [p.grad.clone() for p in other.parameters()]
+        grads = [None if p.grad is None else p.grad.clone() for p in other.parameters()]
         torch.set_default_dtype(torch.bfloat16 if step % 2 else torch.float64)
         try:
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -392,7 +392,7 @@ def test_no_two_methods_are_one():
     for name in METHODS:
         model, optimizer = made(name)
         run(model, optimizer, range(20))
-        ends[name] = model[1].weight.detach().clone()
+        ends[name] = torch.cat([p.detach().flatten() for p in model.parameters()])
     for i, (name, end) in enumerate(ends.items()):
         assert [other for other in list(ends)[:i] if torch.equal(ends[other], end)] == [], name
 
@@ -403,17 +403,18 @@ def test_every_basis_moves(name, side):
     model, optimizer = made(name, proj_type=side)
     matrices = next(group for group in optimizer.param_groups if "rank" in group)["params"]
 
-    keys = ("basis", "key", "indices", "columns")
+    keys = ("basis", "key", "indices", "columns", "left_vectors")
 
     def bases():
-        return [
-            torch.cat([optimizer.state[p][key].flatten().double() for key in keys if key in optimizer.state[p]]) for p in matrices
-        ]
+        states = [optimizer.state[p] for p in matrices if optimizer.state.get(p)]
+        return [torch.cat([state[key].flatten().double() for key in keys if key in state]) for state in states]
 
     run(model, optimizer, range(1))
     first = bases()
     run(model, optimizer, range(1, 2 * GAP + 2))
-    assert all(optimizer.state[p]["left"] == (side == "left") for p in matrices)
+    sides = {optimizer.state[p]["left"] for p in matrices if "left" in optimizer.state.get(p, ())}
+    assert sides == {side == "left"} or name == "mofasgd" and not sides
+    assert first and len(first) == len(bases())
     assert not any(torch.equal(a, b) for a, b in zip(first, bases()))
 
 

@@ -5,19 +5,18 @@ import math
 import torch
 from torch import nn
 
-from lowrank_sys.optim import hyper
 from lowrank_sys.optim.groups import param_groups
 from lowrank_sys.optim.preset import Preset, method
-from lowrank_sys.optim.remainder import Remainder
+from lowrank_sys.optim.remainder import WithoutBasis
 from lowrank_sys.optim.rules import Adam, Momentum
 from lowrank_sys.optim.update import Update
 from lowrank_sys.subspace.none import NoSubspace
 
 
-class UnitRms(Remainder):
+class UnitRms(WithoutBasis):
     """X / max(rms(X), 1e-8), the mean over each row, or with the group key `over` 'columns' over each column."""
 
-    name, defaults, from_low_rank = "unit-rms", {"over": "rows"}, False
+    name, defaults = "unit-rms", {"over": "rows"}
 
     def check(self, group):
         if group["over"] not in ("rows", "columns"):
@@ -69,4 +68,3 @@ class SCALE(Preset):
     """
 
     rule, subspace, remainder = MatrixMomentum(), NoSubspace(), UnitRms()
-    rules = {**hyper.RULES, "momentum": hyper.momentum}

@@ -5,8 +5,8 @@ import math
 import torch
 
 from lowrank_sys.optim.preset import Preset, method
-from lowrank_sys.optim.remainder import Remainder
-from lowrank_sys.optim.rules import Adam, Unchanged
+from lowrank_sys.optim.remainder import WithoutBasis
+from lowrank_sys.optim.rules import NoRule
 from lowrank_sys.optim.update import Update
 from lowrank_sys.optim.weight import panels
 from lowrank_sys.subspace.none import NoSubspace
@@ -17,10 +17,10 @@ def _factor(squares, size):
     return torch.where(squares > 0, math.sqrt(size) * squares.rsqrt(), 0)
 
 
-class Sinkhorn(Remainder):
+class Sinkhorn(WithoutBasis):
     """X = diag(a) G diag(b) after `passes` (5) times of rows to norm sqrt(n), columns to norm sqrt(m). It keeps a and b alone."""
 
-    name, defaults, from_low_rank = "sinkhorn", {"passes": 5}, False
+    name, defaults = "sinkhorn", {"passes": 5}
 
     def measure(self, g, r, s, state, h):
         norms = torch.ops.lowrank.channel_norms(g, left=False).unsqueeze(1)
@@ -40,12 +40,6 @@ class Sinkhorn(Remainder):
                 total += (part * a[rows]).square_().sum(0, keepdim=True)
             b = _factor(total, m)
         return Update(phi=g, c=(s.unit, a, b))
-
-
-class NoRule(Unchanged):
-    """Matrices have no rule; all else has AdamW."""
-
-    defaults, plain = {"betas": (0.9, 0.999), "eps": 1e-8}, Adam()
 
 
 @method("sinkgd", lr=1e-3, plain_lr=3e-3, rank=None)

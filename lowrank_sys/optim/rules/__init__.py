@@ -2,7 +2,8 @@
 
 from lowrank_sys.optim.rules.adafactor import Adafactor
 from lowrank_sys.optim.rules.adam import Adam, RatioAdam
-from lowrank_sys.optim.rules.momentum import Lion, Momentum, Unchanged
+from lowrank_sys.optim.rules.momentum import Lion, Momentum, NoRule, Unchanged
 from lowrank_sys.optim.rules.rule import Rule
+from lowrank_sys.optim.rules.spectral import Muon, OneSided
 
-__all__ = ["Adafactor", "Adam", "Lion", "Momentum", "RatioAdam", "Rule", "Unchanged"]
+__all__ = ["Adafactor", "Adam", "Lion", "Momentum", "Muon", "NoRule", "OneSided", "RatioAdam", "Rule", "Unchanged"]

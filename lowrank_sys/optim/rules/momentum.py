@@ -1,6 +1,7 @@
 """Rules of one moment, or of none."""
 
 from lowrank_sys.optim.moments import Moment
+from lowrank_sys.optim.rules.adam import Adam
 from lowrank_sys.optim.rules.rule import Rule
 
 
@@ -48,3 +49,9 @@ class Unchanged(Rule):
 
     def update(self, r, s, h):
         return r
+
+
+class NoRule(Unchanged):
+    """Matrices have no rule; all else has AdamW."""
+
+    plain = Adam()

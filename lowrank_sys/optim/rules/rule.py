@@ -13,6 +13,10 @@ class Rule:
     name = None
     defaults = {}
     state = {}
+    keys = set()  # group keys of all rules
+
+    def __init_subclass__(cls):
+        Rule.keys |= cls.defaults.keys()
 
     @property
     def plain(self):

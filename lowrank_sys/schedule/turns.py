@@ -1,0 +1,57 @@
+"""Turns: what a schedule makes of the parameters of an optimizer, between two steps."""
+
+from lowrank_sys.schedule.roles import FROZEN, TRAINED
+
+
+class Turns:
+    """The roles of an optimizer's parameters.
+
+    A frozen parameter has requires_grad False, so that no gradient of it is ever made, and no state. Whoever was frozen when the
+    optimizer got it stays so.
+    """
+
+    def __init__(self, schedule):
+        self.schedule = schedule
+        self._roles = {}  # parameter -> Role
+        self._able = {}  # parameter -> whether it had requires_grad
+
+    def role(self, param):
+        return self._roles.get(param, TRAINED)
+
+    def trains(self, param):
+        return self.role(param) != FROZEN
+
+    def roles(self, groups, names):
+        """{parameter: Role} for these groups, whose params may be of another optimizer than the numbers in them."""
+        if self.schedule.static:
+            return {}
+        found = self.schedule.roles(groups, names)
+        return {p: role for group, own in zip(groups, found) for p, role in zip(group["params"], own)}
+
+    def take(self, groups, names, state):
+        """Bring parameters and states (the optimizer's) in line with the groups."""
+        self._roles = self.roles(groups, names)
+        for param, role in self._roles.items():
+            able = self._able.setdefault(param, param.requires_grad)
+            if role == FROZEN:
+                state.pop(param, None)
+                param.grad = None
+            param.requires_grad_(able and role != FROZEN)
+
+    def advance(self, groups, names, state):
+        """A step was taken."""
+        schedule = self.schedule
+        for group in groups:
+            group["schedule_steps"] += 1
+        schedule.settle(groups, state)
+        before, restarts = self._roles, schedule.restarts and schedule.begins(groups)
+        self.take(groups, names, state)
+        for group in groups:
+            for param in group["params"]:
+                if self.role(param) != before[param] or restarts and "rank" in group:
+                    state.pop(param, None)
+
+    def release(self):
+        """Thaw what the schedule froze."""
+        for param, able in self._able.items():
+            param.requires_grad_(able)
