@@ -93,6 +93,8 @@ def fused(batch):
     """The step of this batch, a function of (batch, lr), or None where only the general route takes it."""
     step = FUSED.get(names_of(batch.params[0], batch.states[0], batch.rule, batch.remainder))
     served = not batch.projected or (step is _low_rank and batch.remainder.from_low_rank)
+    if "sums" in batch.states[0] and batch.remainder.sums(batch.group):  # over rows of other processes
+        return None
     return step if served else None
 
 

@@ -10,6 +10,7 @@ from lowrank_sys.optim.coefficient import weights, with_coefficients, without_co
 from lowrank_sys.optim.loading import check_groups, check_ranks, check_state, with_blocks_by_row, with_numbers, with_rounding
 from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
+from lowrank_sys.optim.shards import layouts_of, on_the_right, saved_by_row, states_here, whole_states
 from lowrank_sys.optim.weight import weight_store
 from lowrank_sys.subspace.matrices import count, each, is_batch, matrices, stacked
 
@@ -48,6 +49,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.pipeline = pipeline
         self.nonfinite = nonfinite
         self.counters = {}  # device -> how many weights were skipped there
+        self.layouts = {}  # parameter whose rows lie on several processes -> where
         self.gradients = resolve(per_layer, params)
         if self.gradients.served_by_hooks:
             self.gradients.bind(self)
@@ -56,7 +58,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self):
         # torch's names three fields only: a copy would lose its parts.
-        own = ("pipeline", "nonfinite", "counters", "gradients")
+        own = ("pipeline", "nonfinite", "counters", "layouts", "gradients")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state):
@@ -75,6 +77,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._check_stores(group, names)
             if "rank" in group:
                 self._check_low_rank(group, names)
+            self.layouts |= layouts_of(self, group, names)
             self.gradients.attach(self, group, names)
         except Exception:
             del self.param_groups[before:]
@@ -167,10 +170,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
             total += count(param.shape)
 
         def new_state(param, group):
+            layout = self.layouts.get(param)
+            with torch.no_grad():
+                here = param if layout is None else layout.local(param)
+            numbers = {} if layout is None else layout.numbers
             if "rank" not in group:
-                return self.pipeline.new_state(param, group, index[param], total)
+                return self.pipeline.new_state(here, group, index[param], total, numbers)
             first = range(index[param], index[param] + count(param.shape))
-            states = [self.pipeline.new_state(one, group, i, total) for i, one in zip(first, matrices(param))]
+            states = [self.pipeline.new_state(one, group, i, total, numbers) for i, one in zip(first, matrices(here))]
             return stacked(states) if is_batch(param.shape) else states[0]
 
         return new_state
@@ -199,6 +206,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if grad.is_sparse:
                 raise ValueError(f"gradients must be dense, got a sparse one of shape {tuple(grad.shape)}")
             state = self.state[param] or self.state_of(param)
+            if self.layouts and param in self.layouts:
+                layout = self.layouts[param]
+                param, grad = layout.local(param), layout.local(grad)
             if param.dim() == 2 or "rank" not in group:
                 triples.append((param, grad, state))
             else:
@@ -220,11 +230,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def expect_finite(self, param, grad):
         """With nonfinite='raise' a FloatingPointError that names a parameter whose gradient is not finite."""
-        if self.nonfinite == "raise" and not grad.isfinite().all():
+        if self.nonfinite == "raise" and not self._is_finite(param, grad):
             for g, group in enumerate(self.param_groups):
                 for i, other in enumerate(group["params"]):
                     if other is param:
                         raise FloatingPointError(f"the gradient of {name_of(group, g, i)} is not finite")
+
+    def _is_finite(self, param, grad):
+        if param not in self.layouts:
+            return grad.isfinite().all()
+        layout = self.layouts[param]
+        return not layout.shard.any(~layout.local(grad).isfinite().all())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -296,8 +312,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return ledger.memory(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; a checkpoint has no coefficients and no gradients, so it is the same whatever per_layer is."""
-        return without_coefficients(self, super().state_dict())
+        """As torch's; a checkpoint has no coefficients and no gradients, so it is the same whatever per_layer is.
+
+        What the state of a sharded weight has by rows are DTensors (docs/fsdp.md).
+        """
+        return saved_by_row(self, without_coefficients(self, super().state_dict()))
 
     def _fits(self, param, state):
         """Whether the bases of a loaded state are those of a weight like this."""
@@ -315,13 +334,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.gradients.check_loaded(state_dict["param_groups"])
         state_dict = with_coefficients(self, state_dict)
         check_groups(self, state_dict["param_groups"])
-        state_dict = {**state_dict, "param_groups": with_rounding(self, state_dict["param_groups"])}
+        state_dict = {**state_dict, "param_groups": on_the_right(self, with_rounding(self, state_dict["param_groups"]))}
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         groups = [self._loaded_group(g, saved) for g, saved in enumerate(state_dict["param_groups"])]
         groups = [group for group in groups for _ in group["params"]]
         own = list(zip(ids, groups, params))
-        states = with_numbers(with_blocks_by_row(self.pipeline, state_dict["state"], own), own, self._new_states())
+        states = with_blocks_by_row(self.pipeline, whole_states(self, state_dict["state"], own), own)
+        states = with_numbers(states_here(self, states, own), own, self._new_states())
         state_dict = {**state_dict, "state": states}
         saved = {param: state_dict["state"].get(i, {}) for i, param in zip(ids, params)}
         for group, (param, state) in zip(groups, saved.items()):

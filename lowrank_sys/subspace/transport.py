@@ -37,11 +37,12 @@ def rotate_moments_(exp_avg, exp_avg_sq, old, new, *, left):
 class Transport(NamedTuple):
     """carry(due, old, new, kept) takes the matrix (lowrank_sys.subspace.refresh.Due), its bases (d, r) before and after as they are
     stored, None without `bases`, and whether they are equal (0-dim bool, for which nothing waits). needs: names of the state that
-    it reads beside all moments of R's shape."""
+    it reads beside all moments of R's shape. sharded: whether it sums over no channels, so that shards of rows serve it."""
 
     carry: Callable
     bases: bool = True
     needs: tuple = ()
+    sharded: bool = False
 
 
 def keep(due, old, new, kept):
@@ -60,4 +61,8 @@ def rotate(due, old, new, kept):
         due.write(name, rotated(due.moment(name), c if signed else c * c, left=due.left), kept)
 
 
-TRANSPORTS = {"keep": Transport(keep, bases=False), "reset": Transport(reset, bases=False), "rotate": Transport(rotate)}
+TRANSPORTS = {
+    "keep": Transport(keep, bases=False, sharded=True),
+    "reset": Transport(reset, bases=False, sharded=True),
+    "rotate": Transport(rotate, sharded=True),
+}
