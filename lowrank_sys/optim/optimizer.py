@@ -356,7 +356,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for i, param in zip(ids, params):
             for key, value in state_dict["state"].get(i, {}).items():
                 if isinstance(value, torch.Tensor):
-                    self.state[param][key] = self.pipeline.subspace.placed(key, value, param.device)
+                    value = self.pipeline.subspace.placed(key, value, param.device)
+                self.state[param][key] = value  # torch's casts the letters of a string, too
         for group in self.param_groups:
             if "rank" in group:
                 self._set_defaults(group)  # keys that an older checkpoint lacks

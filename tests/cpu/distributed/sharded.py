@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from lowrank_sys.optim import param_groups
 
 VOCAB, RANK, GAP = 32, 4, 3
-SHARES = 4  # the batch of a step is this many parts, whatever the number of processes
+SHARES = 12  # the batch of a step is this many parts, whatever the number of processes
 EPS = 1e-3  # far above the rounding errors of gradients: with 1e-8 a gradient that is zero but for those moves its weight
 
 
@@ -40,7 +40,7 @@ def groups(model, **keys):
 
 def backward(model, step, parts):
     """The gradient of these parts of a step's batch, the mean of which over the ranks is that of the batch."""
-    ids = torch.randint(0, VOCAB, (SHARES, 16), generator=torch.Generator().manual_seed(step))[parts].flatten()
+    ids = torch.randint(0, VOCAB, (SHARES, 5), generator=torch.Generator().manual_seed(step))[parts].flatten()
     nn.functional.cross_entropy(model(ids).float(), ids).backward()
 
 
