@@ -10,7 +10,7 @@ from lowrank_sys.optim.coefficient import weights, with_coefficients, without_co
 from lowrank_sys.optim.loading import check_groups, check_ranks, check_state, with_blocks_by_row, with_numbers, with_rounding
 from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
-from lowrank_sys.optim.shards import layouts_of, on_the_right, saved_by_row, states_here, whole_states
+from lowrank_sys.optim.shards import here, layouts_of, on_the_right, saved_by_row, shard_here, states_here, whole_states
 from lowrank_sys.optim.weight import weight_store
 from lowrank_sys.subspace.matrices import count, each, is_batch, matrices, stacked
 
@@ -172,12 +172,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         def new_state(param, group):
             layout = self.layouts.get(param)
             with torch.no_grad():
-                here = param if layout is None else layout.local(param)
+                rows = param if layout is None else layout.local(param)
             numbers = {} if layout is None else layout.numbers
             if "rank" not in group:
-                return self.pipeline.new_state(here, group, index[param], total, numbers)
+                return self.pipeline.new_state(rows, group, index[param], total, numbers)
             first = range(index[param], index[param] + count(param.shape))
-            states = [self.pipeline.new_state(one, group, i, total, numbers) for i, one in zip(first, matrices(here))]
+            states = [self.pipeline.new_state(one, group, i, total, numbers) for i, one in zip(first, matrices(rows))]
             return stacked(states) if is_batch(param.shape) else states[0]
 
         return new_state
@@ -237,10 +237,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                         raise FloatingPointError(f"the gradient of {name_of(group, g, i)} is not finite")
 
     def _is_finite(self, param, grad):
-        if param not in self.layouts:
-            return grad.isfinite().all()
-        layout = self.layouts[param]
-        return not layout.shard.any(~layout.local(grad).isfinite().all())
+        return not shard_here(self, param).any(~here(self, param, grad).isfinite().all())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

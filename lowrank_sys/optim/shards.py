@@ -12,7 +12,8 @@ import torch
 from lowrank_sys._ops.blockwise import BLOCK
 from lowrank_sys.optim.coefficient import weights
 from lowrank_sys.subspace.matrices import is_batch
-from lowrank_sys.subspace.shards import KEYS, shard_of
+from lowrank_sys.subspace.moments import absmax_of
+from lowrank_sys.subspace.shards import KEYS, WHOLE, shard_of
 
 
 def is_dtensor(value):
@@ -41,7 +42,7 @@ class Layout:
         if len(split) > 1 or any(type(self.placements[i]) is not Shard or self.placements[i].dim != 0 for i in split):
             raise ValueError(
                 f"{name} must have the placement Shard(0) over one dimension of its mesh and Replicate over the others, got "
-                f"{', '.join(map(str, self.placements))}"
+                f"{', '.join(map(repr, self.placements))}"
             )
         self.first, self.count, self.numbers = 0, self.shape[0] if self.shape else 1, {}
         if split:
@@ -95,6 +96,25 @@ class Layout:
         return value.flatten() if flat else value
 
 
+def here(optimizer, param, tensor):
+    """The rows that are here of a parameter's gradient."""
+    return optimizer.layouts[param].local(tensor) if param in optimizer.layouts else tensor
+
+
+def shard_here(optimizer, param):
+    """The lowrank_sys.subspace.shards.Shard that they are."""
+    return optimizer.layouts[param].shard if param in optimizer.layouts else WHOLE
+
+
+def over_shards(norms, shards):
+    """Norms (k,) of whole tensors from those of the k shards that are here."""
+    norms = norms.clone()
+    for group in dict.fromkeys(shard.group for shard in shards if shard.group):
+        which = [i for i, shard in enumerate(shards) if shard.group == group]
+        norms[which] = shards[which[0]].norms(norms[which])
+    return norms
+
+
 def layouts_of(optimizer, group, names):
     """{parameter: Layout} of the DTensors in a new group, whose bases go to the right; names of its parameters. ValueError
     for what they are not served with."""
@@ -141,18 +161,43 @@ def saved_by_row(optimizer, state_dict):
 
 def whole_states(optimizer, states, params):
     """States of a state_dict in which weights that are no DTensors have none. params: [(index, group, parameter)]."""
-    mine = {i for i, _, param in params if param not in optimizer.layouts}
-    return {i: {key: whole(value) for key, value in state.items()} if i in mine else state for i, state in states.items()}
+    states, pipeline = dict(states), optimizer.pipeline
+    for i, group, param in params:
+        state = states.get(i, {})
+        if param in optimizer.layouts or not any(map(is_dtensor, state.values())):
+            continue
+        state = {key: whole(value) for key, value in state.items()}
+        flat = {key for key, kept_flat in pipeline.by_row(group, param.shape).items() if kept_flat and key in state}
+        state |= {key: state[key].flatten() for key in flat}
+        states[i] = _recoded(pipeline, state, group, param, to_codes=True)
+    return states
 
 
 def states_here(optimizer, states, params):
     """States of a state_dict with the rows that are here. params: [(index, group, parameter)] with the keys of the loaded group."""
-    states = dict(states)
+    states, pipeline = dict(states), optimizer.pipeline
     for i, group, param in params:
         layout = optimizer.layouts.get(param)
         if layout is None or not states.get(i):
             continue
         if layout.numbers and states[i].get("left"):
             raise ValueError("the loaded state has bases on the left, sharded weights go on with those of proj_type='right'")
-        states[i] = {**layout.loaded(states[i], optimizer.pipeline.by_row(group, param.shape)), **layout.numbers}
+        state = _recoded(pipeline, states[i], group, param, to_codes=False) if layout.numbers else states[i]
+        states[i] = {**layout.loaded(state, pipeline.by_row(group, param.shape)), **layout.numbers}
     return states
+
+
+def _recoded(pipeline, state, group, param, *, to_codes):
+    """A state with the plain moments that are codes of a whole weight and fp32 of its shards, as the one or the other."""
+    shape, coded = tuple(param.shape), pipeline.moments.codes
+    if "rank" in group or not coded(shape, param, group) or coded(shape, param, group, rows=shape[0]):
+        return state
+    state = dict(state)
+    for name, moment in pipeline.moments_of(group, shape).items():
+        if to_codes and absmax_of(name) not in state:
+            stored = torch.ops.lowrank.quantize_blockwise(state[name], signed=moment.signed)
+            state[name], state[absmax_of(name)] = stored
+        elif not to_codes and absmax_of(name) in state:
+            absmax = state.pop(absmax_of(name))
+            state[name] = torch.ops.lowrank.dequantize_blockwise(state[name], absmax, signed=moment.signed)
+    return state

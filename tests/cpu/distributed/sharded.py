@@ -38,10 +38,10 @@ def groups(model, **keys):
     return param_groups(model, **{"rank": RANK, "update_proj_gap": GAP, "proj_type": "right", **keys})
 
 
-def backward(model, step, parts):
+def backward(model, step, parts, scale=lambda loss: loss):
     """The gradient of these parts of a step's batch, the mean of which over the ranks is that of the batch."""
     ids = torch.randint(0, VOCAB, (SHARES, 5), generator=torch.Generator().manual_seed(step))[parts].flatten()
-    nn.functional.cross_entropy(model(ids).float(), ids).backward()
+    scale(nn.functional.cross_entropy(model(ids).float(), ids)).backward()
 
 
 def train(model, optimizer, steps, rank=0, world=1, before=lambda step: None):

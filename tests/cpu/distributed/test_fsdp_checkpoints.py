@@ -1,6 +1,5 @@
 """Distributed checkpoints of sharded weights go on with any number of processes, with one, and back."""
 
-import torch
 import torch.distributed.checkpoint as dcp
 import world
 from sharded import build, shard, states, train, weights
