@@ -247,8 +247,8 @@ def _general(method, batch, param, g, state, usable_channels, lr):
     state["step"] += 1 if go is None else go
     s = Opened(state, method.moments_of(group, param.shape if not has_basis else method.subspace.shape_of(param, state)))
     s.grad_scale, s.d = batch.scale, axis_of(param.shape, state) if has_basis else None
-    s.shard = shard_of(state, prod(param.shape[1:]))
-    s.weight_rms = lambda: store.rms(param, s.shard)
+    s.shard = shard = shard_of(state, prod(param.shape[1:]))
+    s.weight_rms = lambda: store.rms(param, shard)
     if whole:
         r, s.ok = g, torch.ones((), dtype=torch.bool, device=param.device)
     else:
