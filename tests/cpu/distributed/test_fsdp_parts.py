@@ -1,9 +1,12 @@
 """What sharded weights meet beside training: clipping, gradients that are not finite, rounding, 8 bits, files, and refusals."""
 
+import collections
+import functools
 import io
 
 import pytest
 import torch
+import torch.distributed as dist
 import world
 from sharded import EPS, backward, build, groups, shard, states, train, weights
 from torch import nn
@@ -167,6 +170,47 @@ def in_bytes(rank, size):
     return optimizer.memory()
 
 
+class Wire:
+    """Counts what the optimizers send: {collective: bytes}."""
+
+    def __init__(self, monkeypatch):
+        self.sent = collections.Counter()
+        for name in ("all_reduce", "broadcast"):
+            monkeypatch.setattr(dist, name, functools.partial(self.send, name, getattr(dist, name)))
+
+    def send(self, name, collective, tensor, **options):
+        self.sent[name] += tensor.nbytes
+        return collective(tensor, **options)
+
+
+def sent(rank, size):
+    """{method: what each of four steps sends} of a matrix (20, 12) at rank 3, whose basis is new in all of them but the third."""
+    out = {}
+    for name, (cls, keys) in WIRED.items():
+        torch.manual_seed(0)
+        layer = fully_shard(nn.Linear(12, 20, bias=False))
+        optimizer = cls([{"params": [layer.weight], "rank": 3, "update_proj_gap": 2, **keys}], lr=1e-2)
+        out[name] = []
+        for step in range(4):
+            give(layer, step)
+            with pytest.MonkeyPatch.context() as patch:
+                wire = Wire(patch)
+                optimizer.step()
+            out[name].append(dict(wire.sent))
+    return out
+
+
+WIRED = {
+    "galore": (optim.GaLoreAdamW, {}),
+    "galore from sketches": (optim.GaLoreAdamW, {"refresh": "next"}),
+    "frugal": (optim.FrugalAdamW, {}),
+    "grass": (optim.GrassAdamW, {}),
+    "apollo": (optim.APOLLOAdamW, {}),
+    "apollo-mini": (optim.APOLLOAdamW, {**optim.APOLLOAdamW.mini}),
+    "fira": (optim.FiraAdamW, {}),
+}
+
+
 def refused(rank, size):
     """What each of these is answered."""
     mesh = init_device_mesh("cpu", (size,))
@@ -200,7 +244,7 @@ def refused(rank, size):
     return answers
 
 
-CASES = {f.__name__: f for f in (clipped, spoiled, raised, scaled, rounded, in_8_bits, in_files, in_bytes, refused)}
+CASES = {f.__name__: f for f in (clipped, spoiled, raised, scaled, rounded, in_8_bits, in_files, in_bytes, sent, refused)}
 CLOSE = {"atol": 2e-4, "rtol": 2e-3}
 
 
@@ -278,15 +322,14 @@ def test_shards_hold_the_bytes_of_the_whole(ranks):
 
 
 def test_states_go_through_files(ranks):
-    wanted, full, *loaded = ranks[0]["in_files"]
-    names, by_name = list(full), full
+    wanted, full, *_ = ranks[0]["in_files"]
+    by_number = dict(enumerate(full.values()))
     for results in ranks:
         for state in results["in_files"][2:]:
             assert_equal(state, wanted)
-    assert_equal({i: full[name] for i, name in enumerate(names)}, wanted)
-    model, optimizer = setting(0, 1)
-    numbered = optimizer.state_dict()
-    optimizer.load_state_dict({**numbered, "state": {i: by_name[name] for i, name in enumerate(names)}})
+    assert_equal(by_number, wanted)
+    _, optimizer = setting(0, 1)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": by_number})
     assert_equal(states(optimizer), wanted)
 
 
@@ -309,3 +352,23 @@ def test_what_is_not_served_is_refused_when_the_optimizer_is_built(ranks):
         assert "must have the placement Shard(0)" in answers["columns"] and "Shard(dim=1)" in answers["columns"]
         assert "must be a matrix" in answers["experts"]
         assert "proj_type='right'" in answers["loaded"]
+
+
+def test_what_crosses_the_wire(ranks):
+    n, r = 12, 3
+    l = r + 8  # noqa: E741
+    product, basis, norms, gram = 4 * n * l, 4 * n * r, 8 * l, 4 * l * l
+    first = {"all_reduce": product, "broadcast": basis}
+    warm = {"all_reduce": product + norms + 2 * gram, "broadcast": basis}
+    sketch = {"all_reduce": 8 * r + norms + 3 * gram + product, "broadcast": basis}
+    wanted = {
+        "galore": [first, warm, {}, warm],
+        "galore from sketches": [sketch, sketch, {}, sketch],
+        "frugal": [first, warm, {}, warm],
+        "grass": [{"all_reduce": 8 * n}, {"all_reduce": 8 * n}, {}, {"all_reduce": 8 * n}],
+        "apollo": [{"all_reduce": 8}] * 4,
+        "apollo-mini": [{"all_reduce": 16}] * 4,
+    }
+    wanted["fira"] = [{**sent, "all_reduce": sent.get("all_reduce", 0) + 8} for sent in wanted["galore"]]
+    for results in ranks:
+        assert results["sent"] == wanted
