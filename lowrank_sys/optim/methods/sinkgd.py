@@ -20,7 +20,10 @@ def _factor(squares, size):
 class Sinkhorn(Remainder):
     """X = diag(a) G diag(b) after `passes` (5) times of rows to norm sqrt(n), columns to norm sqrt(m). It keeps a and b alone."""
 
-    name, defaults, from_low_rank = "sinkhorn", {"passes": 5}, False
+    name, defaults, from_low_rank, sharded = "sinkhorn", {"passes": 5}, False, True
+
+    def sums(self, h):
+        return True
 
     def measure(self, g, r, s, state, h):
         norms = torch.ops.lowrank.channel_norms(g, left=False).unsqueeze(1)
@@ -38,13 +41,14 @@ class Sinkhorn(Remainder):
                 part = torch.where(s.rows[rows], g[rows].float() * s.unit[rows], 0)
                 a[rows] = _factor((part * b).square_().sum(1, keepdim=True), n)
                 total += (part * a[rows]).square_().sum(0, keepdim=True)
-            b = _factor(total, m)
+            b = _factor(s.shard.sum(total), s.shard.rows or m)
         return Update(phi=g, c=(s.unit, a, b))
 
 
 class NoRule(Unchanged):
     """Matrices have no rule; all else has AdamW."""
 
+    sharded = True
     defaults, plain = {"betas": (0.9, 0.999), "eps": 1e-8}, Adam()
 
 

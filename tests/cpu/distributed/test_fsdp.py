@@ -6,6 +6,7 @@ import world
 from sharded import EPS, build, groups, shard, states, train, weights
 
 from lowrank_sys import optim
+from lowrank_sys.optim import param_groups, preset
 
 STEPS = 10
 
@@ -29,7 +30,20 @@ METHODS = {
     "grass": adam(optim.GrassAdamW),
     "grass sampled": adam(optim.GrassAdamW, {"subspace": "sample"}),
     "adafactor": lambda model: optim.GaLoreAdafactor(groups(model), lr=0.3, relative_step=False, beta1=0.9),
+    "fira-lion": lambda model: preset.METHODS["fira-lion"].optimizer(groups(model), lr=1e-2),
+    "sinkgd": lambda model: optim.SinkGD(param_groups(model, rank=None), lr=1e-2, eps=EPS),
+    "scale": lambda model: optim.SCALE(columns(model), lr=1e-2, eps=EPS),
 }
+
+
+SOME = ["galore", "galore from sketches", "apollo-mini", "fira", "adafactor"]
+
+
+def columns(model):
+    """Two matrices by columns, one with momentum."""
+    plain, matrices = param_groups(model, rank=None)
+    some = {**matrices, "params": matrices["params"][:2], "over": "columns", "momentum": 0.9}
+    return [plain, {**matrices, "params": matrices["params"][2:]}, some]
 
 
 def trained(method, model, rank=0, size=1):
@@ -38,8 +52,8 @@ def trained(method, model, rank=0, size=1):
     return weights(model), states(optimizer)
 
 
-def on_ranks(rank, size, replicas):
-    return {method: trained(method, shard(build(), size, replicas), rank, size) for method in METHODS}
+def on_ranks(rank, size, replicas, methods):
+    return {method: trained(method, shard(build(), size, replicas), rank, size) for method in methods}
 
 
 def assert_alike(got, wanted, first, where):
@@ -53,10 +67,10 @@ def assert_alike(got, wanted, first, where):
         assert same, f"{where}: {key} differs between ranks"
 
 
-@pytest.mark.parametrize("size, replicas", [(4, 1), (2, 1), (4, 2)])
-def test_ranks_train_as_one_process(size, replicas):
-    ranks = world.run(size, on_ranks, size, replicas, timeout=120)
-    for method in METHODS:
+@pytest.mark.parametrize("size, replicas, methods", [(4, 1, list(METHODS)), (2, 1, SOME), (4, 2, SOME)], ids=["4", "2", "2 x 2"])
+def test_ranks_train_as_one_process(size, replicas, methods):
+    ranks = world.run(size, on_ranks, size, replicas, methods, timeout=300)
+    for method in methods:
         wanted, kept = trained(method, build())
         start = weights(build())
         assert all((wanted[name] - start[name]).abs().max() > 1e-3 for name in wanted if "weight" in name)  # it does train

@@ -35,9 +35,9 @@ def go_on(rank, size, folder, first, last, split=True):
 
 def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path):
     for step, size in ((0, 4), (4, 3), (5, 2)):
-        world.run(size, go_on, size, str(tmp_path), step, step + (4 if step == 0 else 1))
+        world.run(size, go_on, size, str(tmp_path), step, step + (4 if step == 0 else 1), timeout=300)
     go_on(0, 1, str(tmp_path), 6, 8, False)
-    ranks = world.run(4, go_on, 4, str(tmp_path), 8, 10)
+    ranks = world.run(4, go_on, 4, str(tmp_path), 8, 10, timeout=300)
     whole = {method: one(method, split=False) for method in KEPT}
     for method, (model, optimizer) in whole.items():
         train(model, optimizer, range(10))

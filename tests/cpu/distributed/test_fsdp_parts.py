@@ -35,7 +35,7 @@ def parts(rank):
 
 @pytest.fixture(scope="module")
 def ranks():
-    return world.run(SIZE, parts, timeout=120)
+    return world.run(SIZE, parts, timeout=300)
 
 
 def setting(rank, size, keys=(), **options):
