@@ -9,7 +9,7 @@ SCHEMAS = {
     # tensors, numbers: the state of one matrix after the other, as keys and number_keys name it (lowrank_sys.subspace.refresh).
     "refresh_": "(Tensor(a!)[] tensors, Tensor[] gradients, int[] numbers, Tensor lr, *, str kind, str select, str transport, "
     "str[] keys, str[] number_keys, str[] moments, bool[] signed, str[] hyper_keys, float[] hyper, bool left, "
-    "bool sketched=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+    "bool sketched=False, str sums='', Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
 }
 
 define(SCHEMAS)

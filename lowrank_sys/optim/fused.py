@@ -96,6 +96,8 @@ def fused(batch):
         return None  # the op without a basis takes blocks that cross rows
     step = FUSED.get(names_of(batch.params[0], batch.states[0], batch.rule, batch.remainder))
     served = not batch.projected or (step is _low_rank and batch.remainder.from_low_rank)
+    if "sums" in batch.states[0] and batch.remainder.sums(batch.group):  # over rows of other processes
+        return None
     return step if served else None
 
 

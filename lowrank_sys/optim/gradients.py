@@ -6,6 +6,8 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
+from lowrank_sys.optim.shards import here, over_shards, shard_here
+from lowrank_sys.subspace.shards import shard_of
 
 # weight -> weak reference to the part whose hook takes its gradients: the newest optimizer of a weight serves it.
 _SERVED = WeakTensorKeyDictionary()
@@ -47,22 +49,23 @@ class AtStep:
 
     def clip(self, optimizer, max_norm):
         """Scale all gradients by the norm of the low-rank and the plain ones; returns it."""
-        grads, measured = [], []
+        grads, measured, places = [], [], []
         for group in optimizer.param_groups:
             pairs = self.of(group)
-            grads += [grad for _, grad in pairs]
+            mine = [here(optimizer, param, grad) for param, grad in pairs]
+            grads += mine
             if "rank" not in group:
-                measured += [grad for _, grad in pairs]
+                measured += mine
+                places += [shard_here(optimizer, param) for param, _ in pairs]
                 continue
             for batch in optimizer.batches(group, pairs):
                 if batch.has_subspace and group["refresh"] != "next":
                     raise ValueError("clipping by the low-rank norm needs refresh='next': a basis must be known before its step")
                 measured += [optimizer.pipeline.subspace.measured(group, g, s) for g, s in zip(batch.gradients, batch.states)]
-        return (
-            scale_to_norm_(grads, gradient_norms(measured), max_norm)
-            if grads
-            else torch.zeros((), dtype=torch.float32, device="cpu")
-        )
+                places += [shard_of(state, 1) for state in batch.states]
+        if not grads:
+            return torch.zeros((), dtype=torch.float32, device="cpu")
+        return scale_to_norm_(grads, over_shards(gradient_norms(measured), places), max_norm)
 
     def finish(self, optimizer):
         """A step ends."""

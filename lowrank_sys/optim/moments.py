@@ -1,12 +1,14 @@
 """The moments of a rule in a state: what they are, and whether they are kept in fp32 or in 8 bits."""
 
+import math
 from typing import NamedTuple
 
 import torch
 
-from lowrank_sys._ops.blockwise import absmax_shape
+from lowrank_sys._ops.blockwise import BLOCK, absmax_shape
 from lowrank_sys.optim.weight import weight_store
 from lowrank_sys.subspace.moments import absmax_of, decode, encode, is_by_row, is_coded
+from lowrank_sys.subspace.shards import WHOLE
 
 # Moments of fewer elements stay in fp32, as in bitsandbytes.
 MIN_8BIT_SIZE = 4096
@@ -41,13 +43,13 @@ class Fp32:
     categories = {}
     low_rank = False  # whether moments of groups with a rank are kept as codes
 
-    def codes(self, shape, param, group):
-        """Whether moments of this shape are kept as codes."""
+    def codes(self, shape, param, group, rows=None):
+        """Whether moments of this shape are kept as codes. rows: of the whole, where these are some of its rows."""
         return False
 
-    def init(self, state, moments, shape, param, group):
-        """Add the tensors of `moments`, {name: Moment}, for a gradient of this shape."""
-        coded = self.codes(shape, param, group)
+    def init(self, state, moments, shape, param, group, rows=None):
+        """Add the tensors of `moments`, {name: Moment}, for a gradient of this shape; rows: as in `codes`."""
+        coded = self.codes(shape, param, group, rows)
         for name, moment in moments.items():
             coded_one = coded and moment.axis is None
             dtype = torch.uint8 if coded_one else torch.float32
@@ -69,7 +71,11 @@ class Blocks8bit(Fp32):
     low_rank = True
     categories = {absmax_of(name): "scales" for name in ("exp_avg", "exp_avg_sq")}
 
-    def codes(self, shape, param, group):
+    def codes(self, shape, param, group, rows=None):
+        if rows is not None:
+            if "rank" not in group and (len(shape) < 2 or math.prod(shape[1:]) % BLOCK):  # blocks would cross into other shards
+                return False
+            shape = torch.Size((rows, *shape[1:]))
         if "rank" in group and not (self.low_rank and shape[-1] >= MIN_8BIT_ROW):
             return False
         return torch.Size(shape).numel() >= group["min_8bit_size"] or weight_store(param).int8
@@ -87,10 +93,12 @@ class Opened:
 
     step: 0-dim, counts this step. ok: bool, broadcast to R: which channels (without a basis: elements) count. d: the projected
     axis, None without a basis. grad_scale: 0-dim or None, that R has and G has not. rate: what weight decay is multiplied by.
-    weight_rms(): root of the mean square of the weight. A remainder may keep more here.
+    weight_rms(): root of the mean square of the weight. shard: that the rows are of, for sums over them. A remainder may keep more
+    here.
     """
 
     d = grad_scale = ok = rate = weight_rms = None
+    shard = WHOLE
 
     def __init__(self, state, moments):
         self._state, self._moments = state, moments
@@ -104,10 +112,11 @@ class Opened:
         for name, moment in self._moments.items():
             old, ok = decode(self._state, name, moment.signed), self.ok
             none = ~(ok.any(-1, keepdim=True) if is_by_row(self._state, name) else ok.any())
-            for axis, size in enumerate(old.shape if moment.axis != SHORT else ()):
-                if size == 1 and ok.shape[axis] != 1:
-                    ok = ok.any(axis, keepdim=True)
-            ok = ok.any() if moment.axis == SHORT else ok
+            if moment.axis == SHORT:
+                ok = ok.any()
+            elif moment.axis is not None:
+                ok = ok.any(1 - moment.axis, keepdim=True)
+                ok = self.shard.any(ok) if moment.axis == 1 else ok
             encode(self._state, name, moment.signed, torch.where(ok, getattr(self, name), old), none)
 
 

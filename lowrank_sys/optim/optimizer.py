@@ -10,6 +10,7 @@ from lowrank_sys.optim.coefficient import weights, with_coefficients, without_co
 from lowrank_sys.optim.loading import check_groups, check_ranks, check_state, with_blocks_by_row, with_numbers, with_rounding
 from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
+from lowrank_sys.optim.shards import here, layouts_of, on_the_right, saved_by_row, shard_here, states_here, whole_states
 from lowrank_sys.optim.weight import weight_store
 from lowrank_sys.schedule.roles import FROZEN, TRAINED
 from lowrank_sys.schedule.turns import Turns
@@ -52,6 +53,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.nonfinite = nonfinite
         self.counters = {}  # device -> how many weights were skipped there
         self.turns = Turns(pipeline.schedule)
+        self.layouts = {}  # parameter whose rows lie on several processes -> where
         self.gradients = resolve(per_layer, params)
         if self.gradients.served_by_hooks:
             self.gradients.bind(self)
@@ -60,7 +62,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self):
         # torch's names three fields only: a copy would lose its parts.
-        own = ("pipeline", "nonfinite", "counters", "turns", "gradients")
+        own = ("pipeline", "nonfinite", "counters", "turns", "layouts", "gradients")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state):
@@ -79,6 +81,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._check_stores(group, names)
             if "rank" in group:
                 self._check_low_rank(group, names)
+            self.layouts |= layouts_of(self, group, names)
             self.gradients.attach(self, group, names)
             self.turns.take(self.param_groups, self._names(), self.state)
         except Exception:
@@ -190,11 +193,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
             total += count(param.shape)
 
         def new_state(param, group):
-            role = role_of(param)
+            role, layout = role_of(param), self.layouts.get(param)
+            with torch.no_grad():
+                rows = param if layout is None else layout.local(param)
+            numbers = {} if layout is None else layout.numbers
             if "rank" not in group or role == FROZEN:
-                return self.pipeline.new_state(param, group, index[param], total, role)
+                return self.pipeline.new_state(rows, group, index[param], total, role, numbers)
             first = range(index[param], index[param] + count(param.shape))
-            states = [self.pipeline.new_state(one, group, i, total, role) for i, one in zip(first, matrices(param))]
+            states = [self.pipeline.new_state(one, group, i, total, role, numbers) for i, one in zip(first, matrices(rows))]
             return stacked(states) if is_batch(param.shape) else states[0]
 
         return new_state
@@ -223,6 +229,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if grad.is_sparse:
                 raise ValueError(f"gradients must be dense, got a sparse one of shape {tuple(grad.shape)}")
             state = self.state[param] or self.state_of(param)
+            if self.layouts and param in self.layouts:
+                layout = self.layouts[param]
+                param, grad = layout.local(param), layout.local(grad)
             if param.dim() == 2 or "rank" not in group:
                 triples.append((param, grad, state))
             else:
@@ -248,11 +257,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def expect_finite(self, param, grad):
         """With nonfinite='raise' a FloatingPointError that names a parameter whose gradient is not finite."""
-        if self.nonfinite == "raise" and not grad.isfinite().all():
+        if self.nonfinite == "raise" and not self._is_finite(param, grad):
             for g, group in enumerate(self.param_groups):
                 for i, other in enumerate(group["params"]):
                     if other is param:
                         raise FloatingPointError(f"the gradient of {name_of(group, g, i)} is not finite")
+
+    def _is_finite(self, param, grad):
+        return not shard_here(self, param).any(~here(self, param, grad).isfinite().all())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -327,8 +339,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return ledger.memory(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; a checkpoint has no coefficients and no gradients, so it is the same whatever per_layer is."""
-        return without_coefficients(self, super().state_dict())
+        """As torch's; a checkpoint has no coefficients and no gradients, so it is the same whatever per_layer is.
+
+        What the state of a sharded weight has by rows are DTensors (docs/fsdp.md).
+        """
+        return saved_by_row(self, without_coefficients(self, super().state_dict()))
 
     def _fits(self, param, state):
         """Whether the bases of a loaded state are those of a weight like this."""
@@ -346,14 +361,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.gradients.check_loaded(state_dict["param_groups"])
         state_dict = with_coefficients(self, state_dict)
         check_groups(self, state_dict["param_groups"])
-        state_dict = {**state_dict, "param_groups": with_rounding(self, state_dict["param_groups"])}
+        state_dict = {**state_dict, "param_groups": on_the_right(self, with_rounding(self, state_dict["param_groups"]))}
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         groups = [self._loaded_group(g, saved) for g, saved in enumerate(state_dict["param_groups"])]
         groups = [group for group in groups for _ in group["params"]]
         own = list(zip(ids, groups, params))
         new_state = self._new_states(self.turns.roles(self._with_own_params(state_dict["param_groups"]), self._names()))
-        states = with_numbers(with_blocks_by_row(self.pipeline, state_dict["state"], own), own, new_state)
+        states = with_blocks_by_row(self.pipeline, whole_states(self, state_dict["state"], own), own)
+        states = with_numbers(states_here(self, states, own), own, new_state)
         state_dict = {**state_dict, "state": states}
         saved = {param: state_dict["state"].get(i, {}) for i, param in zip(ids, params)}
         for group, (param, state) in zip(groups, saved.items()):
@@ -368,7 +384,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for i, param in zip(ids, params):
             for key, value in state_dict["state"].get(i, {}).items():
                 if isinstance(value, torch.Tensor):
-                    self.state[param][key] = self.pipeline.subspace.placed(key, value, param.device)
+                    value = self.pipeline.subspace.placed(key, value, param.device)
+                self.state[param][key] = value  # torch's casts the letters of a string, too
         for group in self.param_groups:
             if "rank" in group:
                 self._set_defaults(group)  # keys that an older checkpoint lacks

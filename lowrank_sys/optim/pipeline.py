@@ -4,6 +4,8 @@ A batch goes through a fused op where the table of lowrank_sys.optim.fused has o
 combination of parts: what the fused ops are held against.
 """
 
+from math import prod
+
 import torch
 
 from lowrank_sys._ops.numerics import usable
@@ -15,9 +17,11 @@ from lowrank_sys.optim.weight import weight_store
 from lowrank_sys.schedule.roles import FROZEN, TRAINED
 from lowrank_sys.schedule.schedule import Schedule
 from lowrank_sys.subspace.basis import axis_of, store_of
+from lowrank_sys.subspace.moments import absmax_of
 from lowrank_sys.subspace.orthonormal import Orthonormal
 from lowrank_sys.subspace.refresh import COLD
 from lowrank_sys.subspace.select import SELECT
+from lowrank_sys.subspace.shards import shard_of
 
 
 class Batch:
@@ -135,9 +139,28 @@ class Pipeline:
         needs = self.subspace.needs(group)
         return {key: missing for key, names in needs.items() if (missing := [name for name in names if name not in kept])}
 
-    def new_state(self, param, group, index, count, role=TRAINED):
+    def check_sharded(self, group):
+        """Raise a ValueError where a part does not serve weights whose rows lie on several processes."""
+        parts = [self.rule_of(group), self.remainder_of(group)]
+        if "rank" in group:
+            self.subspace.check_sharded(group)
+        for part in parts:
+            if not part.sharded:
+                raise ValueError(f"{type(part).__name__} does not serve sharded weights")
+        if not self.schedule.static:
+            raise ValueError(f"{type(self.schedule).__name__} does not serve sharded weights")
+
+    def by_row(self, group, shape):
+        """{name: whether it is kept flat} of what a state has for each row of a weight of this shape, if it is sharded."""
+        low_rank = "rank" in group
+        moments = self.moments_of(group, (1, 1) if low_rank else shape)
+        names = [name for name, moment in moments.items() if moment.axis != 1]
+        flat = not low_rank and len(shape) > 1
+        return {**dict.fromkeys((*names, *self.remainder_of(group).by_row), False), **{absmax_of(name): flat for name in names}}
+
+    def new_state(self, param, group, index, count, role=TRAINED, shard=()):
         """The state before the first step of weight number `index`; of `count` matrices in groups with a rank. Of a frozen one
-        nothing."""
+        nothing. shard: what it has besides where these are some rows of the weight (lowrank_sys.subspace.shards.KEYS)."""
         if role == FROZEN:
             return {}
         state, shape = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}, param.shape
@@ -146,7 +169,8 @@ class Pipeline:
             (self.remainder.whole if self.subspace.is_whole(state) else self.remainder).init(state, param)
             self.schedule.init(state, param)
         weight_store(param, group).init(state, index)
-        self.moments.init(state, self.moments_of(group, shape), tuple(shape), param, group)
+        self.moments.init(state, self.moments_of(group, shape), tuple(shape), param, group, rows=dict(shard).get("rows"))
+        state.update(shard)
         return state
 
     def batches(self, group, triples, guards_on, projected=False):
@@ -154,7 +178,7 @@ class Pipeline:
         kinds = {}
         for param, gradient, state in triples:
             store = weight_store(param)
-            kind = (param.device, store.group_size, state.get("left"), state.get("group_size"), *state)
+            kind = (param.device, store.group_size, state.get("left"), state.get("group_size"), state.get("sums"), *state)
             lists = kinds.get(kind)
             if lists is None:
                 lists = kinds[kind] = ([], [], [])
@@ -246,7 +270,8 @@ def _general(method, batch, param, g, state, usable_channels, lr):
     state["step"] += 1 if go is None else go
     s = Opened(state, method.moments_of(group, param.shape if not has_basis else method.subspace.shape_of(param, state)))
     s.grad_scale, s.d = batch.scale, axis_of(param.shape, state) if has_basis else None
-    s.weight_rms = lambda: store.rms(param)
+    s.shard = shard = shard_of(state, prod(param.shape[1:]))
+    s.weight_rms = lambda: store.rms(param, shard)
     if whole:
         r, s.ok = g, torch.ones((), dtype=torch.bool, device=param.device)
     else:

@@ -13,6 +13,7 @@ from lowrank_sys.optim.update import Update
 from lowrank_sys.optim.weight import panels
 from lowrank_sys.subspace.basis import axis_of, store_of
 from lowrank_sys.subspace.select import gram_of
+from lowrank_sys.subspace.shards import Part
 
 # A norm may grow by this factor a step (Fira, section 3.3; APOLLO, section 4.2).
 GROWTH = 1.01
@@ -21,13 +22,14 @@ TINY = 1e-8
 OVERFLOW = 2.0**128
 
 
-class Remainder:
+class Remainder(Part):
     """It is dropped, as in GaLore.
 
-    name: in the table of fused steps. from_low_rank: whether a step needs nothing of G but R.
+    name: in the table of fused steps. from_low_rank: whether a step needs nothing of G but R. by_row: what it keeps of a weight's
+    rows, by its names in a state.
     """
 
-    name = "none"
+    name, sharded, by_row = "none", True, ()
     defaults = {"scale": 0.25}
     categories = {}
     from_low_rank = True
@@ -36,6 +38,7 @@ class Remainder:
     keys = {"scale"}  # group keys of all remainders
 
     def __init_subclass__(cls):
+        super().__init_subclass__()
         Remainder.keys |= cls.defaults.keys()
 
     @property
@@ -45,6 +48,10 @@ class Remainder:
 
     def check(self, group):
         """Raise a ValueError that names a key with a value that is none."""
+
+    def sums(self, h):
+        """Whether its update takes sums over the rows of a weight, by `s.shard`."""
+        return False
 
     def options(self, h):
         """What the fused step takes of the group's keys, by its names."""
@@ -82,7 +89,7 @@ class Remainder:
 class Whole(Remainder):
     """Of a gradient without a subspace: the update is the rule's own."""
 
-    defaults = {}
+    defaults, sharded = {}, True
 
     def of(self, g, r, x, s, state, h):
         return Update(phi=x)
@@ -138,6 +145,9 @@ class _Scaled(_FromGradient):
         if self.limited:
             state["limiter"] = torch.zeros((), dtype=torch.float32, device=param.device)
 
+    def sums(self, h):
+        return self.limited or h.get("scale_type") == "tensor"
+
     def measure(self, g, r, s, state, h):
         s.r_squares = _squares(r, state)
         ok = s.r_squares < OVERFLOW
@@ -151,13 +161,14 @@ class _Scaled(_FromGradient):
         c o (G - alpha back(R)): by channel |G|² - 2 alpha |R|² + alpha² Rᵀ(BᵀB)R."""
         r_squares, x_squares = torch.where(s.ok, s.r_squares, 0), _squares(x, state)
         if whole:
-            c = (x_squares.sum().sqrt() / (r_squares.sum().sqrt() + TINY)).expand_as(x_squares) * front
+            x_norm, r_norm = s.shard.sum(torch.stack([x_squares.sum(), r_squares.sum()])).sqrt()
+            c = (x_norm / (r_norm + TINY)).expand_as(x_squares) * front
         else:
             c = x_squares.sqrt() / (r_squares.sqrt() + TINY) * front
         if self.limited:
             inside = r_squares if alpha == 0 else self._inside(r, r_squares, s, state, h)
             squares = (torch.where(s.ok, s.g_squares, 0) - 2 * alpha * r_squares + alpha**2 * inside).clamp(min=0)
-            c = c / limit((c * c * squares).double().sum().sqrt(), state["limiter"])
+            c = c / limit(s.shard.sum((c * c * squares).double().sum()).sqrt(), state["limiter"])
         return c.to(r.dtype)
 
     def _inside(self, r, r_squares, s, state, h):
@@ -176,7 +187,7 @@ class ScaledGradient(_Scaled):
         limited: whether the norm of an update is limited at all.
     """
 
-    name = "scaled-gradient"
+    name, sharded = "scaled-gradient", True
     defaults = {"scale": 1.0, "scale_type": "channel"}
 
     def __init__(self, front=False, limited=True):
@@ -205,7 +216,7 @@ class ScaledResidual(_Scaled):
         exact: whether it is G - back(R), as in the paper, or G - alpha back(R), as in the authors' code.
     """
 
-    name = "scaled-residual"
+    name, sharded = "scaled-residual", True
     defaults = {"alpha": 0.25}
 
     def __init__(self, exact=False):
@@ -227,7 +238,7 @@ class StateFree(_FromGradient):
     Group keys: `scale`, of the step in the subspace; `residual_scale`, of the other.
     """
 
-    name = "state-free"
+    name, sharded = "state-free", True
     defaults = {"scale": 1.0, "residual_scale": 1.0}
 
     def __init__(self, sign=True):
@@ -247,7 +258,7 @@ class ErrorFeedback(Remainder):
     """What R leaves of the gradient is added to the next one. State of a matrix: `error`, of the weight's shape and dtype."""
 
     name, defaults, categories = "error-feedback", {"scale": 1.0}, {"error": "moments"}
-    from_low_rank, feeds_back = False, True
+    from_low_rank, feeds_back, sharded, by_row = False, True, True, ("error",)
 
     def init(self, state, param):
         state["error"] = torch.zeros(param.shape, dtype=param.dtype, device=param.device)

@@ -1,5 +1,6 @@
 """The memory behind tensors."""
 
+import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -8,4 +9,5 @@ def storages(tensor):
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor.untyped_storage()]
     names, _ = tensor.__tensor_flatten__()
-    return [storage for name in names for storage in storages(getattr(tensor, name))]
+    inside = [getattr(tensor, name) for name in names]  # of a DTensor its mesh, too
+    return [storage for part in inside if isinstance(part, torch.Tensor) for storage in storages(part)]

@@ -6,6 +6,7 @@ import torch
 
 from lowrank_sys._ops import FLOATS
 from lowrank_sys.nn.quant_weight import drop_exact, is_quantized
+from lowrank_sys.subspace.shards import WHOLE
 
 # Bytes of fp32 that a weight passes through, a panel of rows at a time.
 PANEL = 16 << 20
@@ -69,11 +70,13 @@ class InPlace:
         """Rows first ... end - 1 in fp32."""
         return (param[first:end] if param.dim() else param).float()
 
-    def rms(self, param):
-        """Root of the mean square, 0-dim fp32."""
+    def rms(self, param, shard=WHOLE):
+        """Root of the mean square, 0-dim fp32; of all rows of a shard."""
         norms = [torch.linalg.vector_norm(self.values(param, *rows)) for rows in panels(param.shape)]
+        norms = norms or [torch.zeros((), device=param.device)]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        return norm / math.sqrt(max(param.numel(), 1))
+        rows = shard.rows or (param.shape[0] if param.dim() else 1)
+        return shard.norms(norm) / math.sqrt(max(rows * math.prod(param.shape[1:]), 1))
 
     def apply(self, param, state, change, *, decay, ok, seed):
         """W <- decay W - change where ok, else as it is.
@@ -110,13 +113,14 @@ class Stochastic(InPlace):
         state["parameter"] = index
 
     def options(self, group, states):
-        return {"stochastic": True, "seed": group.get("seed", 0), "parameters": [_number(s) for s in states]}
+        offsets = [s["offset"] for s in states if "offset" in s]
+        return {"stochastic": True, "seed": group.get("seed", 0), "parameters": [_number(s) for s in states], "offsets": offsets}
 
     def put(self, rows, values, state, seed, first):
         written = rows.contiguous()
         torch.ops.lowrank.round_stochastic_(
             written, values.contiguous(), seed=seed, step=state["step"], parameter=_number(state),
-            offset=first * math.prod(rows.shape[1:]),
+            offset=state.get("offset", 0) + first * math.prod(rows.shape[1:]),
         )  # fmt: skip
         if written is not rows:
             rows.copy_(written)

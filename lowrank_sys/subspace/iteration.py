@@ -7,6 +7,7 @@ import torch
 
 from lowrank_sys import _ops
 from lowrank_sys._ops.numerics import accumulator
+from lowrank_sys.subspace.shards import WHOLE
 
 # Directions whose singular value is below FILL * sigma_1 are completed from the old basis and a seeded Gaussian.
 FILL = 1e-5
@@ -31,36 +32,45 @@ def dense_project(grad, basis, *, left):
     return basis.to(g.dtype).T @ g if left else g @ basis.to(g.dtype)
 
 
+def project(grad, basis, *, left):
+    """project, by the op."""
+    return torch.ops.lowrank.project(grad, basis, left=left)
+
+
 def gaussian(rows, columns, seed, like):
     """Standard normal (rows, columns); depends on the seed and the device type alone."""
     generator = torch.Generator(like.device).manual_seed(seed)
     return torch.randn(rows, columns, generator=generator, device=like.device, dtype=accumulator(like))
 
 
-def unit_columns(y):
+def unit_columns(y, shard=WHOLE):
     """Columns of y scaled to norm 1, zero columns kept. Divides by the maximum first: squares may overflow."""
     tiny = torch.finfo(y.dtype).tiny
+    if shard.group:
+        squares = torch.linalg.vector_norm(y, dim=0, dtype=torch.float64).square()
+        return y / shard.sum(squares).sqrt().to(y.dtype).clamp(min=tiny)
     y = y / y.abs().amax().clamp(min=tiny)
     return y / torch.linalg.vector_norm(y, dim=0).clamp(min=tiny)
 
 
-def cholesky_qr(y, passes, shifts=SHIFTS):
+def cholesky_qr(y, passes, shifts=SHIFTS, shard=WHOLE):
     """Orthonormalize the columns of y (d, l) by shifted CholeskyQR (Fukaya et al. 2020): three passes for fp32 accuracy, five
-    with DEPENDENT, one for a basis that is merely well conditioned."""
-    y = unit_columns(y)
+    with DEPENDENT, one for a basis that is merely well conditioned. shard: that the rows of y are of."""
+    y = unit_columns(y, shard)
     eye = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
     for shift in shifts[:passes]:
         shift = torch.finfo(y.dtype).eps if shift is None else shift
-        factor, _ = torch.linalg.cholesky_ex(y.T @ y + shift * y.shape[1] * eye)
+        factor, _ = torch.linalg.cholesky_ex(shard.sum(y.T @ y) + shift * y.shape[1] * eye)
         y = y @ torch.linalg.solve_triangular(factor.mT, eye, upper=True)  # a GEMM instead of a solve with d right sides
     return y
 
 
-def orthonormalize(y, passes):
-    """Orthonormal columns that span those of y (d, l), completed where y has no full rank, to fp32 accuracy."""
-    if y.device.type in LAPACK:
+def orthonormalize(y, passes, shard=WHOLE):
+    """Orthonormal columns that span those of y (d, l), completed where y has no full rank, to fp32 accuracy; shard: that the rows
+    of y are of, which are completed nowhere."""
+    if y.device.type in LAPACK and not shard.group:
         return torch.linalg.qr(unit_columns(y)).Q.contiguous()
-    return cholesky_qr(y, passes=passes)
+    return cholesky_qr(y, passes=passes, shard=shard)
 
 
 def leading_eigenvectors(gram, rank):
@@ -133,7 +143,7 @@ def seeded_basis(rows, rank, seed, like):
     return canonical_signs(orthonormalize(gaussian(rows, rank, seed, like), passes=3))
 
 
-def sketch_directions(basis, exp_avg, *, other, left, seed=0):
+def sketch_directions(basis, exp_avg, *, other, left, seed=0, shard=WHOLE):
     """Omega (other, l) of the sketch Y = G Omega (right: Gᵀ Omega) that gives the basis after `basis` (d, r).
 
     Linear in G, so the sketches of micro-batches add up to the sketch of their sum. The span of the first moment
@@ -144,15 +154,17 @@ def sketch_directions(basis, exp_avg, *, other, left, seed=0):
         other: length of the axis of G that is not projected.
         left: the basis projects from the left.
         seed: of the Gaussian.
+        shard: that the rows of G are of, on the right side; `other` of them are here. So are Omega's rows, then.
     """
-    _ops.subspace.check_sketch_directions(basis, exp_avg, other=other, left=left)
+    if not shard.group:
+        _ops.subspace.check_sketch_directions(basis, exp_avg, other=other, left=left)
     d, rank = basis.shape
-    like = basis.to(accumulator(basis))
-    omega = unit_columns(gaussian(other, sketched_columns(rank, d, other), seed, like))
+    like, whole = basis.to(accumulator(basis)), shard.rows or other
+    omega = shard.of(unit_columns(gaussian(whole, sketched_columns(rank, d, whole), seed, like)), other)
     if exp_avg is not None:
-        warm = unit_columns(exp_avg.to(like.dtype).T if left else exp_avg.to(like.dtype))
+        warm = unit_columns(exp_avg.to(like.dtype).T if left else exp_avg.to(like.dtype), shard)
         omega[:, :rank] = warm + MIX * omega[:, :rank]
-    return orthonormalize(omega, passes=3).to(basis.dtype)
+    return orthonormalize(omega, passes=3, shard=shard).to(basis.dtype)
 
 
 def basis_from_sketch(sketch, old, *, left, seed=0):
@@ -164,7 +176,7 @@ def basis_from_sketch(sketch, old, *, left, seed=0):
     return leading_directions(y if left else y.T.contiguous(), old.to(y.dtype), rank=old.shape[1], seed=seed)
 
 
-def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, seed=0, project=dense_project):
+def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, seed=0, project=dense_project, shard=WHOLE):
     """Leading `rank` singular directions of G (m, n) on one side, and their energies.
 
     Args:
@@ -176,6 +188,7 @@ def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, se
         oversample: additional directions that are sketched and dropped; r/8 and at least 8 by default.
         seed: of the Gaussian sketch.
         project: computes the products with G.
+        shard: that the rows of G are of, on the right side.
 
     Returns:
         (B, energies): B of the shape of `basis`, fp32, orthonormal columns with canonical signs; energies (r,), the squared
@@ -183,13 +196,14 @@ def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, se
         gradient that is zero or not finite returns the old basis unchanged (without one, a seeded orthonormal basis) and
         energies 0.
     """
-    _ops.subspace.check_subspace_iteration(grad, basis, rank=rank, left=left, n_iter=n_iter, oversample=oversample)
-    d, other = grad.shape if left else grad.shape[::-1]
+    if not shard.group:
+        _ops.subspace.check_subspace_iteration(grad, basis, rank=rank, left=left, n_iter=n_iter, oversample=oversample)
+    d, other = grad.shape if left else (grad.shape[1], shard.rows or grad.shape[0])
     columns = sketched_columns(rank, d, other, oversample)
     old = None if basis is None else basis.to(accumulator(grad))
 
     def to_basis_side(z):
-        y = project(grad, z, left=not left)
+        y = shard.sum(project(grad, z, left=not left))
         return y if left else y.T.contiguous()
 
     def to_other_side(y):
@@ -197,7 +211,7 @@ def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, se
         return z.T.contiguous() if left else z
 
     if old is None:
-        z = orthonormalize(gaussian(other, columns, seed, grad), passes=2)
+        z = shard.of(orthonormalize(gaussian(other, columns, seed, grad), passes=2), len(grad))
         y = to_basis_side(z)
     else:
         y = old if columns == rank else torch.cat([old, unit_columns(gaussian(d, columns - rank, seed, grad))], dim=1)
@@ -205,7 +219,7 @@ def subspace_iteration(grad, basis, *, rank, left, n_iter=2, oversample=None, se
         if i > 0 or old is None:
             y = cholesky_qr(y, passes=1)
         z = to_other_side(y)
-        z = orthonormalize(z, passes=2) if i + 1 == n_iter else cholesky_qr(z, passes=1)
+        z = orthonormalize(z, passes=2, shard=shard) if i + 1 == n_iter else cholesky_qr(z, passes=1, shard=shard)
         y = to_basis_side(z)
 
     return leading_directions(y, old, rank=rank, seed=seed)

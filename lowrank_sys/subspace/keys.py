@@ -21,7 +21,7 @@ class Gaussian(Kind):
     """
 
     categories = {**Kind.categories, **KEY.categories}
-    blind = sketched = True
+    blind = sketched = sharded = True
 
     def transports(self, group):
         return CARRIED
@@ -85,6 +85,7 @@ class Keyed(Orthonormal):
 
     defaults = {**Orthonormal.defaults, "proj": "random"}
     categories = {**Orthonormal.categories, **Gaussian.categories}
+    sharded = True
 
     def _of(self, group):
         """Which of the two a group asks for."""
@@ -96,6 +97,9 @@ class Keyed(Orthonormal):
         if group["proj"] == "random" and group["moments"] in set(TRANSPORTS) - set(CARRIED):
             raise ValueError(f"moments must be one of {', '.join(CARRIED)} with proj='random', got {group['moments']!r}")
         super().check(group, names)
+
+    def check_sharded(self, group):
+        self._of(group).check_sharded(group)
 
     def init(self, state, param, group, index, count):
         return self._of(group).init(state, param, group, index, count)

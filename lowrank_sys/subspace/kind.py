@@ -6,6 +6,7 @@ from lowrank_sys.subspace import moments as stored
 from lowrank_sys.subspace.basis import axis_of, store_of
 from lowrank_sys.subspace.matrices import expect_matrices, matrix_shape
 from lowrank_sys.subspace.refresh import KINDS
+from lowrank_sys.subspace.shards import Part
 from lowrank_sys.subspace.transport import TRANSPORTS
 
 # proj_type -> whether the basis lies on the left of a matrix (m, n). 'std' follows the GaLore reference; 'short-moments'
@@ -19,10 +20,10 @@ SIDES = {
 }
 
 # Integers of a state that differ between matrices.
-NUMBERS = ("first_gap", "seed", "parameter", "d")
+NUMBERS = ("first_gap", "seed", "parameter", "d", "offset", "rows")
 
 
-class Kind:
+class Kind(Part):
     """Base of the kinds of subspaces: all settings are group keys, all state is tensors and plain numbers.
 
     A subclass says what a state holds (`init`), how a basis that is due is renewed (`renew`), and of the group keys `subspace`,
@@ -37,6 +38,7 @@ class Kind:
     sketched = False  # whether bases may come from sketches, which add up over micro-batches
 
     def __init_subclass__(cls):
+        super().__init_subclass__()
         KINDS[cls.__name__] = cls()
 
     # What a group asks for.
@@ -67,6 +69,14 @@ class Kind:
             most = min(matrix_shape(param.shape))
             if group["rank"] > most:
                 raise ValueError(f"rank must be at most {most} for {name} of shape {tuple(param.shape)}, got {group['rank']}")
+
+    def check_sharded(self, group):
+        """Raise a ValueError that names a key whose value does not serve matrices whose rows lie on several processes."""
+        if not self.sharded:
+            raise ValueError(f"{type(self).__name__} does not serve sharded weights")
+        if "moments" in group and not TRANSPORTS[group["moments"]].sharded:
+            able = ", ".join(name for name in self.transports(group) if TRANSPORTS[name].sharded)
+            raise ValueError(f"moments must be one of {able} for sharded weights, got {group['moments']!r}")
 
     # What a matrix keeps.
 
@@ -147,7 +157,7 @@ class Kind:
             tensors, gradients, numbers, lr, kind=type(self).__name__, select=group.get("subspace", ""), transport=transport,
             keys=keys, number_keys=number_keys, moments=list(moments), signed=list(moments.values()), hyper_keys=list(hyper),
             hyper=[float(value) for value in hyper.values()], left=left, sketched=sketched,
-            grad_scale=grad_scale, found_inf=found_inf,
+            sums=states[0].get("sums", ""), grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip
 
     def more_defaults(self, group):

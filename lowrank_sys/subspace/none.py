@@ -7,7 +7,7 @@ from lowrank_sys.subspace.matrices import expect_matrices
 class NoSubspace(Kind):
     """Of groups with `rank` None, whose matrices have no basis. Group key: `seed`, of the random bits of INT8 weights."""
 
-    defaults = {"seed": 0}
+    defaults, sharded = {"seed": 0}, True
     categories = {}
     on_host = ()
 

@@ -8,14 +8,10 @@ from lowrank_sys import _ops
 from lowrank_sys._ops.rules import implement
 from lowrank_sys.subspace import columns, keys, none, orthonormal, rows  # noqa: F401  the kinds that a refresh may name
 from lowrank_sys.subspace.dct import dct_columns, dct_select
-from lowrank_sys.subspace.iteration import sketch_directions, subspace_iteration
+from lowrank_sys.subspace.iteration import project, sketch_directions, subspace_iteration
 from lowrank_sys.subspace.orthogonalize import newton_schulz
 from lowrank_sys.subspace.refresh import refresh_
 from lowrank_sys.subspace.transport import rotate_moments_
-
-
-def _project(grad, basis, *, left):
-    return torch.ops.lowrank.project(grad, basis, left=left)
 
 
 def row_norms(grad, *, left):
@@ -29,7 +25,7 @@ def row_norms(grad, *, left):
 
 IMPLEMENTATIONS = {
     "row_norms": row_norms,
-    "subspace_iteration": functools.partial(subspace_iteration, project=_project),
+    "subspace_iteration": functools.partial(subspace_iteration, project=project),
     "sketch_directions": sketch_directions,
     "refresh_": refresh_,
     "rotate_moments_": rotate_moments_,

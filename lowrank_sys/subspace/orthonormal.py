@@ -5,10 +5,11 @@ import torch
 from lowrank_sys._ops.rules import expect, expect_dtype, expect_matrix
 from lowrank_sys.subspace import gap as adaptive
 from lowrank_sys.subspace.basis import DENSE, Int4, axis_of, load, store_of
-from lowrank_sys.subspace.iteration import seeded_basis
+from lowrank_sys.subspace.iteration import seeded_basis, sketch_directions
 from lowrank_sys.subspace.kind import Kind
 from lowrank_sys.subspace.refresh import COLD, OP, expect_carried, expect_named, expect_on_host, is_due, is_taken, new_verdict
 from lowrank_sys.subspace.select import SELECT
+from lowrank_sys.subspace.shards import shard_of
 from lowrank_sys.subspace.transport import TRANSPORTS
 
 # Steps over which refresh='next' spreads the first sketches of a model: each is as large as a gradient's projection.
@@ -55,7 +56,7 @@ class Orthonormal(Kind):
     }
     on_host = (*Kind.on_host, "missed", "gap", "refreshes")
     hyper = ("update_proj_gap", "cos_threshold", "gamma_proj", "max_update_proj_gap")
-    sketched = True
+    sketched = sharded = True
 
     def selections(self):
         return tuple(SELECT)
@@ -77,6 +78,12 @@ class Orthonormal(Kind):
             )
         if group["int8_gemm"] and group["quant"]:
             raise ValueError("int8_gemm must be False with quant: a basis in INT4 has products of its own")
+
+    def check_sharded(self, group):
+        super().check_sharded(group)
+        if not SELECT[group["subspace"]].sharded:
+            able = ", ".join(name for name, selector in SELECT.items() if selector.sharded)
+            raise ValueError(f"subspace must be one of {able} for sharded weights, got {group['subspace']!r}")
 
     def init(self, state, param, group, index, count):
         rank, gap, selector = group["rank"], group["update_proj_gap"], SELECT[group["subspace"]]
@@ -106,7 +113,9 @@ class Orthonormal(Kind):
         if warm is not None and tuple(warm.shape) != self.shape_of(param, state):
             warm = None
         basis = load(state, param).to(param.dtype)
-        other = param.shape[1 if left else 0]
+        other, shard = param.shape[1 if left else 0], shard_of(state, param.shape[1])
+        if shard.group:
+            return sketch_directions(basis, warm, other=other, left=left, seed=state["seed"], shard=shard)
         return torch.ops.lowrank.sketch_directions(basis, warm, other=other, left=left, seed=state["seed"])
 
     def more_defaults(self, group):
@@ -133,7 +142,7 @@ class Orthonormal(Kind):
         store.expect(OP, state, d, matrix.device)
         due.rank = rank = store.rank(state)
         other = matrix.shape[1 if due.left else 0]
-        most = other if due.sketched else min(d, other)
+        most = other if due.sketched else min(d, due.shard.rows or other)
         expect(rank <= most, OP, lambda: f"rank must be at most {most}, got {rank}")
         if due.sketched:
             expect_dtype(OP, "sketch", matrix, torch.float32)
@@ -153,6 +162,7 @@ class Orthonormal(Kind):
         if due.sketched or not due.first:
             due.old = store.load(due.state, d)
         new, energies = SELECT[due.select].choose(due)
+        new = due.shard.share(new)
         taken, old, due.old = is_taken(energies, due.state), due.old, None
         if old is None:
             store.write(due.state, new)
@@ -177,7 +187,7 @@ class Orthonormal(Kind):
     def _compare(self, due, old, new, kept):
         """Remember how much of its subspace a matrix keeps, if its gap is its own."""
         if self._adapts(due) and due.training and not due.first:
-            due.mean = adaptive.push_(due.state["overlaps"], adaptive.overlap(old, new), kept)
+            due.mean = adaptive.push_(due.state["overlaps"], due.shard.share(adaptive.overlap(old, new)), kept)
 
     def settle(self, taken):
         grown = [due for due in taken if due.mean is not None]

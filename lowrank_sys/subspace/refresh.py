@@ -5,6 +5,7 @@ import torch
 from lowrank_sys._ops.blockwise import expect_codes
 from lowrank_sys._ops.rules import check_lists, expect, expect_dtype, expect_like, expect_number, expect_scalar, fake
 from lowrank_sys.subspace.moments import absmax_of, decode, encode, is_coded
+from lowrank_sys.subspace.shards import Shard
 from lowrank_sys.subspace.transport import TRANSPORTS
 
 OP = "refresh_"
@@ -21,6 +22,7 @@ class Due:
 
     state: its tensors and integers. raw: G (m, n), or with `sketched` the sketch Y = G Omega (d, l), right: (l, d), as it came.
     first: whether it has had no gradient's basis yet. moments: {name: whether it has a sign}. h: numbers of its group.
+    shard: that the rows of G are of; a sketch, (l, d), is that of the rows here.
     select, transport: names of what renews it. lr: 0-dim, of the step. training: False for a rate of 0.
     """
 
@@ -30,6 +32,7 @@ class Due:
         self.left, self.lr, self.seed = call.left, call.lr, state.get("seed")
         self.sketched, self.training, self.h = call.sketched, call.training, call.h
         self.select, self.transport, self.moments = call.select, call.transport, call.moments
+        self.shard = Shard(state.get("offset", 0) // max(1, gradient.shape[-1]), state.get("rows"), call.sums)
         self.old = self.rank = None  # the basis (d, r) as it is, and r: for selectors
         self.sized = False  # whether the selector asks for the size of the gradient
         self.mean = None  # of the last overlaps, where the gap is the matrix's own
@@ -64,12 +67,13 @@ class Call:
 
     def __init__(
         self, tensors, gradients, numbers, lr, *, kind, select, transport, keys, number_keys, moments, signed, hyper_keys, hyper,
-        left, sketched, grad_scale=None, found_inf=None,
+        left, sketched, sums="", grad_scale=None, found_inf=None,
     ):  # fmt: skip
         _expect_names(kind, select, transport)
         _expect_lists(tensors, gradients, numbers, keys, number_keys, moments, signed, hyper_keys, hyper)
         self.kind, self.select, self.transport = KINDS[kind], select, transport
-        self.left, self.lr, self.sketched, self.training = left, lr, sketched, None
+        self.left, self.lr, self.sketched, self.sums, self.training = left, lr, sketched, sums, None
+        expect(not sums or not left, OP, lambda: "left must be False for shards of rows, got True")
         self.moments, self.h = dict(zip(moments, signed)), dict(zip(hyper_keys, hyper))
         self.scale = None if grad_scale is None else grad_scale.reshape(())
         self.go = None if found_inf is None else found_inf.reshape(()) == 0
@@ -147,6 +151,8 @@ def refresh_(tensors, gradients, numbers, lr, *, sketched=False, grad_scale=None
         moments, signed: names of the moments of R's shape, and whether each has a sign.
         hyper_keys, hyper: numbers of the group.
         left: the side of the bases.
+        sums: name of the process group that has the other rows of all these matrices; "" for none. With one, `number_keys` names
+            `offset`, the elements before the first row here, and `rows`, of the whole.
         grad_scale: one element, that gradients are to be multiplied by. found_inf: one element; where it is not zero, nothing is
             chosen from them.
     """

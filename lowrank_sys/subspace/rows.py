@@ -29,6 +29,7 @@ class Rows(Kind):
     defaults = {**Kind.defaults, "subspace": "top", "moments": "reset"}
     categories = {**Kind.categories, **ROWS.categories, "missed": "counters", "refreshes": "counters"}
     on_host = (*Kind.on_host, "missed", "refreshes")
+    sharded = True
     # A norm is not linear in the gradient: no sketch of it adds up over micro-batches.
 
     def selections(self):
@@ -63,7 +64,7 @@ class Rows(Kind):
 
     def renew(self, due):
         state = due.state
-        norms = torch.ops.lowrank.row_norms(due.gradient, left=due.left)
+        norms = due.shard.norms(torch.ops.lowrank.row_norms(due.gradient, left=due.left))
         taken = is_taken(norms, state)
         if taken or due.first:
             uniform = due.select == "uniform"

@@ -7,11 +7,12 @@ of 0 say that the gradient was zero or not finite, and that the basis is not of 
 import torch
 
 from lowrank_sys.subspace.basis import store_of
-from lowrank_sys.subspace.iteration import basis_from_sketch, seeded_basis, svd_basis
+from lowrank_sys.subspace.iteration import basis_from_sketch, project, seeded_basis, subspace_iteration, svd_basis
+from lowrank_sys.subspace.shards import WHOLE, Part
 
 
-class Selector:
-    """Base of the ways to choose a basis."""
+class Selector(Part):
+    """Base of the ways to choose a basis. What it returns for a shard may be of its process: the first one's is taken."""
 
     orthonormal = True  # whether its bases are, to rounding
     sized = False  # whether the size of the gradient matters, not its directions alone
@@ -36,12 +37,12 @@ class Randomized(Selector):
     A first basis is refreshed within a gap, and the first step of a model needs one for every matrix at once.
     """
 
-    sketched = True
+    sketched = sharded = True
 
     def choose(self, due):
         if due.sketched:
-            return basis_from_sketch(due.gradient, due.old, left=due.left, seed=due.seed)
-        return randomized_basis(due.gradient, due.old, rank=due.rank, left=due.left, seed=due.seed)
+            return basis_from_sketch(due.shard.sum(due.gradient), due.old, left=due.left, seed=due.seed)
+        return randomized_basis(due.gradient, due.old, rank=due.rank, left=due.left, seed=due.seed, shard=due.shard)
 
 
 class Svd(Selector):
@@ -66,9 +67,11 @@ class RandomOrthonormal(Selector):
         return new if due.old is None else torch.where(energies[0] > 0, new, due.old.to(new.dtype)), energies
 
 
-def randomized_basis(grad, basis, *, rank, left, seed=0):
+def randomized_basis(grad, basis, *, rank, left, seed=0, shard=WHOLE):
     """(the next basis of G (m, n), its energies) by subspace iteration, from the old one or from none."""
     n_iter = 0 if basis is None else 1
+    if shard.group:
+        return subspace_iteration(grad, basis, rank=rank, left=left, n_iter=n_iter, seed=seed, project=project, shard=shard)
     return torch.ops.lowrank.subspace_iteration(grad, basis, rank=rank, left=left, n_iter=n_iter, seed=seed)
 
 

@@ -38,11 +38,12 @@ def rotate_moments_(exp_avg, exp_avg_sq, old, new, *, left):
 class Transport(NamedTuple):
     """carry(due, old, new, kept) takes the matrix (lowrank_sys.subspace.refresh.Due), its bases (d, r) before and after as they are
     stored, None without `bases`, and whether they are equal (0-dim bool, for which nothing waits). needs: names of the state that
-    it reads beside all moments of R's shape."""
+    it reads beside all moments of R's shape. sharded: whether it sums over no channels, so that shards of rows serve it."""
 
     carry: Callable
     bases: bool = True
     needs: tuple = ()
+    sharded: bool = False
 
 
 def keep(due, old, new, kept):
@@ -91,9 +92,9 @@ def follow(due, old, new, kept):
 
 
 TRANSPORTS = {
-    "keep": Transport(keep, bases=False),
-    "reset": Transport(reset, bases=False),
-    "rotate": Transport(rotate),
+    "keep": Transport(keep, bases=False, sharded=True),
+    "reset": Transport(reset, bases=False, sharded=True),
+    "rotate": Transport(rotate, sharded=True),
     "clear": Transport(functools.partial(reset, step=False), bases=False),
     "rotate-first": Transport(functools.partial(rotate, first=True)),
     "follow": Transport(follow, needs=("exp_avg", "exp_avg_sq")),

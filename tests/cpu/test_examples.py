@@ -25,7 +25,7 @@ def example(monkeypatch):
 
 
 def test_every_example_is_here():
-    assert {path.stem for path in FOLDER.glob("*.py")} == {"tiny", "custom_loop", *LEARN}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {"tiny", "custom_loop", "fsdp2", *LEARN}
 
 
 def test_custom_loop(example):

@@ -16,29 +16,34 @@ from lowrank_sys.subspace.none import NoSubspace
 class UnitRms(WithoutBasis):
     """X / max(rms(X), 1e-8), the mean over each row, or with the group key `over` 'columns' over each column."""
 
-    name, defaults = "unit-rms", {"over": "rows"}
+    name, defaults, sharded = "unit-rms", {"over": "rows"}, True
 
     def check(self, group):
         if group["over"] not in ("rows", "columns"):
             raise ValueError(f"over must be one of rows, columns, got {group['over']!r}")
 
-    def _rms(self, x, h):
+    def sums(self, h):
+        return h["over"] == "columns"
+
+    def _rms(self, x, s, h):
         columns = h["over"] == "columns"
-        norms = torch.ops.lowrank.channel_norms(x, left=columns) / math.sqrt(max(1, x.shape[0 if columns else 1]))
-        return norms.unsqueeze(0 if columns else 1)
+        norms = torch.ops.lowrank.channel_norms(x, left=columns)
+        norms, count = (s.shard.norms(norms), s.shard.rows or x.shape[0]) if columns else (norms, x.shape[1])
+        return (norms / math.sqrt(max(1, count))).unsqueeze(0 if columns else 1)
 
     def measure(self, g, r, s, state, h):
-        s.rms = self._rms(g, h)
+        s.rms = self._rms(g, s, h)
         return s.rms.isfinite()
 
     def of(self, g, r, x, s, state, h):
-        rms, scale = (s.rms, s.grad_scale) if x is g else (self._rms(x, h), None)
+        rms, scale = (s.rms, s.grad_scale) if x is g else (self._rms(x, s, h), None)
         return Update(phi=x, scale=scale, c=(1 / (rms if scale is None else rms * scale).clamp(min=1e-8),))
 
 
 class MatrixMomentum(Momentum):
     """Momentum of matrices; AdamW of all else."""
 
+    sharded = True
     defaults = {"momentum": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
     plain = Adam()
 

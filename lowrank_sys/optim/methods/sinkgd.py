@@ -20,7 +20,10 @@ def _factor(squares, size):
 class Sinkhorn(WithoutBasis):
     """X = diag(a) G diag(b) after `passes` (5) times of rows to norm sqrt(n), columns to norm sqrt(m). It keeps a and b alone."""
 
-    name, defaults = "sinkhorn", {"passes": 5}
+    name, defaults, sharded = "sinkhorn", {"passes": 5}, True
+
+    def sums(self, h):
+        return True
 
     def measure(self, g, r, s, state, h):
         norms = torch.ops.lowrank.channel_norms(g, left=False).unsqueeze(1)
@@ -38,7 +41,7 @@ class Sinkhorn(WithoutBasis):
                 part = torch.where(s.rows[rows], g[rows].float() * s.unit[rows], 0)
                 a[rows] = _factor((part * b).square_().sum(1, keepdim=True), n)
                 total += (part * a[rows]).square_().sum(0, keepdim=True)
-            b = _factor(total, m)
+            b = _factor(s.shard.sum(total), s.shard.rows or m)
         return Update(phi=g, c=(s.unit, a, b))
 
 

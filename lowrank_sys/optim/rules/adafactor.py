@@ -6,16 +6,20 @@ import torch
 
 from lowrank_sys.optim.moments import Moment
 from lowrank_sys.optim.rules.rule import Rule
+from lowrank_sys.subspace.shards import WHOLE
 
 
-def rms(x):
-    return torch.linalg.vector_norm(x) / math.sqrt(max(x.numel(), 1))
+def rms(x, shard):
+    rows = shard.rows or (x.shape[0] if x.dim() else 1)
+    return shard.norms(torch.linalg.vector_norm(x)) / math.sqrt(max(rows * math.prod(x.shape[1:]), 1))
 
 
-def _mean_over(x, ok, dim):
-    """Mean along `dim` of the entries where ok (broadcast along the other axis). Divides first: the sum may overflow."""
+def _mean_over(x, ok, dim, shard):
+    """(mean along `dim` of the entries where ok (broadcast along the other axis), how many they are). Divides first: the sum may
+    overflow. shard: that a sum along `dim` is over."""
     ok = ok.expand_as(x)
-    return (torch.where(ok, x, 0) / ok.sum(dim, keepdim=True).clamp(min=1)).sum(dim, keepdim=True)
+    count = shard.sum(ok.sum(dim, keepdim=True))
+    return shard.sum((torch.where(ok, x, 0) / count.clamp(min=1)).sum(dim, keepdim=True)), count
 
 
 def inverse_root(statistic):
@@ -30,7 +34,7 @@ class Adafactor(Rule):
     multiplied by the RMS of the weight.
     """
 
-    name = "adafactor"
+    name, sharded = "adafactor", True
     names = ("exp_avg", "exp_avg_sq", "row", "col")
 
     @property
@@ -59,7 +63,7 @@ class Adafactor(Rule):
         else:
             s.exp_avg_sq = beta2 * s.exp_avg_sq + (1 - beta2) * square
             update = r * inverse_root(s.exp_avg_sq)
-        update = update * (s.rate / (rms(update) / h["clip_threshold"]).clamp(min=1))
+        update = update * (s.rate / (rms(update, s.shard) / h["clip_threshold"]).clamp(min=1))
         if h["beta1"] is not None:
             s.exp_avg = h["beta1"] * s.exp_avg + (1 - h["beta1"]) * update
             update = s.exp_avg
@@ -68,9 +72,9 @@ class Adafactor(Rule):
     def _preconditioned(self, r, square, s, beta2):
         """R over the root of the estimate row col / mean(row), factor by factor: the estimate itself leaves fp32 where some rows
         are zero and others large."""
-        for name, dim in (("row", -1), ("col", -2)):
-            seen, old = s.ok.expand_as(square).any(dim, keepdim=True), getattr(s, name)
-            setattr(s, name, torch.where(seen, beta2 * old + (1 - beta2) * _mean_over(square, s.ok, dim), old))
+        for name, dim, shard in (("row", -1, WHOLE), ("col", -2, s.shard)):
+            (mean, count), old = _mean_over(square, s.ok, dim, shard), getattr(s, name)
+            setattr(s, name, torch.where(count > 0, beta2 * old + (1 - beta2) * mean, old))
         row, col = s.row, s.col
-        mean = (row / max(row.shape[-2], 1)).sum(dim=-2, keepdim=True)
+        mean = s.shard.sum((row / max(s.shard.rows or row.shape[-2], 1)).sum(dim=-2, keepdim=True))
         return (r * inverse_root(row)) * (mean.sqrt() * inverse_root(col))

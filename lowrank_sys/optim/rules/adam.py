@@ -17,7 +17,7 @@ def corrections(s, h):
 class Adam(Rule):
     """X = (M / (1 - beta1^t)) / (sqrt(V / (1 - beta2^t)) + eps)."""
 
-    name = "adam"
+    name, sharded = "adam", True
     defaults = {"betas": (0.9, 0.999), "eps": 1e-8}
     state = {"exp_avg": Moment(signed=True), "exp_avg_sq": Moment(signed=False)}
 
@@ -35,7 +35,7 @@ class Adam(Rule):
 class RatioAdam(Adam):
     """N = M / (sqrt(V) + eps), at the rate lr sqrt(1 - beta2^t) / (1 - beta1^t): the eps of the code of Fira and APOLLO."""
 
-    name = "ratio-adam"
+    name, sharded = "ratio-adam", True
     defaults = {"betas": (0.9, 0.999), "eps": 1e-6}
 
     @property

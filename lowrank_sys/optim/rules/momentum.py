@@ -8,7 +8,7 @@ from lowrank_sys.optim.rules.rule import Rule
 class Lion(Rule):
     """X = sign(beta1 M + (1 - beta1) R), then M <- beta2 M + (1 - beta2) R (Chen et al. 2023, arXiv:2302.06675)."""
 
-    name = "lion"
+    name, sharded = "lion", True
     defaults = {"betas": (0.9, 0.99)}
     state = {"exp_avg": Moment(signed=True)}
 
@@ -22,7 +22,7 @@ class Lion(Rule):
 class Momentum(Rule):
     """X = M <- momentum M + (1 - momentum) R; with momentum 0 no state."""
 
-    name = "momentum"
+    name, sharded = "momentum", True
     defaults = {"momentum": 0.9}
     state = {"exp_avg": Moment(signed=True)}
 
@@ -42,7 +42,7 @@ class Momentum(Rule):
 class Unchanged(Rule):
     """X = R, without a state."""
 
-    name = "unchanged"
+    name, sharded = "unchanged", True
 
     def returns_gradient(self, h):
         return True
@@ -54,4 +54,4 @@ class Unchanged(Rule):
 class NoRule(Unchanged):
     """Matrices have no rule; all else has AdamW."""
 
-    plain = Adam()
+    plain, sharded = Adam(), True

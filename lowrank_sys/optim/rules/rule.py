@@ -1,9 +1,10 @@
 """The base of all rules."""
 
+from lowrank_sys.subspace.shards import Part
 from lowrank_sys.subspace.transport import TRANSPORTS
 
 
-class Rule:
+class Rule(Part):
     """An update from a gradient R and its moments: everything a method of this kind is.
 
     name: in the table of fused steps; None has no fused step. defaults: its hyper-parameters. state: {name: Moment}. plain: the

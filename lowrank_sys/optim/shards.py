@@ -1,0 +1,203 @@
+"""Parameters whose rows lie on several processes, DTensors as fully_shard makes them: all parts see the rows that are here.
+
+The state of an optimizer holds plain tensors, of these rows. A state_dict has them as DTensors of the parameter's mesh and
+placements, and as it is what belongs to the whole matrix (a basis, a schedule, a step), which is equal on all processes.
+"""
+
+import sys
+from math import prod
+
+import torch
+
+from lowrank_sys._ops.blockwise import BLOCK
+from lowrank_sys.optim.coefficient import weights
+from lowrank_sys.subspace.matrices import is_batch
+from lowrank_sys.subspace.moments import absmax_of
+from lowrank_sys.subspace.shards import KEYS, WHOLE, shard_of
+
+
+def is_dtensor(value):
+    module = sys.modules.get("torch.distributed.tensor")  # where nobody has imported it, nothing is one
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def whole(value):
+    """A value of a state_dict; a DTensor as a tensor of all rows."""
+    return value.full_tensor() if is_dtensor(value) else value
+
+
+class Layout:
+    """Where the rows of a DTensor parameter lie: Shard(0) over one dimension of its mesh and Replicate over the others, or
+    replicated over all. Shards may be uneven, and without rows.
+
+    shape: of the whole. first, count: of the rows here. numbers: what a state has of it (lowrank_sys.subspace.shards.KEYS), nothing
+    where all rows are here.
+    """
+
+    def __init__(self, param, name):
+        from torch.distributed.tensor import Replicate, Shard
+
+        self.mesh, self.placements, self.shape = param.device_mesh, tuple(param.placements), tuple(param.shape)
+        split = [i for i, placement in enumerate(self.placements) if type(placement) is not Replicate]
+        if len(split) > 1 or any(type(self.placements[i]) is not Shard or self.placements[i].dim != 0 for i in split):
+            raise ValueError(
+                f"{name} must have the placement Shard(0) over one dimension of its mesh and Replicate over the others, got "
+                f"{', '.join(map(repr, self.placements))}"
+            )
+        self.first, self.count, self.numbers = 0, self.shape[0] if self.shape else 1, {}
+        if split:
+            rank, size, rows = self.mesh.get_local_rank(split[0]), self.mesh.size(split[0]), self.shape[0]
+            piece = -(-rows // size)  # as torch.chunk's
+            self.first = min(rank * piece, rows)
+            self.count = min(piece, rows - self.first)
+            group = self.mesh.get_group(split[0]).group_name
+            self.numbers = dict(zip(KEYS, (self.first * self.row, rows, group)))
+
+    @property
+    def row(self):
+        """Elements of a row."""
+        return prod(self.shape[1:])
+
+    @property
+    def shard(self):
+        return shard_of(self.numbers, self.row)
+
+    def local(self, tensor):
+        """The rows here of the parameter, or of its gradient, in its own memory."""
+        if tensor.placements != self.placements:
+            tensor = tensor.redistribute(self.mesh, self.placements)
+        return tensor.to_local()
+
+    def saved(self, state, by_row):
+        """A state as a state_dict has it. by_row: {name of what has a row for each of the parameter's: whether it is kept flat}."""
+        from torch.distributed.tensor import DTensor
+
+        saved = {key: value for key, value in state.items() if key not in KEYS}
+        for key in by_row.keys() & saved.keys():
+            value = saved[key].view(self.count, self.row // BLOCK) if by_row[key] else saved[key]
+            shape = torch.Size((self.shape[0], *value.shape[1:])) if self.shape else value.shape
+            stride = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+            saved[key] = DTensor.from_local(value, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+        return saved
+
+    def loaded(self, state, by_row):
+        """The rows here of a state of a state_dict, which has them in DTensors of any mesh or in tensors of all rows."""
+        return {key: self._rows_here(value, by_row[key]) if key in by_row else whole(value) for key, value in state.items()}
+
+    def _rows_here(self, value, flat):
+        if is_dtensor(value) and (value.device_mesh, tuple(value.placements)) == (self.mesh, self.placements):
+            value = value.detach().to_local()
+        else:
+            value = whole(value)
+            if flat and value.dim() == 1 and len(value) == self.shape[0] * (self.row // BLOCK):
+                value = value.view(self.shape[0], -1)
+            if self.numbers and value.dim() and len(value) == self.shape[0]:
+                value = value[self.first : self.first + self.count].clone()
+        return value.flatten() if flat else value
+
+
+def here(optimizer, param, tensor):
+    """The rows that are here of a parameter's gradient."""
+    return optimizer.layouts[param].local(tensor) if param in optimizer.layouts else tensor
+
+
+def shard_here(optimizer, param):
+    """The lowrank_sys.subspace.shards.Shard that they are."""
+    return optimizer.layouts[param].shard if param in optimizer.layouts else WHOLE
+
+
+def over_shards(norms, shards):
+    """Norms (k,) of whole tensors from those of the k shards that are here."""
+    norms = norms.clone()
+    for group in dict.fromkeys(shard.group for shard in shards if shard.group):
+        which = [i for i, shard in enumerate(shards) if shard.group == group]
+        norms[which] = shards[which[0]].norms(norms[which])
+    return norms
+
+
+def layouts_of(optimizer, group, names):
+    """{parameter: Layout} of the DTensors in a new group, whose bases go to the right; names of its parameters. ValueError
+    for what they are not served with."""
+    layouts = {param: Layout(param, name) for name, param in zip(names, group["params"]) if is_dtensor(param)}
+    if not any(layout.numbers for layout in layouts.values()):
+        return layouts
+    if optimizer.gradients.served_by_hooks:
+        raise ValueError("per_layer must be None for sharded weights")
+    for name, param in zip(names, group["params"]):
+        if "rank" in group and param in layouts and is_batch(param.shape):
+            raise ValueError(f"{name} must be a matrix to be sharded in a group with a rank, got shape {tuple(param.shape)}")
+    if group.get("proj_type") == "left":
+        raise ValueError("proj_type must be right for sharded weights, of which rows stay where they are, got 'left'")
+    if "proj_type" in group:
+        group["proj_type"] = "right"
+    optimizer.pipeline.check_sharded(group)
+    return layouts
+
+
+def on_the_right(optimizer, saved_groups):
+    """Groups of a state_dict with the bases of sharded weights on the right."""
+
+    def sharded(group):
+        return any(optimizer.layouts[param].numbers for param in group["params"] if param in optimizer.layouts)
+
+    turned = [
+        {**saved, "proj_type": "right"} if "proj_type" in saved and sharded(group) else saved
+        for group, saved in zip(optimizer.param_groups, saved_groups)
+    ]
+    return [*turned, *saved_groups[len(turned) :]]
+
+
+def saved_by_row(optimizer, state_dict):
+    """A state_dict in which what a state has by rows are DTensors."""
+    if not optimizer.layouts:
+        return state_dict
+    ids = (i for group in state_dict["param_groups"] for i in group["params"])
+    states = dict(state_dict["state"])
+    for i, (group, param) in zip(ids, ((group, param) for group in optimizer.param_groups for param in weights(group))):
+        if param in optimizer.layouts and states.get(i):
+            states[i] = optimizer.layouts[param].saved(states[i], optimizer.pipeline.by_row(group, param.shape))
+    return {**state_dict, "state": states}
+
+
+def whole_states(optimizer, states, params):
+    """States of a state_dict in which weights that are no DTensors have none. params: [(index, group, parameter)]."""
+    states, pipeline = dict(states), optimizer.pipeline
+    for i, group, param in params:
+        state = states.get(i, {})
+        if param in optimizer.layouts or not any(map(is_dtensor, state.values())):
+            continue
+        state = {key: whole(value) for key, value in state.items()}
+        flat = {key for key, kept_flat in pipeline.by_row(group, param.shape).items() if kept_flat and key in state}
+        state |= {key: state[key].flatten() for key in flat}
+        states[i] = _recoded(pipeline, state, group, param, to_codes=True)
+    return states
+
+
+def states_here(optimizer, states, params):
+    """States of a state_dict with the rows that are here. params: [(index, group, parameter)] with the keys of the loaded group."""
+    states, pipeline = dict(states), optimizer.pipeline
+    for i, group, param in params:
+        layout = optimizer.layouts.get(param)
+        if layout is None or not states.get(i):
+            continue
+        if layout.numbers and states[i].get("left"):
+            raise ValueError("the loaded state has bases on the left, sharded weights go on with those of proj_type='right'")
+        state = _recoded(pipeline, states[i], group, param, to_codes=False) if layout.numbers else states[i]
+        states[i] = {**layout.loaded(state, pipeline.by_row(group, param.shape)), **layout.numbers}
+    return states
+
+
+def _recoded(pipeline, state, group, param, *, to_codes):
+    """A state with the plain moments that are codes of a whole weight and fp32 of its shards, as the one or the other."""
+    shape, coded = tuple(param.shape), pipeline.moments.codes
+    if "rank" in group or not coded(shape, param, group) or coded(shape, param, group, rows=shape[0]):
+        return state
+    state = dict(state)
+    for name, moment in pipeline.moments_of(group, shape).items():
+        if to_codes and absmax_of(name) not in state:
+            stored = torch.ops.lowrank.quantize_blockwise(state[name], signed=moment.signed)
+            state[name], state[absmax_of(name)] = stored
+        elif not to_codes and absmax_of(name) in state:
+            absmax = state.pop(absmax_of(name))
+            state[name] = torch.ops.lowrank.dequantize_blockwise(state[name], absmax, signed=moment.signed)
+    return state
