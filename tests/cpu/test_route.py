@@ -89,7 +89,7 @@ def both(row, dtype, side, monkeypatch, **options):
     optimizer, param = made(row, dtype, side)
     state = optimizer.state[param]
     assert fused.names_of(param, state, optimizer.pipeline.rule_of(optimizer.param_groups[0]),
-                          optimizer.pipeline.remainder_of(optimizer.param_groups[0])) == row  # fmt: skip
+                          optimizer.pipeline.remainder_of(optimizer.param_groups[0], state)) == row  # fmt: skip
     torch.manual_seed(1)
     g = gradient(param, dtype)
     g[(slice(None), CHANNEL) if side == "left" else CHANNEL] = torch.nan
