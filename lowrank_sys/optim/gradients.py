@@ -5,6 +5,7 @@ import weakref
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lowrank_sys.distributed.world import World
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
 
 # weight -> weak reference to the part whose hook takes its gradients: the newest optimizer of a weight serves it.
@@ -17,6 +18,7 @@ class AtStep:
     served_by_hooks = False
     takes_low_rank = False  # whether it serves layers whose backward gives R
     defaults = {}  # group keys that differ from the subspace's
+    world = World()  # the processes that train the same parameters
 
     def check(self, optimizer):
         """Raise a ValueError for an optimizer whose low-rank step this mode cannot serve."""
@@ -192,12 +194,3 @@ def _release(weight, newest):
     older = None if older is None else older()
     if older is not None and older is not newest and older.serves(weight):
         older.drop(weight)
-
-
-def expect_one_process():
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise RuntimeError(
-            f"per_layer runs in one process, got {distributed.get_world_size()}: each rank would project its "
-            "own gradient before it is averaged"
-        )

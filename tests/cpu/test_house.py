@@ -13,6 +13,7 @@ ROOT = Path(lowrank_sys.__file__).parent
 FLOORS = (
     ("_ops",),
     ("reference", "kernels"),
+    ("distributed",),
     ("subspace",),
     ("backends",),
     ("nn",),
