@@ -6,7 +6,6 @@ Clipping, unscaling and schedulers are the caller's ordinary code on these `.gra
 import torch
 from torch import nn
 
-from lowrank_sys.distributed.world import World
 from lowrank_sys.nn.coefficient import (
     CONTAINER,
     LowRankGradients,
@@ -56,11 +55,10 @@ class Accumulate(Hooked):
     def __init__(self, dtype: torch.dtype = torch.float32, model: nn.Module | None = None, process_group=None) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype of the accumulators must be float32 or bfloat16, got {dtype}")
-        super().__init__()
+        super().__init__(process_group)
         self.defaults = {"refresh": "next"}
         self.dtype = dtype
         self.model = model
-        self.world = World(process_group)
         self.coefficients = {}
         self._layers = {}  # weight -> its ProjectedLinear, if it is in one
         self._families = []  # lists of weights that share one basis
@@ -87,6 +85,9 @@ class Accumulate(Hooked):
             self._follow_backward()
             self._unite(optimizer)
             self._announce(optimizer)
+
+    def describe(self):
+        return f"accumulate in {self.dtype}, {len(self._layers)} layers projected"
 
     def check(self, optimizer):
         if not optimizer.pipeline.from_low_rank:
@@ -137,8 +138,8 @@ class Accumulate(Hooked):
         return coefficient
 
     def _ours_in_ddp(self, weight):
-        """Names: DistributedDataParallel would hand a weight without a gradient one of zeros, and cannot broadcast into a coefficient
-        or a handle of INT8."""
+        """Names: DistributedDataParallel would hand a weight without a gradient one of zeros, and cannot broadcast into a
+        coefficient or a handle of INT8."""
         name, coefficient = self._names[weight]
         if weight in self._layers:
             return ours_in_ddp(name.rpartition(".")[0], self._layers[weight])
