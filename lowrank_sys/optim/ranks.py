@@ -81,8 +81,8 @@ class AfterBackward:
                     tensor.register_hook(self.begun)
 
     def begun(self, _=None):
-        """A backward has begun, as the hooks of outputs and of weights tell."""
-        if self.synced and not self._queued:
+        """A backward has begun, as the hooks of outputs and of weights tell; nothing outside of one."""
+        if self.synced and not self._queued and torch._C._current_graph_task_id() != -1:
             self._queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._ended)
 

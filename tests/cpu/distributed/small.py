@@ -71,7 +71,7 @@ def weights(model):
 
 
 def bases(optimizer):
-    return [state["basis"].clone() for state in optimizer.state.values() if "basis" in state]
+    return [optimizer.state[p]["basis"].clone() for p in optimizer_parameters(optimizer) if "basis" in optimizer.state.get(p, ())]
 
 
 def assert_same(ours, theirs, **close):
