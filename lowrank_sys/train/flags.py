@@ -178,7 +178,8 @@ def flag(name: str) -> str:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Fill the defaults that depend on other flags; raise CommandError for the first bad value."""
+    """Fill the defaults that depend on other flags, and `place` among the processes of a launcher; raise CommandError for the
+    first bad value."""
     if not is_known(args.model):
         raise CommandError(f"--model: unknown {args.model!r}; valid: {', '.join(PRESETS)}, or a config.json")
     for name, valid in {
@@ -218,4 +219,4 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= least):
             raise CommandError(f"{flag(name)}: got {value}; it must be at least {least}")
-    launcher.leave(os.environ)
+    args.place = launcher.leave(os.environ)
