@@ -87,7 +87,7 @@ def _run(argv) -> int:
         if argv[:1] == [name]:
             module = importlib.import_module(module)
             module.add_arguments(command)
-            command.set_defaults(run=module.run, words=argv[1:])
+            command.set_defaults(run=module.run)
     try:
         args = parser.parse_args(argv)
         return args.run(args)

@@ -26,7 +26,7 @@ def is_ours(environ=os.environ) -> bool:
 def start(nproc: int, words: Sequence[str], out: Path, resume: bool) -> None:
     """Run `lowrank train WORDS` as `nproc` processes on this machine. When one dies, all start again from the last checkpoint.
 
-    words: without --nproc and --resume. out: the folder of checkpoints. Raises CommandError with the code of what ended the run.
+    words: without --resume. out: the folder of checkpoints. Raises CommandError with the code of what ended the run.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

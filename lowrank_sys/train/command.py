@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Train; returns 0. Raises CommandError: code 2 for bad input, 1 for a failure while writing, 130 if interrupted."""
     args.place = launcher.Place()
     try:
-        check(args)
+        args.place = check(args)
         _several(args) if args.nproc is not None and args.nproc != 1 and args.place.size == 1 else _train(args)
     except ModuleNotFoundError as error:
         raise CommandError(f"{error.name} is not installed; pip install 'lowrank-sys[train]' brings it", code=1) from error
@@ -68,13 +68,9 @@ def _several(args: argparse.Namespace) -> None:
 
         if args.nproc > torch.cuda.device_count():
             raise CommandError(f"--nproc: got {args.nproc}; it must be at most {torch.cuda.device_count()}, the GPUs that are here")
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--nproc")
-    parser.add_argument("--resume", action="store_true")
-    words = parser.parse_known_args(args.words)[1]
     with _claim(Path(args.out)):
         _expect_no_run(args)
-        agent.start(args.nproc, words, Path(args.out), args.resume)
+        agent.start(args.nproc, flags.words(args), Path(args.out), args.resume)
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -177,9 +177,20 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def check(args: argparse.Namespace) -> None:
-    """Fill the defaults that depend on other flags, and `place` among the processes of a launcher; raise CommandError for the
-    first bad value."""
+def words(args: argparse.Namespace) -> list[str]:
+    """The command line that gives these flags, but for --resume."""
+    found = []
+    for name in (*BOUND, *FREE):
+        value = getattr(args, name)
+        if name == "resume" or value is None or value is False:
+            continue
+        found += [flag(name)] if value is True else [flag(name), *value] if isinstance(value, list) else [f"{flag(name)}={value}"]
+    return found
+
+
+def check(args: argparse.Namespace) -> launcher.Place:
+    """Fill the defaults that depend on other flags; raise CommandError for the first bad value. Returns the place among the
+    processes of a launcher."""
     if not is_known(args.model):
         raise CommandError(f"--model: unknown {args.model!r}; valid: {', '.join(PRESETS)}, or a config.json")
     for name, valid in {
@@ -219,4 +230,4 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= least):
             raise CommandError(f"{flag(name)}: got {value}; it must be at least {least}")
-    args.place = launcher.leave(os.environ)
+    return launcher.leave(os.environ)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lowrank_sys import cli
+from lowrank_sys.train import command, flags
 
 SMALL = {
     "--model": "llama-1m", "--method": "galore", "--rank": "8", "--steps": "8", "--seq-len": "32", "--update-proj-gap": "3",
@@ -127,3 +128,13 @@ def test_bad_input(two, tmp_path, capsys):
     ]:
         assert cli.main(words(**{"out": tmp_path / "no", **changed})) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_processes_are_given_the_same_flags():
+    parser = cli.Parser()
+    command.add_arguments(parser)
+    given = ["--lr", "0.01", "--target-modules", "q_proj", "k_proj", "--as-given", "--out=-odd name", "--nproc", "2"]
+    args = parser.parse_args(given)
+    flags.check(args)
+    again = parser.parse_args(flags.words(args))
+    assert {**vars(again), "nproc": 2} == vars(args)
