@@ -36,16 +36,16 @@ def copy_weights(world, weights):
 def copy_refreshed(world, pipeline, refreshed):
     """Give all ranks what rank 0's refresh wrote into [(group, state)]: one sketch has one basis, to the bit, on one kind of
     processor and library alone."""
-    tensors, numbers = [], []
+    tensors, numbers, on_host = [], [], pipeline.subspace.on_host
     for group, state in refreshed:
         keys = pipeline.subspace.categories if group["moments"] == "keep" else state
-        for key in sorted(keys & state.keys()):
-            if isinstance(state[key], torch.Tensor) and key != "missed":
-                (numbers if key in pipeline.subspace.on_host else tensors).append(state[key])
+        found = [key for key in sorted(keys & state.keys()) if isinstance(state[key], torch.Tensor)]
+        tensors += [state[key] for key in found if key not in on_host]
+        if "gap" in state:  # which follows from how far the basis turned
+            numbers += [state[key] for key in found if key in on_host and key != "missed"]
     world.from_first_(tensors)
-    if tensors and numbers:
-        device = tensors[0].device
-        sent = torch.stack(numbers).to(device)
+    if numbers:
+        sent = torch.stack(numbers).to(tensors[0].device)
         world.from_first_([sent])
         for number, value in zip(numbers, sent.cpu()):
             number.copy_(value)

@@ -13,8 +13,8 @@ ROOT = Path(lowrank_sys.__file__).parent
 FLOORS = (
     ("_ops",),
     ("reference", "kernels"),
-    ("distributed",),
     ("subspace",),
+    ("distributed",),
     ("backends",),
     ("nn",),
     ("optim",),

@@ -53,7 +53,7 @@ def backward(model, ids, micro=1):
 def train(model, optimizer, steps, *, rank=0, size=1, micro=1, clip=None):
     """The losses of this rank's rows: all batches are the same, whatever the size of the world."""
     losses = []
-    for step in range(steps):
+    for step in range(steps) if isinstance(steps, int) else steps:
         losses.append(backward(model, ids_of(step).chunk(size)[rank], micro))
         if clip is not None:
             nn.utils.clip_grad_norm_(optimizer_parameters(optimizer), clip)
