@@ -83,7 +83,9 @@ def make(args: argparse.Namespace, memory: int | None) -> dict[str, Any]:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.dtype = {"auto": "bf16" if args.device == "cuda" else "fp32"}.get(args.dtype, args.dtype)
 
-    settle(args, say)
+    int8 = settle(args, say).weights == "int8"
+    if int8 and args.nproc > 1 and args.strategy == "ddp" and args.per_layer is None:
+        args.per_layer = "accumulate"  # as `lowrank train` takes it then
     planner = Planner(args, memory, tell=lambda line: say(f"{line} ..."))
     plan = planner.plan()
     turned = planner.other_checkpointing()

@@ -143,3 +143,14 @@ def restore_order(model):
         ours = isinstance(module.named_modules, CoefficientsLast)
         if ours and not any(isinstance(m, LowRankGradients) for m in module.modules()):
             del module.named_modules
+
+
+def leave_to_us(model, names):
+    """Have DistributedDataParallel of this model neither broadcast nor reduce the parameters and buffers of these names."""
+    model._ddp_params_and_buffers_to_ignore = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]
+
+
+def give_back(model, names):
+    """The inverse."""
+    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    model._ddp_params_and_buffers_to_ignore = [name for name in ignored if name not in names]

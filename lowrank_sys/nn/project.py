@@ -6,9 +6,9 @@ from typing import Literal
 from torch import nn
 
 from lowrank_sys._ops import FLOATS
-from lowrank_sys.nn.coefficient import CONTAINER, put_last, restore_order
+from lowrank_sys.nn.coefficient import CONTAINER, give_back, leave_to_us, put_last, restore_order
 from lowrank_sys.nn.linear_layers import linear_layers
-from lowrank_sys.nn.projected_linear import ProjectedLinear, convert, revert
+from lowrank_sys.nn.projected_linear import ProjectedLinear, convert, ours_in_ddp, revert
 from lowrank_sys.nn.quant_linear import QuantLinear
 from lowrank_sys.nn.quant_weight import is_quantized
 from lowrank_sys.nn.readers import read_by_others
@@ -55,15 +55,17 @@ def project_model(
         left = _cheaper_left(layer.weight, own, tokens, transposed) if side == "auto" else side == "left"
         convert(layer, own, left, transposed, _family(name) if share and left == transposed else None)
         put_last(model, name)
+        leave_to_us(model, ours_in_ddp(name, layer))
     return model
 
 
 def unproject_model(model: nn.Module) -> nn.Module:
     """The inverse: layers whose weights get gradients as any do; returns the model. ValueError if it has no ProjectedLinear."""
-    layers = [module for module in model.modules() if isinstance(module, ProjectedLinear)]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ProjectedLinear)}
     if not layers:
         raise ValueError(f"model has no projected layers, got {type(model).__name__}")
-    for layer in layers:
+    for name, layer in layers.items():
+        give_back(model, ours_in_ddp(name, layer))
         revert(layer)
     restore_order(model)
     return model

@@ -7,6 +7,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from lowrank_sys.nn.coefficient import CONTAINER, LowRankGradients, coefficient_like, zero
+from lowrank_sys.nn.quant_weight import is_quantized, names_of
 
 project = torch.ops.lowrank.project
 
@@ -218,3 +219,10 @@ def revert(layer):
     delattr(layer, CONTAINER)
     del layer.projection
     layer.__class__ = layer.base
+
+
+def ours_in_ddp(name, layer):
+    """What DistributedDataParallel is to leave alone of the layer of this name: the coefficient under the name by which it would be
+    broadcast into, a single zero (under its second name it is reduced as any), and an INT8 weight, which would be broadcast at
+    every forward."""
+    return [f"{name}.{CONTAINER}.weight", *(names_of(f"{name}.weight") if is_quantized(layer.weight) else ())]

@@ -227,3 +227,9 @@ def _in_fp32(tensor):
 def is_quantized(param: torch.Tensor) -> bool:
     """Whether `param` is the handle of an INT8 weight."""
     return type(param) is QuantWeight or getattr(param, "_is_quantized", False)
+
+
+def names_of(name):
+    """The handle of this name, and its layer's buffers that have its values."""
+    prefix = name[: name.rfind(".") + 1]
+    return [name, f"{prefix}codes", f"{prefix}scale"]

@@ -2,6 +2,7 @@
 
 from lowrank_sys.optim.accumulate import Accumulate
 from lowrank_sys.optim.captured import CapturedStep
+from lowrank_sys.optim.gradients import AtStep
 from lowrank_sys.optim.groups import param_groups
 from lowrank_sys.optim.in_backward import InBackward
 from lowrank_sys.optim.methods.apollo import APOLLOAdamW
@@ -36,6 +37,7 @@ __all__ = [
     "Accumulate",
     "APOLLOAdamW",
     "ASGO",
+    "AtStep",
     "CapturedStep",
     "COAPAdamW",
     "DCTAdamW",

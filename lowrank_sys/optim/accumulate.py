@@ -6,11 +6,23 @@ Clipping, unscaling and schedulers are the caller's ordinary code on these `.gra
 import torch
 from torch import nn
 
-from lowrank_sys.nn.coefficient import CONTAINER, LowRankGradients, coefficient_like, is_coefficient, put_last, restore_order, zero
-from lowrank_sys.nn.projected_linear import ProjectedLinear, Shared
+from lowrank_sys.nn.coefficient import (
+    CONTAINER,
+    LowRankGradients,
+    coefficient_like,
+    give_back,
+    is_coefficient,
+    leave_to_us,
+    put_last,
+    restore_order,
+    zero,
+)  # fmt: skip
+from lowrank_sys.nn.projected_linear import ProjectedLinear, Shared, ours_in_ddp
+from lowrank_sys.nn.quant_weight import is_quantized, names_of
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
 from lowrank_sys.optim.coefficient import weights
-from lowrank_sys.optim.gradients import Hooked, WeakHook, expect_one_process, hooked
+from lowrank_sys.optim.gradients import Hooked, WeakHook, hooked
+from lowrank_sys.optim.ranks import AfterBackward, copy_refreshed, copy_weights, mean_over
 from lowrank_sys.subspace.basis import axis_of, store_of
 from lowrank_sys.subspace.refresh import COLD
 
@@ -28,6 +40,11 @@ class Accumulate(Hooked):
     Args:
         dtype: of the accumulators, torch.float32 or torch.bfloat16 (rounded once a micro-batch).
         model: that holds the coefficients; that of param_groups(model) if its groups are given as they are.
+        process_group: of torch.distributed, of those who train this model together; all by default.
+
+    With several processes DistributedDataParallel averages R of projected layers as any gradient, and leaves the other matrices to
+    this part: their R is averaged at the end of a backward in which DistributedDataParallel averages, or else in step(). Sketches
+    are averaged in step(), and rank 0's new bases go to all.
 
     The accumulators cost r*n (left) or m*r elements a matrix, until zero_grad; in a step whose end is due for a refresh, the
     sketch of the matrix is as large again.
@@ -35,10 +52,10 @@ class Accumulate(Hooked):
 
     takes_low_rank = True
 
-    def __init__(self, dtype: torch.dtype = torch.float32, model: nn.Module | None = None) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, model: nn.Module | None = None, process_group=None) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype of the accumulators must be float32 or bfloat16, got {dtype}")
-        super().__init__()
+        super().__init__(process_group)
         self.defaults = {"refresh": "next"}
         self.dtype = dtype
         self.model = model
@@ -49,9 +66,12 @@ class Accumulate(Hooked):
         self._names = {}  # weight -> its name in the model, and its coefficient's
         self._window = {}  # weight -> its sketch, or None: what has had a gradient since the last step
         self._stepped = {}  # weight -> which gradient the last step used
+        self._averaged = self._sketches_averaged = False  # whether those so far are of all ranks
+        self._refreshed = []  # (group, state) of this step
+        self._after_backward = None
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_window": {}, "_stepped": {}}
+        return {**super().__getstate__(), "_window": {}, "_stepped": {}, "_after_backward": None}
 
     def know(self, groups):
         if self.model is None and hasattr(groups, "model"):
@@ -62,8 +82,12 @@ class Accumulate(Hooked):
         for weight in self.coefficients:
             self.serve(weight)
         if self._complete:
+            self._follow_backward()
             self._unite(optimizer)
             self._announce(optimizer)
+
+    def describe(self):
+        return f"accumulate in {self.dtype}, {len(self._layers)} layers projected"
 
     def check(self, optimizer):
         if not optimizer.pipeline.from_low_rank:
@@ -79,7 +103,6 @@ class Accumulate(Hooked):
             )
         if group["refresh"] != "next":
             raise ValueError(f"refresh must be 'next' with per_layer='accumulate', got {group['refresh']!r}")
-        expect_one_process()
         where = {p: name for name, p in self.model.named_parameters()}
         for name, weight in zip(names, group["params"]):
             if weight not in where:
@@ -100,9 +123,7 @@ class Accumulate(Hooked):
                 group["param_names"].append(full_name)
             self._names[weight] = (where[weight], full_name)
             self.serve(weight)
-            if weight not in self._layers:
-                # DDP would hand the weights a zero gradient of their size, and cannot broadcast into an expanded tensor.
-                self.model._ddp_params_and_buffers_to_ignore = [*self._ddp_ignores(), *self._names[weight]]
+            leave_to_us(self.model, self._ours_in_ddp(weight))
         if self._complete:
             self.ready(optimizer)
 
@@ -116,10 +137,26 @@ class Accumulate(Hooked):
         put_last(self.model, path)
         return coefficient
 
+    def _ours_in_ddp(self, weight):
+        """Names: DistributedDataParallel would hand a weight without a gradient one of zeros, and cannot broadcast into a
+        coefficient or a handle of INT8."""
+        name, coefficient = self._names[weight]
+        if weight in self._layers:
+            return ours_in_ddp(name.rpartition(".")[0], self._layers[weight])
+        return [coefficient, *(names_of(name) if is_quantized(weight) else [name])]
+
     def ready(self, optimizer):
         self._complete = True
+        if self.world.size > 1:
+            copy_weights(self.world, [w for w in self.coefficients if w not in self._layers or is_quantized(w)])
+        self._follow_backward()
         self._unite(optimizer)
         self._announce(optimizer)
+
+    def _follow_backward(self):
+        """Know when a backward ends, once there are several processes."""
+        if self._after_backward is None and self.world.size > 1 and len(self._layers) < len(self.coefficients):
+            self._after_backward = AfterBackward(self.model, self, "average_gradients")
 
     @torch.no_grad()
     def _unite(self, optimizer):
@@ -182,9 +219,12 @@ class Accumulate(Hooked):
         if omega is None:
             on.serve(store, basis)
         else:
-            d, columns = axis_of(weight.shape, state), omega.shape[1]
-            shape = (d, columns) if on.left else (columns, d)
-            on.serve(store, basis, omega, shape, WeakHook(self, "take_sketch", weight))
+            on.serve(store, basis, omega, self._sketch_shape(optimizer, weight, omega), WeakHook(self, "take_sketch", weight))
+
+    def _sketch_shape(self, optimizer, weight, omega):
+        state = optimizer.state[weight]
+        shape = (axis_of(weight.shape, state), omega.shape[1])
+        return shape if state["left"] else shape[::-1]
 
     def _follow(self, optimizer, weight):
         """Put a state that was made before the model was moved where the weight is now."""
@@ -193,9 +233,6 @@ class Accumulate(Hooked):
             for key, value in state.items():
                 if isinstance(value, torch.Tensor):
                     state[key] = optimizer.pipeline.subspace.placed(key, value, weight.device)
-
-    def _ddp_ignores(self):
-        return getattr(self.model, "_ddp_params_and_buffers_to_ignore", [])
 
     def hooks(self, weight):
         if weight not in self._layers:
@@ -208,13 +245,14 @@ class Accumulate(Hooked):
 
     def drop(self, weight):
         super().drop(weight)
-        coefficient, names = self.coefficients.pop(weight), self._names.pop(weight)
+        ours = self._ours_in_ddp(weight)
+        coefficient, _ = self.coefficients.pop(weight), self._names.pop(weight)
         coefficient.grad = None
         layer = self._layers.pop(weight, None)
         if layer is not None:
             layer.projection.clear()
             return
-        self.model._ddp_params_and_buffers_to_ignore = [name for name in self._ddp_ignores() if name not in names]
+        give_back(self.model, ours)
         for owner in list(self.model.modules()):
             held = owner._modules.get(CONTAINER)
             if held is not None:
@@ -225,6 +263,9 @@ class Accumulate(Hooked):
 
     def release(self, optimizer):
         super().release(optimizer)
+        if self._after_backward is not None:
+            self._after_backward.handle.remove()
+            self._after_backward = None
         for group in optimizer.param_groups:
             kept = [i for i, p in enumerate(group["params"]) if not is_coefficient(p)]
             for key in ("params", "param_names"):
@@ -243,6 +284,45 @@ class Accumulate(Hooked):
         else:
             coefficient.grad.add_(low_rank)
         self.remember(weight, coefficient)
+        if self._after_backward is not None:
+            self._after_backward.begun()
+
+    # What ranks do together: in the same order on all of them, whatever each has.
+
+    def average_gradients(self):
+        """Put the mean over all ranks in place of R of the matrices that DistributedDataParallel leaves alone."""
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            ours = {w: c for w, c in self.coefficients.items() if w not in self._layers and w.requires_grad}
+            makes = [lambda c=c: torch.zeros(c.shape, dtype=self.dtype, device=c.device) for c in ours.values()]
+            for (weight, c), mean in zip(ours.items(), mean_over(self.world, [c.grad for c in ours.values()], makes)):
+                c.grad = mean
+                if mean is not None:
+                    self.remember(weight, c)
+            self._averaged = True
+
+    def _average_sketches(self, optimizer):
+        """The same of the sketches that are due, and let a matrix count as one with a gradient where it is on any rank."""
+        due = {}
+        for weight, c in self.coefficients.items():
+            trains = c.requires_grad if weight in self._layers else weight.requires_grad
+            if trains and weight not in self._window:
+                sketch = self._new_sketch(optimizer, weight)
+                if sketch is not None:
+                    due[weight] = sketch
+                elif c.grad is not None:
+                    self._window[weight] = None
+            elif trains and self._window[weight] is not None:
+                due[weight] = self._window[weight]
+        makes = [lambda w=w, on=on: on.omega.new_zeros(self._sketch_shape(optimizer, w, on.omega)).float() for w, on in due.items()]
+        for (weight, sketch), mean in zip(due.items(), mean_over(self.world, [on.total for on in due.values()], makes)):
+            if mean is not None:
+                sketch.total, self._window[weight] = mean, sketch
+        self._sketches_averaged = True
+
+    def _share_bases(self, optimizer):
+        if self.world.size > 1:
+            copy_refreshed(self.world, optimizer.pipeline, self._refreshed)
+        self._refreshed = []
 
     # What autograd does with the coefficient of a projected layer.
 
@@ -267,18 +347,21 @@ class Accumulate(Hooked):
 
     def _opened(self, weight):
         """The sketch of this weight since the last step, None if its basis is not due."""
+        self._averaged = self._sketches_averaged = False
         if weight not in self._window:
-            optimizer, coefficient = self.optimizer, self.coefficients[weight]
-            expect_one_process()
-            self._expect_new(weight, coefficient)
-            if weight in self._layers:
-                omega = self._layers[weight].projection.omega
-            else:
-                state = optimizer.state_of(weight)
-                self._fit(optimizer, weight, coefficient, state)
-                omega = optimizer.pipeline.directions(optimizer.group_of(weight), weight, state)
-            self._window[weight] = None if omega is None else _Sketch(omega)
+            self._expect_new(weight, self.coefficients[weight])
+            self._window[weight] = self._new_sketch(self.optimizer, weight)
         return self._window[weight]
+
+    def _new_sketch(self, optimizer, weight):
+        """Of a matrix whose basis is due, else None."""
+        if weight in self._layers:
+            omega = self._layers[weight].projection.omega
+        else:
+            state = optimizer.state_of(weight)
+            self._fit(optimizer, weight, self.coefficients[weight], state)
+            omega = optimizer.pipeline.directions(optimizer.group_of(weight), weight, state)
+        return None if omega is None else _Sketch(omega)
 
     def _expect_new(self, weight, coefficient):
         if coefficient.grad is not None and self._stepped.get(weight) == _identity(coefficient.grad):
@@ -313,6 +396,11 @@ class Accumulate(Hooked):
                 self.take(weight)
             elif weight not in self._window:
                 self._expect_new(weight, coefficient)
+        if self.world.size > 1:
+            if not self._averaged:
+                self.average_gradients()
+            if not self._sketches_averaged:
+                self._average_sketches(optimizer)
         self._pool()
 
     projected = True
@@ -328,6 +416,7 @@ class Accumulate(Hooked):
         windows = [self._window.get(param) for param in batch.params]
         batch.sketches = [None if window is None else window.total for window in windows]
         optimizer.pipeline.renew(batch, lr)
+        self._refreshed += [(batch.group, s) for s, sketch in zip(batch.states, batch.sketches) if sketch is not None]
 
     def clip(self, optimizer, max_norm):
         self.begin(optimizer)
@@ -337,12 +426,16 @@ class Accumulate(Hooked):
         )
 
     def finish(self, optimizer):
+        self._share_bases(optimizer)
+        self._follow_backward()
         self._window.clear()
+        self._averaged = self._sketches_averaged = False
         self._stepped = {w: _identity(c.grad) for w, c in self.coefficients.items() if c.grad is not None}
         self._announce(optimizer)
 
     def zero(self):
         self._window.clear()
+        self._averaged = self._sketches_averaged = False
 
     def check_loaded(self, groups):
         for group in groups:

@@ -5,6 +5,7 @@ import weakref
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lowrank_sys.distributed.world import World
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
 from lowrank_sys.optim.shards import here, over_shards, shard_here
 from lowrank_sys.subspace.shards import shard_of
@@ -14,11 +15,25 @@ _SERVED = WeakTensorKeyDictionary()
 
 
 class AtStep:
-    """Gradients stay whole until the step, as in any optimizer."""
+    """Gradients stay whole until the step, as in any optimizer; with several processes DistributedDataParallel averages them.
+
+    Args:
+        process_group: of torch.distributed, of those who train the same parameters; all by default.
+    """
 
     served_by_hooks = False
     takes_low_rank = False  # whether it serves layers whose backward gives R
     defaults = {}  # group keys that differ from the subspace's
+
+    def __init__(self, process_group=None):
+        self.world = World(process_group)
+
+    def describe(self):
+        """The argument per_layer that is this mode, in words."""
+        return None
+
+    def know(self, groups):
+        """See the parameter groups, of which those of param_groups have their `model`."""
 
     def check(self, optimizer):
         """Raise a ValueError for an optimizer whose low-rank step this mode cannot serve."""
@@ -96,16 +111,14 @@ class Hooked(AtStep):
 
     served_by_hooks = True
 
-    def __init__(self):
+    def __init__(self, process_group=None):
+        super().__init__(process_group)
         self._optimizer = None  # weak: the optimizer holds this
         self._handles = {}
         self._released = False
 
     def __getstate__(self):
         return {**self.__dict__, "_optimizer": None, "_handles": {}}
-
-    def know(self, groups):
-        """See the parameter groups, of which those of param_groups have their `model`."""
 
     def bind(self, optimizer):
         """Serve `optimizer`: at construction, and again in a copy, whose weights have no hooks yet."""
@@ -195,12 +208,3 @@ def _release(weight, newest):
     older = None if older is None else older()
     if older is not None and older is not newest and older.serves(weight):
         older.drop(weight)
-
-
-def expect_one_process():
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise RuntimeError(
-            f"per_layer runs in one process, got {distributed.get_world_size()}: each rank would project its "
-            "own gradient before it is averaged"
-        )

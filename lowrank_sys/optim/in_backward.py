@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys.optim.clip import clip_factor, gradient_norms
-from lowrank_sys.optim.gradients import Hooked, expect_one_process
+from lowrank_sys.optim.gradients import Hooked
 from lowrank_sys.subspace.matrices import count
 
 
@@ -38,9 +38,16 @@ class InBackward(Hooked):
     def attach(self, optimizer, group, names):
         if "rank" not in group:
             return super().attach(optimizer, group, names)
-        expect_one_process()
+        self._expect_one_process()
         for weight in group["params"]:
             self.serve(weight)
+
+    def _expect_one_process(self):
+        if self.world.size > 1:
+            raise RuntimeError(
+                f"per_layer='in_backward' runs in one process, got {self.world.size}: a matrix takes its step before its gradient "
+                "is averaged over them; use per_layer='accumulate', or project_model"
+            )
 
     def use(self, optimizer, weight, grad):
         if weight in self._done:
@@ -48,7 +55,7 @@ class InBackward(Hooked):
                 "a second backward before step(): per_layer='in_backward' cannot accumulate gradients, each "
                 "backward is a step; use per_layer='accumulate'"
             )
-        expect_one_process()
+        self._expect_one_process()
         group = optimizer.group_of(weight)
         optimizer.expect_finite(weight, grad)
         lr = optimizer.rate(group)

@@ -7,6 +7,7 @@ import torch
 
 from lowrank_sys.optim import hyper, ledger
 from lowrank_sys.optim.coefficient import weights, with_coefficients, without_coefficients
+from lowrank_sys.optim.configuration import expect_same
 from lowrank_sys.optim.loading import check_groups, check_ranks, check_state, with_blocks_by_row, with_numbers, with_rounding
 from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
@@ -43,6 +44,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     low_rank_defaults = {}  # group keys in which a method differs from its parts
     rules = hyper.RULES  # what group keys may hold
 
+    _compared = False  # whether all processes have been seen to train alike
+
     # GradScaler hands over grad_scale and found_inf instead of synchronising.
     _step_supports_amp_scaling = True
 
@@ -58,6 +61,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if self.gradients.served_by_hooks:
             self.gradients.bind(self)
         super().__init__(params, {**pipeline.schedule.defaults, **pipeline.schedule.memory, **defaults})
+        self._compare()
         self.gradients.ready(self)
 
     def __getstate__(self):
@@ -266,6 +270,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _is_finite(self, param, grad):
         return not shard_here(self, param).any(~here(self, param, grad).isfinite().all())
 
+    def _compare(self):
+        """Once there are several processes: raise a RuntimeError on all of them if one trains otherwise."""
+        if not self._compared and self.gradients.world.size > 1:
+            expect_same(self)
+            self._compared = True
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient. Nothing waits for the device."""
@@ -275,6 +285,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 loss = closure()
         # handles of INT8 weights and coefficients are asked what they are, not what they stand for
         with torch._C.DisableTorchFunctionSubclass():
+            self._compare()
             self.gradients.begin(self)
             for group in self.param_groups if self.nonfinite == "raise" else ():
                 for param, grad in self._pairs(group):

@@ -1,9 +1,9 @@
 """Checkpoints that are whole or absent.
 
 A checkpoint is a folder `step-00000100` with a `manifest.json`: the step, the identity of the run (what must be the
-same for a resume to mean anything) and size and SHA-256 of every file. It is written to a `.partial-*` folder, synced
-to the disk and only then renamed, so a folder with the final name is complete; the manifest shows what happened to it
-since.
+same for a resume to mean anything), what it ran on, and size and SHA-256 of every file. It is written to a `.partial-*`
+folder, synced to the disk and only then renamed, so a folder with the final name is complete; the manifest shows what
+happened to it since.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from lowrank_sys.nn.manifest import verify as verify_signed
 PARTIAL = ".partial-"
 
 
-def write(root: Path, step: int, identity: dict[str, Any], fill: Callable[[Path], None], keep: int) -> Path:
+def write(root: Path, step: int, identity: dict[str, Any], fill: Callable[[Path], None], keep: int, **more: Any) -> Path:
     """Save a checkpoint under `root` and rotate: the newest `keep` stay.
 
-    fill: writes the files into the folder that it is handed. identity: plain JSON values.
+    fill: writes the files into the folder that it is handed. identity, and what else the manifest is to say: plain JSON values.
     Raises CommandError (code 1) when it cannot be written; earlier checkpoints are then as they were.
     """
 
     def fill_and_sign(folder: Path) -> None:
         fill(folder)
-        sign(folder, step=step, identity=identity)
+        sign(folder, step=step, identity=identity, **more)
 
     target = root / f"step-{step:08d}"
     publish(target, fill_and_sign, what=f"checkpoint of step {step}")

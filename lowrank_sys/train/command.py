@@ -12,12 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_sys.cli import CommandError, say
+from lowrank_sys.train import agent, flags, launcher
 from lowrank_sys.train.flags import BOUND, FREE, NEWER, check, flag
-from lowrank_sys.train.flags import add_arguments as add_arguments
 from lowrank_sys.train.methods import settle
 
 if TYPE_CHECKING:
     import torch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `lowrank train`; imports nothing heavy."""
+    flags.add_arguments(parser)
+    parser.add_argument(
+        "--nproc",
+        metavar="N",
+        type=int,
+        help="processes on this machine that train together, each with a GPU of its own where there is one, and with --batch-size "
+        "sequences a micro-batch; when one dies, all start again from the last checkpoint (default: 1)",
+    )
 
 
 def _share(optimizer) -> str:
@@ -31,45 +43,77 @@ def _share(optimizer) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Train; returns 0. Raises CommandError: code 2 for bad input, 1 for a failure while writing, 130 if interrupted."""
+    args.place = launcher.Place()
     try:
-        check(args)
-        _train(args)
+        args.place = check(args)
+        _several(args) if args.nproc is not None and args.nproc != 1 and args.place.size == 1 else _train(args)
     except ModuleNotFoundError as error:
         raise CommandError(f"{error.name} is not installed; pip install 'lowrank-sys[train]' brings it", code=1) from error
     except KeyboardInterrupt:
         raise CommandError(f"interrupted; --resume goes on from the last checkpoint in {args.out}", code=130) from None
+    except CommandError as error:
+        if args.place.local_rank > 0:  # the first process of each machine says it
+            raise SystemExit(error.code) from None
+        raise
     return 0
+
+
+def _several(args: argparse.Namespace) -> None:
+    """Train in --nproc processes of this machine."""
+    if args.nproc < 1:
+        raise CommandError(f"--nproc: got {args.nproc}; it must be at least 1")
+    if args.per_layer == "in_backward":
+        raise CommandError(f"--per-layer in_backward runs in one process, got --nproc {args.nproc}; use --per-layer accumulate")
+    if _device(args.device).type == "cuda":
+        import torch
+
+        if args.nproc > torch.cuda.device_count():
+            raise CommandError(f"--nproc: got {args.nproc}; it must be at most {torch.cuda.device_count()}, the GPUs that are here")
+    with _claim(Path(args.out)):
+        _expect_no_run(args)
+        agent.start(args.nproc, flags.words(args), Path(args.out), args.resume)
 
 
 def _train(args: argparse.Namespace) -> None:
     import transformers
 
-    from lowrank_sys.memory import allocator, fit
+    from lowrank_sys.distributed import World
+    from lowrank_sys.memory import allocator
     from lowrank_sys.train import checkpoint, data, methods, report, trainer
     from lowrank_sys.train.packing import IGNORED, Packed
     from lowrank_sys.train.record import Recorder
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    args = settle(args, say)
+    place, world = args.place, World()
+    tell = say if place.first else lambda line: None
+    args = settle(args, tell)
     out, device = Path(args.out), _device(args.device)
     args.dtype = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(args.dtype, args.dtype)
     if args.stochastic_rounding and args.dtype == "fp32":
         raise CommandError("--stochastic-rounding needs --dtype bf16, weights are fp32")
+    if place.size > 1 and args.per_layer == "in_backward":
+        raise CommandError(f"--per-layer in_backward runs in one process, got {place.size}; use --per-layer accumulate")
+    if place.size > 1 and args.weights == "int8" and args.per_layer is None:
+        args.per_layer = "accumulate"  # what several processes can average of an INT8 weight
 
-    corpus = data.load(
-        args.data, seq_len=args.seq_len, tokenizer=args.tokenizer, field=args.text_field, chats=args.from_ is not None,
-        valid=args.valid_data,
-    )  # fmt: skip
-    say(
-        f"data: {args.data}, {corpus.documents:,} documents; {len(corpus.train):,} tokens to train on, "
-        f"{len(corpus.valid):,} for validation, split by {corpus.split}"
-    )
-    identity = {name: getattr(args, name) for name in BOUND} | {"data_sha256": corpus.digest()}
-    with _claim(out):
-        start, rows, chosen = _start(args, out, identity)
-        if chosen is None:
-            chosen = fit.choose(argparse.Namespace(**{**vars(args), "device": device.type}), fit.device_memory(device), say)
+    def load():
+        return data.load(
+            args.data, seq_len=args.seq_len, tokenizer=args.tokenizer, field=args.text_field, chats=args.from_ is not None,
+            valid=args.valid_data,
+        )  # fmt: skip
+
+    with contextlib.ExitStack() as held:
+        # what the first process finds out alone, and does before there is a group that a rehearsal would speak to
+        found, error = launcher.attempt(lambda: _prepare(args, load(), device, held)) if place.first else (None, None)
+        place.join(device.type)
+        corpus, found = (found[0], found[1:]) if found else (None, None)
+        identity, start, rows, chosen, origin = place.told(found, error)
+        corpus = corpus or load()
+        try:
+            world.expect_same({**identity, "data_sha256": corpus.digest()})
+        except RuntimeError as different:
+            raise CommandError(str(different)) from None
         args = argparse.Namespace(**{**vars(args), **chosen})
         identity |= {"chosen": chosen, "per_layer": args.per_layer}
 
@@ -78,12 +122,16 @@ def _train(args: argparse.Namespace) -> None:
         if device.type == "cpu" and allocator.should_save(args, model, allocator.available_bytes()):
             allocator.save_memory()
         optimizer = methods.build(model, args)
-        say(_share(optimizer))
-        sequences = args.batch_size * args.gradient_accumulation_steps
+        tell(_share(optimizer))
+        sequences = args.batch_size * args.gradient_accumulation_steps * place.size
+        # the steps so far may have been those of another number of processes, and have read more or fewer windows
+        done = origin.get("step", 0)
+        shift = origin.get("windows", done * sequences) - done * sequences
+        read = shift + args.steps * sequences
         windows = functools.partial(Packed, pack=not args.no_packing) if args.from_ else data.Windows
-        train, valid = (windows(stream, args.seq_len, args.seed, args.steps * sequences) for stream in (corpus.train, corpus.valid))
+        train, valid = (windows(stream, args.seq_len, args.seed, read) for stream in (corpus.train, corpus.valid))
         if args.from_:
-            _tell_of_documents(train, valid, args)
+            _tell_of_documents(train, valid, args, tell)
         held_out = valid.sample(args.eval_tokens)
         warmup = round(args.warmup_ratio * args.steps) if args.warmup_steps is None else args.warmup_steps
         recorder = Recorder(
@@ -94,17 +142,20 @@ def _train(args: argparse.Namespace) -> None:
             tokens_per_step=sequences * train.tokens,
             evaluate=lambda: trainer.mean_loss(model, held_out, args.batch_size),
             skipped=optimizer.skipped,
+            world=world,
+            writes=place.first,
         )
 
         def save(step, fill):
             recorder.flush(sync=True)  # a checkpoint's rows are on the disk before it is
-            checkpoint.write(out, step, identity, fill, args.keep)
+            made = {"windows": shift + step * sequences, **report.surroundings(place.size)}
+            checkpoint.write(out, step, identity, fill, args.keep, **made)
 
         runner = trainer.LowRankTrainer(
             model,
             optimizer,
             trainer.cosine(optimizer, warmup, args.steps, args.min_lr_ratio),
-            train,
+            trainer.Later(train, shift),
             trainer.arguments(args, device),
             save,
             recorder.seen,
@@ -115,6 +166,8 @@ def _train(args: argparse.Namespace) -> None:
             runner.train(resume_from_checkpoint=str(start) if start else None)
         finally:
             recorder.close()
+        if not place.first:
+            return
         training_peak = report.peak_memory_bytes(device)
 
         seen, predicted = train.sample(args.eval_tokens), held_out["labels"][:, 1:]
@@ -122,7 +175,9 @@ def _train(args: argparse.Namespace) -> None:
             "method": args.method,
             "model": args.model,
             "steps": args.steps,
-            "tokens": round(args.steps * sequences * train.tokens),
+            "processes": place.size,
+            "batch_size_of_a_process": args.batch_size,
+            "tokens": round(read * train.tokens),
             "val_loss": recorder.rows[-1]["val_loss"] or trainer.mean_loss(model, held_out, args.batch_size),
             "train_loss": trainer.mean_loss(model, seen, args.batch_size),
             "unigram_entropy": data.unigram_entropy(train.ids, predicted[predicted != IGNORED], model.config.vocab_size),
@@ -173,14 +228,33 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def _tell_of_documents(windows, valid, args: argparse.Namespace) -> None:
+def _tell_of_documents(windows, valid, args: argparse.Namespace, tell) -> None:
     for side in (windows, valid):
         if not side.windows:
             source = args.valid_data if side is valid and args.valid_data else args.data
             raise CommandError(f"--data {source}: nothing is learned of the first --seq-len {args.seq_len} tokens of any document")
     flaws = [f"{windows.cut:,} documents are cut at --seq-len {args.seq_len}"] if windows.cut else []
     flaws += [f"{windows.left_out:,} are left out, as nothing of them is learned"] if windows.left_out else []
-    say("; ".join([f"windows: {len(windows.windows):,}, {windows.learned:,} tokens are learned", *flaws]))
+    tell("; ".join([f"windows: {len(windows.windows):,}, {windows.learned:,} tokens are learned", *flaws]))
+
+
+def _prepare(args: argparse.Namespace, corpus, device: torch.device, held: contextlib.ExitStack) -> tuple:
+    """The corpus, the identity of the run, where it starts (`_start`), with the flags that it takes by itself, and the manifest of
+    the checkpoint that it goes on from. The folder is held by `held`."""
+    from lowrank_sys.memory import fit
+
+    say(
+        f"data: {args.data}, {corpus.documents:,} documents; {len(corpus.train):,} tokens to train on, "
+        f"{len(corpus.valid):,} for validation, split by {corpus.split}"
+    )
+    identity = {name: getattr(args, name) for name in BOUND} | {"data_sha256": corpus.digest()}
+    if not agent.is_ours():
+        held.enter_context(_claim(Path(args.out)))
+    start, rows, chosen, origin = _start(args, Path(args.out), identity)
+    if chosen is None:
+        memory = fit.device_memory(device) // (1 if device.type == "cuda" else args.place.local_size)
+        chosen = fit.choose(argparse.Namespace(**{**vars(args), "device": device.type}), memory, say)
+    return corpus, identity, start, rows, chosen, origin
 
 
 def _device(name: str) -> torch.device:
@@ -207,23 +281,29 @@ def _claim(out: Path):
         yield
 
 
+def _expect_no_run(args: argparse.Namespace) -> None:
+    out = Path(args.out)
+    held = any((out / name).exists() for name in ("metrics.jsonl", "summary.json", "final")) or any(out.glob("step-*"))
+    if held and not args.resume:
+        raise CommandError(f"--out {out}: it holds a run already; choose another --out, or --resume to go on with it")
+
+
 def _start(
     args: argparse.Namespace, out: Path, identity: dict[str, Any]
-) -> tuple[Path | None, list[dict[str, Any]], dict[str, Any] | None]:
-    """The checkpoint to go on from, None to start anew; the rows of metrics.jsonl up to it; and the flags that the run took by
-    itself, None if that is still to be decided."""
-    from lowrank_sys.train import checkpoint
+) -> tuple[Path | None, list[dict[str, Any]], dict[str, Any] | None, dict[str, Any]]:
+    """The checkpoint to go on from, None to start anew; the rows of metrics.jsonl up to it; the flags that the run took by
+    itself, None if that is still to be decided; and its manifest."""
+    from lowrank_sys.train import checkpoint, report
     from lowrank_sys.train.record import read_rows
 
+    _expect_no_run(args)
     if not args.resume:
-        if any((out / name).exists() for name in ("metrics.jsonl", "summary.json", "final")) or any(out.glob("step-*")):
-            raise CommandError(f"--out {out}: it holds a run already; choose another --out, or --resume to go on with it")
-        return None, [], None
+        return None, [], None, {}
     checkpoint.sweep(out)
     found = checkpoint.newest(out, tell=say)
     if found is None:
         say(f"no checkpoint in {out} yet: starting at step 0")
-        return None, [], None
+        return None, [], None, {}
     folder, manifest = found
     there = manifest["identity"]
     chosen = {} if args.as_given else {name: value for name, value in there.get("chosen", {}).items() if not getattr(args, name)}
@@ -243,4 +323,11 @@ def _start(
     except (OSError, ValueError) as error:
         raise CommandError(f"--resume: {out / 'metrics.jsonl'}: {error}", code=1) from error
     say(f"resuming at step {manifest['step']} from {folder}")
-    return folder, rows, chosen
+    changes = [
+        f"{name} {manifest[name]} there, {value} here"
+        for name, value in report.surroundings(args.place.size).items()
+        if manifest.get(name, value) != value
+    ]
+    if changes:
+        say(f"warning: {'; '.join(changes)}: it goes on, but not to the bit")
+    return folder, rows, chosen, {name: manifest[name] for name in ("step", "windows") if name in manifest}

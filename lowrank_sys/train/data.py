@@ -119,6 +119,8 @@ class Windows:
     (seed, pass), so a resumed run continues at item i without replaying anything.
     """
 
+    even = True  # whether every window has the same number of targets
+
     def __init__(self, stream: torch.Tensor, seq_len: int, seed: int, length: int):
         self.windows = windows(stream, seq_len)
         self.ids, self.seed, self.length = stream, seed, length

@@ -213,8 +213,20 @@ def flag(name: str) -> str:
     return f"--{name.rstrip('_').replace('_', '-')}"
 
 
-def check(args: argparse.Namespace) -> None:
-    """Fill the defaults that depend on other flags; raise CommandError for the first bad value."""
+def words(args: argparse.Namespace) -> list[str]:
+    """The command line that gives these flags, but for --resume."""
+    found = []
+    for name in (*BOUND, *FREE):
+        value = getattr(args, name)
+        if name == "resume" or value is None or value is False:
+            continue
+        found += [flag(name)] if value is True else [flag(name), *value] if isinstance(value, list) else [f"{flag(name)}={value}"]
+    return found
+
+
+def check(args: argparse.Namespace) -> launcher.Place:
+    """Fill the defaults that depend on other flags; raise CommandError for the first bad value. Returns the place among the
+    processes of a launcher."""
     if args.from_ is not None:
         if args.model not in (MODEL, args.from_):
             raise CommandError(f"--model {args.model}: --from {args.from_} is the model")
@@ -261,4 +273,4 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= least):
             raise CommandError(f"{flag(name)}: got {value}; it must be at least {least}")
-    launcher.leave(os.environ)
+    return launcher.leave(os.environ)

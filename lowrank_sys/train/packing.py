@@ -29,6 +29,8 @@ class Packed:
     learned: how many of all are.
     """
 
+    even = False  # whether every window has the same number of targets
+
     def __init__(self, stream: torch.Tensor, seq_len: int, seed: int, length: int, pack: bool = True):
         self.seq_len, self.seed, self.length = seq_len, seed, length
         self._stream = stream.numpy()

@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from lowrank_sys.cli import CommandError, say, silence
+from lowrank_sys.distributed import World
 from lowrank_sys.train.checkpoint import write_file
 
 SECONDS_BETWEEN_READS = 0.5
@@ -29,7 +30,8 @@ class Recorder(TrainerCallback):
     of evaluations and checkpoints does not count in tokens_per_second. `skipped` is the optimizer's count when the row
     is written.
 
-    evaluate: () -> validation loss. skipped: () -> elements left untouched. path: metrics.jsonl, appended to.
+    evaluate: () -> validation loss. skipped: () -> elements left untouched. path: metrics.jsonl, appended to. world: of the
+    processes whose losses are averaged; only one of them `writes`.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class Recorder(TrainerCallback):
         tokens_per_step: int,
         evaluate: Callable[[], float],
         skipped: Callable[[], int],
+        world: World,
+        writes: bool,
     ):
         self.rows = rows
         self._path = path
@@ -50,13 +54,16 @@ class Recorder(TrainerCallback):
         self._tokens_per_step = tokens_per_step
         self._evaluate = evaluate
         self._read_skipped = skipped
+        self._world, self._writes = world, writes
         self._pending: list[tuple[int, float, torch.Tensor]] = []  # step, lr, loss
         self._loss = self._started = self._file = None
 
     def seen(self, loss: torch.Tensor) -> None:
-        self._loss = loss if self._loss is None else self._loss + loss
+        self._loss = loss.clone() if self._loss is None else self._loss + loss
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if not self._writes:
+            return
         write_file(self._path, lambda path: path.write_text("".join(map(_line, self.rows))))
         self._file = self._path.open("a")
         # the optimizer may or may not carry its count through a checkpoint; the rows do
@@ -72,6 +79,11 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         step = state.global_step
+        if self._world.size > 1:
+            self._world.mean_([self._loss])
+        if not self._writes:
+            self._loss = None
+            return
         self._pending.append((step, self._lr, self._loss))
         self._loss = None
         due = step % self._eval_steps == 0 or step == self._steps

@@ -24,6 +24,7 @@ TABLE = [
     ("validation loss", "val_loss", "{:.4f} nats/token"),
     ("train loss", "train_loss", "{:.4f} nats/token"),
     ("unigram entropy", "unigram_entropy", "{:.4f} nats/token"),
+    ("processes", "processes", "{}"),
     ("speed", "tokens_per_second", "{:,.0f} tokens/s"),
     ("optimizer state", "optimizer_state_bytes", "{:,} bytes"),
     ("AdamW's would be", "adamw_state_bytes", "{:,} bytes"),
@@ -113,6 +114,11 @@ def machine(device: torch.device) -> str:
         card = torch.cuda.get_device_properties(device)
         return f"{card.name} {card.total_memory / 2**30:.0f} GiB, {host}, {versions}"
     return f"{host}, {versions}"
+
+
+def surroundings(processes: int) -> dict[str, Any]:
+    """What a run must find again to go on to the bit, beside its flags."""
+    return {"processes": processes, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def _processor() -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from lowrank_sys.cli import CommandError
+from lowrank_sys.distributed import World
 from lowrank_sys.nn import causal_lm_loss
 from lowrank_sys.nn.pretrained import save_quantized
 from lowrank_sys.nn.quantize import dequantize_model, is_marked
@@ -20,12 +23,13 @@ from lowrank_sys.nn.readout import readout
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
 from lowrank_sys.train import checkpoint
 from lowrank_sys.train.data import load_tokenizer
-from lowrank_sys.train.packing import IGNORED, Packed, stacked
+from lowrank_sys.train.packing import IGNORED, stacked
 
 if TYPE_CHECKING:
     import argparse
 
     from lowrank_sys.train.data import Windows
+    from lowrank_sys.train.packing import Packed
 
 
 class LowRankTrainer(Trainer):
@@ -41,7 +45,7 @@ class LowRankTrainer(Trainer):
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
-        windows: Windows | Packed,
+        windows: Windows | Packed | Later,
         arguments: TrainingArguments,
         save: Callable[[int, Callable[[Path], None]], None],
         seen: Callable[[torch.Tensor], None],
@@ -50,8 +54,11 @@ class LowRankTrainer(Trainer):
             raise CommandError(f"--gradient-checkpointing: {type(model).__name__} of transformers does not support it")
         super().__init__(model, arguments, train_dataset=windows, data_collator=collate, optimizers=(optimizer, schedule))
         # where every window has the same number of targets, the plain mean over micro-batches is the token mean
-        self.model_accepts_loss_kwargs = isinstance(windows, Packed)
+        self.model_accepts_loss_kwargs = not windows.even
         self.remove_callback(PrinterCallback)
+        self._without_logits = is_marked(model.config) and readout(model) is not None
+        if arguments.world_size > 1 and self._without_logits:  # DistributedDataParallel sees what its own forward does
+            model.forward = functools.partial(causal_lm_loss, model)
         self._write_checkpoint = save
         self._seen = seen
 
@@ -63,9 +70,12 @@ class LowRankTrainer(Trainer):
         return SequentialSampler(self.train_dataset)  # Windows is in its final order
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if is_marked(model.config):  # who keeps weights in INT8 has no room for logits
-            return causal_lm_loss(model, **inputs, num_items_in_batch=num_items_in_batch)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self._without_logits:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # who keeps weights in INT8 has no room for logits
+        items = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        loss = causal_lm_loss(model, **inputs, **items) if model is self.model else model(**inputs, **items)
+        return loss * self.accelerator.num_processes if items else loss  # the processes' losses are averaged
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -73,13 +83,38 @@ class LowRankTrainer(Trainer):
         return loss
 
     def _save_checkpoint(self, model, trial):
+        random = self._random_states()
+
         def fill(folder: Path) -> None:
             self.model.save_pretrained(folder)
             self._save_optimizer_and_scheduler(str(folder))
-            self._save_rng_state(str(folder))
+            for name, content in random.items():
+                (folder / name).write_bytes(content)
             self.state.save_to_json(str(folder / "trainer_state.json"))
 
-        self._write_checkpoint(self.state.global_step, fill)
+        if self.args.process_index == 0:
+            self._write_checkpoint(self.state.global_step, fill)
+
+    def _random_states(self) -> dict[str, bytes]:
+        """{file: its content} of the random generators of all processes, on all of them."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_rng_state(folder)
+            own = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        world = World()
+        return own if world.size == 1 else {name: text for one in world.gather(own) for name, text in one.items()}
+
+
+class Later(torch.utils.data.Dataset):
+    """`windows` from the `shift`-th on. even: whether every window has the same number of targets."""
+
+    def __init__(self, windows: Windows | Packed, shift: int):
+        self.windows, self.shift, self.even = windows, shift, windows.even
+
+    def __len__(self) -> int:
+        return len(self.windows) - self.shift
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.windows[index + self.shift]
 
 
 def arguments(args: argparse.Namespace, device: torch.device) -> TrainingArguments:
@@ -101,6 +136,7 @@ def arguments(args: argparse.Namespace, device: torch.device) -> TrainingArgumen
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         use_cpu=device.type == "cpu",
+        ddp_find_unused_parameters=False,
     )
     made._n_gpu = min(1, made.n_gpu)  # with several GPUs Trainer would wrap the model in DataParallel
     return made

@@ -14,6 +14,7 @@ FLOORS = (
     ("_ops",),
     ("reference", "kernels"),
     ("subspace", "schedule"),
+    ("distributed",),
     ("backends",),
     ("nn",),
     ("optim",),
@@ -24,7 +25,7 @@ FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 ORACLE = {"backends", "memory", "bench", "reference"}
 PARTS = ("optim", "schedule", "subspace", "nn")
 # Arguments of users, of which a message says what they must be.
-ARGUMENTS = {("optim/per_layer.py", "Hooked"), ("optim/captured.py", "LowRankOptimizer")}
+ARGUMENTS = {("optim/per_layer.py", "AtStep"), ("optim/captured.py", "LowRankOptimizer")}
 # Modules of a user's model are told by their class.
 LAYERS = {"ProjectedLinear", "QuantLinear"}
 # Torch's own names.
