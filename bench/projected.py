@@ -1,10 +1,10 @@
-"""`lowrank bench projected`: what layers that give low-rank gradients save: gradients, activations, and the peak of a step."""
+"""`lowrank bench projected`: what layers that give low-rank gradients save: gradients, activations, the peak of a step, and time."""
 
 import functools
 
 import torch
 
-from lowrank_sys.bench import machine, report
+from lowrank_sys.bench import machine, projected_times, report, shapes
 from lowrank_sys.cli import CommandError
 from lowrank_sys.memory.live import LiveStorages
 from lowrank_sys.nn import causal_lm_loss, project_model
@@ -43,6 +43,9 @@ def add_arguments(parser):
     parser.add_argument(
         "--tokens", type=int, default=2048, help=f"in a step, in sequences of up to {SEQUENCE} (default: %(default)s)"
     )
+    parser.add_argument("--times", action="store_true", help="time X B, backward and step of the linear layers instead")
+    parser.add_argument("--blocks", type=shapes.positive, help="with --times: of the model, from the first (default: all)")
+    parser.add_argument("--rounds", type=shapes.positive, default=10, help="with --times: interleaved (default: %(default)s)")
     report.add_output_arguments(parser)
 
 
@@ -54,11 +57,16 @@ def run(args):
     out = report.Report(args, machine.describe("cpu"))
     out.say(machine.line(out.facts))
     try:
-        rows = [_row(name, make, args) for name, make in VARIANTS.items()]
+        rows = projected_times.rows(args) if args.times else [_row(name, make, args) for name, make in VARIANTS.items()]
     except ValueError as error:
         raise CommandError(f"--rank {args.rank}: {error}") from None
-    title = f"{args.model}, r = {args.rank}, {args.tokens} tokens a step, fp32: bytes of its linear layers, and of a step"
-    out.table(title, COLUMNS, rows)
+    what = f"{args.model}, r = {args.rank}, {args.tokens} tokens a step, fp32"
+    if args.times:
+        out.table(
+            f"{what}: the linear layers of {rows[0]['blocks']} blocks, steps without a refresh", projected_times.COLUMNS, rows
+        )
+    else:
+        out.table(f"{what}: bytes of its linear layers, and of a step", COLUMNS, rows)
     out.write()
     return 0
 
