@@ -1,4 +1,4 @@
-"""`lowrank bench projected`: what layers that give low-rank gradients save: gradients, activations, the peak of a step, and time."""
+"""`lowrank bench projected`: what layers of low-rank gradients save: gradients, activations, the peak of a step, and time."""
 
 import functools
 
@@ -62,9 +62,7 @@ def run(args):
         raise CommandError(f"--rank {args.rank}: {error}") from None
     what = f"{args.model}, r = {args.rank}, {args.tokens} tokens a step, fp32"
     if args.times:
-        out.table(
-            f"{what}: the linear layers of {rows[0]['blocks']} blocks, steps without a refresh", projected_times.COLUMNS, rows
-        )
+        out.table(f"{what}: {rows[0]['layers']} linear layers, steps without a refresh", projected_times.COLUMNS, rows)
     else:
         out.table(f"{what}: bytes of its linear layers, and of a step", COLUMNS, rows)
     out.write()

@@ -26,13 +26,13 @@ class Spent(NamedTuple):
 
 
 class Layers:
-    """The linear layers of the first decoder blocks of a model, each on an input of its own, with their optimizer."""
+    """The linear layers of a model, each on its own, with an optimizer that sees no gradient of anything else."""
 
     def __init__(self, config, make, tokens):
         torch.manual_seed(0)
-        blocks = models.build(config, dtype=torch.float32, device=torch.device("cpu")).model.layers
-        self.optimizer = make(blocks)
-        self.layers = [layer for _, layer in linear_layers(blocks)]
+        model = models.build(config, dtype=torch.float32, device=torch.device("cpu"))
+        self.optimizer = make(model)
+        self.layers = [layer for _, layer in linear_layers(model)]
         self.inputs, self.gradients = {}, {}
         for _ in range(SETTLED):
             self(FEW)
@@ -60,7 +60,7 @@ class Layers:
         return tuple(Spent(*(b - a for a, b in zip(times, times[1:]))) for times in (wall, cpu))
 
     def _input(self, layer, tokens):
-        return self._drawn(self.inputs, layer.weight.shape[1], tokens).requires_grad_(True)
+        return self._drawn(self.inputs, _width(layer), tokens).requires_grad_(True)
 
     @staticmethod
     def _drawn(kept, width, tokens):
@@ -81,57 +81,76 @@ class Layers:
             on = layer.projection
             once = on.shared is None or on.shared not in seen  # X B, of the layers that share it
             seen.add(on.shared)
-            inner = layer.in_features
+            inner = _width(layer)
             total += 2 * self.tokens * rank * (m + n - (0 if once else inner)) + 2 * rank * m * n
         return total
+
+
+def _width(layer):
+    """Of its input: transformers' Conv1D calls it nx."""
+    return layer.in_features if hasattr(layer, "in_features") else layer.nx
 
 
 def _clocks():
     return time.perf_counter(), time.process_time()
 
 
-def _groups(blocks, rank, **keys):
-    return GaLoreAdamW(param_groups(blocks, rank, update_proj_gap=NEVER, **keys))
+def _galore(model, rank):
+    return GaLoreAdamW(param_groups(model, rank, update_proj_gap=NEVER))
 
 
 def contenders(rank, tokens):
-    """{name: function from decoder blocks to their optimizer}."""
+    """{name: function from a model to its optimizer}."""
 
     def projected(side, share=False):
-        return lambda blocks: _groups(project_model(blocks, rank, side, tokens=tokens, share=share), rank)
+        return lambda model: _galore(project_model(model, rank, side, tokens=tokens, share=share), rank)
 
     return {
-        "adamw fused": lambda blocks: torch.optim.AdamW(blocks.parameters(), fused=True),
-        "galore": lambda blocks: _groups(blocks, rank),
+        "adamw fused": lambda model: torch.optim.AdamW(model.parameters(), fused=True),
+        "galore": lambda model: _galore(model, rank),
         "projected, left": projected("left"),
         "projected, right": projected("right"),
         "projected, right, shared": projected("right", share=True),
     }
 
 
-def rows(args):
-    """A row a contender, of interleaved rounds in random order."""
-    config = models.config(args.model)
-    config.num_hidden_layers = min(args.blocks or config.num_hidden_layers, config.num_hidden_layers)
-    running = {name: Layers(config, make, args.tokens) for name, make in contenders(args.rank, args.tokens).items()}
-    calls = {name: [] for name in running}
-    order, shuffle = list(running), random.Random(0).shuffle
-    for _ in range(args.rounds):
+def measured(model, names, *, rank, tokens, blocks=None, rounds=10):
+    """({name: its Layers}, {name: its calls}) of interleaved rounds in random order, on the first blocks of a model, or all."""
+    config = models.config(model)
+    config.num_hidden_layers = min(blocks or config.num_hidden_layers, config.num_hidden_layers)
+    makers = contenders(rank, tokens)
+    running = {name: Layers(config, makers[name], tokens) for name in names}
+    calls = {name: [] for name in names}
+    order, shuffle = list(names), random.Random(0).shuffle
+    for _ in range(rounds):
         shuffle(order)
         for name in order:
             calls[name].append(running[name]())
+    return running, calls
+
+
+def times_faster(calls, name, base, clock=0):
+    """Median over the rounds of how many times as long the base takes. clock: 0 wall time, 1 CPU time."""
+    ours, theirs = ([sum(call[clock]) for call in calls[one]] for one in (name, base))
+    return timing.quantile([b / a for a, b in zip(ours, theirs)], 0.5)
+
+
+def rows(args):
+    """A row a contender."""
+    names = tuple(contenders(args.rank, args.tokens))
+    running, calls = measured(args.model, names, rank=args.rank, tokens=args.tokens, blocks=args.blocks, rounds=args.rounds)
     return [
         {
             "variant": name,
             "model": args.model,
-            "blocks": config.num_hidden_layers,
+            "layers": len(running[name].layers),
             "rank": args.rank,
             "tokens": args.tokens,
             "flop": running[name].flop(args.rank),
             "samples": args.rounds,
             **_figures(calls, name),
         }
-        for name in running
+        for name in names
     ]
 
 
@@ -140,10 +159,8 @@ def _figures(calls, name):
     found = {f"{part}_s": timing.quantile([getattr(spent, part) for spent in wall], 0.5) for part in Spent._fields}
     found["total_s"] = timing.quantile([sum(spent) for spent in wall], 0.5)
     for base in BASES:
-        for at, clock in enumerate(("", "_cpu")):
-            ours, theirs = ([sum(call[at]) for call in calls[one]] for one in (name, base))
-            faster = timing.quantile([b / a for a, b in zip(ours, theirs)], 0.5)
-            found[f"over_{base.split()[0]}{clock}"] = faster
+        for clock, suffix in enumerate(("", "_cpu")):
+            found[f"over_{base.split()[0]}{suffix}"] = times_faster(calls, name, base, clock)
     return found
 
 

@@ -22,9 +22,9 @@ def test_rows(tmp_path, capsys):
     }
     assert {name: rows[name]["flop"] for name in flop} == flop
     assert rows["projected, right"]["flop"] == rows["projected, left"]["flop"]
-    for name, row in rows.items():
-        assert (row["blocks"], row["samples"]) == (1, 2) and row["total_s"] > 0
-        assert row["total_s"] >= row["backward_s"] / 2 > 0 and row["step_s"] > 0
+    for row in rows.values():
+        assert (row["layers"], row["samples"]) == (7, 2) and row["total_s"] > 0
+        assert row["total_s"] == pytest.approx(row["narrow_s"] + row["backward_s"] + row["step_s"])  # medians of two are means
     assert rows["adamw fused"]["over_adamw"] == rows["galore"]["over_galore_cpu"] == 1
     assert "projected, right, shared" in capsys.readouterr().out
 
