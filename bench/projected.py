@@ -7,7 +7,7 @@ import torch
 from lowrank_sys.bench import machine, projected_times, report, shapes
 from lowrank_sys.cli import CommandError
 from lowrank_sys.memory.live import LiveStorages
-from lowrank_sys.nn import causal_lm_loss, project_model
+from lowrank_sys.nn import causal_lm_loss, compare_sides, project_model
 from lowrank_sys.nn.linear_layers import linear_layers
 from lowrank_sys.optim import GaLoreAdamW, param_groups
 from lowrank_sys.train import models
@@ -64,6 +64,7 @@ def run(args):
     if args.times:
         out.table(f"{what}: {rows[0]['layers']} linear layers, steps without a refresh", projected_times.COLUMNS, rows)
     else:
+        out.show(f"{what}: bytes of a layer by the side of its basis", SIDES, _kinds(args))
         out.table(f"{what}: bytes of its linear layers, and of a step", COLUMNS, rows)
     out.write()
     return 0
@@ -79,9 +80,35 @@ COLUMNS = [
 ]
 
 
+def _cost(side):
+    return lambda row: " + ".join(report.size(part) for part in getattr(row[0], side))
+
+
+# Of (Sides of one of them, how many).
+SIDES = [
+    ("layers", lambda row: f"{row[1]} {row[0].name.rpartition('.')[2]}"),
+    ("weight", lambda row: "{} x {}".format(*row[0].shape)),
+    ("left: R and moments + basis + kept", _cost("left")),
+    ("right", _cost("right")),
+    ("auto", lambda row: row[0].cheaper),
+]
+
+
+def _kinds(args):
+    """(Sides of one, how many) of the layers of a name and a shape."""
+    kinds = {}
+    for one in compare_sides(_model(args), args.rank, tokens=args.tokens):
+        kinds.setdefault((one.name.rpartition(".")[2], one.shape), []).append(one)
+    return [(same[0], len(same)) for same in kinds.values()]
+
+
+def _model(args):
+    return models.build(models.config(args.model), dtype=torch.float32, device=torch.device("cpu"))
+
+
 def _row(name, make, args):
     torch.manual_seed(0)
-    model = models.build(models.config(args.model), dtype=torch.float32, device=torch.device("cpu"))
+    model = _model(args)
     chosen = [layer for _, layer in linear_layers(model)]
     optimizer = make(model, args.rank, args.tokens)
     draw = torch.Generator().manual_seed(0)

@@ -1,5 +1,6 @@
 """project_model and unproject_model: the linear layers of a model to ProjectedLinear and back, in place."""
 
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,12 +13,13 @@ from lowrank_sys.nn.projected_linear import ProjectedLinear, convert, revert
 from lowrank_sys.nn.quant_linear import QuantLinear
 from lowrank_sys.nn.quant_weight import is_quantized
 from lowrank_sys.nn.readers import read_by_others
+from lowrank_sys.nn.sides import Sides, in_words, sides
+
+logger = logging.getLogger(__name__)
 
 SIDES = ("left", "right", "auto")
 # Layers of one module that read the same input, by the names of transformers' models.
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
-# Bytes that R costs an element: two moments and its gradient in fp32.
-LOW_RANK_BYTES = 12
 
 
 def project_model(
@@ -37,7 +39,7 @@ def project_model(
         rank: r, the rank of the optimizer's groups.
         side: where the basis is. 'right': of a weight (out, in) on the input's side, a layer keeps X B (tokens, r) for backward in
             place of X (tokens, in). 'left': it keeps X. 'auto': for each layer the side that costs fewer bytes at `tokens`, of the
-            basis, R, its two moments, and what is kept.
+            basis, R, its two moments, and what is kept; the sums of both are logged (INFO), compare_sides has each layer's.
         target_modules: substrings of module names; a layer is projected if its name contains one. All by default.
         tokens: in one backward, for 'auto'.
         share: let layers that read the same input (FAMILIES: q, k and v, gate and up) have one basis on its side, chosen from all
@@ -45,17 +47,31 @@ def project_model(
 
     Raises ValueError for what is none of these, and for a weight that several modules share: its gradient is the sum of theirs.
     """
-    _expect_whole("rank", rank)
-    _expect_whole("tokens", tokens)
     if side not in SIDES:
         raise ValueError(f"side must be one of {', '.join(SIDES)}, got {side!r}")
-    chosen = _chosen(model, rank, target_modules)
-    for name, layer, full in chosen:
-        transposed, own = _transposed(layer), min(rank, full)
-        left = _cheaper_left(layer.weight, own, tokens, transposed) if side == "auto" else side == "left"
+    chosen = _chosen(model, rank, tokens, target_modules)
+    compared = _compared(chosen, tokens)
+    if side == "auto":
+        logger.info("project_model at %s tokens, %s", tokens, in_words(compared))
+    for (name, layer, own, transposed), both in zip(chosen, compared):
+        left = (both.cheaper if side == "auto" else side) == "left"
         convert(layer, own, left, transposed, _family(name) if share and left == transposed else None)
         put_last(model, name)
     return model
+
+
+def compare_sides(
+    model: nn.Module, rank: int = 128, *, tokens: int = 2048, target_modules: Sequence[str] | None = None
+) -> list[Sides]:
+    """What side='auto' of project_model compares: bytes of the left and of the right side, of each layer that it would project.
+
+    Raises ValueError as project_model does.
+    """
+    return _compared(_chosen(model, rank, tokens, target_modules), tokens)
+
+
+def _compared(chosen, tokens):
+    return [sides(name, layer.weight, own, tokens, transposed) for name, layer, own, transposed in chosen]
 
 
 def unproject_model(model: nn.Module) -> nn.Module:
@@ -80,8 +96,10 @@ def _expect_whole(name, value):
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
-def _chosen(model, rank, target_modules):
-    """[(name, layer, the rank its weight can have)]; ValueError where project_model refuses."""
+def _chosen(model, rank, tokens, target_modules):
+    """[(name, layer, its rank, whether its weight is (in, out))]; ValueError where project_model refuses."""
+    _expect_whole("rank", rank)
+    _expect_whole("tokens", tokens)
     owners, read = {}, read_by_others(model)
     for name, module in model.named_modules():
         for param in module._parameters.values():
@@ -104,7 +122,7 @@ def _chosen(model, rank, target_modules):
         if hasattr(layer, CONTAINER):
             raise ValueError(f"{name} has the low-rank gradients of an optimizer: call its release() first")
         if full >= rank or (full > 0 and is_quantized(weight)):
-            found.append((name, layer, full))
+            found.append((name, layer, min(rank, full), type(layer).__name__ == "Conv1D"))
     if not found:
         raise ValueError(f"model has no trainable linear layer to project at rank {rank}, got {type(model).__name__}")
     return found
@@ -115,16 +133,3 @@ def _computes_plainly(layer):
     is computed."""
     plain = type(layer).forward in (nn.Linear.forward, QuantLinear.forward) or type(layer).__name__ == "Conv1D"
     return plain and "forward" not in vars(layer) and layer._parameters.get("weight") is not None
-
-
-def _transposed(layer):
-    """Whether the weight is (in, out)."""
-    return type(layer).__name__ == "Conv1D"
-
-
-def _cheaper_left(weight, rank, tokens, transposed):
-    out, inner = weight.shape[::-1] if transposed else weight.shape
-    size = weight.element_size()
-    on_input = LOW_RANK_BYTES * rank * out + size * rank * inner + size * tokens * rank
-    on_output = LOW_RANK_BYTES * rank * inner + size * rank * out + size * tokens * inner
-    return (on_input <= on_output) == transposed
