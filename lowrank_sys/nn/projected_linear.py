@@ -32,12 +32,12 @@ class _LowRankGradient(torch.autograd.Function):
         rows = _rows(grad_out)
         r = sketch = None
         if ctx.on_input:
-            r = project(rows, narrow, left=True)
+            r = _outer(narrow, rows)
         else:
-            r = project(x, ctx.store.project_rows(rows, basis, ctx.rank), left=True)
+            r = _outer(ctx.store.project_rows(rows, basis, ctx.rank), x)
         if omega is not None:
             a, b = (rows, x) if ctx.on_input else (x, rows)
-            sketch = project(b, project(a, omega, left=False), left=True)
+            sketch = _outer(project(a, omega, left=False), b)
         if not ctx.left:
             r = r.T
         elif sketch is not None:
@@ -48,6 +48,11 @@ class _LowRankGradient(torch.autograd.Function):
 def _rows(x):
     """x (..., k) as (tokens, k)."""
     return x.detach().reshape(-1, x.shape[-1]).contiguous()
+
+
+def _outer(thin, wide):
+    """thinᵀ wide, of (tokens, r) and (tokens, k): (r, k) fp32. In bf16 both, which GPUs multiply fast; fp16 may have no room."""
+    return project(wide, thin.to(wide.dtype) if wide.dtype == torch.bfloat16 else thin, left=True)
 
 
 class Shared:
