@@ -8,7 +8,8 @@ from torch import nn
 
 from lowrank_sys._ops import FLOATS
 from lowrank_sys.nn.coefficient import CONTAINER, put_last, restore_order
-from lowrank_sys.nn.linear_layers import linear_layers
+from lowrank_sys.nn.linear_layers import experts, linear_layers
+from lowrank_sys.nn.projected_experts import convert_experts, projected_layers, revert_experts, why_not
 from lowrank_sys.nn.projected_linear import ProjectedLinear, convert, revert
 from lowrank_sys.nn.quant_linear import QuantLinear
 from lowrank_sys.nn.quant_weight import is_quantized
@@ -29,10 +30,10 @@ def project_model(
     """Let the linear layers of a model give low-rank gradients in backward, in place (ProjectedLinear); returns the model.
 
     The layers are those that `lowrank_sys.optim.param_groups` trains in a subspace, as far as they are nn.Linear, transformers'
-    Conv1D or QuantLinear, or a subclass that computes as they do. Others (LoRA's, experts stacked in one parameter, layers whose
-    weight the module around them reads) stay as they are: the same optimizer projects their gradients itself. So do frozen ones,
-    and those with a side below the rank; an INT8 weight is then projected at the rank it has. A layer keeps its parameters, its
-    hooks and its place.
+    Conv1D or QuantLinear, or a subclass that computes as they do, and transformers' experts stacked in one parameter
+    (ProjectedExperts). Others (LoRA's, layers whose weight the module around them reads) stay as they are: the same optimizer
+    projects their gradients itself. So do frozen ones, and those with a side below the rank; an INT8 weight is then projected at
+    the rank it has. A layer keeps its parameters, its hooks and its place.
 
     Args:
         model: nn.Module with weights in fp32, bf16, fp16 or INT8.
@@ -49,37 +50,50 @@ def project_model(
     """
     if side not in SIDES:
         raise ValueError(f"side must be one of {', '.join(SIDES)}, got {side!r}")
-    chosen = _chosen(model, rank, tokens, target_modules)
-    compared = _compared(chosen, tokens)
+    chosen, stacks = _chosen(model, rank, tokens, target_modules)
+    compared = _compared(chosen, stacks, tokens, rank)
     if side == "auto":
         logger.info("project_model at %s tokens, %s", tokens, in_words(compared))
     for (name, layer, own, transposed), both in zip(chosen, compared):
         left = (both.cheaper if side == "auto" else side) == "left"
         convert(layer, own, left, transposed, _family(name) if share and left == transposed else None)
         put_last(model, name)
+    lefts = {both.name: (both.cheaper if side == "auto" else side) == "left" for both in compared}
+    for path, module, names in stacks:
+        convert_experts(module, {name: (rank, lefts[f"{path}.{name}"]) for name in names})
+        for name, _ in projected_layers(module):
+            put_last(model, f"{path}.{name}")
     return model
 
 
 def compare_sides(
     model: nn.Module, rank: int = 128, *, tokens: int = 2048, target_modules: Sequence[str] | None = None
 ) -> list[Sides]:
-    """What side='auto' of project_model compares: bytes of the left and of the right side, of each layer that it would project.
+    """What side='auto' of project_model compares: bytes of the left and of the right side, of each layer that it would project, and
+    of each stack of experts, of which an equal share of the tokens is assumed.
 
     Raises ValueError as project_model does.
     """
-    return _compared(_chosen(model, rank, tokens, target_modules), tokens)
+    return _compared(*_chosen(model, rank, tokens, target_modules), tokens, rank)
 
 
-def _compared(chosen, tokens):
-    return [sides(name, layer.weight, own, tokens, transposed) for name, layer, own, transposed in chosen]
+def _compared(chosen, stacks, tokens, rank):
+    found = [sides(name, layer.weight, own, tokens, transposed) for name, layer, own, transposed in chosen]
+    for path, module, names in stacks:
+        for name in names:
+            stack = module._parameters[name]
+            count = len(stack)
+            of_one = max(1, tokens * getattr(module.config, "num_experts_per_tok", count) // count)
+            found.append(sides(f"{path}.{name}", stack[0], rank, of_one, False).times(count))
+    return found
 
 
 def unproject_model(model: nn.Module) -> nn.Module:
     """The inverse: layers whose weights get gradients as any do; returns the model. ValueError if it has no ProjectedLinear."""
-    layers = [module for module in model.modules() if isinstance(module, ProjectedLinear)]
-    if not layers:
+    if not any(isinstance(module, ProjectedLinear) for module in model.modules()):
         raise ValueError(f"model has no projected layers, got {type(model).__name__}")
-    for layer in layers:
+    revert_experts(model)
+    for layer in [module for module in model.modules() if isinstance(module, ProjectedLinear)]:
         revert(layer)
     restore_order(model)
     return model
@@ -97,7 +111,7 @@ def _expect_whole(name, value):
 
 
 def _chosen(model, rank, tokens, target_modules):
-    """[(name, layer, its rank, whether its weight is (in, out))]; ValueError where project_model refuses."""
+    """[(name, layer, its rank, whether its weight is (in, out))], and _chosen_experts; ValueError where project_model refuses."""
     _expect_whole("rank", rank)
     _expect_whole("tokens", tokens)
     owners, read = {}, read_by_others(model)
@@ -123,9 +137,26 @@ def _chosen(model, rank, tokens, target_modules):
             raise ValueError(f"{name} has the low-rank gradients of an optimizer: call its release() first")
         if full >= rank or (full > 0 and is_quantized(weight)):
             found.append((name, layer, min(rank, full), type(layer).__name__ == "Conv1D"))
-    if not found:
+    stacks = _chosen_experts(model, rank, target_modules)
+    if not found and not stacks:
         raise ValueError(f"model has no trainable linear layer to project at rank {rank}, got {type(model).__name__}")
-    return found
+    return found, stacks
+
+
+def _chosen_experts(model, rank, target_modules):
+    """[(name, module of experts, names of its stacks)]."""
+    found = {}
+    for full_name, stack in experts(model, target_modules):
+        path, _, name = full_name.rpartition(".")
+        if not stack.requires_grad or min(stack.shape[1:]) < rank:
+            continue
+        module = model.get_submodule(path)
+        if stack.dtype not in FLOATS:
+            raise ValueError(f"{full_name} must be float32, bfloat16 or float16, got {stack.dtype}")
+        if why := why_not(module, name):
+            raise ValueError(f"{full_name} must {why}, got {type(module).__name__}: leave it out by target_modules")
+        found.setdefault(path, (path, module, []))[2].append(name)
+    return list(found.values())
 
 
 def _computes_plainly(layer):

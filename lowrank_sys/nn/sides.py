@@ -19,12 +19,16 @@ class Cost(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """A layer with the basis on the left of its weight (m, n) and on the right."""
+    """A layer, or a stack of experts, with the basis on the left of its weight (m, n) and on the right."""
 
     name: str
     shape: tuple[int, int]
     left: Cost
     right: Cost
+
+    def times(self, count):
+        """Of so many layers of this shape."""
+        return self._replace(left=Cost(*(count * part for part in self.left)), right=Cost(*(count * part for part in self.right)))
 
     @property
     def cheaper(self):
