@@ -1,6 +1,7 @@
 """`lowrank bench projected`: what layers of low-rank gradients save: gradients, activations, the peak of a step, and time."""
 
 import functools
+import gc
 
 import torch
 
@@ -72,12 +73,26 @@ def run(args):
 
 COLUMNS = [
     ("variant", lambda row: row["variant"]),
+    ("of a weight's size, made in backward", lambda row: report.number(row["dense_in_backward"], "{}")),
     ("gradients", lambda row: report.size(row["gradient_bytes"])),
     ("kept for backward", lambda row: report.size(row["kept_bytes"])),
     ("while first bases are due", lambda row: report.size(row["kept_at_first_bytes"])),
     ("state", lambda row: report.size(row["state_bytes"])),
     ("peak of a step beside weights and state", lambda row: report.size(row["step_peak_bytes"])),
 ]
+
+
+class _Backward(LiveStorages):
+    """Also counts the tensors of a weight's shape that are made while `counting`."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self._shapes = {tuple(sorted(weight.shape)) for weight in weights}
+        self.counting, self.dense = False, 0
+
+    def track(self, tensor, category=None):
+        super().track(tensor, category)
+        self.dense += self.counting and tuple(sorted(tensor.shape)) in self._shapes
 
 
 def _cost(side):
@@ -107,6 +122,7 @@ def _model(args):
 
 
 def _row(name, make, args):
+    gc.collect()  # a model and its optimizer hold each other
     torch.manual_seed(0)
     model = _model(args)
     chosen = [layer for _, layer in linear_layers(model)]
@@ -123,8 +139,12 @@ def _row(name, make, args):
         optimizer.step()
         optimizer.zero_grad()
     kept = kept_bytes(chosen, lambda: loss(args.tokens))
-    with LiveStorages() as live:
-        loss(args.tokens).backward()
+    with _Backward(layer.weight for layer in chosen) as live:
+        found = loss(args.tokens)
+        live.counting = True
+        found.backward()
+        live.counting = False
+        del found
         grads = [p.grad for layer in chosen for p in layer.parameters() if p.grad is not None]
         gradient_bytes = sum({g.untyped_storage()._cdata: g.untyped_storage().nbytes() for g in grads}.values())
         del grads
@@ -136,6 +156,8 @@ def _row(name, make, args):
         "model": args.model,
         "rank": args.rank,
         "tokens": args.tokens,
+        # activations of as many tokens as a weight has rows would count
+        "dense_in_backward": None if any(args.tokens in layer.weight.shape for layer in chosen) else live.dense,
         "gradient_bytes": gradient_bytes,
         "kept_bytes": kept,
         "kept_at_first_bytes": kept_at_first,
