@@ -114,3 +114,23 @@ def test_a_scaler_that_finds_an_infinity(side):
         assert all(p.isfinite().all() for p in model.parameters())
         models.append(model)
     assert_same(*models, **CLOSE)
+
+
+@BOTH
+def test_a_hook_that_replaces_the_gradient(side):
+    """Is as changing it by hand before the step."""
+    (model, optimizer), (other, second) = pair(side)[0], pair(side)[0]
+    for name, p in model.named_parameters():
+        if "low_rank_gradients" in name:
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", 0.25 * p.grad))
+    for step in range(STEPS):
+        backward(model, step)
+        backward(other, step)
+        for name, p in other.named_parameters():
+            if "low_rank_gradients" in name:
+                p.grad.mul_(0.25)
+        optimizer.step()
+        second.step()
+        optimizer.zero_grad()
+        second.zero_grad()
+    assert_same(model, other)
