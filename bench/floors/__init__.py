@@ -3,7 +3,7 @@
 import shlex
 
 from lowrank_sys.bench import machine, report, timing
-from lowrank_sys.bench.floors import blockwise, int4, int8, memory, orthogonalize, refresh, roofline, steps
+from lowrank_sys.bench.floors import blockwise, int4, int8, memory, orthogonalize, projected, refresh, roofline, steps
 from lowrank_sys.bench.floors.floor import processor_class
 from lowrank_sys.cli import CommandError
 
@@ -15,6 +15,7 @@ FLOORS = [
     *orthogonalize.FLOORS,
     *blockwise.FLOORS,
     *roofline.FLOORS,
+    *projected.FLOORS,
     *memory.FLOORS,
 ]
 PEERS = {

@@ -3,7 +3,7 @@
 from lowrank_sys.nn.chunked_loss import causal_lm_loss, chunked_loss
 from lowrank_sys.nn.from_config import quantized_from_config
 from lowrank_sys.nn.pretrained import quantized_from_pretrained, save_quantized
-from lowrank_sys.nn.project import project_model, unproject_model
+from lowrank_sys.nn.project import compare_sides, project_model, unproject_model
 from lowrank_sys.nn.projected_linear import ProjectedLinear
 from lowrank_sys.nn.quant_linear import QuantLinear
 from lowrank_sys.nn.quant_weight import QuantWeight, is_quantized
@@ -15,6 +15,7 @@ __all__ = [
     "QuantWeight",
     "causal_lm_loss",
     "chunked_loss",
+    "compare_sides",
     "dequantize_model",
     "is_quantized",
     "project_model",

@@ -21,7 +21,7 @@ class _LowRankGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, x, narrow, coefficient, sketch, omega, left, store, *basis):
-        ctx.left, ctx.on_input, ctx.store = left, narrow is not None, store
+        ctx.left, ctx.on_input, ctx.store, ctx.rank = left, narrow is not None, store, coefficient.shape[0 if left else 1]
         wide = _rows(x.to(y.dtype)) if narrow is None or omega is not None else None
         ctx.save_for_backward(narrow, wide, omega, *(() if ctx.on_input else basis))
         return y
@@ -33,12 +33,12 @@ class _LowRankGradient(torch.autograd.Function):
         rows = _rows(grad_out)
         r = sketch = None
         if ctx.on_input:
-            r = project(rows, narrow, left=True)
+            r = _outer(narrow, rows)
         else:
-            r = project(x, _onto(rows, ctx.store, basis), left=True)
+            r = _outer(ctx.store.project_rows(rows, basis, ctx.rank), x)
         if omega is not None:
             a, b = (rows, x) if ctx.on_input else (x, rows)
-            sketch = project(b, project(a, omega, left=False), left=True)
+            sketch = _outer(project(a, omega, left=False), b)
         if not ctx.left:
             r = r.T
         elif sketch is not None:
@@ -51,9 +51,9 @@ def _rows(x):
     return x.detach().reshape(-1, x.shape[-1]).contiguous()
 
 
-def _onto(rows, store, basis):
-    """rows (tokens, d) times the basis (d, r): (tokens, r) fp32."""
-    return store.project(rows, {**dict(zip(store.keys, basis)), "left": False})
+def _outer(thin, wide):
+    """thinᵀ wide, of (tokens, r) and (tokens, k): (r, k) fp32. In bf16 both, which GPUs multiply fast; fp16 may have no room."""
+    return project(wide, thin.to(wide.dtype) if wide.dtype == torch.bfloat16 else thin, left=True)
 
 
 class Shared:
@@ -85,7 +85,7 @@ class Projection:
 
     left: whether the basis is on the left of the weight. transposed: whether the weight is (in, out). family: a name that layers
     which share one basis have in common, or None; shared: what they share (Shared), while an optimizer serves them.
-    store, basis: how the basis is kept (lowrank_sys.subspace.basis), and its tensors; () as long as there is none.
+    store, basis, rank: how the basis is kept (lowrank_sys.subspace.basis), its tensors, () as long as there is none, and r.
     omega: (k, l) of the sketch that backward owes the next basis, None if none is due. sketch: the leaf that gets it.
     """
 
@@ -99,7 +99,7 @@ class Projection:
         return self.left == self.transposed
 
     def clear(self):
-        self.shared = None
+        self.shared = self.rank = None
         self.serve(None, ())
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ class Projection:
             return None
 
         def make():
-            return _onto(_rows(x.to(dtype)), self.store, self.basis).to(dtype)
+            return self.store.project_rows(_rows(x.to(dtype)), self.basis, self.rank).to(dtype)
 
         return make() if self.shared is None else self.shared.narrow(x, dtype, make)
 

@@ -170,7 +170,7 @@ class Accumulate(Hooked):
         optimizer.make_states(self._layers)
         for members in self._families:
             states, shared = [optimizer.state[weight] for weight in members], Shared(len(members))
-            keys = store_of(states[0]).keys
+            keys = store_of(states[0]).present(states[0])
             if all(state["countdown"] <= COLD for state in states):
                 for state in states[1:]:
                     state.update({key: states[0][key] for key in ("seed", "first_gap")})
@@ -214,8 +214,9 @@ class Accumulate(Hooked):
     def _serve_layer(self, optimizer, group, weight):
         state, on = optimizer.state[weight], self._layers[weight].projection
         self._fit(optimizer, weight, self.coefficients[weight], state)
-        store, on.left = store_of(state), state["left"]
-        basis, omega = [state[key] for key in store.keys], optimizer.pipeline.directions(group, weight, state)
+        store = store_of(state)
+        on.left, on.rank = state["left"], store.rank(state)
+        basis, omega = [state[key] for key in store.present(state)], optimizer.pipeline.directions(group, weight, state)
         if omega is None:
             on.serve(store, basis)
         else:

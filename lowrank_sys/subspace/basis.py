@@ -17,6 +17,7 @@ class Dense:
 
     name = "dense"  # in the table of fused steps
     keys = ("basis",)
+    optional = ()  # keys that only some states have
     categories = {"basis": "basis"}
     orthonormal = True  # BᵀB is I, to rounding
     options = {}  # what a state keeps beside the tensors
@@ -27,6 +28,14 @@ class Dense:
 
     def rank(self, state):
         return state["basis"].shape[1]
+
+    def present(self, state):
+        """The keys that this state has of a basis."""
+        return (*self.keys, *(key for key in self.optional if key in state))
+
+    def project_rows(self, x, tensors, rank):
+        """x (tokens, d) times the basis that `tensors` are, as `present` orders them: (tokens, rank) fp32."""
+        return self.project(x, {**dict(zip((*self.keys, *self.optional), tensors)), "left": False, "rank": rank})
 
     def fits(self, d, state):
         """Whether this is a basis of vectors of d entries."""
@@ -113,6 +122,8 @@ class Key(Dense):
     orthonormal = False
 
     def rank(self, state):
+        if "rank" in state:
+            return state["rank"]
         return state["exp_avg"].shape[0 if state["left"] else 1]  # a key does not know it
 
     def fits(self, d, state):
@@ -137,7 +148,7 @@ class Rows(Dense):
     """`indices` int32 (r,) of rows of the identity, and where they are drawn `row_scale` fp32 (r,): R gathers, back scatters."""
 
     name = "rows"
-    keys = ("indices",)
+    keys, optional = ("indices",), ("row_scale",)
     categories = {"indices": "basis", "row_scale": "basis"}
     orthonormal = False  # where rows are scaled
 

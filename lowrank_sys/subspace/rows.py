@@ -60,6 +60,8 @@ class Rows(Kind):
         rank, (m, n) = indices.shape[0], grad.shape
         most = m if due.left else n
         expect(rank <= most, OP, lambda: f"rank must be at most {most} for a gradient of shape ({m}, {n}), got {rank}")
+        if due.sketched:  # its other axis is not the gradient's
+            m, n = (m, None) if due.left else (None, n)
         expect_carried(due, (rank, n) if due.left else (m, rank), grad.device)
 
     def renew(self, due):

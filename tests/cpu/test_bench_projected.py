@@ -12,6 +12,8 @@ def test_rows(tmp_path, capsys):
     path = tmp_path / "rows.json"
     assert cli.main(["bench", "projected", "--model", "llama-1m", "--rank", "32", "--tokens", "256", "--json", str(path)]) == 0
     rows = {row["variant"]: row for row in json.loads(path.read_text())}
+    for name, row in rows.items():
+        assert row["dense_in_backward"] == (0 if name.startswith("projected") else 14)
     gradients = {name: row["gradient_bytes"] for name, row in rows.items()}
     dense, left, right = (8 * (4 * 192 * 192 + 3 * 192 * 512), 8 * 32 * (6 * 192 + 512), 8 * 32 * (5 * 192 + 2 * 512))
     assert gradients["adamw"] == gradients["galore"] == dense

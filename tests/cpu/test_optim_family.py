@@ -268,7 +268,7 @@ def test_in_backward_clips_by_the_last_norm(name):
     assert norms[1] < 0.7 * norms[0] and all(p.isfinite().all() for p in tight.parameters())
 
 
-@EACH
+@pytest.mark.parametrize("name", [name for name in FAMILY if not name.startswith("grass")])  # its rows may come from sketches
 def test_accumulation_is_refused(name):
     with pytest.raises(ValueError, match="per_layer='accumulate' needs a rule that can start from R, got .*AdamW"):
         FAMILY[name](model(), per_layer="accumulate")
@@ -375,7 +375,7 @@ def test_compiles_without_a_break(name):
         (FrugalAdamW, {"options": {"inactive_update_rule": "no"}}, "inactive_update_rule must be one of sign_sgd, sgd, got 'no'"),
         (GrassAdamW, {"subspace": "randomized"}, "subspace must be one of top, sample, sample_replace, got 'randomized'"),
         (GrassAdamW, {"moments": "rotate"}, "moments must be one of keep, reset, got 'rotate'"),
-        (GrassAdamW, {"refresh": "next"}, "refresh must be one of now, got 'next'"),
+        (GrassAdamW, {"refresh": "later"}, "refresh must be one of now, next, got 'later'"),
         (GrassAdamW, {"options": {"betas": (1.0, 0.9)}}, r"betas\[0\] must be in \[0, 1\), got 1.0"),
     ],
     ids=str,
