@@ -116,14 +116,14 @@ MUTANTS = (
         "csrc/core/block.h",
         "block.sync();\n    return sum;",
         "return sum;",
-        ("tests/host/test_host.py::test_sanitizer[thread]",),
+        ("tests/host/test_executables.py::test_sanitizer[thread]",),
     ),
     Mutant(
         "no barrier between random bits and rounding",
         "csrc/core/int8.h",
         "block.sync();\n    int8_round<V, false>(block, codes, update, random, n, inverse, 1.0f, u);",
         "int8_round<V, false>(block, codes, update, random, n, inverse, 1.0f, u);",
-        ("tests/host/test_host.py::test_sanitizer[thread]",),
+        ("tests/host/test_executables.py::test_sanitizer[thread]",),
     ),
     # csrc/cpu
     Mutant(
