@@ -249,6 +249,7 @@ def test_no_memory_of_the_size_of_the_weight(kind, left):
     assert memory("VmHWM") - before < 4096 * 4096 // 2  # half of G's codes
 
 
+@pytest.mark.full
 @native
 @pytest.mark.skipif(sys.platform != "linux", reason="MALLOC_PERTURB_ is glibc's")
 def test_no_read_of_uninitialised_memory():

@@ -417,6 +417,7 @@ def test_no_memory_of_the_size_of_the_weight(kind, left):
     assert memory("VmHWM") - before < 4096 * 4096  # a quarter of the weight in fp32
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="MALLOC_PERTURB_ is glibc's")
 def test_no_read_of_uninitialised_memory():
     """Allocations come filled with 3e38: the same tests must still pass."""
