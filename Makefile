@@ -11,7 +11,7 @@ PEERS = galore-torch apollo-torch bitsandbytes
 RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY = $(VENV:%=%/.ready)
 LOWRANK = $(RUN) -m lowrank_sys
-PYTEST = $(RUN) -m pytest --durations=5 $(if $(FULL),--full)
+PYTEST = $(RUN) -m pytest --durations=10 $(if $(FULL),--full)
 # One thread a worker: two thread pools on the same cores would wait for each other.
 WORKERS ?= 2
 SPREAD = OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS)

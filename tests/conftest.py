@@ -1,6 +1,7 @@
 """What each lane proved, in a line at its end; counted over the processes that a lane is spread over."""
 
 import collections
+import os
 
 import pytest
 
@@ -13,6 +14,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: takes long and seldom breaks; runs with --full")
+    if config.getoption("--full"):
+        os.environ.setdefault("LOWRANK_FUZZ", "25")
 
 
 def pytest_collection_modifyitems(config, items):

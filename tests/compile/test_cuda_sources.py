@@ -1,4 +1,7 @@
-"""csrc/cuda builds for every architecture with no GPU: no spills, and 16-byte accesses where the data are aligned."""
+"""csrc/cuda builds for every architecture with no GPU: no spills, and 16-byte accesses where the data are aligned.
+
+Without --full for the H100 alone.
+"""
 
 import concurrent.futures
 import re
@@ -10,15 +13,21 @@ pytest.importorskip("triton")
 from lowrank_sys.bench.static import sources
 from lowrank_sys.bench.static.cases import ARCHS
 
+USUAL = 90
+EVERY_ARCH = pytest.mark.parametrize("arch", [pytest.param(a, marks=[pytest.mark.full] * (a != USUAL)) for a in ARCHS])
+EVERY_SOURCE = pytest.mark.parametrize("source", sources.names())
+
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    """Object file of each source, with code for every architecture."""
+def objects(request, tmp_path_factory):
+    """Object file of each source, with code for every architecture that a selected test asks for."""
     if sources.compiler() is None:
         pytest.skip("nvcc is not installed")
+    items = [item for item in request.session.items if "objects" in getattr(item, "fixturenames", ())]
+    archs = sorted({item.callspec.params["arch"] for item in items if hasattr(item, "callspec")} | {USUAL})
     folder = tmp_path_factory.mktemp("cuda")
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # each waits for an nvcc of its own
-        return dict(zip(sources.names(), pool.map(lambda name: sources.compile_source(name, folder), sources.names())))
+        return dict(zip(sources.names(), pool.map(lambda name: sources.compile_source(name, folder, archs), sources.names())))
 
 
 def test_every_source_says_which_kernels_move_wide():
@@ -30,8 +39,8 @@ def test_the_architectures_are_those_of_the_build():
     assert ARCHS == tuple(map(int, re.findall(r'"(\d+)"', listed)))
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("source", sources.names())
+@EVERY_ARCH
+@EVERY_SOURCE
 def test_fits(objects, source, arch, proven):
     kernels = sources.kernels(objects[source], arch)
     assert kernels
@@ -42,8 +51,8 @@ def test_fits(objects, source, arch, proven):
         proven["cuda"].append((sources.readable(name).partition("<")[0], name, arch, build))
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("source", sources.names())
+@EVERY_ARCH
+@EVERY_SOURCE
 def test_wide_accesses(objects, source, arch):
     kernels = sources.kernels(objects[source], arch)
     for wide in sources.WIDE[source]:
@@ -55,11 +64,11 @@ def test_wide_accesses(objects, source, arch):
 
 def test_int4_values_round_one_by_one(objects):
     """offset + scale * code is a product and a sum, for the same bits as on the CPU."""
-    (build,) = (build for name, build in sources.kernels(objects["int4.cu"], ARCHS[0]).items() if "dequantize" in name)
+    (build,) = (build for name, build in sources.kernels(objects["int4.cu"], USUAL).items() if "dequantize" in name)
     assert "FMUL" in build.sass and "FADD" in build.sass and not re.search(r"\bFFMA\b", build.sass)
 
 
 def test_sums_of_squares_round_one_by_one(objects):
     """No fused multiply-add before the square root, whose library code has some."""
-    for name, build in sources.kernels(objects["norms.cu"], ARCHS[0]).items():
+    for name, build in sources.kernels(objects["norms.cu"], USUAL).items():
         assert "FADD" in build.sass and not re.search(r"\bFFMA\b", build.sass.partition("MUFU.RSQ")[0]), name

@@ -1,6 +1,6 @@
 """Every kernel and configuration fits every architecture: shared memory, registers, no spills, tensor cores in the products.
 
-By default each configuration is built once per architecture, in variants (side, types, arguments, sizes) chosen to cover all
+With --full each configuration is built once per architecture, in variants (side, types, arguments, sizes) chosen to cover all
 pairs, and the step at r = 128 on both sides, with a basis in INT4 too. LOWRANK_COMPILE=all builds the full product (days).
 """
 
@@ -38,13 +38,16 @@ def test_every_kernel_is_built():
 
 
 def chosen():
-    """The cover; without --full on sm_90 and, in turn, on one other architecture for each configuration."""
+    """The cover; without --full of each configuration the required builds of sm_90, or those of one architecture, in turn."""
     if os.environ.get("LOWRANK_COMPILE") == "all":
         return cases.everything()
-    others = [arch for arch in cases.ARCHS if arch != 90]
-    rows = {row: i for i, row in enumerate(dict.fromkeys(case.row for case in cases.cover()))}
-    usual = [case.arch in (90, others[rows[case.row] % len(others)]) for case in cases.cover()]
-    return [case if is_usual else pytest.param(case, marks=pytest.mark.full) for case, is_usual in zip(cases.cover(), usual)]
+    cover, archs = cases.cover(), {}
+    for case in cover:
+        archs.setdefault(case.row, []).append(case.arch)
+    turns = {}
+    for i, (row, found) in enumerate(archs.items()):
+        turns[row] = 90 if 90 in found and cases.required(90, row) else found[i % len(found)]
+    return [case if case.arch == turns[case.row] else pytest.param(case, marks=pytest.mark.full) for case in cover]
 
 
 @pytest.mark.parametrize("case", chosen(), ids=str)

@@ -40,6 +40,7 @@ def before(patch, folder, code):
     patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
 
 
+@pytest.mark.full
 def test_a_dry_run_goes_through_all_phases(monkeypatch, tmp_path):
     """Where datasets and the peers cannot be imported. One test: it takes a minute."""
     out = tmp_path / "out"

@@ -7,6 +7,7 @@ import pytest
 from lowrank_sys import cli
 
 
+@pytest.mark.full
 def test_plan_and_run(tmp_path, capsys):
     (tmp_path / "text").mkdir()
     for i in range(20):

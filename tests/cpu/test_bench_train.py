@@ -42,6 +42,7 @@ def flags(tmp_path):
     ]
 
 
+@pytest.mark.full
 def test_a_run_for_each_seed(flags, tmp_path, capsys):
     command, rest = flags
     outputs = ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png")]

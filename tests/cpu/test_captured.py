@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fuzz.harness import same_bits
+from cases.case import same_bits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

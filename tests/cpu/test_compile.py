@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fuzz import FUZZ
-from fuzz.harness import Draw, overload, replace, same_bits, tensors_of
+from cases import CASES
+from cases.case import overload, replace, same_bits, tensors_of
+from cases.draw import Simplest
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -63,30 +64,11 @@ def test_the_plain_op_with_tensors():
 LISTS = [name for name, schema in _ops.SCHEMAS.items() if "[] steps" in schema and "grad_scale" in schema]
 
 
-class First(Draw):
-    """The simplest choice each time, and no hostile value."""
-
-    def __init__(self):
-        super().__init__(None)
-
-    def of(self, *values):
-        return values[0]
-
-    def integer(self, low, high):
-        return low
-
-    def size(self, least=0, most=300):
-        return min(max(least, 16), most)
-
-    def values(self, *shape, dtype=torch.float32, hostile=True):
-        return super().values(*shape, dtype=dtype, hostile=False)
-
-
 @pytest.mark.parametrize("op", LISTS)
 def test_a_list_op_is_compiled_once(op):
     """Steps, rate, grad_scale and found_inf change, the graph does not."""
     function = overload(op)
-    arguments = FUZZ[op].arguments(First())
+    arguments = CASES[op].arguments(Simplest())
     known = {argument.name for argument in function._schema.arguments}
 
     def run(values, guards):

@@ -97,6 +97,7 @@ def test_tokens_of_a_data_set_are_kept_until_it_changes(tmp_path, remote, monkey
     assert data.load(f"{tmp_path / 'set'}:train", seq_len=16).digest() == before.digest() != local.digest()
 
 
+@pytest.mark.full
 def test_offline_what_was_prepared_is_read(tmp_path):
     """In a process of its own: the library looks at HF_DATASETS_OFFLINE once."""
     write(tmp_path / "set")

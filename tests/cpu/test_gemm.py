@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lanes import usual
 from test_native_ops import FLOATS, LOW_RANK, inputs
 
 from lowrank_sys import backends
@@ -34,7 +35,7 @@ def test_project(shape, dtype, left):
     assert ((got.double() - a.double() @ b.double()).abs() <= bound(a, b)).all()
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.0, 0.9])
+@pytest.mark.parametrize("beta", usual([0.9], 0.0, 1.0))
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,6 +1,7 @@
 """The house: imports run one way, and parts know each other by what they declare."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -33,6 +34,11 @@ TORCH = {"_parameters", "_buffers"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name not in ("__init__.py", "__main__.py") or path.parent != ROOT)
 
 
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text())
+
+
 def name_of(path):
     return path.relative_to(ROOT).as_posix()
 
@@ -52,24 +58,26 @@ def imports(tree):
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_run_one_way(path):
     room = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    for module, _ in imports(ast.parse(path.read_text())):
+    for module, _ in imports(tree_of(path)):
         other = module.split(".")[1]
         if other in FLOOR and room in FLOOR:
             assert FLOOR[other] <= FLOOR[room], f"{name_of(path)} imports {module}, which stands above it"
         assert other != "reference" or room in ORACLE, f"{name_of(path)} imports the oracle"
 
 
+@functools.cache
 def classes():
     """{class: its file} of the parts."""
     return {
         node.name: name_of(path)
         for path in FILES
         if name_of(path).startswith(PARTS)
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.ClassDef)
     }
 
 
+@functools.cache
 def private_names():
     """{private name that a class of the parts defines: the files that do}."""
     found = {}
@@ -85,7 +93,7 @@ def private_names():
 def test_parts_know_what_others_declare_alone(path):
     """No private name of another file's class, and no question what another part is."""
     private, known = private_names(), classes()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Attribute) and node.attr in private.keys() - TORCH:
             mine = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
             assert mine or name_of(path) in private[node.attr], f"{name_of(path)}:{node.lineno} reads {ast.unparse(node)}"

@@ -1,14 +1,12 @@
 """Products in INT8: codes against brute force, C++ against the oracle to the bit, and what quantising costs."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from refusals import clone
-from test_native_ops import FLOATS, LOW_RANK, inputs, memory, skipping, untouched
+from test_native_ops import FLOATS, LOW_RANK, inputs, memory
 
 from lowrank_sys import backends, reference
 from lowrank_sys.optim import (
@@ -67,31 +65,6 @@ def test_ties_of_a_code_go_to_the_even_one():
 
 @native
 @pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES + EMPTY)
-def test_project_is_the_oracle(shape, dtype, left):
-    _, grad, basis, _, _ = inputs(*shape, left, dtype, basis_dtype=FLOATS[sum(shape) % 3])
-    got = ops.project(grad, basis, left=left, int8_gemm=True)
-    assert same(got, reference.project(grad, basis, left=left, int8_gemm=True))
-
-
-@native
-@pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES + EMPTY)
-@pytest.mark.parametrize("alpha, beta", [(-0.5, 0.25), (2.0, 0.0)])
-def test_back_project_is_the_oracle(shape, dtype, left, alpha, beta):
-    param, _, basis, x, _ = inputs(*shape, left, dtype, basis_dtype=FLOATS[sum(shape) % 3])
-    if beta == 0:
-        param.fill_(torch.nan)
-    want = param.clone()
-    assert ops.back_project_(param, x, basis, alpha=alpha, beta=beta, left=left, int8_gemm=True) is None
-    reference.back_project_(want, x, basis, alpha=alpha, beta=beta, left=left, int8_gemm=True)
-    assert same(param, want)
-
-
-@native
-@pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("shape", SHAPES + EMPTY)
 def test_a_step_is_its_products(shape, left):
     """galore_step is project and subspace_step to the bit; that is the oracle's but where X falls beside another code."""
@@ -114,25 +87,6 @@ def test_a_step_is_its_products(shape, left):
     assert (off <= rounding * (want[0].float().abs() + 1) + 2 * size).all()
     channels = off.amax(0 if left else 1) if off.numel() else off
     assert (channels > rounding * (want[0].float().abs().amax() if off.numel() else 0) + 1e-6).sum() <= 0.05 * channels.numel() + 1
-
-
-@native
-@pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_bad_channels_keep_their_bits(dtype, left):
-    args, bad = skipping(left, dtype)
-    before, clean = clone(args), clone(args)
-    skipped, hyper = torch.tensor(7), dict(lr=torch.tensor(0.1), **LOW_RANK, left=left, int8_gemm=True)
-    ops.galore_step(*[[x] for x in args], [torch.tensor(4.0)], **hyper, skipped=skipped)
-    assert skipped == 7 + int(bad.sum()) * args[0].shape[0 if left else 1]
-    for i in (0, 3, 4):
-        assert torch.equal(untouched(args[i], bad, left).view(torch.uint8), untouched(before[i], bad, left).view(torch.uint8))
-        assert not torch.equal(args[i], before[i])
-    # The other channels do not notice.
-    (clean[1] if left else clean[1].T)[:, bad] = 0
-    ops.galore_step(*[[x] for x in clean], [torch.tensor(4.0)], **hyper)
-    for i in (0, 3, 4):
-        assert torch.equal(untouched(args[i], ~bad, left), untouched(clean[i], ~bad, left))
 
 
 @native
@@ -194,46 +148,6 @@ def test_threads_do_not_change_a_bit(dtype, left):
 
 
 @native
-@pytest.mark.parametrize("left", [True, False])
-def test_a_list_is_its_matrices_one_by_one(left):
-    sets = [inputs(20 + 40 * i, 300, 4 + i, left, seed=i) for i in range(3)]
-    lists, want = [list(column) for column in zip(*clone(sets))], clone(sets)
-    hyper = dict(lr=torch.tensor(0.1), **LOW_RANK, left=left, int8_gemm=True)
-    ops.galore_step(*lists, [torch.tensor(1.0) for _ in sets], **hyper, grad_scale=torch.tensor(0.5))
-    for i, args in enumerate(want):
-        args[1] = 0.5 * args[1]  # a power of two: the same codes
-        ops.galore_step(*args, step=torch.tensor(2), **hyper)
-        assert all(torch.equal(lists[column][i], args[column]) for column in (0, 3, 4))
-
-
-def calls():
-    for left in (True, False):
-        one = inputs(8, 12, 3, left, torch.bfloat16)
-        low = [one[0], torch.randn_like(one[3]), *one[2:]]
-        extra = dict(**LOW_RANK, left=left, int8_gemm=True)
-        tensors = dict(step=torch.tensor(2.0), lr=torch.tensor(0.1))
-        for name, args in (("galore_step", one), ("subspace_step", low)):
-            yield getattr(ops, name).default, args, dict(step=2, lr=0.1, **extra)
-            yield getattr(ops, name).tensor, args, tensors | extra
-            yield getattr(ops, name).list, [[x] for x in args] + [[torch.tensor(0.0)]], dict(lr=torch.tensor(0.1), **extra)
-        yield ops.project.default, one[1:3], dict(left=left, int8_gemm=True)
-        yield ops.back_project_.default, [one[0], one[3], one[2]], dict(alpha=0.5, beta=0.9, left=left, int8_gemm=True)
-
-
-def test_opcheck():
-    for op, args, hyper in calls():
-        torch.library.opcheck(op, tuple(args), hyper)
-
-
-def test_compiled():
-    args, want = (inputs(40, 300, 6, True) for _ in range(2))
-    hyper = dict(step=torch.tensor(2.0), lr=torch.tensor(0.1), **LOW_RANK, left=True, int8_gemm=True)
-    torch.compile(lambda *a: ops.galore_step(*a, **hyper), fullgraph=True, backend="aot_eager")(*args)
-    ops.galore_step(*want, **hyper)
-    assert all(torch.equal(a, b) for a, b in zip(args, want))
-
-
-@native
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc/self/clear_refs")
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float32 with a NaN"])
@@ -247,15 +161,6 @@ def test_no_memory_of_the_size_of_the_weight(kind, left):
     before = memory("VmRSS")
     ops.galore_step(*args, **hyper)
     assert memory("VmHWM") - before < 4096 * 4096 // 2  # half of G's codes
-
-
-@native
-@pytest.mark.skipif(sys.platform != "linux", reason="MALLOC_PERTURB_ is glibc's")
-def test_no_read_of_uninitialised_memory():
-    """Allocations come filled with a pattern: the same tests must still pass."""
-    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", __file__, "-k", "oracle and not 1100"]
-    done = subprocess.run(command, env=os.environ | {"MALLOC_PERTURB_": "128"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 # --- the optimizer

@@ -12,8 +12,6 @@ SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HYPER = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, scale=0.25)
 SHAPES = [(63, 100, 7), (300, 130, 40), (1, 200, 1), (600, 515, 9)]
-MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
-NAN = float("nan")
 
 pytestmark = pytest.mark.skipif(bool(backends.NATIVE_MISSING), reason=f"no native build: {backends.NATIVE_MISSING}")
 
@@ -113,25 +111,6 @@ def test_int4_is_the_step_on_what_it_decodes_to(shape, projected, left):
     assert dense[5] == packed[5] == 3
 
 
-@SIDES
-@pytest.mark.parametrize("form", ["list", "int4"])
-@pytest.mark.parametrize("projected", [False, True], ids=["from G", "from R"])
-def test_against_the_oracle_with_a_bad_channel(projected, form, left):
-    case = Case(130, 90, 12, left)
-    (case.grad if left else case.grad.T)[5, 7] = NAN
-    before = case.param.clone()
-    skipped = [torch.tensor(3), torch.tensor(3)]
-    got = case.run(form, projected, skipped=skipped[0])
-    want = case.run(form, projected, served=_Oracle, skipped=skipped[1])
-    size = 130 if left else 90
-    assert skipped[0] == skipped[1] == 3 + size
-    torch.testing.assert_close(got[0], want[0], rtol=2.0**-20, atol=1e-5)
-    for a, b in zip(got[1:3], want[1:3]):
-        assert (a.int() - b.int()).abs().max() <= 1
-    pick = (slice(None), 7) if left else (7, slice(None))
-    assert torch.equal(got[0][pick], before[pick]) and (got[0] != before).sum() > 0.95 * (before.numel() - size)
-
-
 class _Oracle:
     """torch.ops.lowrank's interface to the reference."""
 
@@ -143,15 +122,6 @@ class _Oracle:
             staticmethod(reference.named("subspace_step_8bit.list")),
             staticmethod(reference.named("subspace_step_8bit.int4")),
         )
-
-
-@pytest.mark.parametrize("form", ["list", "int4"])
-@pytest.mark.parametrize("projected", [False, True], ids=["from G", "from R"])
-def test_found_inf_makes_the_step_a_no_op(projected, form):
-    case, skipped = Case(40, 30, 5, True), torch.tensor(5)
-    case.grad.fill_(NAN)
-    got = case.run(form, projected, found_inf=torch.tensor(1.0), skipped=skipped)
-    assert skipped == 5 and all(map(same, got, [case.param, *case.moments, case.step]))
 
 
 @SIDES
@@ -208,33 +178,6 @@ def test_thread_counts_round_the_products_of_a_step_alone(form, left):
     first, *others = on_threads(lambda: case.run(form))
     for other in others:
         assert_neighbours(first, other)
-
-
-def calls():
-    guards = dict(grad_scale=torch.tensor(0.5), found_inf=torch.tensor(0.0), skipped=torch.tensor(0))
-    case = Case(8, 70, 3, False, torch.bfloat16)
-    moments = [[x] for x in case.moments]
-    for projected in (False, True):
-        for form, basis in (("list", case.dense), ("int4", case.int4)):
-            op = getattr(getattr(ops, f"{'subspace' if projected else 'galore'}_step_8bit"), form)
-            gradient = case.low_rank(form) if projected else case.grad
-            options = {} if form == "list" else {"group_size": 64}
-            yield (
-                op,
-                ([case.param], [gradient], *([x] for x in basis), *moments, [case.step]),
-                dict(lr=torch.tensor(0.1), left=False, **HYPER, **options, **guards),
-            )
-
-
-def test_opcheck():
-    for op, args, hyper in calls():
-        torch.library.opcheck(op, clone(args), hyper)
-
-
-def test_every_op_is_served_natively():
-    for op, _, _ in calls():
-        name = str(op).removeprefix("lowrank.")
-        assert {row.implementation for row in backends.table() if (row.op, row.device) == (name, "cpu")} == {"C++"}
 
 
 BAD = {

@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 import transcriptions
+from lanes import usual
 from small_model import backward, build, loss_of, tokens
 from torch import nn
 
@@ -471,7 +472,7 @@ def text(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("weights", ["float", "int8"])
+@pytest.mark.parametrize("weights", usual(["int8"], "float"))
 @EACH_NEW
 def test_it_trains_from_the_command_line(name, weights, text, tmp_path):
     words = ["--method", name, "--model", "llama-1m", "--steps", "3", "--batch-size", "2", "--seq-len", "32", "--weights", weights]

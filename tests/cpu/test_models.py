@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lanes import usual
 from transformers import GPT2Config, LlamaConfig, LlavaConfig, Phi3Config
 
 from lowrank_sys.cli import CommandError, main
@@ -39,7 +40,7 @@ def test_a_vocabulary_that_a_tokenizer_makes_smaller(tmp_path):
     assert read.vocab_size == 20 and read.pad_token_id is None
 
 
-@pytest.mark.parametrize("command", ["plan", "train"])
+@pytest.mark.parametrize("command", usual(["train"], "plan"))
 def test_bytes_need_256_tokens(tmp_path, capsys, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     path = saved(tmp_path, LlamaConfig(**SMALL, vocab_size=255))

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from family import FAMILY
+from lanes import usual
 from torch import nn
 
 from lowrank_sys.optim import APOLLOAdamW, FiraAdamW, FrugalAdamW, GrassAdamW, InBackward, param_groups
@@ -346,7 +347,7 @@ def test_rate_0_is_no_refresh(name):
     assert state["countdown"] == (7 if "key" in state else -1)
 
 
-@EACH
+@pytest.mark.parametrize("name", usual(["fira"], *(name for name in FAMILY if name != "fira")))
 def test_compiles_without_a_break(name):
     nets = model(), model()
     optimizers = [FAMILY[name](net) for net in nets]

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from lanes import usual
 
 from lowrank_sys import cli
 
@@ -56,14 +57,13 @@ def command(text, out, *more):
 
 @pytest.mark.parametrize(
     "flags",
-    [
+    usual(
+        [["--per-layer", "in_backward"], ["--method", "q-galore", "--per-layer", "accumulate", "--accumulate-dtype", "bf16"]],
         ["--per-layer", "accumulate", "--gradient-accumulation-steps", "2"],
-        ["--per-layer", "in_backward"],
-        ["--method", "q-galore", "--per-layer", "accumulate", "--accumulate-dtype", "bf16"],
         ["--method", "q-galore", "--dtype", "bf16"],
         ["--method", "galore8bit", "--per-layer", "in_backward"],
         ["--method", "adamw8bit"],
-    ],
+    ),
     ids=" ".join,
 )
 def test_lowrank_train(text, tmp_path, flags):

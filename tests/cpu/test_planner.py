@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lanes import usual
 
 from lowrank_sys import cli
 from lowrank_sys._ops import workspace
@@ -36,18 +37,19 @@ def arguments(**changes):
 # --- tensors
 
 
-@pytest.mark.parametrize("changes", [
+@pytest.mark.parametrize("changes", usual([
+    {"gradient_accumulation_steps": 2, "dtype": "bf16"},
+    {"method": "q-galore", "dtype": "bf16"},
+    {"per_layer": "accumulate", "gradient_accumulation_steps": 2},
+    ],
     {"model": "llama-9m"},
     {"model": "llama-60m", "batch_size": 1, "seq_len": 32},
     {"gradient_checkpointing": True},
-    {"gradient_accumulation_steps": 2, "dtype": "bf16"},
     {"method": "galore-adafactor", "subspace": "svd"},
     {"method": "adamw", "batch_size": 1},
-    {"method": "q-galore", "dtype": "bf16"},
     {"method": "galore8bit", "per_layer": "accumulate"},
-    {"per_layer": "accumulate", "gradient_accumulation_steps": 2},
     {"per_layer": "accumulate", "accumulate_dtype": "bf16", "gradient_accumulation_steps": 2},
-], ids=str)  # fmt: skip
+), ids=str)  # fmt: skip
 def test_a_rehearsal_has_the_peak_of_the_real_run(changes):
     args = arguments(**{"model": "llama-1m", "batch_size": 4, "seq_len": 128, "rank": 32, **changes})
     fake, real = rehearsal.rehearse(args), rehearsal.rehearse(args, fake=False)
@@ -181,7 +183,7 @@ def step_call(weight, basis, moments, rule, remainder, shape, left, dtype):
 STEPS = [row for row in FUSED if row[1] in BASES]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", usual([torch.float32], torch.bfloat16), ids=["fp32", "bf16"])
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 @pytest.mark.parametrize("row", STEPS, ids="-".join)
 def test_scratch_of_every_step(row, left, dtype):
@@ -277,6 +279,7 @@ def test_an_op_without_a_formula_is_bounded():
 # --- the process
 
 
+@pytest.mark.full
 def test_the_plan_is_the_systems_figure(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     flags = {"--model": "llama-9m", "--batch-size": "4", "--seq-len": "128", "--rank": "64", "--device": "cpu",
@@ -367,6 +370,7 @@ def test_parts_add_up(plan):
     assert 0 < facts["activations_with_checkpointing_bytes"] < facts["activations_without_checkpointing_bytes"]
 
 
+@pytest.mark.full
 def test_a_run_that_does_not_fit(plan):
     memory = GIB + int(0.95 * json.loads(plan("--json")[1])["tensor_peak_bytes"])
     code, out, err = plan("--json", device_memory=memory)
@@ -399,6 +403,7 @@ def test_a_run_that_asks_for_little_memory_holds_no_freed_blocks(plan, monkeypat
     assert facts["allocator_bytes"] == round(allocator.TIGHT_SHARE * facts["tensor_peak_bytes"])
 
 
+@pytest.mark.full
 def test_a_combination_is_tried_and_the_least_is_told(plan):
     wide = {"batch_size": 4, "seq_len": 128}
     code, out, _ = plan("--json", device_memory="1GiB", **wide)
@@ -412,6 +417,7 @@ def test_a_combination_is_tried_and_the_least_is_told(plan):
     assert "nothing that was tried fits; the least" in plan(device_memory="1GiB", **wide)[1]
 
 
+@pytest.mark.full
 def test_every_method_plans(plan):
     for method in METHODS:
         rank = {} if METHODS[method].rank is not None else {"rank": None}

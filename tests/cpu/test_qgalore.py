@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lowrank_sys  # noqa: F401  registers the ops
@@ -16,7 +15,6 @@ ADAM = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 STREAM = dict(seed=-3, parameter=7)
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 BASES = pytest.mark.parametrize("int4", [True, False], ids=["int4", "dense"])
-STEPS = pytest.mark.parametrize("projected", [False, True], ids=["qgalore_step", "qgalore_subspace_step"])
 METHODS = ("qgalore_step", "qgalore_subspace_step", "apollo_int8_step")
 # m, n, r and the groups of the weight and of the basis: one element, short groups, several tiles of either axis, no rows.
 SHAPES = [
@@ -326,16 +324,6 @@ def test_grad_scale_multiplies_the_gradient(op):
     assert same(scaled.tensors(), plain.tensors())
 
 
-@pytest.mark.parametrize("op", METHODS)
-def test_found_inf_makes_the_step_a_no_op(op):
-    matrix = Matrix(op, 20, 100, 4, True, limited=True)
-    before, step, skipped = matrix.copy(), torch.tensor(1.0), torch.tensor(2)
-    step_list([matrix], [step], found_inf=torch.tensor(1.0), skipped=skipped)
-    assert same(matrix.tensors(), before.tensors()) and step == 1 and skipped == 2
-    step_list([matrix], [step], found_inf=torch.tensor(0.0), skipped=skipped)
-    assert not same(matrix.tensors(), before.tensors()) and step == 2 and skipped == 2
-
-
 @SIDES
 @pytest.mark.parametrize("op", METHODS)
 def test_bad_channels_keep_their_weights_and_are_counted(op, left):
@@ -360,15 +348,6 @@ def test_bad_channels_keep_their_weights_and_are_counted(op, left):
 
 
 @pytest.mark.parametrize("op", METHODS)
-def test_nothing_usable_changes_no_weight(op):
-    matrix = Matrix(op, 20, 100, 4, True)
-    matrix.args["low_rank_grad" if "subspace" in op else "grad"].fill_(torch.nan)
-    before = matrix.copy()
-    matrix.step(1)
-    assert same(matrix.tensors(), before.tensors())
-
-
-@pytest.mark.parametrize("op", METHODS)
 def test_an_update_of_zero_touches_no_byte(op):
     matrix = Matrix(op, 20, 100, 4, True)
     before = matrix.copy()
@@ -387,12 +366,6 @@ def test_apollo_with_a_key_is_apollo_with_its_basis(left):
     for matrix in (stored, key):
         matrix.step(1)
     assert_near(key, stored)
-
-
-@pytest.mark.parametrize("op", METHODS)
-def test_empty_lists(op):
-    columns = [[] for _ in Matrix(op, 4, 32, 2, True).args]
-    getattr(ops, op).list(*columns, [], lr=torch.tensor(0.1), seed=1, parameters=[], **Matrix(op, 4, 32, 2, True).settings)
 
 
 @pytest.mark.parametrize("op", METHODS)
@@ -511,54 +484,3 @@ def test_bad_lists(op, name, value, expected):
             )
         assert str(caught.value).partition("\n")[0] == f"{op}: {expected}"
     assert same(matrix.tensors(), before.tensors())
-
-
-def sample_calls():
-    """One call of every op and overload."""
-    for tensor in (False, True):
-        _, args = back()
-        numbers = {name: torch.tensor(1.0) for name in ("alpha", "decay", "step")} if tensor else {}
-        op = ops.back_project_int8_
-        yield (op.tensor if tensor else op.default), tuple(args.pop(name) for name in list(args)[:6]), args | numbers
-        for name in METHODS:
-            matrix, op = Matrix(name, 6, 300, 2, True, limited=True), getattr(ops, name)
-            numbers = dict(step=torch.tensor(1.0), lr=torch.tensor(0.1)) if tensor else dict(step=1, lr=0.1)
-            yield (op.tensor if tensor else op.default), tuple(matrix.args.values()), numbers | STREAM | matrix.settings
-    for name in METHODS:
-        matrix = Matrix(name, 6, 300, 2, True, limited=True)
-        yield (
-            getattr(ops, name).list,
-            (*([t] for t in matrix.args.values()), [torch.tensor(0.0)]),
-            dict(lr=torch.tensor(0.1), seed=1, parameters=[3], offsets=[8], skipped=torch.tensor(0), **matrix.settings),
-        )
-
-
-@pytest.mark.parametrize("call", sample_calls(), ids=lambda call: str(call[0]))
-def test_opcheck(call):
-    op, args, hyper = call
-    torch.library.opcheck(op, args, hyper)
-
-
-def test_every_op_is_served_natively():
-    for op, _, _ in sample_calls():
-        name = str(op).removeprefix("lowrank.").removesuffix(".default")
-        assert {row.implementation for row in backends.table() if (row.op, row.device) == (name, "cpu")} == {"C++"}
-
-
-@pytest.mark.parametrize("op", METHODS)
-def test_compiles_whole(op):
-    """A list form in one graph, with no recompilation as steps and rates change."""
-    counter = CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
-    results = []
-
-    def train(columns, steps, lr, settings):
-        getattr(ops, op).list(*columns, steps, lr=lr, seed=1, parameters=[4], **settings)
-
-    for function in (torch.compile(train, fullgraph=True, backend=counter), train):
-        matrix, step = Matrix(op, 20, 100, 4, True, limited=True), torch.zeros(())
-        for i in range(4):
-            function([[t] for t in matrix.args.values()], [step], torch.tensor(0.1 / (i + 1)), matrix.settings)
-        assert step == 4
-        results.append(matrix.tensors())
-    assert counter.frame_count == 1 and same(*results)

@@ -257,14 +257,6 @@ def test_numbers_of_the_weights_are_checked():
         ops.step(*lists, **hyper)
 
 
-def test_opcheck():
-    torch.library.opcheck(ops.round_stochastic_.default, (torch.zeros(9).bfloat16(), torch.randn(9)), STREAM)
-    hyper = dict(lr=torch.tensor(0.01), **ADAM, stochastic=True, parameters=[2])
-    torch.library.opcheck(ops.adamw_step.default, tuple(adamw_lists(torch.bfloat16)), hyper)
-    lists, hyper = step_arguments(POLICIES[0], torch.bfloat16, True)
-    torch.library.opcheck(ops.step.default, lists, hyper)
-
-
 # Optimizers.
 
 RUNS = {

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from lanes import usual
 
 from lowrank_sys.cli import CommandError
 from lowrank_sys.memory import limits
@@ -20,7 +21,7 @@ def start(code, **streams):
     return subprocess.Popen([sys.executable, "-c", MAIN + code], **streams)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["plan", "--help"], ["info"], ["info", "--json"]], ids=" ".join)
+@pytest.mark.parametrize("words", usual([["info"]], ["--help"], ["plan", "--help"], ["info", "--json"]), ids=" ".join)
 def test_a_reader_that_left_is_no_error(words):
     child = start(f"sys.exit(cli.main({words}))")
     child.stdout.close()

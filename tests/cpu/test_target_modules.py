@@ -64,5 +64,6 @@ def test_a_name_that_no_layer_has(model, capsys, flags):
     assert "conv" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.full
 def test_a_plan_knows_them(model, capsys):
     assert main(["plan", "--model", str(model), "--rank", "8", "--target-modules", "mlp", "--device-memory", "24GiB", *FLAGS]) == 0

@@ -193,6 +193,7 @@ def test_resume_without_a_checkpoint_starts_anew(text, tmp_path, capsys):
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1]
 
 
+@pytest.mark.full
 def test_full_disk(text, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(flags(text, out, steps=2)) == 0

@@ -108,8 +108,3 @@ def test_bad_arguments(change, expected):
         rotate(*a.values(), left=True)
     assert expected in str(caught.value)
     assert torch.equal(a["exp_avg"], before)
-
-
-def test_opcheck():
-    for left in (True, False):
-        torch.library.opcheck(rotate.default, (*moments(left), orthonormal(1), orthonormal(2)), dict(left=left))

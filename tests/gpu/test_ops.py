@@ -212,16 +212,3 @@ def test_nothing_of_full_size_is_allocated(dtype, left):
     ops.galore_step(*case[:5], step=1, lr=1e-2, left=left, **LOW_RANK)
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before <= 0.25 * case[0].numel() * case[0].element_size()
-
-
-@SIDES
-def test_opcheck(left):
-    param, grad, basis, exp_avg, exp_avg_sq, low_rank = tensors(64, 96, 8, left)
-    step, lr = torch.ones((), device="cuda"), torch.tensor(1e-2, device="cuda")
-    hyper, moments = {**LOW_RANK, "left": left}, (exp_avg, exp_avg_sq)
-    torch.library.opcheck(ops.project.default, (grad, basis), {"left": left})
-    torch.library.opcheck(ops.back_project_.default, (param, low_rank, basis), {"left": left})
-    torch.library.opcheck(ops.galore_step.tensor, (param, grad, basis, *moments), {"step": step, "lr": lr, **hyper})
-    torch.library.opcheck(ops.subspace_step.tensor, (param, low_rank, basis, *moments), {"step": step, "lr": lr, **hyper})
-    lists = ([param], [grad], [basis], [exp_avg], [exp_avg_sq], [step])
-    torch.library.opcheck(ops.galore_step.list, lists, {"lr": lr, **hyper})

@@ -1,10 +1,5 @@
 """INT8 weights on 1, 32 and 256 real threads, in steps of 1 and 8 elements: the bits of the op."""
 
-import platform
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -16,7 +11,6 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Threads and elements at a time; a GPU's warp takes 32 and 8 where rows begin on eight elements.
 BLOCKS = [(1, 1), (32, 1), (256, 1), (1, 8), (32, 8)]
 ops = torch.ops.lowrank
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def array(tensor):
@@ -78,20 +72,3 @@ def test_the_oracle_is_no_third_opinion():
     oracle.int8_update_(*want, step, **call)
     _host.update_int8(32, 1, *map(array, got), array(step), "float32", **call)
     assert same(got, want)
-
-
-@pytest.mark.skipif(not shutil.which("cmake"), reason="cmake is not installed")
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="vectors by hand are for x86")
-def test_vectors_by_hand_are_core(tmp_path):
-    """The bodies for AVX2 and AVX-512, each where the processor has it."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    names = ["x86_64_v3"] * (capability in ("AVX2", "AVX512")) + ["x86_64_v4"] * (capability == "AVX512")
-    targets = [f"check_{kernels}{name}" for kernels in ("", "blockwise_") for name in names]
-    assert targets, f"nothing to run on {capability}"
-    configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path, "-DLOWRANK_CHECKS=ON"]
-    subprocess.run(configure, check=True, capture_output=True)
-    done = subprocess.run(["cmake", "--build", tmp_path, "--target", *targets], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    for target in targets:
-        ran = subprocess.run([tmp_path / target], capture_output=True, text=True)
-        assert (ran.returncode, ran.stdout) == (0, "ok\n"), target + ran.stdout

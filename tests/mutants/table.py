@@ -30,15 +30,13 @@ INTERPRET = tuple(f"tests/interpret/test_{name}.py" for name in ("numerics", "qg
 
 MUTANTS = (
     # csrc/core
-    Mutant(
-        "no decay", "csrc/core/adam.h", "float(1 - lr * weight_decay)", "1.0f", cpu("native_ops", "optim"), "galore, fp32, plain"
-    ),
+    Mutant("no decay", "csrc/core/adam.h", "float(1 - lr * weight_decay)", "1.0f", cpu("every_op", "optim"), "galore, fp32, plain"),
     Mutant(
         "V with beta1",
         "csrc/core/adam.h",
         "s.beta2 * v + s.one_minus_beta2 * g * g",
         "s.beta1 * v + s.one_minus_beta1 * g * g",
-        cpu("native_ops", "optim"),
+        cpu("every_op", "optim"),
         "galore, fp32, plain",
     ),
     Mutant(
@@ -46,7 +44,7 @@ MUTANTS = (
         "csrc/core/adam.h",
         "sqrtf(v / s.correction2)",
         "sqrtf(v)",
-        cpu("native_ops", "optim"),
+        cpu("every_op", "optim"),
         "galore, fp32, plain",
     ),
     Mutant(
@@ -54,14 +52,14 @@ MUTANTS = (
         "csrc/core/low_rank.h",
         "usable(row[k * Block::threads] * grad_scale)",
         "(i + 1 == rows || usable(row[k * Block::threads] * grad_scale))",
-        cpu("native_ops", "fuzz"),
+        cpu("every_op", "fuzz"),
     ),
     Mutant(
         "8-bit Adam writes weights of unusable gradients",
         "csrc/core/adam_8bit.h",
         "choose(usable(g[e]), draw.template round<W>(apply_update(to_float(old[e]), update[e], s), e), old[e])",
         "draw.template round<W>(apply_update(to_float(old[e]), update[e], s), e)",
-        cpu("adam_8bit"),
+        cpu("every_op", "adam_8bit"),
     ),
     Mutant(
         "Philox counts the step twice and no parameter",
@@ -76,7 +74,7 @@ MUTANTS = (
         "csrc/core/int4.h",
         "at.offset += vector * basis.groups() + group;",
         "at.offset += vector * basis.groups();",
-        cpu("int4"),
+        cpu("every_op", "int4"),
         "q-galore, fp32, plain",
     ),
     Mutant(
@@ -84,7 +82,7 @@ MUTANTS = (
         "csrc/core/norms.h",
         "whole + lane_of<V>(block, k) < n",
         "whole + lane_of<V>(block, k) < n - 1",
-        cpu("native_ops", "sparse"),
+        cpu("every_op", "sparse"),
         "grass sample left, fp32, plain",
     ),
     Mutant(
@@ -92,7 +90,7 @@ MUTANTS = (
         "csrc/core/residual.h",
         "sign_of(x - inside[i])",
         "sign_of(inside[i] - x)",
-        cpu("residual", "optim_family"),
+        cpu("every_op", "residual", "optim_family"),
         "frugal, fp32, plain",
     ),
     Mutant(
@@ -100,7 +98,7 @@ MUTANTS = (
         "csrc/core/rows.h",
         "apply_update(to_float(w), rho * x, s)",
         "apply_update(to_float(w), x, s)",
-        cpu("sparse"),
+        cpu("every_op", "sparse"),
         "grass sample left, fp32, plain",
     ),
     Mutant(
@@ -116,14 +114,14 @@ MUTANTS = (
         "csrc/core/block.h",
         "block.sync();\n    return sum;",
         "return sum;",
-        ("tests/host/test_host.py::test_sanitizer[thread]",),
+        ("tests/host/test_executables.py::test_sanitizer[thread]",),
     ),
     Mutant(
         "no barrier between random bits and rounding",
         "csrc/core/int8.h",
         "block.sync();\n    int8_round<V, false>(block, codes, update, random, n, inverse, 1.0f, u);",
         "int8_round<V, false>(block, codes, update, random, n, inverse, 1.0f, u);",
-        ("tests/host/test_host.py::test_sanitizer[thread]",),
+        ("tests/host/test_executables.py::test_sanitizer[thread]",),
     ),
     # csrc/cpu
     Mutant(
@@ -131,7 +129,7 @@ MUTANTS = (
         "csrc/cpu/int4.cpp",
         "at % 2 * 4",
         "(1 - at % 2) * 4",
-        cpu("int4", "qgalore"),
+        cpu("every_op", "qgalore"),
     ),
     # csrc/ops
     Mutant(
@@ -139,7 +137,7 @@ MUTANTS = (
         "csrc/ops/cpu/hyper.h",
         "guards.found_inf && *data<float>(*guards.found_inf) != 0.0f",
         "false",
-        cpu("native_ops", "optim"),
+        cpu("every_op", "optim"),
         "galore, fp32, scaled",
     ),
     Mutant(
@@ -147,7 +145,7 @@ MUTANTS = (
         "csrc/ops/cpu/step.cpp",
         "skipped * depth()",
         "skipped * x_.weight.size(left_ ? 1 : 0)",
-        cpu("native_ops", "optim"),
+        cpu("every_op", "optim"),
         "galore, fp32, poisoned",
     ),
     # kernels

@@ -59,7 +59,7 @@ void adam_8bit_low_rank_list(const Tensors& low_rank_grads, const Tensors& updat
   const StoredLists moments{exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes};
   check_adam_8bit_low_rank(low_rank_grads, updates, moments, steps, grad_scale, found_inf);
   const Guards guards{grad_scale, found_inf, std::nullopt};
-  if (is_no_op(guards)) return;
+  if (low_rank_grads.empty() || is_no_op(guards)) return;  // of no matrix the guards are not checked
   const Hyper hyper{beta1, beta2, eps, 0.0, 1.0};
   for (size_t i = 0; i < low_rank_grads.size(); ++i) {
     const AdamStep at = hyper.at(*data<float>(steps[i]), 0.0);

@@ -2,9 +2,10 @@
 
 import torch
 
-from fuzz.bounds import UNIT, Near, assert_within, exact, product
-from fuzz.harness import FLOATS, Fuzz, same_bits
-from fuzz.projection import low_rank
+from cases.bounds import UNIT, Near, assert_within, exact, product
+from cases.case import Case, same_bits
+from cases.draw import FLOATS
+from cases.projection import low_rank
 from lowrank_sys.subspace import dct
 
 
@@ -99,9 +100,9 @@ def compare_orthogonalize(before, after, result):
     assert_within("result", result, Near(x, torch.full_like(x, error)))
 
 
-FUZZ = {
-    "rotate_moments_": Fuzz(rotate_arguments, compare_rotate),
-    "dct_select": Fuzz(select_arguments, compare_select),
-    "dct_columns": Fuzz(columns_arguments, compare_columns),
-    "newton_schulz": Fuzz(orthogonalize_arguments, compare_orthogonalize),
+CASES = {
+    "rotate_moments_": Case(rotate_arguments, compare_rotate),
+    "dct_select": Case(select_arguments, compare_select),
+    "dct_columns": Case(columns_arguments, compare_columns),
+    "newton_schulz": Case(orthogonalize_arguments, compare_orthogonalize),
 }

@@ -2,7 +2,8 @@
 
 import torch
 
-from fuzz.harness import FLOATS, Fuzz, exactly
+from cases.case import Case, exactly
+from cases.draw import FLOATS
 from lowrank_sys import reference
 
 
@@ -39,4 +40,4 @@ def arguments(draw):
     return dict(param=torch.zeros(shape, dtype=dtype), values=values, step=step, **stream(draw))
 
 
-FUZZ = {"round_stochastic_": Fuzz(arguments, exactly(reference.round_stochastic_))}
+CASES = {"round_stochastic_": Case(arguments, exactly(reference.round_stochastic_))}

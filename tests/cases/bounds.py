@@ -43,10 +43,11 @@ def scaled(factor, a, operations=2):
     return Near(value, value).fits(abs(factor) * a.error * (1 + 8 * UNIT) + operations * UNIT * value.abs() + TINY)
 
 
-def added(a, b):
+def added(a, b, sums=1):
+    """a + b; in `sums` roundings where b's own sum begins at a."""
     value = a.value + b.value
     size = a.value.abs() + a.error + b.value.abs() + b.error
-    return Near(value, value).fits(a.error + b.error + UNIT * size + TINY)
+    return Near(value, value).fits(a.error + b.error + sums * (UNIT * size + TINY))
 
 
 def product(a, b):
@@ -78,9 +79,9 @@ def adam(g, m, v, *, step, beta1, beta2, eps, **_):
     return new_m, new_v, Near(update, update).fits(error)
 
 
-def decayed(param, update, *, lr, weight_decay, scale=1.0, **_):
+def decayed(param, update, *, lr, weight_decay, scale=1.0, sums=1, **_):
     """(1 - lr*weight_decay) W - lr*scale*update."""
-    return added(scaled(1 - lr * weight_decay, exact(param)), scaled(-lr * scale, update, operations=3))
+    return added(scaled(1 - lr * weight_decay, exact(param)), scaled(-lr * scale, update, operations=3), sums)
 
 
 def assert_within(name, got, near, places=1):

@@ -2,9 +2,10 @@
 
 import torch
 
-from fuzz.harness import FLOATS, same_bits
-from fuzz.projection import low_rank
-from fuzz.subspace import NOT_DUE, after_step, refreshes, taken
+from cases.case import same_bits
+from cases.draw import FLOATS
+from cases.projection import low_rank
+from cases.subspace import NOT_DUE, after_step, refreshes, taken
 from lowrank_sys import _ops
 from lowrank_sys.reference import selection
 from lowrank_sys.subspace.refresh import COLD
@@ -103,7 +104,7 @@ def compare_rows(before, after, result):
         assert after["countdowns"][i] == wait
 
 
-FUZZ = {
+CASES = {
     "refresh_ keys": refreshes("Gaussian", keys_arguments, compare_keys, NOT_DUE),
     "refresh_ rows": refreshes("Rows", rows_arguments, compare_rows, NOT_DUE),
 }

@@ -2,12 +2,13 @@
 
 import torch
 
-from fuzz.bounds import UNIT, Near, adam, assert_within, decayed, exact, scaled
-from fuzz.harness import FLOATS, Fuzz, exactly, same_bits
-from fuzz.int4 import drawn_int4, group_size
-from fuzz.projection import back_of, drawn_basis, low_rank, product_of
-from fuzz.rounding import places, rounding
-from fuzz.steps import compare_list, guards, hyper, rate, settings_of, usable
+from cases.bounds import UNIT, Near, adam, assert_within, decayed, exact, scaled
+from cases.case import Case, exactly, same_bits
+from cases.draw import FLOATS
+from cases.int4 import drawn_int4, group_size
+from cases.projection import back_of, drawn_basis, low_rank, product_of, sums_onto
+from cases.rounding import places, rounding
+from cases.steps import compare_list, guards, hyper, rate, settings_of, usable
 from lowrank_sys import reference
 from lowrank_sys._ops.blockwise import BLOCK, absmax_shape, is_by_row
 from lowrank_sys.reference.blockwise import dynamic_map
@@ -189,6 +190,7 @@ def check_matrix(then, now, before, grad_scale, settings, projected=False):
     sure, never = usable(r)
     sure, never = sure.all(axis, keepdim=True), never.any(axis, keepdim=True)
     update = check_moments(then[3:], now[3:], r, sure, never, settings)
+    settings = settings | {"sums": sums_onto(then[0], then[2].shape[1])}
     check_weights(then[0], now[0], back_of(update, then[2], left), sure, never, settings)
     return int(never.sum()) * then[0].shape[axis], int((~sure).sum()) * then[0].shape[axis]
 
@@ -233,15 +235,15 @@ def compare_low_rank(before, after, result):
         assert_within("update", got[sure], Near(update.value[sure], update.error[sure]))
 
 
-FUZZ = {
-    "quantize_blockwise": Fuzz(quantize_arguments, exactly(reference.quantize_blockwise)),
-    "dequantize_blockwise": Fuzz(dequantize_arguments, exactly(reference.dequantize_blockwise)),
-    "adam_8bit_": Fuzz(adam_arguments, compare_list(("params", "grads", *LISTS), check_adam)),
-    "adam_8bit_low_rank_": Fuzz(low_rank_arguments, compare_low_rank),
-    "galore_step_8bit.tensor": Fuzz(galore_arguments(tensor=True), compare_one),
-    "galore_step_8bit": Fuzz(galore_arguments(tensor=False), compare_one),
+CASES = {
+    "quantize_blockwise": Case(quantize_arguments, exactly(reference.quantize_blockwise)),
+    "dequantize_blockwise": Case(dequantize_arguments, exactly(reference.dequantize_blockwise)),
+    "adam_8bit_": Case(adam_arguments, compare_list(("params", "grads", *LISTS), check_adam)),
+    "adam_8bit_low_rank_": Case(low_rank_arguments, compare_low_rank),
+    "galore_step_8bit.tensor": Case(galore_arguments(tensor=True), compare_one),
+    "galore_step_8bit": Case(galore_arguments(tensor=False), compare_one),
     **{
-        f"{'subspace' if projected else 'galore'}_step_8bit.{'int4' if int4 else 'list'}": Fuzz(
+        f"{'subspace' if projected else 'galore'}_step_8bit.{'int4' if int4 else 'list'}": Case(
             list_arguments(projected, int4), compare_matrices(projected, int4)
         )
         for projected in (False, True)

@@ -2,8 +2,9 @@
 
 import torch
 
-from fuzz.harness import FLOATS, Fuzz, same_bits
-from fuzz.projection import low_rank
+from cases.case import Case, same_bits
+from cases.draw import FLOATS
+from cases.projection import low_rank
 from lowrank_sys.reference import dequantize_blockwise, dequantize_int4, quantize_blockwise, quantize_int4
 from lowrank_sys.subspace import transport
 from lowrank_sys.subspace.iteration import leading_directions, svd_basis
@@ -84,7 +85,7 @@ NOT_DUE = "a matrix whose refresh is not due is not looked at"
 
 
 def refreshes(kind, lists, compare, lenient=""):
-    return Fuzz(
+    return Case(
         packed(kind, lists), lambda before, after, result: compare(unpacked(before), unpacked(after), result), lenient=lenient
     )
 
@@ -391,9 +392,9 @@ def check_schedule(before, after, i, wait, old, new, done, trains):
     assert after["countdowns"][i] == wait
 
 
-FUZZ = {
-    "sketch_directions": Fuzz(directions_arguments, compare_directions),
-    "subspace_iteration": Fuzz(iteration_arguments, compare_iteration),
+CASES = {
+    "sketch_directions": Case(directions_arguments, compare_directions),
+    "subspace_iteration": Case(iteration_arguments, compare_iteration),
     "refresh_": refreshes("Orthonormal", refresh_arguments, compare_refresh, NOT_DUE),
     "refresh_ sketched": refreshes("Orthonormal", sketch_arguments, compare_sketch),
     "refresh_ full": refreshes("Orthonormal", full(refresh_arguments), compare_full, NOT_DUE),

@@ -2,8 +2,9 @@
 
 import torch
 
-from fuzz.bounds import added, assert_within, exact, product
-from fuzz.harness import FLOATS, Fuzz, exactly
+from cases.bounds import added, assert_within, exact, product
+from cases.case import Case, exactly
+from cases.draw import FLOATS
 from lowrank_sys import reference
 
 
@@ -86,11 +87,11 @@ def compare_backward(before, after, result):
     assert_rows(result, before["grad_out"], product(flat(before["grad_out"]), dense_of(before)))
 
 
-FUZZ = {
-    "quantize_int8": Fuzz(quantize_arguments, exactly(reference.quantize_int8)),
-    "dequantize_int8": Fuzz(dequantize_arguments, exactly(reference.dequantize_int8)),
-    "int8_update_.tensor": Fuzz(update_tensor_arguments, exactly(reference.int8_update_)),
-    "int8_update_": Fuzz(update_arguments, exactly(reference.int8_update_)),
-    "int8_linear": Fuzz(linear_arguments, compare_linear),
-    "int8_linear_backward": Fuzz(backward_arguments, compare_backward),
+CASES = {
+    "quantize_int8": Case(quantize_arguments, exactly(reference.quantize_int8)),
+    "dequantize_int8": Case(dequantize_arguments, exactly(reference.dequantize_int8)),
+    "int8_update_.tensor": Case(update_tensor_arguments, exactly(reference.int8_update_)),
+    "int8_update_": Case(update_arguments, exactly(reference.int8_update_)),
+    "int8_linear": Case(linear_arguments, compare_linear),
+    "int8_linear_backward": Case(backward_arguments, compare_backward),
 }

@@ -2,10 +2,11 @@
 
 import torch
 
-from fuzz.bounds import Near, adam, assert_within, decayed, exact, scaled
-from fuzz.harness import FLOATS, Fuzz, same_bits
-from fuzz.projection import back_of, drawn_basis, int8_back_of, low_rank, product_of
-from fuzz.rounding import places, rounding
+from cases.bounds import Near, adam, assert_within, decayed, exact, scaled
+from cases.case import Case, same_bits
+from cases.draw import FLOATS
+from cases.projection import back_of, drawn_basis, int8_back_of, low_rank, product_of, sums_onto
+from cases.rounding import places, rounding
 from lowrank_sys import reference
 from lowrank_sys._ops import numerics
 
@@ -120,6 +121,7 @@ def check_matrix(before, after, projected, left, grad_scale, settings, int8_gemm
     new_m, new_v, update = adam(g, m, v, **settings)
     update = update.select(sure, torch.zeros(()))
     back = (int8_back_of if int8_gemm else back_of)(update, basis, left)
+    settings = settings | {"sums": sums_onto(param, basis.shape[1])}
     assert_step((param, m, v), (after[0], after[3], after[4]), r, (sure, never), back, new_m, new_v, settings)
     return int(never.sum()) * param.shape[axis], int((~sure).sum()) * param.shape[axis]
 
@@ -186,12 +188,12 @@ def check_adamw(then, now, before, grad_scale, settings):
     return int(never.sum()), int((~sure).sum())
 
 
-FUZZ = {
-    "galore_step.tensor": Fuzz(one_arguments(False, tensor=True), compare_one(False)),
-    "galore_step": Fuzz(one_arguments(False, tensor=False), compare_one(False)),
-    "galore_step.list": Fuzz(list_arguments(False), compare_matrices(False)),
-    "subspace_step.tensor": Fuzz(one_arguments(True, tensor=True), compare_one(True)),
-    "subspace_step": Fuzz(one_arguments(True, tensor=False), compare_one(True)),
-    "subspace_step.list": Fuzz(list_arguments(True), compare_matrices(True)),
-    "adamw_step": Fuzz(adamw_arguments, compare_list(("params", "grads", "exp_avgs", "exp_avg_sqs"), check_adamw)),
+CASES = {
+    "galore_step.tensor": Case(one_arguments(False, tensor=True), compare_one(False)),
+    "galore_step": Case(one_arguments(False, tensor=False), compare_one(False)),
+    "galore_step.list": Case(list_arguments(False), compare_matrices(False)),
+    "subspace_step.tensor": Case(one_arguments(True, tensor=True), compare_one(True)),
+    "subspace_step": Case(one_arguments(True, tensor=False), compare_one(True)),
+    "subspace_step.list": Case(list_arguments(True), compare_matrices(True)),
+    "adamw_step": Case(adamw_arguments, compare_list(("params", "grads", "exp_avgs", "exp_avg_sqs"), check_adamw)),
 }

@@ -2,9 +2,10 @@
 
 import torch
 
-from fuzz.bounds import added, assert_within, exact, scaled
-from fuzz.harness import FLOATS, Fuzz, exactly
-from fuzz.projection import back_of, low_rank, product_of
+from cases.bounds import added, assert_within, exact, scaled
+from cases.case import Case, exactly
+from cases.draw import FLOATS
+from cases.projection import back_of, low_rank, product_of
 from lowrank_sys.reference.gaussian import gaussian_basis, gaussian_basis_
 
 
@@ -56,8 +57,8 @@ def compare_back_project(before, after, result):
     assert_within("param", after["param"], added(scaled(before["beta"], exact(param)), scaled(before["alpha"], back)))
 
 
-FUZZ = {
-    "gaussian_basis_": Fuzz(basis_arguments, exactly(gaussian_basis_)),
-    "gaussian_project": Fuzz(project_arguments, compare_project),
-    "gaussian_back_project_": Fuzz(back_project_arguments, compare_back_project),
+CASES = {
+    "gaussian_basis_": Case(basis_arguments, exactly(gaussian_basis_)),
+    "gaussian_project": Case(project_arguments, compare_project),
+    "gaussian_back_project_": Case(back_project_arguments, compare_back_project),
 }

@@ -2,8 +2,9 @@
 
 import torch
 
-from fuzz.bounds import MAX, TINY, UNIT, Near, added, assert_within, exact, product, scaled
-from fuzz.harness import FLOATS, Fuzz, exactly
+from cases.bounds import MAX, TINY, UNIT, Near, added, assert_within, exact, product, scaled
+from cases.case import Case, exactly
+from cases.draw import FLOATS
 from lowrank_sys import reference
 from lowrank_sys.reference.int8 import LEAST_SCALE, grouped
 from lowrank_sys.reference.int8_gemm import CODES, GROUP, quantized
@@ -59,12 +60,17 @@ def int8_back_of(x, basis, left):
     return Near(value.T, error.T)
 
 
+def sums_onto(param, rank):
+    """Roundings of W's size in W + back(X): a BLAS begins the sums of a single row or column at W."""
+    return rank if 1 in param.shape else 1
+
+
 def added_back(param, low_rank, basis, *, alpha, beta, left):
     """beta W + alpha back(X) with its bound."""
     # A GEMM may multiply either operand by alpha first, which rounds subnormal entries.
     x, b = (Near(t.value, t.error + TINY / min(1.0, abs(alpha))) for t in (exact(low_rank), exact(basis)))
     param = param if beta else torch.zeros_like(param)  # as in BLAS, 0 * NaN is 0
-    return added(scaled(beta, exact(param)), scaled(alpha, _back(x, b, left)))
+    return added(scaled(beta, exact(param)), scaled(alpha, _back(x, b, left)), sums_onto(param, basis.shape[1]))
 
 
 def project_arguments(draw):
@@ -117,8 +123,8 @@ def compare_norms(before, after, result):
     assert_within("norms", result, Near(norm, torch.where(squares + error < MAX, bound, torch.inf)))
 
 
-FUZZ = {
-    "project": Fuzz(project_arguments, compare_project),
-    "back_project_": Fuzz(back_project_arguments, compare_back_project),
-    "channel_norms": Fuzz(norms_arguments, compare_norms),
+CASES = {
+    "project": Case(project_arguments, compare_project),
+    "back_project_": Case(back_project_arguments, compare_back_project),
+    "channel_norms": Case(norms_arguments, compare_norms),
 }

@@ -3,10 +3,11 @@ no value is hostile (a ratio of norms has no bound that follows from the argumen
 
 import torch
 
-from fuzz.bounds import UNITS, Near, adam, assert_within, scaled
-from fuzz.harness import FLOATS, Fuzz, replace, same_bits
-from fuzz.projection import low_rank, product_of
-from fuzz.steps import compare_list, guards, hyper, moments, rate, usable
+from cases.bounds import UNITS, Near, adam, assert_within, scaled
+from cases.case import Case, replace, same_bits
+from cases.draw import FLOATS
+from cases.projection import low_rank, product_of
+from cases.steps import compare_list, guards, hyper, moments, rate, usable
 from lowrank_sys import reference
 from lowrank_sys.reference import galore
 
@@ -190,8 +191,8 @@ def compare_many(op):
     return compare
 
 
-FUZZ = {}
+CASES = {}
 for _op in EXTRAS:
-    FUZZ[f"{_op}.tensor"] = Fuzz(one_arguments(_op, tensor=True), compare_one(_op))
-    FUZZ[_op] = Fuzz(one_arguments(_op, tensor=False), compare_one(_op))
-    FUZZ[f"{_op}.list"] = Fuzz(list_arguments(_op), compare_many(_op))
+    CASES[f"{_op}.tensor"] = Case(one_arguments(_op, tensor=True), compare_one(_op))
+    CASES[_op] = Case(one_arguments(_op, tensor=False), compare_one(_op))
+    CASES[f"{_op}.list"] = Case(list_arguments(_op), compare_many(_op))

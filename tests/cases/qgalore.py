@@ -2,14 +2,15 @@
 
 import torch
 
-from fuzz.blockwise import LISTS, MOMENTS, check_moments, moments
-from fuzz.bounds import MAX, UNIT, Near, added, exact, scaled
-from fuzz.harness import FLOATS, Fuzz, exactly
-from fuzz.int4 import drawn_int4
-from fuzz.int8 import quantized
-from fuzz.projection import back_of, drawn_basis, product_of
-from fuzz.rounding import stream
-from fuzz.steps import compare_list, guards, hyper, rate, settings_of, usable
+from cases.blockwise import LISTS, MOMENTS, check_moments, moments
+from cases.bounds import MAX, UNIT, Near, added, exact, scaled
+from cases.case import Case, exactly
+from cases.draw import FLOATS
+from cases.int4 import drawn_int4
+from cases.int8 import quantized
+from cases.projection import back_of, drawn_basis, product_of
+from cases.rounding import stream
+from cases.steps import compare_list, guards, hyper, rate, settings_of, usable
 from lowrank_sys import reference
 from lowrank_sys.reference.int8 import LEAST_SCALE, grouped
 from lowrank_sys.reference.int8 import UNIT as RANGE
@@ -243,11 +244,11 @@ def compare_many(projected):
     return compare
 
 
-FUZZ = {
-    "back_project_int8_.tensor": Fuzz(back_arguments(tensor=True), compare_back),
-    "back_project_int8_": Fuzz(back_arguments(tensor=False), compare_back),
+CASES = {
+    "back_project_int8_.tensor": Case(back_arguments(tensor=True), compare_back),
+    "back_project_int8_": Case(back_arguments(tensor=False), compare_back),
 }
 for _name, _projected in (("qgalore_step", False), ("qgalore_subspace_step", True)):
-    FUZZ[f"{_name}.tensor"] = Fuzz(one_arguments(_projected, tensor=True), compare_one(_projected))
-    FUZZ[_name] = Fuzz(one_arguments(_projected, tensor=False), compare_one(_projected))
-    FUZZ[f"{_name}.list"] = Fuzz(list_arguments(_projected), compare_many(_projected))
+    CASES[f"{_name}.tensor"] = Case(one_arguments(_projected, tensor=True), compare_one(_projected))
+    CASES[_name] = Case(one_arguments(_projected, tensor=False), compare_one(_projected))
+    CASES[f"{_name}.list"] = Case(list_arguments(_projected), compare_many(_projected))

@@ -5,10 +5,11 @@ The named steps have bounds of their own, from the arguments, for the combinatio
 
 import torch
 
-from fuzz.harness import FLOATS, Fuzz, replace, same_bits
-from fuzz.projection import low_rank
-from fuzz.rounding import rounding
-from fuzz.steps import guards, hyper, moments, rate
+from cases.case import Case, replace, same_bits
+from cases.draw import FLOATS
+from cases.projection import low_rank
+from cases.rounding import rounding
+from cases.steps import guards, hyper, moments, rate
 from lowrank_sys import reference
 from lowrank_sys._ops.step import BASES, LIMITED, MOMENTS, RULES, WEIGHTS
 
@@ -119,4 +120,4 @@ def assert_alike(name, then, got, want):
     assert not off.numel() or off.float().mean() <= 0.02 + 2 / off.numel(), f"{name}: {int(off.sum())} of {off.numel()} differ"
 
 
-FUZZ = {"step": Fuzz(arguments, compare)}
+CASES = {"step": Case(arguments, compare)}

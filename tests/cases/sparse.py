@@ -2,11 +2,12 @@
 
 import torch
 
-from fuzz.bounds import TINY, UNIT, Near, adam, exact, scaled
-from fuzz.harness import FLOATS, Fuzz, assert_equal, exactly
-from fuzz.projection import compare_norms, low_rank, norms_arguments
-from fuzz.rounding import places, rounding
-from fuzz.steps import assert_step, compare_list, guards, hyper, moments, rate, settings_of, usable
+from cases.bounds import TINY, UNIT, Near, adam, exact, scaled
+from cases.case import Case, assert_equal, exactly
+from cases.draw import FLOATS
+from cases.projection import compare_norms, low_rank, norms_arguments
+from cases.rounding import places, rounding
+from cases.steps import assert_step, compare_list, guards, hyper, moments, rate, settings_of, usable
 from lowrank_sys import _ops
 from lowrank_sys.reference import selection, sparse
 
@@ -172,13 +173,13 @@ def compare_row_norms(before, after, result):
     compare_norms(before | {"left": not before["left"]}, after, result)
 
 
-FUZZ = {
-    "row_norms": Fuzz(norms_arguments, compare_row_norms),
-    "select_rows": Fuzz(select_arguments, compare_select),
-    "gather_rows": Fuzz(gather_arguments, exactly(sparse.gather_rows), values=INDICES),
-    "scatter_add_rows_": Fuzz(scatter_arguments, exactly(sparse.scatter_add_rows_), values=INDICES),
-    "grass_step.tensor": Fuzz(one_arguments(tensor=True), compare_one, values=INDICES),
-    "grass_step": Fuzz(one_arguments(tensor=False), compare_one, values=INDICES),
-    "grass_step.list": Fuzz(list_arguments, compare_matrices, values=INDICES),
-    "step.rows": Fuzz(rows_arguments, compare_rows, values=INDICES),
+CASES = {
+    "row_norms": Case(norms_arguments, compare_row_norms),
+    "select_rows": Case(select_arguments, compare_select),
+    "gather_rows": Case(gather_arguments, exactly(sparse.gather_rows), values=INDICES),
+    "scatter_add_rows_": Case(scatter_arguments, exactly(sparse.scatter_add_rows_), values=INDICES),
+    "grass_step.tensor": Case(one_arguments(tensor=True), compare_one, values=INDICES),
+    "grass_step": Case(one_arguments(tensor=False), compare_one, values=INDICES),
+    "grass_step.list": Case(list_arguments, compare_matrices, values=INDICES),
+    "step.rows": Case(rows_arguments, compare_rows, values=INDICES),
 }

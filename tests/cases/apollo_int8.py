@@ -2,13 +2,13 @@
 
 import torch
 
-from fuzz import residual
-from fuzz.bounds import Near, adam, assert_within, scaled
-from fuzz.harness import Fuzz, replace, same_bits
-from fuzz.projection import product_of
-from fuzz.qgalore import check_weight, filled, sizes
-from fuzz.rounding import stream
-from fuzz.steps import compare_list, guards, hyper, rate, usable
+from cases import residual
+from cases.bounds import Near, adam, assert_within, scaled
+from cases.case import Case, replace, same_bits
+from cases.projection import product_of
+from cases.qgalore import check_weight, filled, sizes
+from cases.rounding import stream
+from cases.steps import compare_list, guards, hyper, rate, usable
 from lowrank_sys import reference
 from lowrank_sys.reference import galore
 from lowrank_sys.reference.gaussian import gaussian_project
@@ -126,8 +126,8 @@ def compare_many(before, after, result):
         compare_list(LISTS, check_matrix)(filled(before, ("limiters",)), filled(after, ("limiters",)), result)
 
 
-FUZZ = {
-    "apollo_int8_step.tensor": Fuzz(one_arguments(tensor=True), compare_one),
-    "apollo_int8_step": Fuzz(one_arguments(tensor=False), compare_one),
-    "apollo_int8_step.list": Fuzz(list_arguments, compare_many),
+CASES = {
+    "apollo_int8_step.tensor": Case(one_arguments(tensor=True), compare_one),
+    "apollo_int8_step": Case(one_arguments(tensor=False), compare_one),
+    "apollo_int8_step.list": Case(list_arguments, compare_many),
 }

@@ -2,9 +2,10 @@
 
 import torch
 
-from fuzz.bounds import assert_within
-from fuzz.harness import FLOATS, Fuzz, exactly
-from fuzz.projection import added_back, low_rank, product_of
+from cases.bounds import assert_within
+from cases.case import Case, exactly
+from cases.draw import FLOATS
+from cases.projection import added_back, low_rank, product_of
 from lowrank_sys.reference import int4 as reference
 
 
@@ -67,9 +68,9 @@ def compare_back_project(before, after, result):
     assert_within("param", after["param"], added_back(before["param"], before["low_rank"], values_of(before, "param"), **rest))
 
 
-FUZZ = {
-    "quantize_int4": Fuzz(quantize_arguments, exactly(reference.quantize_int4)),
-    "dequantize_int4": Fuzz(dequantize_arguments, exactly(reference.dequantize_int4)),
-    "project_int4": Fuzz(project_arguments, compare_project),
-    "back_project_int4_": Fuzz(back_project_arguments, compare_back_project),
+CASES = {
+    "quantize_int4": Case(quantize_arguments, exactly(reference.quantize_int4)),
+    "dequantize_int4": Case(dequantize_arguments, exactly(reference.dequantize_int4)),
+    "project_int4": Case(project_arguments, compare_project),
+    "back_project_int4_": Case(back_project_arguments, compare_back_project),
 }

@@ -1,0 +1,60 @@
+"""Every op on every kind of size, with uninitialised memory full of NaN and by several threads; its fake and its schema."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import CASES
+from cases.case import check_call, overload
+from cases.draw import NAMED, Simplest, named
+
+from lowrank_sys import backends
+
+pytestmark = pytest.mark.skipif(bool(backends.NATIVE_MISSING), reason=f"no native build: {backends.NATIVE_MISSING}")
+EVERY = pytest.mark.parametrize("op", CASES)
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Allocations of torch are filled with NaN, and 255 where they are whole numbers."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if name != "large"])
+@EVERY
+def test_named_sizes(op, name):
+    for seed in range(4):
+        check_call(op, CASES[op], named(name, seed), overload(op))
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+@EVERY
+def test_large_matrices(op, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_call(op, CASES[op], named("large", threads), overload(op))
+    finally:
+        torch.set_num_threads(before)
+
+
+@EVERY
+def test_opcheck(op):
+    torch.library.opcheck(overload(op), (), CASES[op].arguments(Simplest()))
+
+
+def test_who_serves():
+    assert {row.implementation for row in backends.table() if row.device == "cpu"} == {"C++", "composition"}
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="MALLOC_PERTURB_ is glibc's")
+def test_no_read_of_uninitialised_memory():
+    """What C++ allocates of its own comes filled with 3e38, too: the same results."""
+    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", __file__, "-k", "named_sizes"]
+    done = subprocess.run(command, env=os.environ | {"MALLOC_PERTURB_": "128"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
