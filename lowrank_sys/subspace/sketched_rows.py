@@ -18,7 +18,12 @@ class SketchedRows(Rows):
     n <= l, for then Omega is I. They select the rows of the next step, and training starts on rows drawn from the seed.
     """
 
-    sketched = True
+    sketched = sharded = True
+
+    def check_sharded(self, group):
+        super().check_sharded(group)
+        if group["refresh"] != "now":
+            raise ValueError(f"refresh must be 'now' for sharded weights, got {group['refresh']!r}")
 
     def init(self, state, param, group, index, count):
         shape = super().init(state, param, group, index, count)

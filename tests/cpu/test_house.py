@@ -29,8 +29,8 @@ PARTS = ("optim", "schedule", "subspace", "nn")
 ARGUMENTS = {("optim/per_layer.py", "AtStep"), ("optim/captured.py", "LowRankOptimizer")}
 # Modules of a user's model are told by their class.
 LAYERS = {"ProjectedLinear", "QuantLinear"}
-# Torch's own names.
-TORCH = {"_parameters", "_buffers"}
+# Names of torch's modules, and of named tuples.
+TORCH = {"_parameters", "_buffers", "_replace"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name not in ("__init__.py", "__main__.py") or path.parent != ROOT)
 
 
