@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from methods.transcriptions.snsm import snsm
 from methods.transcriptions.subtrack import subtrack
 from torch import nn
 
+import lowrank_sys
 from lowrank_sys.optim import Accumulate, Flora, LDAdamW, OnlineSubspaceDescent, SARAAdamW, SubTrackAdamW, param_groups
 from lowrank_sys.optim.preset import METHODS, Preset
 from lowrank_sys.subspace.gaussian import gaussian_basis
@@ -183,6 +185,12 @@ def test_every_step_is_the_paper_s(paper, shape, left, scaler):
             optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.zeros(())
         optimizer.step()
         torch.testing.assert_close(matrix.detach().double(), want, atol=1e-5, rtol=1e-5, msg=lambda m: f"step {t}: {m}")
+
+
+def test_a_method_is_one_short_file():
+    files = [path for path in (Path(lowrank_sys.__file__).parent / "optim" / "methods").glob("*.py") if path.stem != "__init__"]
+    long = {path.name: lines for path in files if (lines := len(path.read_text().splitlines())) > 80}
+    assert files and long == {}
 
 
 # --- the state in bytes
