@@ -17,7 +17,16 @@ from methods.transcriptions.subtrack import subtrack
 from torch import nn
 
 import lowrank_sys
-from lowrank_sys.optim import Accumulate, Flora, LDAdamW, OnlineSubspaceDescent, SARAAdamW, SubTrackAdamW, param_groups
+from lowrank_sys.optim import (
+    Accumulate,
+    CapturedStep,
+    Flora,
+    LDAdamW,
+    OnlineSubspaceDescent,
+    SARAAdamW,
+    SubTrackAdamW,
+    param_groups,
+)
 from lowrank_sys.optim.preset import METHODS, Preset
 from lowrank_sys.subspace.gaussian import gaussian_basis
 from lowrank_sys.subspace.iteration import seeded_basis
@@ -459,3 +468,8 @@ def test_a_share_of_entries_that_is_none_is_refused(density):
 def test_a_choice_of_frugal_that_is_none_is_refused():
     with pytest.raises(ValueError, match="choice must be one of basis, columns, got 'rows'"):
         METHODS["frugal"].optimizer([nn.Parameter(torch.zeros(3))], choice="rows")
+
+
+def test_a_captured_step_refuses_bases_that_the_host_makes():
+    with pytest.raises(ValueError, match="must make no basis on the host's word to be captured, got Flora"):
+        CapturedStep(METHODS["flora"].optimizer([{"params": [nn.Parameter(torch.zeros(8, 12))], "rank": 3}], lr=1e-3))
