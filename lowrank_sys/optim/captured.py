@@ -162,6 +162,10 @@ def _device_of(optimizer):
         raise ValueError(f"optimizer must have no error feedback to be captured, got {type(optimizer).__name__}: its step reads it")
     if not optimizer.pipeline.schedule.static:
         raise ValueError(f"optimizer must train everything always to be captured, got {type(optimizer).__name__}")
+    if not optimizer.pipeline.subspace.capturable:
+        raise ValueError(
+            f"optimizer must make no basis on the host's word to be captured, got {type(optimizer).__name__}: its step reads keys"
+        )
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise ValueError("optimizer must have no step hooks to be captured: a replay does not call them")
     devices = {param.device for group in optimizer.param_groups for param in group["params"]}

@@ -202,14 +202,10 @@ class Pipeline:
         if not batch.has_subspace:
             return
         if batch.group["refresh"] == "now":
-            late, begins = self.subspace.late(batch.group), batch.remainder.begins
-            cold = batch.part(lambda state: int(state["countdown"]) == COLD) if late or begins else None
-            early = cold if late else batch
+            late = self.subspace.late(batch.group)
+            early = batch.part(lambda state: int(state["countdown"]) <= COLD) if late else batch
             if early.params:
                 self._advance(early, early.gradients, lr)
-            for g, state in zip(cold.gradients, cold.states) if begins else ():
-                if int(state["countdown"]) != COLD:
-                    batch.remainder.begin(g, state)
             return
         omegas = [self.directions(batch.group, p, s) for p, s in zip(batch.params, batch.states)]
         batch.sketches = [
@@ -241,7 +237,11 @@ class Pipeline:
         low_rank = self.subspace.shape_of(batch.params[0], batch.states[0])
         moments = refreshed(self.moments_of(batch.group, low_rank))
         guards = {"grad_scale": batch.guards["grad_scale"], "found_inf": batch.guards["found_inf"]}
+        cold = batch.part(lambda state: int(state["countdown"]) <= COLD) if batch.remainder.begins else None
         self.subspace.advance(batch.group, gradients, batch.states, lr, batch.left, moments, sketched=sketched, **guards)
+        for g, state in zip(cold.gradients, cold.states) if batch.remainder.begins else ():
+            if int(state["countdown"]) > COLD:
+                batch.remainder.begin(g, state)
 
     def update(self, batch, lr):
         """Step the weights, on the bases that are there. A fused step reads no value on the host and makes nothing that stays, so

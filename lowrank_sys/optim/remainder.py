@@ -311,6 +311,8 @@ class SparseResidual(Remainder):
             sizes, largest = sizes.topk(min(count, len(sizes)))
             places = places[largest]
         state["entries"].copy_(places.sort().values)
+        state["entry_avg"].zero_()
+        state["entry_avg_sq"].zero_()
 
     def of(self, g, r, x, s, state, h):
         places, (beta1, beta2) = state["entries"].long(), h["betas"]

@@ -86,12 +86,7 @@ class Change:
 
     def _back(self, x, first, end):
         """These rows of back(x)."""
+        store = store_of(self._state)
         if self._basis is None:
-            self._basis = store_of(self._state).load(self._state, axis_of(self._shape, self._state))
-        left = self._state["left"]
-        out = x.new_zeros(end - first, self._shape[1])
-        low_rank, basis = (x, self._basis[first:end]) if left else (x[first:end], self._basis)
-        torch.ops.lowrank.back_project_(
-            out, low_rank.contiguous(), basis.contiguous(), beta=0.0, left=left, int8_gemm=self._int8_gemm
-        )
-        return out
+            self._basis = store.ready(self._state, axis_of(self._shape, self._state))
+        return store.back_rows(x, self._state, self._basis, self._shape, first, end, int8_gemm=self._int8_gemm)

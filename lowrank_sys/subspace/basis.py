@@ -65,6 +65,18 @@ class Dense:
         """param += alpha back(low_rank)."""
         torch.ops.lowrank.back_project_(param, low_rank, state["basis"], alpha=alpha, left=state["left"], int8_gemm=int8_gemm)
 
+    def ready(self, state, d):
+        """What `back_rows` takes of the basis, for all of its calls."""
+        return self.load(state, d)
+
+    def back_rows(self, low_rank, state, basis, shape, first, end, *, int8_gemm=False):
+        """Rows first ... end - 1 of back(low_rank), fp32, for a matrix of this shape; basis: of `ready`."""
+        left = state["left"]
+        out = low_rank.new_zeros(end - first, shape[1])
+        low_rank, basis = (low_rank, basis[first:end]) if left else (low_rank[first:end], basis)
+        torch.ops.lowrank.back_project_(out, low_rank.contiguous(), basis.contiguous(), beta=0.0, left=left, int8_gemm=int8_gemm)
+        return out
+
 
 class Int4(Dense):
     """Packed codes (r, ⌈d/2⌉), fp32 scales and offsets (r, ⌈d/group_size⌉): see quantize_int4. d r / 2 bytes, and the scales."""
@@ -172,6 +184,22 @@ class Rows(Dense):
         torch.ops.lowrank.scatter_add_rows_(
             param, low_rank, state["indices"], state.get("row_scale"), alpha=alpha, left=state["left"]
         )
+
+    def ready(self, state, d):
+        """Nothing: no product is dense."""
+        return ()
+
+    def back_rows(self, low_rank, state, basis, shape, first, end, *, int8_gemm=False):
+        out, indices = low_rank.new_zeros(end - first, shape[1]), state["indices"]
+        if state["left"]:  # whichever lie elsewhere add 0, so that no device is asked how many
+            indices = indices - first
+            inside = (indices >= 0) & (indices < end - first)
+            indices, low_rank = torch.where(inside, indices, 0), torch.where(inside.unsqueeze(1), low_rank, 0)
+        else:
+            low_rank = low_rank[first:end]
+        scale = state.get("row_scale")
+        low_rank = low_rank if scale is None else low_rank * (scale.unsqueeze(1) if state["left"] else scale)
+        return out.index_add_(0 if state["left"] else 1, indices, low_rank)
 
 
 class Columns(Dense):

@@ -60,7 +60,7 @@ class Resampled(Gaussian):
     A refresh makes both (d, r) in fp32, and drops them. State of a matrix: that of Gaussian, and d.
     """
 
-    defaults = {**Kind.defaults, "update_proj_gap": 1000, "moments": "rotate"}
+    defaults, capturable = {**Kind.defaults, "update_proj_gap": 1000, "moments": "rotate"}, False
 
     def transports(self, group):
         return ("rotate", *CARRIED)

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from lowrank_sys.optim.methods.galore import GaLoreAdafactor
+from lowrank_sys.optim.methods.galore_adafactor import GaLoreAdafactor
 from lowrank_sys.optim.moments import Moment
 from lowrank_sys.optim.preset import Preset, method
 from lowrank_sys.optim.remainder import Remainder

@@ -1,11 +1,10 @@
-"""GaLore (Zhao et al., ICML 2024, arXiv:2403.03507): Adam or Adafactor on the gradient's leading singular directions."""
+"""GaLore (Zhao et al., ICML 2024, arXiv:2403.03507): Adam on the gradient's leading singular directions."""
 
-from lowrank_sys.optim import hyper
 from lowrank_sys.optim.moments import MIN_8BIT_SIZE, Blocks8bit
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 from lowrank_sys.optim.pipeline import Pipeline
 from lowrank_sys.optim.preset import method
-from lowrank_sys.optim.rules import Adafactor, Adam
+from lowrank_sys.optim.rules import Adam
 from lowrank_sys.optim.types import Betas, NonFinite, Params, PerLayer, Rate
 
 
@@ -78,61 +77,3 @@ class GaLoreAdamW8bit(LowRankOptimizer):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "min_8bit_size": min_8bit_size}
         super().__init__(params, Pipeline(Adam(), moments=Blocks8bit()), defaults, nonfinite, per_layer)
-
-
-# The rates of the command line are plain ones: neither relative to the step count nor to the size of a weight.
-@method("galore-adafactor", lr=5e-3, plain_lr=3e-3, options={"relative_step": False, "scale_parameter": False})
-class GaLoreAdafactor(LowRankOptimizer):
-    """Adafactor whose statistics live in a rank-r subspace; groups without `rank` are plain Adafactor.
-
-    Arguments and defaults as galore_torch's GaLoreAdafactor. With `relative_step` the rate follows the step count and `lr`
-    must be None. The update is clipped and scaled in the subspace, then projected back.
-
-    State of a matrix: `row` (rows of R, 1), `col` (1, columns of R), `basis`, `step`, the schedule; `exp_avg` with beta1.
-    """
-
-    rules = {
-        **hyper.RULES,
-        "lr": hyper.optional(hyper.rate),
-        "eps": hyper.pair("eps", hyper.at_least(0)),
-        "clip_threshold": hyper.number("a number above 0", lambda value: value > 0),
-        "decay_rate": hyper.number("a number", lambda value: True),
-        "beta1": hyper.optional(hyper.momentum),
-        "scale_parameter": hyper.flag,
-        "relative_step": hyper.flag,
-        "warmup_init": hyper.flag,
-    }
-
-    def __init__(
-        self,
-        params: Params,
-        lr: Rate | None = None,
-        eps: tuple[float, float] = (1e-30, 1e-3),
-        clip_threshold: float = 1.0,
-        decay_rate: float = -0.8,
-        beta1: float | None = None,
-        weight_decay: float = 0.0,
-        scale_parameter: bool = True,
-        relative_step: bool = True,
-        warmup_init: bool = False,
-        *,
-        nonfinite: NonFinite = "skip",
-        per_layer: PerLayer = None,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "clip_threshold": clip_threshold,
-            "decay_rate": decay_rate,
-            "beta1": beta1,
-            "weight_decay": weight_decay,
-            "scale_parameter": scale_parameter,
-            "relative_step": relative_step,
-            "warmup_init": warmup_init,
-        }
-        hyper.check(defaults, self.rules)
-        if relative_step == (lr is not None):
-            raise ValueError(f"lr must be {'None with' if relative_step else 'given without'} relative_step, got {lr}")
-        if warmup_init and not relative_step:
-            raise ValueError("warmup_init needs relative_step, got relative_step=False")
-        super().__init__(params, Pipeline(Adafactor()), defaults, nonfinite, per_layer)
