@@ -49,9 +49,10 @@ BOUND = (
     "int8_gemm",
     "stochastic_rounding",
     "target_modules",
+    "option",
 )
 # Bound flags that older checkpoints do not have, and what they were.
-NEWER = {"int8_gemm": False, "stochastic_rounding": False, "target_modules": None}
+NEWER = {"int8_gemm": False, "stochastic_rounding": False, "target_modules": None, "option": None}
 FREE = ("out", "resume", "steps", "save_steps", "eval_steps", "eval_tokens", "keep", "gradient_checkpointing", "device", "as_given")
 
 
@@ -114,6 +115,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scale", type=float, help=f"factor on the low-rank update (default: {_defaults('scale')})")
     add("--proj-type", metavar="NAME", default="std", help="which side is projected (default: %(default)s)")
     add("--subspace", metavar="NAME", help=f"how a basis is found, or rows are selected (default: {_defaults('subspace')})")
+    add(
+        "--option",
+        metavar="NAME=VALUE",
+        nargs="+",
+        help="arguments of the method's optimizer by their names in Python, as active_layers=2 period=20 (--method lisa) or "
+        "momentum=0.9 (--method muon)",
+    )
     add(
         "--int8-gemm",
         action="store_true",
