@@ -101,9 +101,7 @@ def build(model: torch.nn.Module, args: argparse.Namespace) -> optim.LowRankOpti
         raise CommandError(f"--option: {', '.join(taken)} must be given by the flags of that name")
     try:
         groups = _groups(method, model, args)
-        return method.optimizer(
-            groups, lr=args.lr, weight_decay=args.weight_decay, per_layer=_per_layer(args), **{**options, **own}
-        )
+        return method.optimizer(groups, lr=args.lr, weight_decay=args.weight_decay, per_layer=_per_layer(args), **options)
     except ValueError as error:
         raise CommandError(str(error)) from error
     except TypeError as error:
