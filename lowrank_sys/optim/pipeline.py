@@ -112,10 +112,11 @@ class Pipeline:
     def rule_of(self, group):
         return self.rule if "rank" in group else self.plain
 
-    def remainder_of(self, group, state):
+    def remainder_of(self, group, state=None):
+        """state: of a matrix that may have no basis."""
         if "rank" not in group:
             return WHOLE
-        return self.remainder.whole if self.subspace.is_whole(state) else self.remainder
+        return self.remainder.whole if state is not None and self.subspace.is_whole(state) else self.remainder
 
     def moments_of(self, group, shape):
         """{name: Moment} of a gradient of this shape."""

@@ -69,7 +69,7 @@ class FactoredMomentum(WithoutBasis):
         return Update(phi=g, scale=s.grad_scale, c=(outside,), factors=(torch.cat([u, along], 1), inside))
 
 
-@method("mofasgd", lr=1e-2, plain_lr=3e-3, scale=1.0)
+@method("mofasgd", lr=3e-2, plain_lr=3e-3, scale=1.0)
 class MoFaSGD(Preset):
     """W <- (1 - lr*wd) W - lr [scale U Vᵀ + residual_scale (I - UUᵀ) G (I - VVᵀ)]: the momentum's singular values count as 1.
 
