@@ -13,6 +13,7 @@ from lowrank_sys.optim.methods.frugal import FrugalAdamW
 from lowrank_sys.optim.methods.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_sys.optim.methods.galore_lion import GaLoreLion
 from lowrank_sys.optim.methods.grades import GradES
+from lowrank_sys.optim.methods.gradnormlorp import GradNormLoRP
 from lowrank_sys.optim.methods.grass import GrassAdamW
 from lowrank_sys.optim.methods.gum import GUM
 from lowrank_sys.optim.methods.ldadam import LDAdamW
@@ -29,6 +30,7 @@ __all__ = [
     "ASGO",
     "GUM",
     "GradES",
+    "GradNormLoRP",
     "LISA",
     "OwLore",
     "GaLoreLion",

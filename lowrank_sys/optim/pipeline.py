@@ -11,7 +11,7 @@ from lowrank_sys.optim import fused
 from lowrank_sys.optim.moments import Fp32, Opened, first_of, refreshed
 from lowrank_sys.optim.remainder import WHOLE, Remainder
 from lowrank_sys.optim.update import Change
-from lowrank_sys.optim.weight import weight_store
+from lowrank_sys.optim.weight import Rows, weight_store
 from lowrank_sys.schedule.roles import FROZEN, TRAINED
 from lowrank_sys.schedule.schedule import Schedule
 from lowrank_sys.subspace.basis import axis_of, store_of
@@ -230,7 +230,7 @@ def _general(method, batch, param, g, state, usable_channels, lr):
     state["step"] += 1 if go is None else go
     s = Opened(state, method.moments_of(group, param.shape if not has_basis else method.subspace.shape_of(param, state)))
     s.grad_scale, s.d = batch.scale, axis_of(param.shape, state) if has_basis else None
-    s.weight_rms = lambda: store.rms(param)
+    s.weight_rms, s.weight = lambda: store.rms(param), Rows(store, param)
     if whole:
         r, s.ok = g, torch.ones((), dtype=torch.bool, device=param.device)
     else:
