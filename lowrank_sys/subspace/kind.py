@@ -34,6 +34,7 @@ class Kind:
     on_host = ("countdown",)  # state that stays there, for Python to read
     hyper = ("update_proj_gap",)  # group keys that a refresh reads, numbers
     blind = False  # whether a basis is renewed without any gradient
+    capturable = True  # whether a step reads nothing of a basis on the host
     sketched = False  # whether bases may come from sketches, which add up over micro-batches
 
     def __init_subclass__(cls):
