@@ -18,6 +18,7 @@ from lowrank_sys.optim.methods.galore_adafactor import GaLoreAdafactor
 from lowrank_sys.optim.methods.galore_lion import GaLoreLion
 from lowrank_sys.optim.methods.galore_plus import GaLorePlus
 from lowrank_sys.optim.methods.grades import GradES
+from lowrank_sys.optim.methods.gradnormlorp import GradNormLoRP
 from lowrank_sys.optim.methods.grass import GrassAdamW
 from lowrank_sys.optim.methods.gum import GUM
 from lowrank_sys.optim.methods.ldadam import LDAdamW
@@ -52,6 +53,7 @@ __all__ = [
     "GaLoreLion",
     "GaLorePlus",
     "GradES",
+    "GradNormLoRP",
     "GrassAdamW",
     "GUM",
     "InBackward",

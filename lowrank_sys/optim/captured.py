@@ -160,6 +160,10 @@ def _device_of(optimizer):
         )
     if optimizer.pipeline.remainder.feeds_back:
         raise ValueError(f"optimizer must have no error feedback to be captured, got {type(optimizer).__name__}: its step reads it")
+    if not optimizer.pipeline.subspace.capturable:
+        raise ValueError(
+            f"optimizer must make no basis on the host's word to be captured, got {type(optimizer).__name__}: its step reads keys"
+        )
     if not optimizer.pipeline.schedule.static:
         raise ValueError(f"optimizer must train everything always to be captured, got {type(optimizer).__name__}")
     if not optimizer.pipeline.subspace.capturable:

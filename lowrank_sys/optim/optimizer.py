@@ -257,7 +257,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _pairs(self, group):
         """[(parameter, gradient)] of what trains now and has one."""
-        return [(param, grad) for param, grad in self.gradients.of(group) if self.turns.trains(param)]
+        pairs = self.gradients.of(group)
+        return pairs if self.pipeline.schedule.static else [(p, grad) for p, grad in pairs if self.turns.trains(p)]
 
     def expect_finite(self, param, grad):
         """With nonfinite='raise' a FloatingPointError that names a parameter whose gradient is not finite."""

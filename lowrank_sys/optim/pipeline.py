@@ -13,7 +13,7 @@ from lowrank_sys.optim import fused
 from lowrank_sys.optim.moments import Fp32, Opened, first_of, refreshed
 from lowrank_sys.optim.remainder import WHOLE, Remainder
 from lowrank_sys.optim.update import Change
-from lowrank_sys.optim.weight import weight_store
+from lowrank_sys.optim.weight import Rows, weight_store
 from lowrank_sys.schedule.roles import FROZEN, TRAINED
 from lowrank_sys.schedule.schedule import Schedule
 from lowrank_sys.subspace.basis import axis_of, store_of
@@ -124,10 +124,11 @@ class Pipeline:
     def rule_of(self, group):
         return self.rule if "rank" in group else self.plain
 
-    def remainder_of(self, group, state):
+    def remainder_of(self, group, state=None):
+        """state: of a matrix that may have no basis."""
         if "rank" not in group:
             return WHOLE
-        return self.remainder.whole if self.subspace.is_whole(state) else self.remainder
+        return self.remainder.whole if state is not None and self.subspace.is_whole(state) else self.remainder
 
     def moments_of(self, group, shape):
         """{name: Moment} of a gradient of this shape."""
@@ -271,7 +272,7 @@ def _general(method, batch, param, g, state, usable_channels, lr):
     s = Opened(state, method.moments_of(group, param.shape if not has_basis else method.subspace.shape_of(param, state)))
     s.grad_scale, s.d = batch.scale, axis_of(param.shape, state) if has_basis else None
     s.shard = shard = shard_of(state, prod(param.shape[1:]))
-    s.weight_rms = lambda: store.rms(param, shard)
+    s.weight_rms, s.weight = lambda: store.rms(param, shard), Rows(store, param)
     if whole:
         r, s.ok = g, torch.ones((), dtype=torch.bool, device=param.device)
     else:

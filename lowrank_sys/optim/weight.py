@@ -42,6 +42,16 @@ def _number(state):
     return state["parameter"]
 
 
+class Rows:
+    """rows[first:end] of a weight in its store, fp32."""
+
+    def __init__(self, store, param):
+        self._store, self._param = store, param
+
+    def __getitem__(self, rows):
+        return self._store.values(self._param, rows.start, rows.stop)
+
+
 class InPlace:
     """The parameter itself, in its own dtype (fp32, bf16 or fp16), rounded to nearest even once a step."""
 

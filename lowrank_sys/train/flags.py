@@ -53,11 +53,12 @@ BOUND = (
     "int8_gemm",
     "stochastic_rounding",
     "target_modules",
+    "option",
 )
 # Bound flags that older checkpoints do not have, and what they were.
 NEWER = {
     "int8_gemm": False, "stochastic_rounding": False, "target_modules": None, "from_": None, "valid_data": None,
-    "no_packing": False,
+    "no_packing": False, "option": None,
 }  # fmt: skip
 MERGE_DTYPES = ("fp32", "bf16", "fp16")
 FREE = (
@@ -144,6 +145,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scale", type=float, help=f"factor on the low-rank update (default: {_defaults('scale')})")
     add("--proj-type", metavar="NAME", default="std", help="which side is projected (default: %(default)s)")
     add("--subspace", metavar="NAME", help=f"how a basis is found, or rows are selected (default: {_defaults('subspace')})")
+    add(
+        "--option",
+        metavar="NAME=VALUE",
+        nargs="+",
+        help="arguments of the method's optimizer by their names in Python, as active_layers=2 period=20 (--method lisa) or "
+        "momentum=0.9 (--method muon)",
+    )
     add(
         "--int8-gemm",
         action="store_true",

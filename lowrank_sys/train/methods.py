@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -77,15 +78,33 @@ def _per_layer(args):
     return None
 
 
+def _option(text: str) -> tuple[str, object]:
+    """(name, value) of NAME=VALUE: a value as Python has it, else the text itself."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise CommandError(f"--option: got {text!r}; it must be NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
 def build(model: torch.nn.Module, args: argparse.Namespace) -> optim.LowRankOptimizer:
     """The optimizer of `args.method` over the parameters of `model`; its second group is the linear weights.
 
     Raises CommandError with the optimizer's own words, as for a rank above min(m, n) of a weight.
     """
     method, args = METHODS[args.method], settle(args)
-    options = {**method.options, **(method.int8_options if args.weights == "int8" else {})}
+    own = dict(map(_option, args.option or ()))
+    options = {**method.options, **(method.int8_options if args.weights == "int8" else {}), **own}
+    if taken := sorted(own.keys() & {"params", "lr", "weight_decay", "per_layer"}):
+        raise CommandError(f"--option: {', '.join(taken)} must be given by the flags of that name")
     try:
         groups = _groups(method, model, args)
         return method.optimizer(groups, lr=args.lr, weight_decay=args.weight_decay, per_layer=_per_layer(args), **options)
     except ValueError as error:
         raise CommandError(str(error)) from error
+    except TypeError as error:
+        if own:
+            raise CommandError(f"--option: {error}") from error
+        raise

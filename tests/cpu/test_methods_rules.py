@@ -8,7 +8,7 @@ from small_model import backward
 from test_methods import GAP, assert_alike, made, mean_loss, run
 from torch import nn
 
-from lowrank_sys.optim import ASGO, MoFaSGD, Muon
+from lowrank_sys.optim import ASGO, CapturedStep, MoFaSGD, Muon
 
 SUBSPACE = pytest.mark.parametrize("name", ["muon", "asgo"])
 LOW = {"rank": 8, "update_proj_gap": GAP}
@@ -122,3 +122,9 @@ def test_clipping_by_the_optimizer_takes_whole_matrices_too():
 def test_refused(cls, keys, message):
     with pytest.raises(ValueError, match=message):
         cls([{"params": [nn.Parameter(torch.zeros(8, 12))], **keys}])
+
+
+def test_a_captured_step_refuses_what_reads_the_host():
+    optimizer = MoFaSGD([{"params": [nn.Parameter(torch.zeros(8, 12))], "rank": 3}])
+    with pytest.raises(ValueError, match="on the host's word to be captured, got MoFaSGD"):
+        CapturedStep(optimizer)

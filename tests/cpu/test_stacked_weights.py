@@ -22,8 +22,10 @@ def gradient(step):
 
 
 def built(name, params):
+    """Over the weights of one layer, for methods that draw layers."""
     method = METHODS[name]
-    return method.optimizer([{"params": params, **options(method)}], lr=1e-2, weight_decay=0.1, **method.options)
+    named = [(f"layers.0.{i}", param) for i, param in enumerate(params)]
+    return method.optimizer([{"params": named, **options(method)}], lr=1e-2, weight_decay=0.1, **method.options)
 
 
 def train(optimizer, params, steps, spoil=()):

@@ -132,6 +132,25 @@ def gum(weight, gradients, left, *, whole, q, period, momentum=0.95):
     return out
 
 
+def gradnormlorp(weight, gradients, left, scale=0.25):
+    """W = g V / |V| by rows, g and V anew from W before every step."""
+    lengths, directions, basis, out = adam(), adam(), None, []
+    for t, g in enumerate(gradients):
+        length = weight.norm(dim=1, keepdim=True)
+        slope = (g * weight / length).sum(1, keepdim=True)
+        if t % GAP == 0:
+            u, _, vh = torch.linalg.svd(g, full_matrices=False)
+            new = u[:, :RANK] if left else vh[:RANK].T
+            sign = new.gather(0, new.abs().argmax(0, keepdim=True)) if basis is None else (basis * new).sum(0)
+            basis = new * torch.where(sign < 0, -1, 1)
+        x = directions(basis.T @ g if left else g @ basis)
+        v = weight - LR * scale * (basis @ x if left else x @ basis.T)
+        new = (length - LR * lengths(slope)) * v / v.norm(dim=1, keepdim=True)
+        weight = new - LR * DECAY * weight
+        out.append(weight)
+    return out
+
+
 def mofasgd(weight, gradients, left, momentum=0.95, scale=1.0, residual_scale=0.0):
     u = values = v = None
     out = []
@@ -168,6 +187,7 @@ PAPERS = {
     "lisa, where all layers are drawn": (optim.LISA, {"active_layers": 9}, {"rank": None}, whole(adam), {}),
     "owlore, where all layers are drawn": (optim.OwLore, {"active_layers": 9}, {**LOW, "scale": 0.5}, galore(adam, 0.5), {}),
     "grades, before anything settles": (optim.GradES, {"grace": 99}, {"rank": None}, whole(adam), {}),
+    "gradnormlorp": (optim.GradNormLoRP, {}, LOW, gradnormlorp, {}),
     "galore-lion": (optim.GaLoreLion, {}, LOW, galore(lion), {}),
 }  # fmt: skip
 

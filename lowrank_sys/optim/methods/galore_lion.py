@@ -4,7 +4,7 @@ from lowrank_sys.optim.preset import Preset, method
 from lowrank_sys.optim.rules import Lion
 
 
-@method("galore-lion", lr=1e-3, plain_lr=3e-4)
+@method("galore-lion", lr=3e-3, plain_lr=3e-3)
 class GaLoreLion(Preset):
     """W <- (1 - lr*wd) W - lr*scale*back(Lion(R)): one moment of R's shape in place of two.
 

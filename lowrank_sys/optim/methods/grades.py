@@ -5,7 +5,7 @@ from lowrank_sys.schedule.settling import Settling
 from lowrank_sys.subspace.none import NoSubspace
 
 
-@method("grades", lr=1e-3, plain_lr=3e-3, rank=None)
+@method("grades", lr=3e-4, plain_lr=1e-2, rank=None)
 class GradES(Preset):
     """torch.optim.AdamW; a matrix is frozen, and its state freed, once the sum of |G|'s entries is below `tau` (1).
 

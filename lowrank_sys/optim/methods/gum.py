@@ -43,7 +43,7 @@ class HeavyBall(Muon):
     name, defaults = "heavy-ball-muon", {**Muon.defaults, "nesterov": False}
 
 
-@method("gum", lr=1e-3, plain_lr=3e-3, scale=1.0)
+@method("gum", lr=1e-2, plain_lr=3e-3, scale=1.0)
 class GUM(Preset):
     """W <- (1 - lr*wd) W - lr back(X), X = 0.2 sqrt(max(rows, columns)) NS(M), M the momentum of project(G) / (1 - q).
 

@@ -6,7 +6,7 @@ from lowrank_sys.subspace.none import NoSubspace
 
 
 # One layer at a time from the command line, whose smallest models have two or three.
-@method("lisa", lr=1e-3, plain_lr=3e-3, rank=None, options={"active_layers": 1})
+@method("lisa", lr=1e-3, plain_lr=1e-2, rank=None, options={"active_layers": 1})
 class LISA(Preset):
     """torch.optim.AdamW on `active_layers` (2) layers, drawn evenly every `period` (20) steps, and on what is in no layer, always.
 

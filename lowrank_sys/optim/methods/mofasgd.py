@@ -9,8 +9,6 @@ from lowrank_sys.optim.update import Update
 from lowrank_sys.optim.weight import panels
 from lowrank_sys.subspace.factors import Factors
 
-START_PASSES = 4  # of subspace iteration on the first gradient
-
 
 def products(g, s, left, right):
     """(leftᵀ G, G right) for G / s.size, fp32, in one read of it, without the rows that are not s.rows."""
@@ -43,11 +41,11 @@ class FactoredMomentum(WithoutBasis):
         return s.rows
 
     def of(self, g, r, x, s, state, h):
-        size, rank = s.size * s.whole, state["values"].shape[0]
         old = [state[name] for name in ("left_vectors", "values", "right_vectors")]
+        size, rank = s.size * s.whole, len(old[1])
         u, values, v = old[0], old[1] / size, old[2]
         if int(state["started"]) == 0:
-            u, _ = torch.ops.lowrank.subspace_iteration(g, None, rank=rank, left=True, n_iter=START_PASSES, seed=state["seed"])
+            u, _ = torch.ops.lowrank.subspace_iteration(g, None, rank=rank, left=True, n_iter=4, seed=state["seed"])
             new = truncated(products(g, s, u, v)[0], u, None, rank)
         else:
             across, along = products(g, s, u, v)
@@ -69,12 +67,13 @@ class FactoredMomentum(WithoutBasis):
         return Update(phi=g, scale=s.grad_scale, c=(outside,), factors=(torch.cat([u, along], 1), inside))
 
 
-@method("mofasgd", lr=1e-2, plain_lr=3e-3, scale=1.0)
+@method("mofasgd", lr=3e-2, plain_lr=3e-3, scale=1.0)
 class MoFaSGD(Preset):
     """W <- (1 - lr*wd) W - lr [scale U Vᵀ + residual_scale (I - UUᵀ) G (I - VVᵀ)]: the momentum's singular values count as 1.
 
     Group keys: `rank`, `momentum` (0.95), `scale` (1), `residual_scale` (0), `seed`. Groups without `rank` are AdamW. The authors'
     code starts from the singular vectors of the weight, here from the first gradient's; it divides U Vᵀ by S once more.
+    The singular vectors of a matrix (2r, 2r) at every step make the host wait for a GPU.
     State of a matrix: `left_vectors` (m, r), `values` (r,), `right_vectors` (n, r) fp32, and `started`, on the host.
     """
 

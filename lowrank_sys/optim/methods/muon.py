@@ -5,7 +5,7 @@ from lowrank_sys.optim.rules import Muon as Rule
 from lowrank_sys.subspace.optional import OrWhole
 
 
-@method("muon", lr=1e-3, plain_lr=3e-3, rank=None)
+@method("muon", lr=1e-2, plain_lr=3e-3, rank=None)
 class Muon(Preset):
     """W <- (1 - lr*wd) W - lr 0.2 sqrt(max(m, n)) NS(momentum M + (1 - momentum) G), M <- momentum M + (1 - momentum) G.
 

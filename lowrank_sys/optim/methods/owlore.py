@@ -5,7 +5,7 @@ from lowrank_sys.schedule.schedule import Sampled
 
 
 # One layer at a time from the command line, whose smallest models have two or three.
-@method("owlore", lr=5e-3, plain_lr=3e-3, scale=1.0, update_proj_gap=100, options={"active_layers": 1})
+@method("owlore", lr=5e-3, plain_lr=1e-2, scale=1.0, update_proj_gap=100, options={"active_layers": 1})
 class OwLore(Preset):
     """GaLoreAdamW on `active_layers` (2) layers, drawn every `period` (20) steps in proportion to `scores`; the others are frozen.
 
