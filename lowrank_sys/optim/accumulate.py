@@ -5,6 +5,7 @@ Clipping, unscaling and schedulers are the caller's ordinary code on these `.gra
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lowrank_sys.nn.coefficient import (
     CONTAINER,
@@ -23,6 +24,7 @@ from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
 from lowrank_sys.optim.coefficient import weights
 from lowrank_sys.optim.gradients import Hooked, WeakHook, hooked
 from lowrank_sys.optim.ranks import AfterBackward, copy_refreshed, copy_weights, mean_over
+from lowrank_sys.optim.sketch_sum import SketchSum
 from lowrank_sys.subspace.basis import axis_of, store_of
 from lowrank_sys.subspace.refresh import COLD
 
@@ -362,7 +364,7 @@ class Accumulate(Hooked):
             state = optimizer.state_of(weight)
             self._fit(optimizer, weight, self.coefficients[weight], state)
             omega = optimizer.pipeline.directions(optimizer.group_of(weight), weight, state)
-        return None if omega is None else _Sketch(omega)
+        return None if omega is None else SketchSum(omega)
 
     def _expect_new(self, weight, coefficient):
         if coefficient.grad is not None and self._stepped.get(weight) == _identity(coefficient.grad):
@@ -395,7 +397,7 @@ class Accumulate(Hooked):
         for weight, coefficient in self.coefficients.items():
             if weight.grad is not None:  # put there by hand
                 self.take(weight)
-            elif weight not in self._window:
+            elif weight not in self._window and (self.world.size == 1 or not self._window):  # R may be that of other ranks
                 self._expect_new(weight, coefficient)
         if self.world.size > 1:
             if not self._averaged:
@@ -478,35 +480,5 @@ class Accumulate(Hooked):
         return {ACCUMULATORS: held + sum(t.numel() * t.element_size() for t in self._sketches() if t is not None)}
 
 
-class _Sketch:
-    """Y = G Omega, summed over a window beside R. Of each gradient `expect` and `add` are called once, in any order."""
-
-    def __init__(self, omega):
-        self.omega = omega
-        self.total = None
-        self.version = None  # of the accumulated R after the last sum
-        self._expected, self._waiting = False, None
-
-    def expect(self, low_rank_grad):
-        """R so far, before a gradient is added; if zero_grad was called since the last one, the sum is zeroed too."""
-        if low_rank_grad is None:
-            self.total = None
-        elif self.total is not None and low_rank_grad._version != self.version:
-            self.total.masked_fill_(~low_rank_grad.any(), 0)
-        waiting, self._waiting, self._expected = self._waiting, None, True
-        if waiting is not None:
-            self.add(waiting)
-
-    def add(self, product):
-        """The sketch of that gradient, which is taken."""
-        if not self._expected:
-            self._waiting = product
-        elif self.total is None:
-            self.total, self._expected = product, False
-        else:
-            self.total.add_(product)
-            self._expected = False
-
-
 def _identity(grad):
-    return grad.untyped_storage()._cdata, grad._version
+    return StorageWeakRef(grad.untyped_storage()), grad._version

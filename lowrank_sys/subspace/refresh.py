@@ -261,13 +261,19 @@ def is_taken(energies, state):
     """Whether a choice with these energies (r,), or norms, is one: there was a gradient, and it was finite.
 
     What is not taken stays due. A GPU is not asked, which would make the host wait: its choice counts as taken, and its verdict is
-    copied to `missed` of the state, which a later step reads when it is there.
+    copied to `missed` of the state, which a later step reads when it is there. Several processes wait for it: they must read it
+    at the same step.
     """
     usable = ((energies > 0) & (energies < float("inf"))).any()
     if "missed" in state:
-        state["missed"].copy_(~usable, non_blocking=True)
+        state["missed"].copy_(~usable, non_blocking=not _together())
         return True
     return energies.device.type != "cpu" or bool(usable)
+
+
+def _together():
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def trains(lr):

@@ -25,14 +25,21 @@ def example(monkeypatch):
 
 
 def test_every_example_is_here():
-    assert {path.stem for path in FOLDER.glob("*.py")} == {"tiny", "custom_loop", "fsdp2", *LEARN}
+    several = {"ddp", "fsdp2"}  # run by tests/cpu/distributed
+    assert {path.stem for path in FOLDER.glob("*.py")} == {"tiny", "custom_loop", "lightning_module", *several, *LEARN}
 
 
 def test_custom_loop(example):
     assert example("custom_loop").main() < 0.1
 
 
-LEARN = ("accumulate_and_clip", "int8_in_backward", "trainer", "trainer_names")
+def test_lightning(example):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    losses = example("lightning_module").main()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+LEARN = ("accelerate_loop", "accumulate_and_clip", "int8_in_backward", "trainer", "trainer_names")
 
 
 @pytest.mark.parametrize("name", LEARN)

@@ -108,6 +108,22 @@ def wrapped_before(rank, size, make):
     return train(ddp, optimizer, STEPS, rank=rank, size=size), weights(model), bases(optimizer)
 
 
+def replaced(rank, size, make):
+    """A hook of the user's puts another gradient in the place of each."""
+    model, optimizer = with_replacing_hooks(make)
+    return train(DistributedDataParallel(model), optimizer, STEPS, rank=rank, size=size), weights(model), bases(optimizer)
+
+
+def with_replacing_hooks(make):
+    model = llama()
+    if make is projected:
+        project_model(model, 8, "right")
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", 0.5 * p.grad))
+    return model, galore(model, "accumulate")
+
+
 def not_wrapped(rank, size, make):
     """Nobody averages: of the matrices that accumulate, which alone train here, step() does."""
     model, optimizer = only_matrices(make)
@@ -126,7 +142,7 @@ def bf16(rank, size, make):
     return train(DistributedDataParallel(model), optimizer, STEPS, rank=rank, size=size, micro=2), weights(model), bases(optimizer)
 
 
-EACH = (overflow, not_a_number, experts, quantized, wrapped_before, bf16)
+EACH = (overflow, not_a_number, experts, quantized, wrapped_before, replaced, bf16)
 CASES = [*((case, name) for case in EACH for name in BOTH), (not_wrapped, "accumulate")]
 
 
@@ -155,4 +171,5 @@ def test_one_outcome_on_all_ranks():
         # codes that are rounded the other way part the runs
         assert_as_alone("quantized", name, *make(model=quantize_model(llama(), group_size=32)), 2, {"atol": 5e-3, "rtol": 0})
         assert_as_alone("wrapped_before", name, *make())
+        assert_as_alone("replaced", name, *with_replacing_hooks(make))
     assert_as_alone("not_wrapped", "accumulate", *only_matrices(accumulating))
