@@ -292,7 +292,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for i, param in enumerate(weights(group)):
                 state, name = self.state.get(param, {}), name_of(group, g, i)
                 if "countdown" in state:
-                    found = [describe(one) for _, _, one in each(param, None, state)]
+                    found = [describe(one) for _, _, one in each(here(self, param, param), None, state)]
                     names = [f"{name}[{e}]" for e in range(len(found))] if is_batch(param.shape) else [name]
                     schedule.update(zip(names, found))
         return schedule
@@ -321,7 +321,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         size = count(param.shape)
         if is_batch(param.shape) and any(tensor.dim() == 0 or len(tensor) != size for tensor in tensors):
             return False
-        return all(self.pipeline.subspace.fits(matrix, one) for matrix, _, one in each(param, None, state))
+        return all(self.pipeline.subspace.fits(matrix, one) for matrix, _, one in each(here(self, param, param), None, state))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, in its own dtypes: torch's casts every tensor but `step` to the parameter's dtype.

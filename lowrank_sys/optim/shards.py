@@ -75,7 +75,7 @@ class Layout:
         saved = {key: value for key, value in state.items() if key not in KEYS}
         for key in by_row.keys() & saved.keys():
             value = saved[key].view(self.count, self.row // BLOCK) if by_row[key] else saved[key]
-            shape = torch.Size((self.shape[0], *value.shape[1:])) if self.shape else value.shape
+            shape = torch.Size((self.shape[0], *value.shape[1:]))
             stride = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
             saved[key] = DTensor.from_local(value, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
         return saved
@@ -91,13 +91,18 @@ class Layout:
             value = whole(value)
             if flat and value.dim() == 1 and len(value) == self.shape[0] * (self.row // BLOCK):
                 value = value.view(self.shape[0], -1)
-            if self.numbers and value.dim() and len(value) == self.shape[0]:
+            if value.dim() and len(value) == self.shape[0]:
                 value = value[self.first : self.first + self.count].clone()
         return value.flatten() if flat else value
 
 
+def sharded(layout):
+    """Whether a parameter with this Layout, or None, has rows on other processes."""
+    return layout is not None and bool(layout.numbers)
+
+
 def here(optimizer, param, tensor):
-    """The rows that are here of a parameter's gradient."""
+    """The rows that are here of a parameter, or of its gradient."""
     return optimizer.layouts[param].local(tensor) if param in optimizer.layouts else tensor
 
 
@@ -119,7 +124,7 @@ def layouts_of(optimizer, group, names):
     """{parameter: Layout} of the DTensors in a new group, whose bases go to the right; names of its parameters. ValueError
     for what they are not served with."""
     layouts = {param: Layout(param, name) for name, param in zip(names, group["params"]) if is_dtensor(param)}
-    if not any(layout.numbers for layout in layouts.values()):
+    if not any(map(sharded, layouts.values())):
         return layouts
     if optimizer.gradients.served_by_hooks:
         raise ValueError("per_layer must be None for sharded weights")
@@ -137,11 +142,10 @@ def layouts_of(optimizer, group, names):
 def on_the_right(optimizer, saved_groups):
     """Groups of a state_dict with the bases of sharded weights on the right."""
 
-    def sharded(group):
-        return any(optimizer.layouts[param].numbers for param in group["params"] if param in optimizer.layouts)
-
     turned = [
-        {**saved, "proj_type": "right"} if "proj_type" in saved and sharded(group) else saved
+        {**saved, "proj_type": "right"}
+        if "proj_type" in saved and any(sharded(optimizer.layouts.get(param)) for param in group["params"])
+        else saved
         for group, saved in zip(optimizer.param_groups, saved_groups)
     ]
     return [*turned, *saved_groups[len(turned) :]]
@@ -154,17 +158,18 @@ def saved_by_row(optimizer, state_dict):
     ids = (i for group in state_dict["param_groups"] for i in group["params"])
     states = dict(state_dict["state"])
     for i, (group, param) in zip(ids, ((group, param) for group in optimizer.param_groups for param in weights(group))):
-        if param in optimizer.layouts and states.get(i):
-            states[i] = optimizer.layouts[param].saved(states[i], optimizer.pipeline.by_row(group, param.shape))
+        layout = optimizer.layouts.get(param)
+        if sharded(layout) and states.get(i):
+            states[i] = layout.saved(states[i], optimizer.pipeline.by_row(group, param.shape))
     return {**state_dict, "state": states}
 
 
 def whole_states(optimizer, states, params):
-    """States of a state_dict in which weights that are no DTensors have none. params: [(index, group, parameter)]."""
+    """States of a state_dict in which weights that are not sharded have no DTensors. params: [(index, group, parameter)]."""
     states, pipeline = dict(states), optimizer.pipeline
     for i, group, param in params:
         state = states.get(i, {})
-        if param in optimizer.layouts or not any(map(is_dtensor, state.values())):
+        if sharded(optimizer.layouts.get(param)) or not any(map(is_dtensor, state.values())):
             continue
         state = {key: whole(value) for key, value in state.items()}
         flat = {key for key, kept_flat in pipeline.by_row(group, param.shape).items() if kept_flat and key in state}
@@ -178,11 +183,11 @@ def states_here(optimizer, states, params):
     states, pipeline = dict(states), optimizer.pipeline
     for i, group, param in params:
         layout = optimizer.layouts.get(param)
-        if layout is None or not states.get(i):
+        if not sharded(layout) or not states.get(i):
             continue
-        if layout.numbers and states[i].get("left"):
+        if states[i].get("left"):
             raise ValueError("the loaded state has bases on the left, sharded weights go on with those of proj_type='right'")
-        state = _recoded(pipeline, states[i], group, param, to_codes=False) if layout.numbers else states[i]
+        state = _recoded(pipeline, states[i], group, param, to_codes=False)
         states[i] = {**layout.loaded(state, pipeline.by_row(group, param.shape)), **layout.numbers}
     return states
 

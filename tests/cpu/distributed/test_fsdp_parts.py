@@ -170,6 +170,33 @@ def in_bytes(rank, size):
     return optimizer.memory()
 
 
+def of_any_shape(rank, size):
+    """A convolution in a group with a rank; and a matrix that all processes have as a whole, its basis on the left."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.Linear(8, 4, bias=False))
+    if size > 1:
+        fully_shard(model[0])
+        mesh = init_device_mesh("cpu", (size,))
+        model[1].weight = nn.Parameter(distribute_tensor(model[1].weight.data, mesh, [Replicate()]))
+    keys = {"rank": 2, "update_proj_gap": 2}
+
+    def build():
+        low = [
+            {"params": [model[0].weight], "proj_type": "right", **keys},
+            {"params": [model[1].weight], "proj_type": "left", **keys},
+        ]
+        return optim.GaLoreAdamW(low, lr=1e-2, eps=EPS)
+
+    optimizer = build()
+    for step in range(4):
+        give(model, step)
+        optimizer.step()
+        state, optimizer = optimizer.state_dict(), build()
+        optimizer.load_state_dict(state)
+    assert set(optimizer.refreshes()) == {"parameter 0 of group 0", "parameter 0 of group 1"}
+    return weights(model), states(optimizer)
+
+
 class Wire:
     """Counts what the optimizers send: {collective: bytes}."""
 
@@ -240,11 +267,14 @@ def refused(rank, size):
         with pytest.raises(ValueError) as error:
             attempt()
         answers[name] = str(error.value)
-    optim.GaLoreAdamW([{"params": on(Replicate(), 8, 8), "rank": 2, "proj_type": "left"}])
     return answers
 
 
-CASES = {f.__name__: f for f in (clipped, spoiled, raised, scaled, rounded, in_8_bits, in_files, in_bytes, sent, refused)}
+ALL = (
+    clipped, spoiled, raised, scaled, rounded, in_8_bits,
+    in_files, in_bytes, of_any_shape, sent, refused,
+)  # fmt: skip
+CASES = {function.__name__: function for function in ALL}
 CLOSE = {"atol": 2e-4, "rtol": 2e-3}
 
 
@@ -331,6 +361,12 @@ def test_states_go_through_files(ranks):
     _, optimizer = setting(0, 1)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": by_number})
     assert_equal(states(optimizer), wanted)
+
+
+def test_convolutions_and_whole_matrices(ranks):
+    wanted = of_any_shape(0, 1)
+    for results in ranks:
+        torch.testing.assert_close(results["of_any_shape"], wanted, **CLOSE)
 
 
 def test_each_rank_holds_its_share(ranks):
