@@ -10,7 +10,7 @@ from lowrank_sys.optim.coefficient import weights, with_coefficients, without_co
 from lowrank_sys.optim.loading import check_groups, check_ranks, check_state, with_blocks_by_row, with_numbers, with_rounding
 from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
-from lowrank_sys.optim.shards import here, layouts_of, on_the_right, saved_by_row, shard_here, states_here, whole_states
+from lowrank_sys.optim.shards import here, is_dtensor, layouts_of, on_the_right, saved_by_row, shard_here, states_here, whole_states
 from lowrank_sys.optim.weight import weight_store
 from lowrank_sys.subspace.matrices import count, each, is_batch, matrices, stacked
 
@@ -77,7 +77,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._check_stores(group, names)
             if "rank" in group:
                 self._check_low_rank(group, names)
-            self.layouts |= layouts_of(self, group, names)
+            self._lay_out(group, names)
             self.gradients.attach(self, group, names)
         except Exception:
             del self.param_groups[before:]
@@ -97,6 +97,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._set_defaults(group)
         hyper.check(group, self.rules)
         self._check_parts(group, names)
+
+    def _lay_out(self, group, names):
+        """Know where the rows of its parameters lie: of a new group, and when states are made, for Accelerate's prepare puts
+        sharded parameters in the place of others."""
+        if any(is_dtensor(param) and param not in self.layouts for param in group["params"]):
+            self.layouts |= layouts_of(self, group, names)
 
     def _check_parts(self, group, names):
         """Raise a ValueError that names a key of a low-rank group whose value the parts cannot serve."""
@@ -155,11 +161,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Make the missing state of these parameters."""
         missing = {p for p in params if not self.state[p]}
         if missing:
+            self._lay_out_all()
             new_state = self._new_states()
             for group in self.param_groups:
                 for param in group["params"]:
                     if param in missing:
                         self.state[param] = new_state(param, group)
+
+    def _lay_out_all(self):
+        for g, group in enumerate(self.param_groups):
+            self._lay_out(group, [name_of(group, g, i) for i in range(len(group["params"]))])
 
     def _new_states(self):
         """A function of (parameter, its group) that makes a state as it is before the first step."""
@@ -328,6 +339,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
         With per_layer='accumulate', gradients accumulated so far are dropped.
         """
+        self._lay_out_all()
         self.gradients.check_loaded(state_dict["param_groups"])
         state_dict = with_coefficients(self, state_dict)
         check_groups(self, state_dict["param_groups"])
