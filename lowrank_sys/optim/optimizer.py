@@ -187,8 +187,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             numbers = {} if layout is None else layout.numbers
             if "rank" not in group:
                 return self.pipeline.new_state(rows, group, index[param], total, numbers)
-            first = range(index[param], index[param] + count(param.shape))
-            states = [self.pipeline.new_state(one, group, i, total, numbers) for i, one in zip(first, matrices(rows))]
+            first = index[param] + (layout.first if layout is not None and layout.experts else 0)
+            states = [self.pipeline.new_state(one, group, i, total, numbers) for i, one in enumerate(matrices(rows), first)]
             return stacked(states) if is_batch(param.shape) else states[0]
 
         return new_state
@@ -304,7 +304,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 state, name = self.state.get(param, {}), name_of(group, g, i)
                 if "countdown" in state:
                     found = [describe(one) for _, _, one in each(here(self, param, param), None, state)]
-                    names = [f"{name}[{e}]" for e in range(len(found))] if is_batch(param.shape) else [name]
+                    first = shard_here(self, param).first
+                    names = [f"{name}[{first + e}]" for e in range(len(found))] if is_batch(param.shape) else [name]
                     schedule.update(zip(names, found))
         return schedule
 
@@ -329,7 +330,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _fits(self, param, state):
         """Whether the bases of a loaded state are those of a weight like this."""
         tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
-        size = count(param.shape)
+        size = count(here(self, param, param).shape)
         if is_batch(param.shape) and any(tensor.dim() == 0 or len(tensor) != size for tensor in tensors):
             return False
         return all(self.pipeline.subspace.fits(matrix, one) for matrix, _, one in each(here(self, param, param), None, state))
