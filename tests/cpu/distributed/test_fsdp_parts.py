@@ -286,6 +286,7 @@ def refused(rank, size):
         "power": lambda: METHODS["ldadam"].optimizer(groups(shard(build(), size))),
         "columns": lambda: optim.GaLoreAdamW([{"params": on(Shard(1), 8, 8), "rank": 2}]),
         "experts": lambda: optim.GaLoreAdamW([{"params": on(Shard(0), 5, 8, 8), "rank": 2}]),
+        "captured": lambda: optim.CapturedStep(galore(shard(build(), size))),
         "loaded": lambda: galore(shard(build(), size)).load_state_dict(left.state_dict()),
     }
     answers = {}
@@ -424,6 +425,7 @@ def test_what_is_not_served_is_refused_when_the_optimizer_is_built(ranks):
         assert answers["power"].endswith("for sharded weights, got 'power'") or "moments" in answers["power"]
         assert "must have the placement Shard(0)" in answers["columns"] and "Shard(dim=1)" in answers["columns"]
         assert "must have an expert on each of 4 processes" in answers["experts"]
+        assert answers["captured"].startswith("optimizer must have whole weights to be captured")
         assert "proj_type='right'" in answers["loaded"]
 
 
