@@ -4,6 +4,7 @@ import torch
 
 from lowrank_sys.optim.names import name_of
 from lowrank_sys.optim.optimizer import LowRankOptimizer
+from lowrank_sys.optim.shards import sharded
 from lowrank_sys.optim.weight import weight_store
 
 # Group keys that a graph does not hold: what it reads anew at every step, and what others note there.
@@ -166,10 +167,8 @@ def _device_of(optimizer):
         )
     if not optimizer.pipeline.schedule.static:
         raise ValueError(f"optimizer must train everything always to be captured, got {type(optimizer).__name__}")
-    if not optimizer.pipeline.subspace.capturable:
-        raise ValueError(
-            f"optimizer must make no basis on the host's word to be captured, got {type(optimizer).__name__}: its step reads keys"
-        )
+    if any(map(sharded, optimizer.layouts.values())):
+        raise ValueError("optimizer must have whole weights to be captured, got sharded ones, whose gradients move")
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise ValueError("optimizer must have no step hooks to be captured: a replay does not call them")
     devices = {param.device for group in optimizer.param_groups for param in group["params"]}

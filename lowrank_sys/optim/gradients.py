@@ -7,7 +7,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_sys.distributed.world import World
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
-from lowrank_sys.optim.shards import here, over_shards, shard_here
+from lowrank_sys.optim.shards import experts_here, here, over_shards, shard_here
 from lowrank_sys.subspace.shards import shard_of
 
 # weight -> weak reference to the part whose hook takes its gradients: the newest optimizer of a weight serves it.
@@ -73,11 +73,18 @@ class AtStep:
                 measured += mine
                 places += [shard_here(optimizer, param) for param, _ in pairs]
                 continue
-            for batch in optimizer.batches(group, pairs):
+            measure = optimizer.pipeline.subspace.measured
+            for batch in optimizer.batches(group, [pair for pair in pairs if not experts_here(optimizer, pair[0])]):
                 if batch.has_subspace and group["refresh"] != "next":
                     raise ValueError("clipping by the low-rank norm needs refresh='next': a basis must be known before its step")
-                measured += [optimizer.pipeline.subspace.measured(group, g, s) for g, s in zip(batch.gradients, batch.states)]
+                measured += [measure(group, g, s) for g, s in zip(batch.gradients, batch.states)]
                 places += [shard_of(state, 1) for state in batch.states]
+            for pair in pairs:
+                if experts_here(optimizer, pair[0]):  # of which other processes have other numbers: one norm for all of a weight
+                    (batch,) = optimizer.batches(group, [pair])
+                    some = [measure(group, g, s) for g, s in zip(batch.gradients, batch.states)]
+                    measured.append(torch.cat([torch.where(r.isfinite().all(), r, 0).flatten() for r in some]))
+                    places.append(shard_here(optimizer, pair[0]))
         if not grads:
             return torch.zeros((), dtype=torch.float32, device="cpu")
         return scale_to_norm_(grads, over_shards(gradient_norms(measured), places), max_norm)

@@ -7,7 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_sys._ops.blockwise import BLOCK, absmax_shape
 from lowrank_sys.optim.names import name_of
-from lowrank_sys.subspace.matrices import matrices
+from lowrank_sys.subspace.kind import NUMBERS
+from lowrank_sys.subspace.matrices import is_batch, matrices
 from lowrank_sys.subspace.moments import absmax_of
 
 # What may be there or not: the norm that per_layer='in_backward' clips by, and what a GPU says of its last choice of a basis.
@@ -80,15 +81,19 @@ def with_rounding(optimizer, saved_groups):
 
 
 def with_numbers(states, params, new_state):
-    """`states` with the number of the weight wherever stochastic rounding asks for it: those of a run without have none.
+    """`states` with the number of the weight wherever stochastic rounding asks for it: those of a run without have none. And with
+    all numbers of experts, which differ from one to the next: a state_dict of sharded ones has none.
 
     states, params: as in with_blocks_by_row; new_state(param, group) makes a state.
     """
     states = dict(states)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for i, group, param in params:
-            if states.get(i) and group.get("stochastic_rounding") and "parameter" not in states[i]:
-                states[i] = {**states[i], "parameter": new_state(param, group)["parameter"]}
+            rounded = group.get("stochastic_rounding") and "parameter" not in states.get(i, ())
+            experts = "rank" in group and is_batch(param.shape) and not states.get(i, {}).keys() & set(NUMBERS)
+            if states.get(i) and (rounded or experts):
+                made = new_state(param, group)
+                states[i] = {**{key: made[key] for key in NUMBERS if key in made}, **states[i]}
     return states
 
 

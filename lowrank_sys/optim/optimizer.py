@@ -11,7 +11,7 @@ from lowrank_sys.optim.configuration import expect_same
 from lowrank_sys.optim.loading import check_groups, check_ranks, check_state, with_blocks_by_row, with_numbers, with_rounding
 from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
-from lowrank_sys.optim.shards import here, layouts_of, on_the_right, saved_by_row, shard_here, states_here, whole_states
+from lowrank_sys.optim.shards import here, is_dtensor, layouts_of, on_the_right, saved_by_row, shard_here, states_here, whole_states
 from lowrank_sys.optim.weight import weight_store
 from lowrank_sys.schedule.roles import FROZEN, TRAINED
 from lowrank_sys.schedule.turns import Turns
@@ -85,7 +85,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._check_stores(group, names)
             if "rank" in group:
                 self._check_low_rank(group, names)
-            self.layouts |= layouts_of(self, group, names)
+            self._lay_out(group, names)
             self.gradients.attach(self, group, names)
             self.turns.take(self.param_groups, self._names(), self.state)
         except Exception:
@@ -113,6 +113,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._set_defaults(group)
         hyper.check(group, self.rules)
         self._check_parts(group, names)
+
+    def _lay_out(self, group, names):
+        """Know where the rows of its parameters lie: of a new group, and when states are made, for Accelerate's prepare puts
+        sharded parameters in the place of others."""
+        if any(is_dtensor(param) and param not in self.layouts for param in group["params"]):
+            self.layouts |= layouts_of(self, group, names)
 
     def _check_parts(self, group, names):
         """Raise a ValueError that names a key of a low-rank group whose value the parts cannot serve."""
@@ -180,11 +186,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Make the missing state of these parameters."""
         missing = {p for p in params if not self.state[p]}
         if missing:
+            self._lay_out_all()
             new_state = self._new_states()
             for group in self.param_groups:
                 for param in group["params"]:
                     if param in missing:
                         self.state[param] = new_state(param, group)
+
+    def _lay_out_all(self):
+        for g, group in enumerate(self.param_groups):
+            self._lay_out(group, [name_of(group, g, i) for i in range(len(group["params"]))])
 
     def _new_states(self, roles=None):
         """A function of (parameter, its group) that makes a state as it is before the first step. roles: {parameter: Role}, those
@@ -203,8 +214,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             numbers = {} if layout is None else layout.numbers
             if "rank" not in group or role == FROZEN:
                 return self.pipeline.new_state(rows, group, index[param], total, role, numbers)
-            first = range(index[param], index[param] + count(param.shape))
-            states = [self.pipeline.new_state(one, group, i, total, role, numbers) for i, one in zip(first, matrices(rows))]
+            first = index[param] + (layout.first if layout is not None and layout.experts else 0)
+            states = [self.pipeline.new_state(one, group, i, total, role, numbers) for i, one in enumerate(matrices(rows), first)]
             return stacked(states) if is_batch(param.shape) else states[0]
 
         return new_state
@@ -334,8 +345,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for i, param in enumerate(weights(group)):
                 state, name = self.state.get(param, {}), name_of(group, g, i)
                 if "countdown" in state:
-                    found = [describe(one) for _, _, one in each(param, None, state)]
-                    names = [f"{name}[{e}]" for e in range(len(found))] if is_batch(param.shape) else [name]
+                    found = [describe(one) for _, _, one in each(here(self, param, param), None, state)]
+                    first = shard_here(self, param).first
+                    names = [f"{name}[{first + e}]" for e in range(len(found))] if is_batch(param.shape) else [name]
                     schedule.update(zip(names, found))
         return schedule
 
@@ -360,16 +372,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _fits(self, param, state):
         """Whether the bases of a loaded state are those of a weight like this."""
         tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
-        size = count(param.shape)
+        size = count(here(self, param, param).shape)
         if is_batch(param.shape) and any(tensor.dim() == 0 or len(tensor) != size for tensor in tensors):
             return False
-        return all(self.pipeline.subspace.fits(matrix, one) for matrix, _, one in each(param, None, state))
+        return all(self.pipeline.subspace.fits(matrix, one) for matrix, _, one in each(here(self, param, param), None, state))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, in its own dtypes: torch's casts every tensor but `step` to the parameter's dtype.
 
         With per_layer='accumulate', gradients accumulated so far are dropped.
         """
+        self._lay_out_all()
         self.gradients.check_loaded(state_dict["param_groups"])
         state_dict = with_coefficients(self, state_dict)
         check_groups(self, state_dict["param_groups"])

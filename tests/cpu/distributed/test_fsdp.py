@@ -31,6 +31,9 @@ METHODS = {
     "grass sampled": adam(optim.GrassAdamW, {"subspace": "sample"}),
     "adafactor": lambda model: optim.GaLoreAdafactor(groups(model), lr=0.3, relative_step=False, beta1=0.9),
     "fira-lion": lambda model: preset.METHODS["fira-lion"].optimizer(groups(model), lr=1e-2),
+    "error feedback": lambda model: preset.METHODS["ldadam"].optimizer(
+        groups(model, subspace="randomized", moments="keep"), lr=1e-2, eps=EPS
+    ),
     "sinkgd": lambda model: optim.SinkGD(param_groups(model, rank=None), lr=1e-2, eps=EPS),
     "scale": lambda model: optim.SCALE(columns(model), lr=1e-2, eps=EPS),
 }

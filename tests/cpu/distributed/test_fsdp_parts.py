@@ -170,6 +170,59 @@ def in_bytes(rank, size):
     return optimizer.memory()
 
 
+def of_any_shape(rank, size):
+    """A convolution in a group with a rank; and a matrix that all processes have as a whole, its basis on the left."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.Linear(8, 4, bias=False))
+    if size > 1:
+        fully_shard(model[0])
+        mesh = init_device_mesh("cpu", (size,))
+        model[1].weight = nn.Parameter(distribute_tensor(model[1].weight.data, mesh, [Replicate()]))
+    keys = {"rank": 2, "update_proj_gap": 2}
+
+    def built():
+        low = [
+            {"params": [model[0].weight], "proj_type": "right", **keys},
+            {"params": [model[1].weight], "proj_type": "left", **keys},
+        ]
+        return optim.GaLoreAdamW(low, lr=1e-2, eps=EPS)
+
+    optimizer = built()
+    for step in range(4):
+        give(model, step)
+        optimizer.step()
+        state, optimizer = optimizer.state_dict(), built()
+        optimizer.load_state_dict(state)
+    assert set(optimizer.refreshes()) == {"parameter 0 of group 0", "parameter 0 of group 1"}
+    return weights(model), states(optimizer)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(7, 6, 9, generator=torch.Generator().manual_seed(0)))
+
+
+def of_experts(rank, size):
+    """Of 7 experts, 2, 2, 2 and 1 on a process each, with bases on the left; their state goes through a state_dict at each step."""
+    model = Experts() if size == 1 else fully_shard(Experts())
+
+    def built():
+        group = {"params": [model.weight], "rank": 2, "update_proj_gap": 3, "refresh": "next", "moments": "rotate"}
+        return optim.FiraAdamW([group], lr=1e-2, eps=EPS)
+
+    optimizer, norms = built(), []
+    for step in range(5):
+        give(model, step)
+        norms.append(optimizer.clip_grad_norm_(1.0))
+        optimizer.step()
+        state, optimizer = optimizer.state_dict(), built()
+        optimizer.load_state_dict(state)
+    whole = optim.FiraAdamW([{**optimizer.param_groups[0], "params": [Experts().weight]}], lr=1e-2, eps=EPS)
+    whole.load_state_dict(state)  # of one process
+    return weights(model), states(whole), torch.stack(norms), optimizer.refreshes()
+
+
 class Wire:
     """Counts what the optimizers send: {collective: bytes}."""
 
@@ -232,7 +285,8 @@ def refused(rank, size):
         "coap": lambda: METHODS["coap"].optimizer(groups(shard(build(), size), subspace="coap")),
         "power": lambda: METHODS["ldadam"].optimizer(groups(shard(build(), size))),
         "columns": lambda: optim.GaLoreAdamW([{"params": on(Shard(1), 8, 8), "rank": 2}]),
-        "experts": lambda: optim.GaLoreAdamW([{"params": on(Shard(0), 4, 8, 8), "rank": 2}]),
+        "experts": lambda: optim.GaLoreAdamW([{"params": on(Shard(0), 5, 8, 8), "rank": 2}]),
+        "captured": lambda: optim.CapturedStep(galore(shard(build(), size))),
         "loaded": lambda: galore(shard(build(), size)).load_state_dict(left.state_dict()),
     }
     answers = {}
@@ -240,11 +294,14 @@ def refused(rank, size):
         with pytest.raises(ValueError) as error:
             attempt()
         answers[name] = str(error.value)
-    optim.GaLoreAdamW([{"params": on(Replicate(), 8, 8), "rank": 2, "proj_type": "left"}])
     return answers
 
 
-CASES = {f.__name__: f for f in (clipped, spoiled, raised, scaled, rounded, in_8_bits, in_files, in_bytes, sent, refused)}
+ALL = (
+    clipped, spoiled, raised, scaled, rounded, in_8_bits,
+    in_files, in_bytes, of_any_shape, of_experts, sent, refused,
+)  # fmt: skip
+CASES = {function.__name__: function for function in ALL}
 CLOSE = {"atol": 2e-4, "rtol": 2e-3}
 
 
@@ -333,6 +390,23 @@ def test_states_go_through_files(ranks):
     assert_equal(states(optimizer), wanted)
 
 
+def test_convolutions_and_whole_matrices(ranks):
+    wanted = of_any_shape(0, 1)
+    for results in ranks:
+        torch.testing.assert_close(results["of_any_shape"], wanted, **CLOSE)
+
+
+def test_experts(ranks):
+    *wanted, schedule = of_experts(0, 1)
+    found = {}
+    for results in ranks:
+        *got, mine = results["of_experts"]
+        torch.testing.assert_close(got, wanted, **CLOSE)
+        assert len(mine) in (1, 2) and not mine.keys() & found.keys()
+        found |= mine
+    assert found == schedule and len(found) == 7
+
+
 def test_each_rank_holds_its_share(ranks):
     wanted = in_bytes(0, 1)
     for key in ("moments", "weights", "gradients"):
@@ -350,7 +424,8 @@ def test_what_is_not_served_is_refused_when_the_optimizer_is_built(ranks):
         assert answers["coap"].endswith("for sharded weights, got 'coap'")
         assert answers["power"].endswith("for sharded weights, got 'power'") or "moments" in answers["power"]
         assert "must have the placement Shard(0)" in answers["columns"] and "Shard(dim=1)" in answers["columns"]
-        assert "must be a matrix" in answers["experts"]
+        assert "must have an expert on each of 4 processes" in answers["experts"]
+        assert answers["captured"].startswith("optimizer must have whole weights to be captured")
         assert "proj_type='right'" in answers["loaded"]
 
 
