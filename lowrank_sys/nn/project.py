@@ -134,23 +134,25 @@ def _chosen(model, rank, tokens, target_modules):
         weight, full = layer.weight, min(layer.weight.shape)
         if layer is model:
             raise ValueError(f"model must be a module around its linear layers, got {type(model).__name__}")
-        if len(owners[id(weight)]) > 1:
-            raise ValueError(
-                f"{name}.weight must be of one module, got {', '.join(owners[id(weight)])}: leave it out by target_modules"
-            )
+        _expect_one_owner(f"{name}.weight", owners[id(weight)])
         if weight.dtype not in FLOATS:
             raise ValueError(f"{name}.weight must be float32, bfloat16 or float16, got {weight.dtype}")
         if hasattr(layer, CONTAINER):
             raise ValueError(f"{name} has the low-rank gradients of an optimizer: call its release() first")
         if full >= rank or (full > 0 and is_quantized(weight)):
             found.append((name, layer, min(rank, full), type(layer).__name__ == "Conv1D"))
-    stacks = _chosen_experts(model, rank, target_modules)
+    stacks = _chosen_experts(model, rank, target_modules, owners)
     if not found and not stacks:
         raise ValueError(f"model has no trainable linear layer to project at rank {rank}, got {type(model).__name__}")
     return found, stacks
 
 
-def _chosen_experts(model, rank, target_modules):
+def _expect_one_owner(name, owners):
+    if len(owners) > 1:
+        raise ValueError(f"{name} must be of one module, got {', '.join(owners)}: leave it out by target_modules")
+
+
+def _chosen_experts(model, rank, target_modules, owners):
     """[(name, module of experts, names of its stacks)]."""
     found = {}
     for full_name, stack in experts(model, target_modules):
@@ -158,6 +160,7 @@ def _chosen_experts(model, rank, target_modules):
         if not stack.requires_grad or min(stack.shape[1:]) < rank:
             continue
         module = model.get_submodule(path)
+        _expect_one_owner(full_name, owners[id(stack)])
         if stack.dtype not in FLOATS:
             raise ValueError(f"{full_name} must be float32, bfloat16 or float16, got {stack.dtype}")
         if why := why_not(module, name):

@@ -107,6 +107,7 @@ RULES = {
     "weight_decay": at_least(0),
     "rank": rank,
     "update_proj_gap": integer(1),
+    "refresh_every": integer(1),
     "seed": integer(-(2**62), 2**62),
     "min_8bit_size": integer(0),
     "scale": at_least(0),

@@ -21,6 +21,8 @@ SIDES = {
 
 # Integers of a state that differ between matrices.
 NUMBERS = ("first_gap", "seed", "parameter", "d", "offset", "rows")
+# Steps over which refresh='next' spreads the first sketches of a model.
+FIRST_SKETCHES = 4
 
 
 class Kind(Part):
@@ -30,10 +32,10 @@ class Kind(Part):
     `moments` and `refresh` which values it serves.
     """
 
-    defaults = {"update_proj_gap": 200, "proj_type": "std", "moments": "keep", "seed": 0, "refresh": "now"}
+    defaults = {"update_proj_gap": 200, "refresh_every": 1, "proj_type": "std", "moments": "keep", "seed": 0, "refresh": "now"}
     categories = {"countdown": "counters"}
     on_host = ("countdown",)  # state that stays there, for Python to read
-    hyper = ("update_proj_gap",)  # group keys that a refresh reads, numbers
+    hyper = ("update_proj_gap", "refresh_every")  # group keys that a refresh reads, numbers
     blind = False  # whether a basis is renewed without any gradient
     capturable = True  # whether a step reads nothing of a basis on the host
     sketched = False  # whether bases may come from sketches, which add up over micro-batches
@@ -202,7 +204,16 @@ class Kind(Part):
 
     def gap(self, due):
         """Steps until the next refresh of a matrix that was renewed."""
-        return due.state["first_gap"] if due.first else int(due.h["update_proj_gap"])
+        return self.aligned(due, due.state["first_gap"] if due.first else int(due.h["update_proj_gap"]))
+
+    def aligned(self, due, gap):
+        """A gap that ends in a step that may refresh: with `refresh_every` the next of every so many, from the first refresh on."""
+        every = int(due.h.get("refresh_every", 1))
+        return -(-gap // every) * every
+
+    def first_wait(self, group, index, count):
+        """Steps that matrix `index` of `count` waits for its first sketch, which is as large as a gradient's projection."""
+        return index * min(group["update_proj_gap"], FIRST_SKETCHES) // count if group["refresh_every"] == 1 else 0
 
     def describe(self, state):
         """The schedule of a matrix in plain numbers: steps until the next refresh. Reads the device."""

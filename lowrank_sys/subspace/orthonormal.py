@@ -12,9 +12,6 @@ from lowrank_sys.subspace.select import SELECT
 from lowrank_sys.subspace.shards import shard_of
 from lowrank_sys.subspace.transport import TRANSPORTS
 
-# Steps over which refresh='next' spreads the first sketches of a model: each is as large as a gradient's projection.
-FIRST_SKETCHES = 4
-
 
 class Orthonormal(Kind):
     """Group keys: `rank`, `update_proj_gap` (steps between refreshes), `proj_type` (SIDES), `subspace` (a name of SELECT:
@@ -22,6 +19,7 @@ class Orthonormal(Kind):
     `moments` at a refresh (a name of TRANSPORTS: 'keep' | 'reset' | 'rotate'), `seed`; `refresh`: with 'now' a basis that is due is
     chosen from the step's gradient before the step uses it, with 'next' a sketch of the step's gradient, linear in it, gives the
     basis of the next step, and training starts on seeded orthonormal bases. 'next' lets micro-batches add up exactly.
+    `refresh_every` (1): of so many steps one refreshes, all that is due since the last; a gap is rounded up to a multiple of it.
 
     `quant` keeps the basis in INT4 (`quant_n_bit` = 4) in groups of `quant_group_size` entries of a vector. With a
     `cos_threshold` the gap of each matrix is its own: it starts as `update_proj_gap` and is multiplied by `gamma_proj`, up to
@@ -55,7 +53,7 @@ class Orthonormal(Kind):
         **dict.fromkeys(("countdown", "missed", "gap", "overlaps", "refreshes"), "counters"),
     }
     on_host = (*Kind.on_host, "missed", "gap", "refreshes")
-    hyper = ("update_proj_gap", "cos_threshold", "gamma_proj", "max_update_proj_gap")
+    hyper = (*Kind.hyper, "cos_threshold", "gamma_proj", "max_update_proj_gap")
     sketched = sharded = True
 
     def selections(self):
@@ -95,7 +93,7 @@ class Orthonormal(Kind):
         state.update(new_verdict(param.device))
         if group["refresh"] == "next":
             store.write(state, seeded_basis(d, rank, group["seed"] + index, param))
-            state["countdown"] -= index * min(gap, FIRST_SKETCHES) // count
+            state["countdown"] -= self.first_wait(group, index, count)
         state["first_gap"] = index * gap // count + 1 if selector.staggered else gap + selector.late  # late: not in its step
         state["seed"] = group["seed"] + index
         selector.init(state, param, group)
@@ -199,7 +197,7 @@ class Orthonormal(Kind):
             )
 
     def gap(self, due):
-        return due.state["gap"].item() if self._adapts(due) and not due.first else super().gap(due)
+        return self.aligned(due, due.state["gap"].item()) if self._adapts(due) and not due.first else super().gap(due)
 
     def describe(self, state):
         """Where a gap is its own: also "gap", and the "overlaps"."""

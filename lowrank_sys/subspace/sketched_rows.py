@@ -4,7 +4,6 @@ import torch
 
 from lowrank_sys.subspace.basis import axis_of
 from lowrank_sys.subspace.gaussian import gaussian_basis
-from lowrank_sys.subspace.orthonormal import FIRST_SKETCHES
 from lowrank_sys.subspace.refresh import is_due
 from lowrank_sys.subspace.rows import Rows
 
@@ -31,7 +30,7 @@ class SketchedRows(Rows):
             draw = torch.Generator().manual_seed(group["seed"] + index)
             rows = torch.randperm(axis_of(param.shape, state), generator=draw, device="cpu")[: group["rank"]]
             state["indices"].copy_(rows.sort().values)
-            state["countdown"] -= index * min(group["update_proj_gap"], FIRST_SKETCHES) // count
+            state["countdown"] -= self.first_wait(group, index, count)
         return shape
 
     def sketch_directions(self, param, state, warm):

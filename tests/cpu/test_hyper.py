@@ -8,7 +8,7 @@ from torch import nn
 from lowrank_sys import optim
 
 ADAM = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-LOW_RANK = {"rank": 4, "update_proj_gap": 3, "seed": 1}
+LOW_RANK = {"rank": 4, "update_proj_gap": 3, "refresh_every": 2, "seed": 1}
 GALORE = {
     **LOW_RANK,
     "scale": 0.25,

@@ -226,3 +226,12 @@ def test_gpt_oss_is_refused():
     config = transformers.GptOssConfig(**{**SIZES, "num_local_experts": E})
     with pytest.raises(ValueError, match=r"gate_up_proj must be \(experts, out, in\)"):
         project_model(transformers.AutoModelForCausalLM.from_config(config), RANK)
+
+
+def test_a_stack_of_two_modules_is_refused():
+    model = moe(num_hidden_layers=2)
+    one, two = (block.mlp.experts for block in model.model.layers)
+    two.down_proj = one.down_proj
+    with pytest.raises(ValueError, match=r"0.mlp.experts.down_proj must be of one module, got .*0.mlp.experts, .*1.mlp.experts"):
+        project_model(model, RANK)
+    assert not any(isinstance(module, ProjectedExperts) for module in model.modules())
