@@ -142,7 +142,7 @@ class Pipeline:
 
     def check_sharded(self, group):
         """Raise a ValueError where a part does not serve weights whose rows lie on several processes."""
-        parts = [self.rule_of(group), self.remainder_of(group, {})]
+        parts = [self.rule_of(group), self.remainder if "rank" in group else WHOLE]
         if "rank" in group:
             self.subspace.check_sharded(group)
         for part in parts:
@@ -157,7 +157,10 @@ class Pipeline:
         moments = self.moments_of(group, (1, 1) if low_rank else shape)
         names = [name for name, moment in moments.items() if moment.axis != 1]
         flat = not low_rank and len(shape) > 1
-        return {**dict.fromkeys((*names, *self.remainder_of(group, {}).by_row), False), **{absmax_of(name): flat for name in names}}
+        return {
+            **dict.fromkeys((*names, *(self.remainder if low_rank else WHOLE).by_row), False),
+            **{absmax_of(name): flat for name in names},
+        }
 
     def new_state(self, param, group, index, count, role=TRAINED, shard=()):
         """The state before the first step of weight number `index`; of `count` matrices in groups with a rank. Of a frozen one

@@ -247,6 +247,11 @@ class StateFree(_FromGradient):
     def options(self, h):
         return {"scale": h["scale"], "residual_scale": h["residual_scale"], "sign": self.sign}
 
+    def measure(self, g, r, s, state, h):
+        if store_of(state).reads_all:  # what is not finite is in R
+            return None
+        return torch.ops.lowrank.channel_norms(g, left=state["left"]).unsqueeze(_axis(state)).isfinite()
+
     def of(self, g, r, x, s, state, h):
         c = (torch.full_like(s.step, h["residual_scale"]),)
         if self.sign:

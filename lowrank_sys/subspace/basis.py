@@ -20,6 +20,7 @@ class Dense:
     optional = ()  # keys that only some states have
     categories = {"basis": "basis"}
     orthonormal = True  # BᵀB is I, to rounding
+    reads_all = True  # whether every entry of a gradient is in its projection
     options = {}  # what a state keeps beside the tensors
 
     def make(self, d, rank, like):
@@ -163,6 +164,7 @@ class Rows(Dense):
     keys, optional = ("indices",), ("row_scale",)
     categories = {"indices": "basis", "row_scale": "basis"}
     orthonormal = False  # where rows are scaled
+    reads_all = False
 
     def rank(self, state):
         return state["indices"].shape[0]
