@@ -11,7 +11,7 @@ from lowrank_sys.optim.loading import check_groups, check_ranks, check_state, wi
 from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.weight import weight_store
-from lowrank_sys.schedule.roles import FROZEN, TRAINED
+from lowrank_sys.schedule.roles import TRAINED
 from lowrank_sys.schedule.turns import Turns
 from lowrank_sys.subspace.matrices import count, each, is_batch, matrices, stacked
 from lowrank_sys.subspace.refresh import trains
@@ -56,6 +56,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if self.gradients.served_by_hooks:
             self.gradients.bind(self)
         super().__init__(params, {**pipeline.schedule.defaults, **pipeline.schedule.memory, **defaults})
+        self.turns.take(self.param_groups, self._names(), self.state)
         self.gradients.ready(self)
 
     def __getstate__(self):
@@ -80,7 +81,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if "rank" in group:
                 self._check_low_rank(group, names)
             self.gradients.attach(self, group, names)
-            self.turns.take(self.param_groups, self._names(), self.state)
+            if self.turns.begun:
+                self.turns.take(self.param_groups, self._names(), self.state)
         except Exception:
             del self.param_groups[before:]
             for group in unnamed:
@@ -186,7 +188,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
         def new_state(param, group):
             role = role_of(param)
-            if "rank" not in group or role == FROZEN:
+            if "rank" not in group or not role.trains:
                 return self.pipeline.new_state(param, group, index[param], total, role)
             first = range(index[param], index[param] + count(param.shape))
             states = [self.pipeline.new_state(one, group, i, total, role) for i, one in zip(first, matrices(param))]
