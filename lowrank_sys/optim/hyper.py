@@ -97,6 +97,14 @@ def scores(values):
     return {name: number(wanted, lambda value: value >= 0)(value) for name, value in values.items()}
 
 
+def places(values):
+    """A tuple of places in a list."""
+    try:
+        return tuple(map(integer(0), values))
+    except (TypeError, ValueError):
+        raise ValueError("integers of at least 0") from None
+
+
 share = number("a number in [0, 1]", lambda value: 0 <= value <= 1)
 momentum = number("in [0, 1)", lambda value: 0 <= value < 1)
 
@@ -135,6 +143,7 @@ RULES = {
     "period": integer(1),
     "scores": optional(scores),
     "schedule_steps": integer(0),
+    "settled": places,
     "tau": at_least(0),
     "grace": integer(0),
 }

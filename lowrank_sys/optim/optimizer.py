@@ -13,7 +13,7 @@ from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.shards import here, is_dtensor, layouts_of, on_the_right, saved_by_row, shard_here, states_here, whole_states
 from lowrank_sys.optim.weight import weight_store
-from lowrank_sys.schedule.roles import FROZEN, TRAINED
+from lowrank_sys.schedule.roles import TRAINED
 from lowrank_sys.schedule.turns import Turns
 from lowrank_sys.subspace.matrices import count, each, is_batch, matrices, stacked
 from lowrank_sys.subspace.refresh import trains
@@ -62,6 +62,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self.gradients.bind(self)
         super().__init__(params, {**pipeline.schedule.defaults, **pipeline.schedule.memory, **defaults})
         self._compare()
+        self.turns.take(self.param_groups, self._names(), self.state)
         self.gradients.ready(self)
 
     def __getstate__(self):
@@ -87,7 +88,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 self._check_low_rank(group, names)
             self._lay_out(group, names)
             self.gradients.attach(self, group, names)
-            self.turns.take(self.param_groups, self._names(), self.state)
+            if self.turns.begun:
+                self.turns.take(self.param_groups, self._names(), self.state)
         except Exception:
             del self.param_groups[before:]
             for group in unnamed:
@@ -212,7 +214,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             with torch.no_grad():
                 rows = param if layout is None else layout.local(param)
             numbers = {} if layout is None else layout.numbers
-            if "rank" not in group or role == FROZEN:
+            if "rank" not in group or not role.trains:
                 return self.pipeline.new_state(rows, group, index[param], total, role, numbers)
             first = index[param] + (layout.first if layout is not None and layout.experts else 0)
             states = [self.pipeline.new_state(one, group, i, total, role, numbers) for i, one in enumerate(matrices(rows), first)]

@@ -14,7 +14,7 @@ from lowrank_sys.optim.moments import Fp32, Opened, first_of, refreshed
 from lowrank_sys.optim.remainder import WHOLE, Remainder
 from lowrank_sys.optim.update import Change
 from lowrank_sys.optim.weight import Rows, weight_store
-from lowrank_sys.schedule.roles import FROZEN, TRAINED
+from lowrank_sys.schedule.roles import TRAINED
 from lowrank_sys.schedule.schedule import Schedule
 from lowrank_sys.subspace.basis import axis_of, store_of
 from lowrank_sys.subspace.moments import absmax_of
@@ -165,7 +165,7 @@ class Pipeline:
     def new_state(self, param, group, index, count, role=TRAINED, shard=()):
         """The state before the first step of weight number `index`; of `count` matrices in groups with a rank. Of a frozen one
         nothing. shard: what it has besides where these are some rows of the weight (lowrank_sys.subspace.shards.KEYS)."""
-        if role == FROZEN:
+        if not role.trains:
             return {}
         state, shape = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}, param.shape
         if "rank" in group:

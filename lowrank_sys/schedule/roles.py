@@ -10,6 +10,10 @@ class Role(NamedTuple):
     name: str
     share: float | None = None
 
+    @property
+    def trains(self):
+        return self.name != "frozen"
+
 
 TRAINED, WHOLE, FROZEN = Role("trained"), Role("whole"), Role("frozen")
 

@@ -1,6 +1,6 @@
 """Turns: what a schedule makes of the parameters of an optimizer, between two steps."""
 
-from lowrank_sys.schedule.roles import FROZEN, TRAINED
+from lowrank_sys.schedule.roles import TRAINED
 
 
 class Turns:
@@ -12,6 +12,7 @@ class Turns:
 
     def __init__(self, schedule):
         self.schedule = schedule
+        self.begun = False  # whether there were groups to take: those of an optimizer that is built take their roles together
         self._roles = {}  # parameter -> Role
         self._able = {}  # parameter -> whether it had requires_grad
 
@@ -19,7 +20,7 @@ class Turns:
         return self._roles.get(param, TRAINED)
 
     def trains(self, param):
-        return self.role(param) != FROZEN
+        return self.role(param).trains
 
     def roles(self, groups, names):
         """{parameter: Role} for these groups, whose params may be of another optimizer than the numbers in them."""
@@ -30,13 +31,13 @@ class Turns:
 
     def take(self, groups, names, state):
         """Bring parameters and states (the optimizer's) in line with the groups."""
-        self._roles = self.roles(groups, names)
+        self._roles, self.begun = self.roles(groups, names), True
         for param, role in self._roles.items():
             able = self._able.setdefault(param, param.requires_grad)
-            if role == FROZEN:
+            if not role.trains:
                 state.pop(param, None)
                 param.grad = None
-            param.requires_grad_(able and role != FROZEN)
+            param.requires_grad_(able and role.trains)
 
     def advance(self, groups, names, state):
         """A step was taken."""

@@ -204,6 +204,26 @@ def test_what_the_caller_froze_stays_frozen():
     assert not model.layers[1].up.weight.requires_grad
 
 
+def test_an_optimizer_that_is_refused_freezes_nothing():
+    model = Model()
+    vectors, matrices = param_groups(model, rank=4)
+    first, second = ({**matrices, "params": matrices["params"][i::2]} for i in range(2))
+    with pytest.raises(ValueError, match="rank must be at most 16"):
+        OwLore([vectors, first, {**second, "rank": 99}], active_layers=1)
+    assert training(model) == list(range(LAYERS))
+
+
+def test_a_group_that_joins_later_takes_its_role():
+    model = Model()
+    vectors, matrices = param_groups(model, rank=None)
+    first, second = ({**matrices, "params": matrices["params"][:6]}, {**matrices, "params": matrices["params"][6:]})
+    optimizer = LISA([vectors, first], active_layers=2, period=PERIOD)
+    optimizer.add_param_group(second)
+    assert len(training(model)) == 2
+    run(model, optimizer, range(PERIOD + 1))
+    assert len(training(model)) == 2
+
+
 def test_release_thaws():
     model, optimizer = made("lisa")
     assert len(training(model)) == 2
@@ -245,7 +265,7 @@ def test_a_state_of_other_roles_is_refused():
     before = again.state_dict()
     with pytest.raises(ValueError, match="the loaded state of layers.* must have what LISA keeps, it has .*exp_avg"):
         again.load_state_dict(state)
-    assert again.state_dict()["param_groups"] == before["param_groups"]
+    assert again.state_dict()["param_groups"] == before["param_groups"] and len(training(other)) == 2
     for group in state["param_groups"]:
         del group["schedule_steps"]
     with pytest.raises(ValueError, match="must have the keys of LISA, it lacks schedule_steps"):
