@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Iterable
@@ -54,9 +54,6 @@ class LowRankTrainer(Trainer):
         # every window has the same number of targets, so the plain mean over micro-batches is the token mean
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
-        self._without_logits = is_marked(model.config) and readout(model) is not None
-        if arguments.world_size > 1 and self._without_logits:  # DistributedDataParallel sees what its own forward does
-            model.forward = functools.partial(causal_lm_loss, model)
         self._write_checkpoint = save
         self._seen = seen
 
@@ -68,8 +65,9 @@ class LowRankTrainer(Trainer):
         return SequentialSampler(self.train_dataset)  # Windows is in its final order
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if self._without_logits:  # who keeps weights in INT8 has no room for logits
-            return causal_lm_loss(model, **inputs) if model is self.model else model(**inputs)
+        if is_marked(self.model.config):  # who keeps weights in INT8 has no room for logits
+            with _loss_for_forward(self.model):
+                return model(**inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, *args, **kwargs):
@@ -97,6 +95,21 @@ class LowRankTrainer(Trainer):
             own = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
         world = World()
         return own if world.size == 1 else {name: text for one in world.gather(own) for name, text in one.items()}
+
+
+@contextlib.contextmanager
+def _loss_for_forward(model: torch.nn.Module):
+    """The next forward of `model`, which may be that of a DistributedDataParallel around it, is causal_lm_loss."""
+
+    def loss(**inputs):
+        del model.forward
+        return causal_lm_loss(model, **inputs)
+
+    model.forward = loss
+    try:
+        yield
+    finally:
+        vars(model).pop("forward", None)
 
 
 class Later(torch.utils.data.Dataset):
