@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Iterable
@@ -56,9 +56,6 @@ class LowRankTrainer(Trainer):
         # where every window has the same number of targets, the plain mean over micro-batches is the token mean
         self.model_accepts_loss_kwargs = not windows.even
         self.remove_callback(PrinterCallback)
-        self._without_logits = is_marked(model.config) and readout(model) is not None
-        if arguments.world_size > 1 and self._without_logits:  # DistributedDataParallel sees what its own forward does
-            model.forward = functools.partial(causal_lm_loss, model)
         self._write_checkpoint = save
         self._seen = seen
 
@@ -70,11 +67,11 @@ class LowRankTrainer(Trainer):
         return SequentialSampler(self.train_dataset)  # Windows is in its final order
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self._without_logits:
+        if not is_marked(self.model.config):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # who keeps weights in INT8 has no room for logits
         items = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-        loss = causal_lm_loss(model, **inputs, **items) if model is self.model else model(**inputs, **items)
+        with _loss_for_forward(self.model):  # who keeps weights in INT8 has no room for logits
+            loss = model(**inputs, **items)
         return loss * self.accelerator.num_processes if items else loss  # the processes' losses are averaged
 
     def training_step(self, *args, **kwargs):
@@ -102,6 +99,21 @@ class LowRankTrainer(Trainer):
             own = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
         world = World()
         return own if world.size == 1 else {name: text for one in world.gather(own) for name, text in one.items()}
+
+
+@contextlib.contextmanager
+def _loss_for_forward(model: torch.nn.Module):
+    """The next forward of `model`, which may be that of a DistributedDataParallel around it, is causal_lm_loss."""
+
+    def loss(**inputs):
+        del model.forward
+        return causal_lm_loss(model, **inputs)
+
+    model.forward = loss
+    try:
+        yield
+    finally:
+        vars(model).pop("forward", None)
 
 
 class Later(torch.utils.data.Dataset):
