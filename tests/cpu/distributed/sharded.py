@@ -28,9 +28,6 @@ def shard(model, world, replicas=1):
         if replicas > 1
         else init_device_mesh("cpu", (world,))
     )
-    for layer in model[1]:
-        if isinstance(layer, nn.Linear):
-            fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
