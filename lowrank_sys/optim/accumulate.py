@@ -168,8 +168,9 @@ class Accumulate(Hooked):
         for weight, layer in self._layers.items():
             if layer.projection.family is not None:
                 families.setdefault((layer.projection.family, layer.rank, weight.dtype), []).append(weight)
-        self._families = [weights for weights in families.values() if len(weights) > 1]
         optimizer.make_states(self._layers)
+        drawn = {weight for weight in self._layers if "row_scale" in optimizer.state[weight]}  # for each matrix by itself
+        self._families = [weights for weights in families.values() if len(weights) > 1 and drawn.isdisjoint(weights)]
         for members in self._families:
             states, shared = [optimizer.state[weight] for weight in members], Shared(len(members))
             keys = store_of(states[0]).present(states[0])

@@ -167,6 +167,30 @@ def test_micro_batches_add_up():
     assert_same(one, four, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    (model, first), (other, second) = ((m, galore(m)) for m in (project_model(moe(), RANK, "right") for _ in range(2)))
+    other.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    other.train()
+    assert torch.equal(train(model, first, range(6)), train(other, second, range(6)))
+    assert_same(model, other)
+
+
+def test_autocast():
+    """R is that of fp32 to bf16's rounding."""
+    grads = []
+    for cast in (False, True):
+        model = project_model(moe(), RANK, "right")
+        optimizer = galore(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            loss = model(input_ids=batch(0), labels=batch(0)).loss
+        loss.backward()
+        grads.append(owner(model).low_rank_experts.down_proj[1].coefficient.grad)
+        del optimizer
+    assert grads[1].dtype == torch.float32
+    assert 0 < (grads[1] - grads[0]).norm() < 0.05 * grads[0].norm()
+
+
 def test_an_expert_without_tokens_stays_as_it_is():
     model = project_model(moe(), RANK, "left")
     gate = model.model.layers[0].mlp.gate

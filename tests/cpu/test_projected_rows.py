@@ -143,3 +143,47 @@ def test_a_gaussian_basis_that_is_never_in_memory(side):
     train(model, optimizer_of(model), range(10), micro=2)
     train(other, optimizer_of(other, "accumulate", proj_type=side), range(10), micro=2)
     assert_same(model, other, **CLOSE)
+
+
+class Reads(nn.Module):
+    """q_proj, k_proj and v_proj on one input."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, 48)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(48, size) for size in (48, 32, 32))
+        self.out, self.head = nn.Linear(112, 48), nn.Linear(48, 50)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        return self.head(self.out(torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1).tanh()))
+
+
+@EACH
+def test_layers_that_read_one_input(subspace):
+    """Share the rows of the largest norms in all their gradients; rows that are drawn are each layer's own."""
+    model = project_model(Reads(), 16, "right", share=True)
+    optimizer = grass(model, subspace=subspace)
+    members = [model.q_proj, model.k_proj, model.v_proj]
+    chosen = set()
+    for step in range(12):
+        due = optimizer.gradients.announced()
+        if subspace == "top" and "q_proj.weight" in due:
+            plain = Reads()
+            plain.load_state_dict(model.state_dict())
+            backward(plain, step)
+            grads = torch.cat([getattr(plain, name).weight.grad for name in ("q_proj", "k_proj", "v_proj")])
+            best = set(grads.norm(dim=0).topk(16).indices.tolist())
+        train(model, optimizer, [step])
+        rows = [set(optimizer.state[layer.weight]["indices"].tolist()) for layer in members]
+        if subspace == "top":
+            assert rows[0] == rows[1] == rows[2]
+            if "q_proj.weight" in due:
+                assert rows[0] == best
+        chosen.add(tuple(sorted(rows[0])))
+    assert len(chosen) >= 3
+    if subspace != "top":
+        other = project_model(Reads(), 16, "right")
+        train(other, grass(other, subspace=subspace), range(12))
+        assert_same(model, other)
