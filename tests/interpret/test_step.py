@@ -3,6 +3,7 @@
 import pytest
 import torch
 from combinations import COMBINATIONS, VARIANTS, Matrix, run, title
+from lanes import usual
 
 from lowrank_sys._ops.step import MOMENTS, RULES
 
@@ -97,7 +98,7 @@ def test_types(lane, dtypes, remainder, moments, left):
     lane.check_guards()
 
 
-@SIDES
+@pytest.mark.parametrize("left", usual([True], False), ids=["left", "right"])
 @pytest.mark.parametrize("basis", ["dense", "int4"])
 @pytest.mark.parametrize("remainder", RULES)
 def test_the_widest_groups_of_an_int8_weight(lane, remainder, basis, left):

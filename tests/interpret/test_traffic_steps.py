@@ -3,6 +3,7 @@
 import pytest
 import torch
 from combinations import COMBINATIONS, GROUP, VARIANTS, Matrix, run, title
+from lanes import usual
 
 from lowrank_sys._ops.step import MOMENTS
 from lowrank_sys.kernels import configs, gaussian, roofline, traffic
@@ -56,7 +57,7 @@ TYPES = {"float": BF16, "int8": traffic.Int8(64), "dense": BF16, "int4": traffic
 
 
 @SIDES
-@SHAPES
+@pytest.mark.parametrize("shape", usual([(150, 100, 5)], ((70, 130, 20),)), ids=str)
 @pytest.mark.parametrize("policies", COMBINATIONS, ids=title)
 def test_steps(lane, meter, card, shape, policies, left):
     """Launch by launch what each argument moves: G twice at most, W once each way, whatever it is stored in."""
