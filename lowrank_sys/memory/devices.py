@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 # Categories that fsdp deals out by rows; gradients too, by those of their weights.
 SHARDED = ("weights", "moments", "scales")
-# Products with the gradient in a refresh whose result is summed over the shards: each pass of the iteration, and the last one.
-REFRESH_PRODUCTS = 3
 
 
 class Piece(NamedTuple):
@@ -41,9 +39,12 @@ class Piece(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A matrix in a group with a rank: its basis is (d, r), R has `low_rank` elements, a sketch `columns` columns."""
+    """A matrix in a group with a rank: its basis is (d, r) in a type of `size` bytes, R has `low_rank` elements, a sketch `columns`
+    columns, 0 where a basis needs no gradient; a basis lasts `gap` steps."""
 
     d: int
+    r: int
+    size: int
     low_rank: int
     columns: int
     gap: int
@@ -97,12 +98,17 @@ def spread(run: Rehearsal, args: argparse.Namespace) -> Rehearsal:
         buckets = {"buckets": _reduced(made, args)}
         at_peak, at_rest = run.at_peak | buckets, run.at_rest | buckets
     else:
-        share = {category: _share([p for p in made.pieces if p.category == category], args.nproc) for category in SHARDED}
-        share["gradients"] = _share(made.gradients, args.nproc)
+        share = shares(made, args.nproc)
         # the layer at work and the next one, their gradients, and the rest of the model, which is kept from its forward on
         gathered = 2 * made.rest + 4 * max(made.layers, default=0)
         at_peak, at_rest = _most(run.changes, share) | {"gathered": gathered}, _shared(run.at_rest, share)
     return run._replace(peak=sum(at_peak.values()), at_peak=at_peak, rest=sum(at_rest.values()), at_rest=at_rest)
+
+
+def shares(run: Layout, n: int) -> dict[str, float]:
+    """Of what fsdp deals out over n devices, the part of the first one, which holds most: {category: from 0 to 1}."""
+    found = {category: _share([p for p in run.pieces if p.category == category], n) for category in SHARDED}
+    return {**found, "gradients": _share(run.gradients, n)}
 
 
 def _most(changes, share):
@@ -135,15 +141,21 @@ def wire(run: Layout, args: argparse.Namespace) -> dict[str, float]:
         if args.per_layer == "accumulate":
             size = 2 if args.accumulate_dtype == "bf16" else 4
             parts["low-rank gradients"] = sum(size * matrix.low_rank for matrix in run.matrices)
-            parts["sketches"] = sum(4 * matrix.d * matrix.columns / matrix.gap for matrix in run.matrices)
+            sent = (4 * m.d * m.columns + m.size * m.d * m.r if m.columns else 0 for m in run.matrices)
+            parts["refreshes"] = sum(size / m.gap for size, m in zip(sent, run.matrices))
         return {**parts, "sent": 2 * (n - 1) / n * sum(parts.values())}
     weights, micro_batches = sum(run.layers), args.gradient_accumulation_steps
     parts = {
         "gathered weights": micro_batches * (2 * weights + run.rest),
         "scattered gradients": micro_batches * sum(piece.bytes for piece in run.gradients),
-        "refreshes": sum(4 * REFRESH_PRODUCTS * matrix.d * matrix.columns / matrix.gap for matrix in run.matrices),
+        "refreshes": sum(_renewed(matrix) / matrix.gap for matrix in run.matrices),
     }
     return {**parts, "sent": (n - 1) / n * (parts["gathered weights"] + parts["scattered gradients"] + 2 * parts["refreshes"])}
+
+
+def _renewed(m):
+    """Bytes of a refresh from an old basis: a product, two Gram matrices and two numbers a column are summed, the basis is sent."""
+    return 4 * m.d * m.columns + 8 * m.columns * (m.columns + 1) + 4 * m.d * m.r if m.columns else 0
 
 
 def _reduced(run, args):
@@ -166,8 +178,8 @@ def _matrices(subspace, group, param, state):
             continue
         r, other = sorted(subspace.shape_of(matrix, one))
         d = sum(matrix.shape) - other
-        columns = 0 if subspace.blind else sketched_columns(r, d, other)
-        yield Matrix(d, r * other, columns, group["update_proj_gap"])
+        columns = 0 if subspace.blind or not store_of(one).reads_all else sketched_columns(r, d, other)
+        yield Matrix(d, r, matrix.element_size(), r * other, columns, group["update_proj_gap"])
 
 
 def _layers(model):

@@ -73,6 +73,7 @@ def test_ddp_reduces_whole_gradients_or_low_rank_ones(run, model):
     matrices = [p for name, p in model.named_parameters() if "_proj" in name]
     assert low["gradients"] == dense["gradients"] - sum(p.numel() * 4 for p in matrices)
     assert low["low-rank gradients"] == sum(4 * 32 * p.shape[0] for p in matrices)
+    assert low["refreshes"] == pytest.approx(sum(4 * p.shape[1] * (40 + 32) for p in matrices) / 200)
     half = devices.wire(run.layout, arguments(nproc=2, per_layer="accumulate", accumulate_dtype="bf16"))
     assert half["low-rank gradients"] == low["low-rank gradients"] / 2
     assert devices.wire(run.layout, arguments(nproc=4))["sent"] == 1.5 * dense["gradients"]

@@ -1,5 +1,7 @@
 """What crosses the wire in a step, counted where the process group takes it, against the shapes."""
 
+import argparse
+
 import pytest
 import torch
 import world
@@ -9,6 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_sys.distributed import LowRankState, low_rank_hook
+from lowrank_sys.memory import devices
 from lowrank_sys.optim import FiraAdamW, GaLoreAdamW8bit
 from lowrank_sys.subspace.refresh import is_due
 
@@ -117,6 +120,16 @@ def test_bytes_of_a_step(ranks):
             steps = one[name][0][2:]
             assert [sent for sent, _ in steps] == [BUFFERS + PLAIN + wanted(due) for _, due in steps], name
             assert {len(due) for _, due in steps} - {0, len(MATRICES)}  # some are due, some are not
+
+
+def test_the_plan_of_several_devices_is_what_is_counted(ranks):
+    """Over a gap, in which each basis is due once."""
+    model, optimizer = at_step(per_layer="accumulate")
+    train(model, optimizer, 1)
+    args = argparse.Namespace(nproc=SIZE, strategy="ddp", per_layer="accumulate", accumulate_dtype="fp32")
+    planned = devices.wire(devices.layout(model, optimizer), args)
+    counted = [sent - BUFFERS - 4 * len(MATRICES) - 4 * len(due) for sent, due in ranks[0]["accumulate"][0][-GAP:]]
+    assert sum(counted) == GAP * (planned["gradients"] + planned["low-rank gradients"] + planned["refreshes"])
 
 
 def test_fewer_than_power_sgd(ranks):

@@ -1,5 +1,6 @@
 """What sharded weights meet beside training: clipping, gradients that are not finite, rounding, 8 bits, files, and refusals."""
 
+import argparse
 import collections
 import functools
 import io
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lowrank_sys import optim
+from lowrank_sys.memory import devices
 from lowrank_sys.optim.preset import METHODS
 
 SIZE = 4
@@ -413,6 +415,24 @@ def test_each_rank_holds_its_share(ranks):
         assert sum(results["in_bytes"][key] for results in ranks) >= wanted[key]
         assert max(results["in_bytes"][key] for results in ranks) < 0.3 * wanted[key]
     assert all(results["in_bytes"]["basis"] == wanted["basis"] for results in ranks)
+
+
+def test_the_plan_of_several_devices_is_what_they_hold_and_send(ranks):
+    model, optimizer = setting(0, 1)
+    backward(model, 0, torch.tensor(places(0, 1)))
+    optimizer.step()
+    plan = devices.layout(model, optimizer)
+    for key, share in devices.shares(plan, SIZE).items():
+        whole = sum(piece.bytes for piece in (*plan.pieces, *plan.gradients) if piece.category == key)
+        assert round(share * whole) == max(results["in_bytes"][key] for results in ranks), key
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 20, bias=False)
+    optimizer = optim.GaLoreAdamW([{"params": [layer.weight], "rank": 3, "update_proj_gap": 2, "proj_type": "right"}], lr=1e-2)
+    give(layer, 0)
+    optimizer.step()
+    args = argparse.Namespace(nproc=SIZE, strategy="fsdp", gradient_accumulation_steps=1)
+    sent = ranks[0]["sent"]["galore"][-1]  # a refresh from an old basis
+    assert 2 * devices.wire(devices.layout(layer, optimizer), args)["refreshes"] == sum(sent.values())
 
 
 def test_what_is_not_served_is_refused_when_the_optimizer_is_built(ranks):
