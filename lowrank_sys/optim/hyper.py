@@ -90,11 +90,15 @@ def rank(value):
 
 
 def scores(values):
-    """{name: a number of at least 0}."""
+    """A dict of names and numbers of at least 0, or its items, as a tuple of pairs."""
     wanted = "a dict of names and numbers of at least 0"
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+    try:
+        pairs = tuple((name, number(wanted, lambda value: value >= 0)(value)) for name, value in dict(values).items())
+    except TypeError:
+        raise ValueError(wanted) from None
+    if not all(isinstance(name, str) for name, _ in pairs):
         raise ValueError(wanted)
-    return {name: number(wanted, lambda value: value >= 0)(value) for name, value in values.items()}
+    return pairs
 
 
 def places(values):

@@ -416,5 +416,5 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if "rank" in group:
                 self._set_defaults(group)  # keys that an older checkpoint lacks
-        self.turns.take(self.param_groups, self._names(), self.state)
+        self.turns.loaded(self.param_groups, self._names(), self.state)
         self.gradients.loaded(self)

@@ -27,6 +27,10 @@ class Schedule:
         """Whether a period begins with the next step."""
         return False
 
+    def is_under_way(self, group):
+        """Whether whoever trains in a group has done so in this period."""
+        return False
+
     def init(self, state, param):
         """Add what it watches of a matrix that trains to its state."""
 
@@ -40,9 +44,10 @@ class Schedule:
 class Sampled(Schedule):
     """For `period` steps `active_layers` layers have the role `drawn`, the others `rest`; then they are drawn anew.
 
-    A layer is what `layer_of` says of the parameters in groups with a rank; all parameters with a name in it share its role, and
-    whatever else there is trains always. Draws follow from the group's `seed` and the number of the period, so that all ranks and
-    all resumed runs agree. With `scores`, {layer: score}, a layer is drawn in proportion to its own, without replacement.
+    A layer is what `layer_of` says of the parameters in groups with a rank; all parameters with a name in it train or are frozen
+    with it, and whatever else there is trains always. Draws follow from the group's `seed` and the number of the period, so that
+    all ranks and all resumed runs agree. With `scores`, {layer: score}, a layer is drawn in proportion to its own, without
+    replacement.
 
     Args:
         drawn, rest: roles.
@@ -62,6 +67,9 @@ class Sampled(Schedule):
     def begins(self, groups):
         return any(group["schedule_steps"] % group[self._period] == 0 for group in groups if "rank" in group)
 
+    def is_under_way(self, group):
+        return self._period in group and group["schedule_steps"] % group[self._period] > 0
+
     def roles(self, groups, names):
         matrices = [(group, own) for group, own in zip(groups, names) if "rank" in group]
         layers = list(dict.fromkeys(layer_of(name) for _, own in matrices for name in own))
@@ -72,9 +80,12 @@ class Sampled(Schedule):
         drawn, rest = self._drawn, self._rest
         if self._shares:
             drawn, rest = drawn._replace(share=count / len(layers)), rest._replace(share=1 - count / len(layers))
-        chosen = draw(layers, count, h["scores"], h.get("seed", 0), h["schedule_steps"] // h[self._period])
+        scores = None if h["scores"] is None else dict(h["scores"])
+        chosen = draw(layers, count, scores, h.get("seed", 0), h["schedule_steps"] // h[self._period])
         role = {layer: drawn if layer in chosen else rest for layer in layers}
-        return [[role.get(layer_of(name), TRAINED) for name in own] for own in names]
+        plain = {layer: TRAINED if one.trains else FROZEN for layer, one in role.items()}
+        of = [role if "rank" in group else plain for group in groups]
+        return [[one.get(layer_of(name), TRAINED) for name in own] for one, own in zip(of, names)]
 
 
 def draw(layers, count, scores, seed, turn):

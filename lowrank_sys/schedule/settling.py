@@ -23,6 +23,9 @@ class Settling(Schedule):
     def roles(self, groups, names):
         return [[FROZEN if i in group["settled"] else TRAINED for i in range(len(own))] for group, own in zip(groups, names)]
 
+    def is_under_way(self, group):
+        return group["schedule_steps"] > 0
+
     def init(self, state, param):
         state["calm"] = torch.zeros((), dtype=torch.bool, device=param.device)
 

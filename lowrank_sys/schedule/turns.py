@@ -1,5 +1,7 @@
 """Turns: what a schedule makes of the parameters of an optimizer, between two steps."""
 
+import warnings
+
 from lowrank_sys.schedule.roles import TRAINED
 
 
@@ -38,6 +40,19 @@ class Turns:
                 state.pop(param, None)
                 param.grad = None
             param.requires_grad_(able and role.trains)
+
+    def loaded(self, groups, names, state):
+        """`take` after states were loaded; warns of those that are not there: some tools leave out what is frozen as they load."""
+        self.take(groups, names, state)
+        lacking = [
+            name
+            for group, own in zip(groups, names)
+            for param, name in zip(group["params"], own)
+            if "rank" in group and self.schedule.is_under_way(group) and param.requires_grad and not state.get(param)
+        ]
+        if lacking:
+            some = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+            warnings.warn(f"no state was loaded for {len(lacking)} weights that train now, which begin anew: {some}", stacklevel=3)
 
     def advance(self, groups, names, state):
         """A step was taken."""

@@ -169,6 +169,13 @@ def test_gum_s_layers_are_whole_by_turns():
     assert periods[::2] == periods[1::2] and len(set(periods)) > 1 and training(model) == list(range(LAYERS))
 
 
+def test_what_is_plain_in_a_layer_of_gum_keeps_its_state():
+    model, optimizer = made("gum")
+    run(model, optimizer, range(4 * PERIOD))
+    plain = [p for name, p in model.named_parameters() if name.endswith(("norm.weight", "bias", "embedding.weight"))]
+    assert {float(optimizer.state[p]["step"]) for p in plain} == {4.0 * PERIOD}
+
+
 def test_accumulation_belongs_to_one_period():
     """Windows of micro-batches are single steps: roles change between them alone."""
     results = []
@@ -270,6 +277,18 @@ def test_a_state_of_other_roles_is_refused():
         del group["schedule_steps"]
     with pytest.raises(ValueError, match="must have the keys of LISA, it lacks schedule_steps"):
         again.load_state_dict(state)
+
+
+def test_a_state_that_lacks_what_trains_warns():
+    """As torch.distributed.checkpoint's helpers leave out the weights that are frozen as they load."""
+    model, optimizer = made("lisa")
+    run(model, optimizer, range(PERIOD + 1))
+    state = copy.deepcopy(optimizer.state_dict())
+    names = [name for group in state["param_groups"] for name in group["param_names"]]
+    matrices = [i for i, name in enumerate(names) if name.endswith(("up.weight", "down.weight"))]
+    state["state"] = {i: one for i, one in state["state"].items() if i not in matrices}
+    with pytest.warns(UserWarning, match="no state was loaded for 4 weights that train now, which begin anew: layers"):
+        made("lisa")[1].load_state_dict(state)
 
 
 # --- a composition that is no preset
