@@ -147,7 +147,8 @@ def restore_order(model):
 
 def leave_to_us(model, names):
     """Have DistributedDataParallel of this model neither broadcast nor reduce the parameters and buffers of these names."""
-    model._ddp_params_and_buffers_to_ignore = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]
+    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    model._ddp_params_and_buffers_to_ignore = list(dict.fromkeys((*ignored, *names)))
 
 
 def give_back(model, names):

@@ -17,7 +17,7 @@ from lowrank_sys.nn.coefficient import (
     put_last,
     restore_order,
     zero,
-)  # fmt: skip
+)
 from lowrank_sys.nn.projected_linear import ProjectedLinear, Shared, ours_in_ddp
 from lowrank_sys.nn.quant_weight import is_quantized, names_of
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_

@@ -64,7 +64,7 @@ class AfterBackward:
         self.handle = model.register_forward_hook(self)
 
     def __reduce__(self):
-        return "_nothing"
+        return _no_hook, ()
 
     def __deepcopy__(self, memo):
         return _nothing
@@ -94,3 +94,7 @@ class AfterBackward:
 
 def _nothing(*_):
     """The hook of a copy, whose gradients are nobody's."""
+
+
+def _no_hook():
+    return _nothing

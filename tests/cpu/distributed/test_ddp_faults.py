@@ -1,5 +1,8 @@
 """What goes wrong on one rank, or is there on one rank alone, has one outcome on all."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import world
@@ -124,6 +127,16 @@ def with_replacing_hooks(make):
     return model, galore(model, "accumulate")
 
 
+def copied(rank, size, make):
+    """A model and its optimizer that are copied in the middle of a run go on as they would have; a file of the model is one."""
+    model, optimizer = make()
+    train(DistributedDataParallel(model), optimizer, 2, rank=rank, size=size)
+    model, optimizer = copy.deepcopy((model, optimizer))
+    losses = train(DistributedDataParallel(model), optimizer, range(2, STEPS), rank=rank, size=size, clip=0.3)
+    assert_same(weights(pickle.loads(pickle.dumps(model))), weights(model))
+    return losses, weights(model), bases(optimizer)
+
+
 def not_wrapped(rank, size, make):
     """Nobody averages: of the matrices that accumulate, which alone train here, step() does."""
     model, optimizer = only_matrices(make)
@@ -142,7 +155,7 @@ def bf16(rank, size, make):
     return train(DistributedDataParallel(model), optimizer, STEPS, rank=rank, size=size, micro=2), weights(model), bases(optimizer)
 
 
-EACH = (overflow, not_a_number, experts, quantized, wrapped_before, replaced, bf16)
+EACH = (overflow, not_a_number, experts, quantized, wrapped_before, replaced, copied, bf16)
 CASES = [*((case, name) for case in EACH for name in BOTH), (not_wrapped, "accumulate")]
 
 
@@ -157,8 +170,8 @@ def test_one_outcome_on_all_ranks():
             assert_same(other[key][1], state)
             assert all(map(torch.equal, other[key][2], basis)), key
 
-    def assert_as_alone(case, name, model, optimizer, micro=1, close=CLOSE):
-        alone = torch.tensor(train(model, optimizer, STEPS, micro=micro))
+    def assert_as_alone(case, name, model, optimizer, micro=1, close=CLOSE, steps=STEPS, clip=None):
+        alone = torch.tensor(train(model, optimizer, steps, micro=micro, clip=clip))
         mean = torch.tensor([one[case, name][0] for one in ranks]).mean(0)
         torch.testing.assert_close(mean, alone, **close, msg=lambda m: f"{case} {name}: {m}")
 
@@ -172,4 +185,7 @@ def test_one_outcome_on_all_ranks():
         assert_as_alone("quantized", name, *make(model=quantize_model(llama(), group_size=32)), 2, {"atol": 5e-3, "rtol": 0})
         assert_as_alone("wrapped_before", name, *make())
         assert_as_alone("replaced", name, *with_replacing_hooks(make))
+        model, optimizer = make()
+        train(model, optimizer, 2)
+        assert_as_alone("copied", name, model, optimizer, steps=range(2, STEPS), clip=0.3)
     assert_as_alone("not_wrapped", "accumulate", *only_matrices(accumulating))

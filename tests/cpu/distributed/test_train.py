@@ -17,10 +17,9 @@ from lowrank_sys import cli
 from lowrank_sys.train import command, flags
 
 SMALL = {
-    "--model": "llama-1m", "--method": "q-galore", "--per-layer": "accumulate", "--rank": "8", "--steps": "8", "--seq-len": "32",
-    "--update-proj-gap": "3",
-    "--eval-steps": "4", "--save-steps": "2", "--eval-tokens": "256", "--device": "cpu", "--warmup-steps": "1",
-    "--data": str(Path(os.__file__).with_name("argparse.py")),
+    "--model": "llama-1m", "--method": "q-galore", "--per-layer": "accumulate", "--rank": "8", "--update-proj-gap": "3",
+    "--steps": "8", "--seq-len": "32", "--eval-steps": "4", "--save-steps": "2", "--eval-tokens": "256", "--device": "cpu",
+    "--warmup-steps": "1", "--data": str(Path(os.__file__).with_name("argparse.py")),
 }  # fmt: skip
 EXACT = ("step", "loss", "val_loss", "lr", "skipped")
 
