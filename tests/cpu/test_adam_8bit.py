@@ -108,21 +108,6 @@ def as_lists(count, left, dtype=torch.float32):
 
 
 @SIDES
-def test_a_list_is_its_matrices_one_by_one(left):
-    lists = as_lists(3, left)
-    steps = [torch.tensor(float(i)) for i in range(3)]
-    want = [[x.clone() for x in matrix] for matrix in zip(*lists)]
-    hyper = dict(lr=torch.tensor(0.1), **LOW_RANK, left=left)
-    ops.galore_step_8bit(*lists, steps, **hyper, grad_scale=torch.tensor([0.5]), found_inf=torch.tensor(0.0))
-    assert [float(step) for step in steps] == [1, 2, 3]
-    for i, args in enumerate(want):
-        args[1] *= 0.5
-        ops.galore_step_8bit(*args, step=torch.tensor(i + 1), **hyper)
-        for column in (0, 3, 4, 5, 6):
-            assert same(lists[column][i], args[column])
-
-
-@SIDES
 def test_a_step_is_its_three_parts(left):
     """project, adam_8bit_low_rank_, back_project_: the same bytes."""
     whole, parts = (low_rank_inputs(63, 100, 7, left) for _ in range(2))

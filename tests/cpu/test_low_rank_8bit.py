@@ -124,27 +124,6 @@ class _Oracle:
         )
 
 
-@SIDES
-def test_a_list_is_its_matrices_one_by_one(left):
-    """Matrices of several shapes and types reuse one scratch."""
-    cases = [Case(20 + 40 * i, 90 - 30 * i, 4 + i, left, FLOATS[i], seed=i) for i in range(3)]
-    want = [case.run("int4") for case in cases]
-    got = [[case.param.clone(), *clone(case.moments), case.step.clone()] for case in cases]
-    columns = [list(column) for column in zip(*got)]
-    ops.galore_step_8bit.int4(
-        columns[0],
-        [case.grad for case in cases],
-        *map(list, zip(*(case.int4 for case in cases))),
-        *columns[1:],
-        lr=torch.tensor(0.1),
-        left=left,
-        group_size=64,
-        **HYPER,
-    )
-    for a, b in zip(got, want):
-        assert all(map(same, a, b))
-
-
 def on_threads(run):
     """Results of run() on 1, 2 and 5 threads; each is the same at a second time."""
     results, before = [], torch.get_num_threads()

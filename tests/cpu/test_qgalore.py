@@ -298,21 +298,6 @@ def test_the_mean_over_random_bits_is_the_step_without_rounding(op, left):
     assert ((total / 256 - dense).abs() <= scale * (5 * 0.5 / 16 + 1e-3)).all()
 
 
-@SIDES
-@pytest.mark.parametrize("op", METHODS)
-def test_a_list_is_its_matrices_one_by_one(op, left):
-    shapes = [(20, 100, 4), (33, 65, 8), (20, 100, 4)]
-    many = [Matrix(op, *shape, left, seed=10 * i) for i, shape in enumerate(shapes)]
-    one = [matrix.copy() for matrix in many]
-    steps = [torch.tensor(float(i)) for i in range(3)]
-    step_list(many, steps, parameters=[5, 0, 2**32 - 1], offsets=[0, 3, 2**35], skipped=(skipped := torch.tensor(1)))
-    for i, (matrix, parameter, offset) in enumerate(zip(one, [5, 0, 2**32 - 1], [0, 3, 2**35])):
-        matrix.step(i + 1, parameter=parameter, offset=offset)
-    assert [step.item() for step in steps] == [1, 2, 3] and skipped == 1
-    for a, b in zip(many, one):
-        assert same(a.tensors(), b.tensors())
-
-
 @pytest.mark.parametrize("op", METHODS)
 def test_grad_scale_multiplies_the_gradient(op):
     scaled, plain = (Matrix(op, 20, 100, 4, True) for _ in range(2))

@@ -13,7 +13,6 @@ ops = torch.ops.lowrank
 pytestmark = pytest.mark.skipif(bool(backends.NATIVE_MISSING), reason=f"no native build: {backends.NATIVE_MISSING}")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 ADAM = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 METHODS = {
     "apollo": ("apollo_step", dict(scale=1.5)),
@@ -100,30 +99,6 @@ def lists(method, left, count=3):
     columns = [list(column) for column in zip(*(case.tensors for case in cases))]
     columns[5:] = [[] if None in column else column for column in columns[5:]]
     return cases, columns, [torch.tensor(float(i)) for i in range(count)]
-
-
-@SIDES
-@EVERY
-def test_a_list_is_its_matrices_one_by_one_and_steps_advance_by_one(method, left):
-    cases, columns, steps = lists(method, left)
-    want = [clone(case.tensors) for case in cases]
-    skipped = torch.tensor(3)
-    getattr(ops, cases[0].name)(
-        *columns,
-        steps,
-        lr=torch.tensor(0.1),
-        **cases[0].hyper,
-        grad_scale=torch.tensor([0.5]),
-        found_inf=torch.tensor(0.0),
-        skipped=skipped,
-    )
-    assert [float(step) for step in steps] == [1, 2, 3] and skipped == 3
-    for i, (case, tensors) in enumerate(zip(cases, want)):
-        tensors[1] *= 0.5
-        case.run(tensors, step=torch.tensor(i + 1), lr=torch.tensor(0.1))
-        for got, expected in zip(case.tensors, tensors):
-            if got is not None and got is not case.tensors[1]:
-                near(got, expected, 1e-6 * expected.abs().max())
 
 
 @SIDES
