@@ -151,6 +151,10 @@ class Accumulate(Hooked):
         self._complete = True
         if self.world.size > 1:
             copy_weights(self.world, [w for w in self.coefficients if w not in self._layers or is_quantized(w)])
+            optimizer.make_states(self.coefficients)
+            groups = (group for group in optimizer.param_groups if "rank" in group)
+            pairs = [(group, optimizer.state[w]) for group in groups for w in weights(group)]
+            copy_refreshed(self.world, optimizer.pipeline, pairs)
         self._follow_backward()
         self._unite(optimizer)
         self._announce(optimizer)

@@ -18,11 +18,6 @@ RESTARTS = 3
 BAD_INPUT = 2
 
 
-def is_ours(environ=os.environ) -> bool:
-    """Whether this process was started by `start`, whose process holds the folder."""
-    return environ.get("TORCHELASTIC_RUN_ID", "").startswith(f"lowrank-{os.getppid()}-")
-
-
 def start(nproc: int, words: Sequence[str], out: Path, resume: bool) -> None:
     """Run `lowrank train WORDS` as `nproc` processes on this machine. When one dies, all start again from the last checkpoint.
 
@@ -64,8 +59,8 @@ def _launch(nproc: int, words: list[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=f"lowrank-{os.getpid()}-{uuid.uuid4().hex}",
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+        min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=0,
     )  # fmt: skip
     elastic_launch(config, sys.executable)("-m", "lowrank_sys", "train", *words)
 

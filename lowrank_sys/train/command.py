@@ -69,9 +69,8 @@ def _several(args: argparse.Namespace) -> None:
 
         if args.nproc > torch.cuda.device_count():
             raise CommandError(f"--nproc: got {args.nproc}; it must be at most {torch.cuda.device_count()}, the GPUs that are here")
-    with _claim(Path(args.out)):
-        _expect_no_run(args)
-        agent.start(args.nproc, flags.words(args), Path(args.out), args.resume)
+    _expect_no_run(args)
+    agent.start(args.nproc, flags.words(args), Path(args.out), args.resume)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -248,8 +247,7 @@ def _prepare(args: argparse.Namespace, corpus, device: torch.device, held: conte
         f"{len(corpus.valid):,} for validation, split by {corpus.split}"
     )
     identity = {name: getattr(args, name) for name in BOUND} | {"data_sha256": corpus.digest()}
-    if not agent.is_ours():
-        held.enter_context(_claim(Path(args.out)))
+    held.enter_context(_claim(Path(args.out)))
     start, rows, chosen, origin = _start(args, Path(args.out), identity)
     if chosen is None:
         memory = fit.device_memory(device) // (1 if device.type == "cuda" else args.place.local_size)

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_sys.nn import project_model, quantize_model
 from lowrank_sys.optim import Accumulate
+from lowrank_sys.subspace import iteration
 
 STEPS, SIZE = 6, 2
 
@@ -137,6 +138,19 @@ def copied(rank, size, make):
     return losses, weights(model), bases(optimizer)
 
 
+def another_library(rank, size, make):
+    """On rank 1 the vectors of every new basis come out flipped, and moments are carried over."""
+    model, optimizer = make(moments="rotate")
+    signs = iteration.canonical_signs
+    try:
+        if rank == 1:
+            iteration.canonical_signs = lambda basis, old=None: -signs(basis, old)
+        losses = train(DistributedDataParallel(model), optimizer, STEPS, rank=rank, size=size)
+    finally:
+        iteration.canonical_signs = signs
+    return losses, weights(model), bases(optimizer)
+
+
 def not_wrapped(rank, size, make):
     """Nobody averages: of the matrices that accumulate, which alone train here, step() does."""
     model, optimizer = only_matrices(make)
@@ -155,7 +169,7 @@ def bf16(rank, size, make):
     return train(DistributedDataParallel(model), optimizer, STEPS, rank=rank, size=size, micro=2), weights(model), bases(optimizer)
 
 
-EACH = (overflow, not_a_number, experts, quantized, wrapped_before, replaced, copied, bf16)
+EACH = (overflow, not_a_number, experts, quantized, wrapped_before, replaced, copied, another_library, bf16)
 CASES = [*((case, name) for case in EACH for name in BOTH), (not_wrapped, "accumulate")]
 
 
@@ -185,6 +199,7 @@ def test_one_outcome_on_all_ranks():
         assert_as_alone("quantized", name, *make(model=quantize_model(llama(), group_size=32)), 2, {"atol": 5e-3, "rtol": 0})
         assert_as_alone("wrapped_before", name, *make())
         assert_as_alone("replaced", name, *with_replacing_hooks(make))
+        assert_as_alone("another_library", name, *make(moments="rotate"))
         model, optimizer = make()
         train(model, optimizer, 2)
         assert_as_alone("copied", name, model, optimizer, steps=range(2, STEPS), clip=0.3)
