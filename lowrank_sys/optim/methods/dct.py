@@ -6,7 +6,7 @@ from lowrank_sys.optim.types import Params, Rate
 from lowrank_sys.subspace.columns import Columns
 
 
-@method("dct", lr=2e-3, plain_lr=3e-3, scale=1.0, subspace="l1", update_proj_gap=1)
+@method("dct", lr=8e-4, plain_lr=3e-3, scale=1.0, subspace="l1", update_proj_gap=1)
 class DCTAdamW(Preset):
     """W <- (1 - lr*wd) W - lr*scale*back(Adam(R)), R the `rank` columns of S = G D of largest l1 norm, D the orthonormal DCT-II.
 

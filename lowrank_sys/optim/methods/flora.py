@@ -71,7 +71,7 @@ class FactoredRoot(Remainder):
         return rows.clamp(min=0).sqrt().unsqueeze(1), columns.clamp(min=0).sqrt().unsqueeze(0)
 
 
-@method("flora", lr=1e-3, plain_lr=3e-3, scale=1.0, update_proj_gap=1000)
+@method("flora", lr=3e-4, plain_lr=3e-3, scale=1.0, update_proj_gap=1000)
 class Flora(Preset):
     """W <- (1 - lr*wd) W - lr U, U = back(M) / sqrt(V), V Adafactor's, M the momentum of R = project(G) (docs/methods.md)."""
 

@@ -41,7 +41,7 @@ class Geodesic(Selector):
 SELECT["subtrack"] = Geodesic()
 
 
-@method("subtrack", lr=2e-3, plain_lr=3e-3, scale_key="alpha", subspace="subtrack")
+@method("subtrack", lr=1e-2, plain_lr=3e-3, scale_key="alpha", subspace="subtrack")
 class SubTrackAdamW(Preset):
     """W <- (1 - lr*wd) W - a [alpha back(N) + s o (G - back(R))], N, a, s and the limiter as FiraAdamW, on a tracked basis.
 
