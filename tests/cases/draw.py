@@ -96,6 +96,6 @@ NAMED = {
 }
 
 
-def named(name, seed=0):
-    """A draw of the sizes of this name."""
-    return Seeded(seed, *NAMED[name])
+def named(op, name, seed=0):
+    """A draw of the sizes of this name; each op has choices of its own."""
+    return Seeded(f"{op} {name} {seed}", *NAMED[name])

@@ -365,8 +365,12 @@ def compare_full(before, after, result):
                 if before[absmax] and torch.equal(new, old.float()):  # a basis that was kept leaves codes to the byte
                     assert same_bits(after[name][i], before[name][i])
                 elif before[absmax]:
-                    coded = quantize_blockwise(value, signed=signed, by_row=True)
-                    assert all(map(same_bits, (after[name][i], after[absmax][i]), coded))
+                    codes, most = quantize_blockwise(value, signed=signed, by_row=True)
+                    if before["basis_scales"]:  # decoded in another layout, of which a product may round its sums otherwise
+                        torch.testing.assert_close(after[absmax][i], most, rtol=2.0**-20, atol=0)
+                        assert ((after[name][i].int() - codes.int()).abs() <= 1).all(), name
+                    else:
+                        assert same_bits(after[name][i], codes) and same_bits(after[absmax][i], most)
                 else:
                     assert same_bits(after[name][i], value)
         check_schedule(before, after, i, wait, old, new, done, trains)

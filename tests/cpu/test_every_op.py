@@ -28,7 +28,7 @@ def poisoned():
 @EVERY
 def test_named_sizes(op, name):
     for seed in range(4):
-        check_call(op, CASES[op], named(name, seed), overload(op))
+        check_call(op, CASES[op], named(op, name, seed), overload(op))
 
 
 @pytest.mark.parametrize("threads", [1, 5])
@@ -37,7 +37,7 @@ def test_large_matrices(op, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check_call(op, CASES[op], named("large", threads), overload(op))
+        check_call(op, CASES[op], named(op, "large", threads), overload(op))
     finally:
         torch.set_num_threads(before)
 
@@ -45,7 +45,7 @@ def test_large_matrices(op, threads):
 @pytest.mark.parametrize("op", [op for op in CASES if "[] steps" in _ops.SCHEMAS[op.split()[0]]])
 def test_a_list_is_its_matrices_one_by_one(op):
     """To the bit, counters and what is left out included."""
-    several = (CASES[op].arguments(named("odd", seed)) for seed in range(100))
+    several = (CASES[op].arguments(named(op, "odd", seed)) for seed in range(100))
     steps = (drawn for drawn in several if drawn.get("found_inf") is None or not drawn["found_inf"].any())
     arguments = next(drawn for drawn in steps if len(drawn["steps"]) > 1)
     count = len(arguments["steps"])

@@ -13,6 +13,8 @@ ops = torch.ops.lowrank
 pytestmark = pytest.mark.skipif(bool(backends.NATIVE_MISSING), reason=f"no native build: {backends.NATIVE_MISSING}")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SHAPES = [(1, 200, 1), (200, 1, 1), (63, 100, 7), (129, 64, 64), (1100, 1030, 5), (0, 20, 3), (20, 0, 3)]
 ADAM = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 METHODS = {
     "apollo": ("apollo_step", dict(scale=1.5)),
@@ -79,6 +81,43 @@ def near(got, want, tolerance):
     assert got.shape == want.shape and not (error > tolerance).any(), (
         f"off by {error.max()}, allowed {torch.as_tensor(tolerance).max()}"
     )
+
+
+def check(case, got, want, before, keep=None):
+    """`got` after a step of lr 0.1 against the oracle in fp64; `before` is what the op was given."""
+    param, grad, basis, m, v = got[:5]
+    depth, r = max(1, param.shape[0 if case.left else 1]), m.shape[0 if case.left else 1]
+    size = 1 + max((t.double().abs().max().item() for t in (want[3], want[1]) if t.numel()), default=0.0)
+    # fp32 sums of `depth` terms in any order: one rounding for each root of the depth, of terms of this size.
+    r_error = 2.0**-23 * depth**0.5 * size * 4
+    near(m, want[3], 2.0**-22 * size + r_error)
+    near(v, want[4], 2.0**-22 * (size * size + want[4].abs()) + 2 * size * r_error * 4)
+    # A basis of full rank leaves a residual of nothing but rounding.
+    if len(got) > 5 and got[5] is not None and not (case.name == "fira_step" and depth <= r):
+        near(got[5], want[5], 1e-5 * want[5].abs() * depth**0.5)
+    moved = (want[0] - (1 - 0.1 * 0.1) * before[0].double()).abs()
+    bound = ROUNDING[param.dtype] * (2 * want[0].abs() + 2.0**-14) + 4e-6 * (r + depth) ** 0.5 * (
+        moved.max() if moved.numel() else 0
+    )
+    if case.method == "frugal" and param.numel():
+        # The sign is free where the residual is within rounding of zero.
+        r64 = reference.project(want[1], want[2], left=case.left)
+        residual = want[1] - reference.galore.back(r64, want[2], case.left)
+        free = residual.abs() <= 2.0**-18 * depth**0.5 * size
+        assert free.double().mean() < 0.02 or param.numel() < 2000
+        bound = bound + free * 0.1 * 0.1 * 2
+    near(param, want[0], bound)
+
+
+@SIDES
+@EVERY
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_oracle(shape, method, left):
+    case = Case(method, *shape, left)
+    before, want = clone(case.tensors), case.double()
+    assert case.run(step=3, lr=0.1) is None
+    case.oracle(want, step=3, lr=0.1)
+    check(case, case.tensors, want, before)
 
 
 @SIDES

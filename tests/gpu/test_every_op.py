@@ -17,7 +17,7 @@ BYTES = [op for op in CASES if SERVED.get(op.split()[0], "CUDA C++") == "CUDA C+
 @pytest.mark.parametrize("op", BYTES)
 def test_named_sizes(op, name):
     for seed in range(4):
-        check_call(op, CASES[op], named(name, seed), overload(op), "cuda")
+        check_call(op, CASES[op], named(op, name, seed), overload(op), "cuda")
 
 
 @pytest.mark.parametrize("op", CASES)
