@@ -111,6 +111,13 @@ def test_another_number_of_processes_goes_on_with_the_next_windows(two, tmp_path
     assert json.loads((out / "step-00000008" / "manifest.json").read_text())["windows"] == 4 * 2 * 2 + 4 * 2
     assert exact(out)[:5] == exact(two)[:5] and rows(out)[-1]["val_loss"] < rows(out)[0]["val_loss"]
 
+    torch.set_num_threads(2)
+    try:
+        assert cli.main(words(out, "--resume", batch_size=2)) == 0  # nothing is left to do
+    finally:
+        torch.set_num_threads(1)
+    assert "warning: threads 1 there, 2 here: it goes on, but not to the bit" in capsys.readouterr().err
+
 
 @pytest.mark.full
 def test_what_the_processes_find_wrong_is_told_once(tmp_path):
