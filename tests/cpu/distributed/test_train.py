@@ -121,7 +121,7 @@ def test_another_number_of_processes_goes_on_with_the_next_windows(two, tmp_path
 
 @pytest.mark.full
 def test_what_the_processes_find_wrong_is_told_once(tmp_path):
-    run = start(words(tmp_path / "run", nproc=2, rank=193))
+    run = start(words(tmp_path / "run", nproc=2, rank=193, method="galore"))
     said, _ = run.communicate(timeout=300)
     errors = [line for line in said.splitlines() if "error" in line]
     assert run.returncode == 2 and len(errors) == 1 and "193" in errors[0] and "192" in errors[0], said
