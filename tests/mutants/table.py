@@ -201,7 +201,7 @@ MUTANTS = (
     # lowrank_sys/optim
     Mutant(
         "the sketch is that of the last micro-batch",
-        "lowrank_sys/optim/accumulate.py",
+        "lowrank_sys/optim/sketch_sum.py",
         "self.total.add_(product)",
         "self.total = product",
         cpu("accumulate"),

@@ -111,10 +111,17 @@ def test_another_number_of_processes_goes_on_with_the_next_windows(two, tmp_path
     assert json.loads((out / "step-00000008" / "manifest.json").read_text())["windows"] == 4 * 2 * 2 + 4 * 2
     assert exact(out)[:5] == exact(two)[:5] and rows(out)[-1]["val_loss"] < rows(out)[0]["val_loss"]
 
+    torch.set_num_threads(2)
+    try:
+        assert cli.main(words(out, "--resume", batch_size=2)) == 0  # nothing is left to do
+    finally:
+        torch.set_num_threads(1)
+    assert "warning: threads 1 there, 2 here: it goes on, but not to the bit" in capsys.readouterr().err
+
 
 @pytest.mark.full
 def test_what_the_processes_find_wrong_is_told_once(tmp_path):
-    run = start(words(tmp_path / "run", nproc=2, rank=193))
+    run = start(words(tmp_path / "run", nproc=2, rank=193, method="galore"))
     said, _ = run.communicate(timeout=300)
     errors = [line for line in said.splitlines() if "error" in line]
     assert run.returncode == 2 and len(errors) == 1 and "193" in errors[0] and "192" in errors[0], said
