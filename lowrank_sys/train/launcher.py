@@ -21,7 +21,7 @@ class Place(NamedTuple):
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    variables: dict[str, str] = {}
+    variables: tuple[tuple[str, str], ...] = ()
 
     @property
     def first(self) -> bool:
@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
         if self.size == 1:
             return
-        os.environ.update(self.variables)
+        os.environ.update(dict(self.variables))
         if device == "cuda":
             torch.cuda.set_device(self.local_rank)
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
@@ -77,7 +77,7 @@ def leave(environ: MutableMapping[str, str]) -> Place:
         if missing:
             raise CommandError(f"WORLD_SIZE={size}: {', '.join(missing)} must be set too, as torchrun does; or use --nproc {size}")
         numbers = [int(values[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
-        place = Place(*numbers, {name: environ[name] for name in VARIABLES})
+        place = Place(*numbers, tuple((name, environ[name]) for name in VARIABLES))
     for name in VARIABLES:
         environ.pop(name, None)
     return place

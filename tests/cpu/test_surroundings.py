@@ -97,7 +97,7 @@ def test_variables_of_a_launcher_of_several_processes():
     given = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "5", "LOCAL_RANK": "1"}
     environ = {**given, "MASTER_ADDR": "there", "MASTER_PORT": "29500"}
     place = launcher.leave(environ)
-    assert place == (5, 8, 1, 4, given) and not place.first
+    assert place == (5, 8, 1, 4, tuple(given.items())) and not place.first
     assert environ == {"MASTER_ADDR": "there", "MASTER_PORT": "29500"}  # until it joins
     with pytest.raises(CommandError, match="WORLD_SIZE=8: LOCAL_RANK, MASTER_ADDR, MASTER_PORT must be set too.*--nproc 8"):
         launcher.leave({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "5"})
