@@ -374,7 +374,7 @@ def test_compiles_without_a_break(name):
         (FiraAdamW, {"alpha": float("nan")}, "alpha must be a number of at least 0, got nan"),
         (FrugalAdamW, {"residual_scale": "1"}, "residual_scale must be a number of at least 0, got '1'"),
         (FrugalAdamW, {"options": {"inactive_update_rule": "no"}}, "inactive_update_rule must be one of sign_sgd, sgd, got 'no'"),
-        (GrassAdamW, {"subspace": "randomized"}, "subspace must be one of top, sample, sample_replace, got 'randomized'"),
+        (GrassAdamW, {"subspace": "randomized"}, "subspace must be one of top, sample, sample_replace, uniform, got 'randomized'"),
         (GrassAdamW, {"moments": "rotate"}, "moments must be one of keep, reset, got 'rotate'"),
         (GrassAdamW, {"refresh": "later"}, "refresh must be one of now, next, got 'later'"),
         (GrassAdamW, {"options": {"betas": (1.0, 0.9)}}, r"betas\[0\] must be in \[0, 1\), got 1.0"),

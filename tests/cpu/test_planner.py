@@ -484,4 +484,4 @@ def test_plan_takes_every_flag_of_train():
         parsers.append(argparse.ArgumentParser())
         add(parsers[-1])
     train, plans = ({action.dest for action in parser._actions} for parser in parsers)
-    assert plans - train == {"device_memory", "json"}
+    assert plans - train == {"device_memory", "json", "nproc", "strategy"}
