@@ -62,7 +62,7 @@ def _method(method, model, *, lr=None, plain_lr=None, plain=None, **keywords):
     try:
         return method.optimizer(method.groups(model, plain={"lr": plain_lr, **(plain or {})}, **keys), lr=lr, **options)
     except TypeError as error:
-        raise ValueError(f"keywords of {method.optimizer.__name__}: {error}") from None
+        raise ValueError(f"keywords of {method.optimizer.__name__}: {error}") from error
 
 
 def _serve(context):

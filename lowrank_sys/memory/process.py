@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace) -> Baseline:
     """
     if args.device == "cuda":
         return Baseline(CUDA_CONTEXT, CUDA_CONTEXT, measured=False)
-    if getattr(args, "from_", None) is not None:  # chats are for its tokenizer, which is no part of the probe
+    if args.from_ is not None:  # chats are for its tokenizer, which is no part of the probe
         args = argparse.Namespace(**{**vars(args), "from_": None, "tokenizer": None, "data": "python-stdlib"})
     probe = argparse.Namespace(**{**vars(args), **PROBE})
     text = _text(args.data)

@@ -237,11 +237,9 @@ BYTES = {
 }
 
 
-@EACH
+@pytest.mark.parametrize("name", BYTES)
 def test_the_state_is_as_large_as_the_formula_says(name):
     """Beside the schedule: integers on the host, and the step."""
-    if name not in BYTES:
-        pytest.skip("its own tests count it")
     matrix = nn.Parameter(matrix_of((M, N)))
     optimizer = preset(name, [matrix], left=True)
     run(optimizer, [matrix], 2)
