@@ -234,17 +234,26 @@ BYTES = {
     "snsm": 4 * (R * N + N) + BASIS,
     "galore-plus": 4 * LOW + BASIS + 12 * 10,  # a hundredth of the entries
     "flora": 4 * (R * N + M + N) + KEY,
+    "muon": 4 * M * N,
+    "asgo": 4 * (M * N + M * M),  # a square of the short side
+    "galore-lion": 4 * R * N + BASIS,
+    "mofasgd": 4 * R * (M + N + 1),
+    "gradnormlorp": 4 * LOW + BASIS + 8 * M,
+    "lisa": 8 * M * N,
+    "owlore": 4 * LOW + BASIS,
+    "gum": 4 * M * N + BASIS,  # of a layer that is drawn
+    "grades": 8 * M * N + 1,
 }
 
 
-@pytest.mark.parametrize("name", BYTES)
+@EACH
 def test_the_state_is_as_large_as_the_formula_says(name):
     """Beside the schedule: integers on the host, and the step."""
     matrix = nn.Parameter(matrix_of((M, N)))
     optimizer = preset(name, [matrix], left=True)
     run(optimizer, [matrix], 2)
     state = optimizer.state[matrix]
-    schedule = ("step", "countdown", "refreshes", "gap")
+    schedule = ("step", "countdown", "refreshes", "gap", "started")
     kept = {key: value.nbytes for key, value in state.items() if isinstance(value, torch.Tensor) and key not in schedule}
     assert sum(kept.values()) == BYTES[name], kept
 
