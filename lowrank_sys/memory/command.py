@@ -68,6 +68,8 @@ def _check_devices(args: argparse.Namespace) -> None:
         raise CommandError(f"--strategy: unknown {args.strategy!r}; valid: {', '.join(STRATEGIES)}")
     if args.nproc > 1 and args.per_layer is not None and (args.per_layer, args.strategy) != ("accumulate", "ddp"):
         raise CommandError(f"--per-layer {args.per_layer} is for one process, got --nproc {args.nproc} --strategy {args.strategy}")
+    if args.nproc > 1 and args.projected is not None:
+        raise CommandError(f"--projected {args.projected} is planned for one process, got --nproc {args.nproc}")
 
 
 def make(args: argparse.Namespace, memory: int | None) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
             mode = modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             modes.enter_context(_as_if_real())
         live = modes.enter_context(LiveStorages(args.device == "cuda", mode))
-        model = _model(args, cpu)
+        model = methods.project(_model(args, cpu), args)
         if fake:
             model.to = lambda *_, **__: model  # a fake weight cannot be swapped, and there is nowhere to go
         for tensor in (*model.parameters(), *model.buffers()):

@@ -32,12 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _share(optimizer) -> str:
-    """Which share of what is trained has the method's own step, in words."""
+def _elements(optimizer, low_rank: bool = False) -> int:
+    """How many weights are trained; low_rank: by the method's own step."""
     from lowrank_sys.optim.coefficient import weights
 
-    elements = [(sum(p.numel() for p in weights(group)), "rank" in group) for group in optimizer.param_groups]
-    total, low_rank = sum(count for count, _ in elements), sum(count for count, low in elements if low)
+    groups = [group for group in optimizer.param_groups if "rank" in group or not low_rank]
+    return sum(param.numel() for group in groups for param in weights(group))
+
+
+def _share(optimizer) -> str:
+    """Which share of what is trained has the method's own step, in words."""
+    total, low_rank = _elements(optimizer), _elements(optimizer, low_rank=True)
     return f"weights: {total:,} trained, {low_rank / total:.0%} of them by the method's own step"
 
 
@@ -117,7 +122,7 @@ def _train(args: argparse.Namespace) -> None:
         identity |= {"chosen": chosen, "per_layer": args.per_layer}
 
         transformers.set_seed(args.seed)
-        model = _model(args, device, corpus.vocab)
+        model = methods.project(_model(args, device, corpus.vocab), args)
         if device.type == "cpu" and allocator.should_save(args, model, allocator.available_bytes()):
             allocator.save_memory()
         optimizer = methods.build(model, args)
@@ -182,7 +187,7 @@ def _train(args: argparse.Namespace) -> None:
             "unigram_entropy": data.unigram_entropy(train.ids, predicted[predicted != IGNORED], model.config.vocab_size),
             "tokens_per_second": report.speed(recorder.rows),
             "optimizer_state_bytes": optimizer.state_bytes(),
-            "adamw_state_bytes": 2 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "adamw_state_bytes": 2 * 4 * _elements(optimizer),
             "memory": optimizer.memory(),
             "training_peak_memory_bytes": training_peak,
             "peak_memory_bytes": report.peak_memory_bytes(device),

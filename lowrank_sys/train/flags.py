@@ -17,6 +17,7 @@ DTYPES = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 WEIGHTS = ("float", "int8")
 PER_LAYER = ("accumulate", "in_backward")
+PROJECTED = ("left", "right", "auto")
 ACCUMULATE_DTYPES = ("fp32", "bf16")
 
 # Flags that a resumed run must have in common with its checkpoint, and flags that it may change: those alter neither the
@@ -54,11 +55,12 @@ BOUND = (
     "stochastic_rounding",
     "target_modules",
     "option",
+    "projected",
 )
 # Bound flags that older checkpoints do not have, and what they were.
 NEWER = {
     "int8_gemm": False, "stochastic_rounding": False, "target_modules": None, "from_": None, "valid_data": None,
-    "no_packing": False, "option": None,
+    "no_packing": False, "option": None, "projected": None,
 }  # fmt: skip
 MERGE_DTYPES = ("fp32", "bf16", "fp16")
 FREE = (
@@ -116,6 +118,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODE",
         help="free each matrix's gradient during backward: accumulate (its projection adds up over the micro-batches) or "
         "in_backward (its step is taken at once; one micro-batch a step, clipped by the previous step's norm)",
+    )
+    add(
+        "--projected",
+        metavar="SIDE",
+        help="let backward make the projections of gradients, and no gradient of a matrix: layers of project_model, with the basis "
+        "on the side left, right (less is kept for backward), or auto, for each layer the one that takes fewer bytes",
     )
     add(
         "--accumulate-dtype",
@@ -249,6 +257,7 @@ def check(args: argparse.Namespace) -> launcher.Place:
         "device": DEVICES,
         "weights": (None, *WEIGHTS),
         "per_layer": (None, *PER_LAYER),
+        "projected": (None, *PROJECTED),
         "accumulate_dtype": ACCUMULATE_DTYPES,
         "merge_dtype": (None, *MERGE_DTYPES),
     }.items():
@@ -263,6 +272,10 @@ def check(args: argparse.Namespace) -> launcher.Place:
         )
     if args.per_layer and not METHODS[args.method].low_rank:
         raise CommandError(f"--per-layer needs a method with low-rank gradients, got --method {args.method}")
+    if args.projected and not METHODS[args.method].low_rank:
+        raise CommandError(f"--projected needs a method with low-rank gradients, got --method {args.method}")
+    if args.projected and args.proj_type != "std":
+        raise CommandError(f"--proj-type {args.proj_type}: --projected {args.projected} says which side")
     if args.int8_gemm and not METHODS[args.method].low_rank:
         raise CommandError(f"--int8-gemm needs a method with low-rank gradients, got --method {args.method}")
     method = METHODS[args.method]

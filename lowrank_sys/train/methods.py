@@ -57,12 +57,9 @@ def _groups(method, model, args):
     if args.stochastic_rounding:
         keys["stochastic_rounding"] = True
     if args.rank is not None:
-        keys |= {
-            "update_proj_gap": args.update_proj_gap,
-            "proj_type": args.proj_type,
-            "subspace": args.subspace,
-            method.scale_key: args.scale,
-        }
+        keys |= {"update_proj_gap": args.update_proj_gap, "subspace": args.subspace, method.scale_key: args.scale}
+        if args.projected is None:
+            keys["proj_type"] = args.proj_type
         if args.int8_gemm:  # the optimizer refuses it where it cannot
             keys["int8_gemm"] = True
     return method.groups(model, rank=args.rank, target_modules=args.target_modules, plain={"lr": args.plain_lr}, **keys)
@@ -87,6 +84,21 @@ def _option(text: str) -> tuple[str, object]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
+
+
+def project(model: torch.nn.Module, args: argparse.Namespace) -> torch.nn.Module:
+    """`model` with the layers that --projected asks for, in place. Raises CommandError with the words of project_model."""
+    if args.projected is None:
+        return model
+    from lowrank_sys.nn import project_model
+
+    rank, tokens = settle(args).rank, args.batch_size * args.seq_len
+    if rank is None:
+        raise CommandError(f"--projected needs a --rank, which --method {args.method} has none of by itself")
+    try:
+        return project_model(model, rank, args.projected, target_modules=args.target_modules, tokens=tokens)
+    except ValueError as error:
+        raise CommandError(f"--projected {args.projected}: {error}") from error
 
 
 def build(model: torch.nn.Module, args: argparse.Namespace) -> optim.LowRankOptimizer:
