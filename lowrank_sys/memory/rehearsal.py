@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import tempfile
-import warnings
 from typing import NamedTuple
 from unittest import mock
 
@@ -47,8 +46,7 @@ def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
     """
     args = argparse.Namespace(**{**vars(args), "steps": STEPS, "save_steps": STEPS + 1})
     cpu = torch.device("cpu")
-    with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as modes, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of flags that newer releases of transformers rename
+    with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as modes:
         args.out = out
         mode = None
         if fake:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from lowrank_sys.train.data import Windows
     from lowrank_sys.train.packing import Packed
 
+# Newer releases of transformers have another name for it, and warn of the old one.
+CHECKPOINTING = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+
 
 class LowRankTrainer(Trainer):
     """Trains `model` on `windows` in their order.
@@ -50,7 +53,7 @@ class LowRankTrainer(Trainer):
         save: Callable[[int, Callable[[Path], None]], None],
         seen: Callable[[torch.Tensor], None],
     ):
-        if arguments.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
+        if getattr(arguments, CHECKPOINTING) and not getattr(model, "supports_gradient_checkpointing", True):
             raise CommandError(f"--gradient-checkpointing: {type(model).__name__} of transformers does not support it")
         super().__init__(model, arguments, train_dataset=windows, data_collator=collate, optimizers=(optimizer, schedule))
         # where every window has the same number of targets, the plain mean over micro-batches is the token mean
@@ -136,7 +139,7 @@ def arguments(args: argparse.Namespace, device: torch.device) -> TrainingArgumen
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        **({"gradient_checkpointing": True} if args.gradient_checkpointing else {}),
+        **{CHECKPOINTING: args.gradient_checkpointing},
         max_grad_norm=0.0 if args.per_layer == "in_backward" else args.grad_clip,
         seed=args.seed,
         save_strategy="steps",
