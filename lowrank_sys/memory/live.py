@@ -38,7 +38,7 @@ class LiveStorages(TorchDispatchMode):
     Ops that are Python here, compositions and the oracle, are run op by op, so that all they allocate is seen; the same op on
     fake tensors of the same sizes is counted again without being run.
 
-    Nobody knows the values of fake tensors. Where the host reads one, numbers are 0 and conditions hold, so a refresh is due.
+    Nobody knows the values of fake tensors. Where the host reads one, numbers are 0 and conditions hold.
 
     bytes, peak: now, and the most so far. phase: the category of what is allocated next, unless `track` is told another.
     cuda: take the scratch memory of the GPU kernels. fake: the FakeTensorMode that is on, if there is one.

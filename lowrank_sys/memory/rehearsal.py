@@ -15,6 +15,7 @@ from lowrank_sys.memory import allocator
 from lowrank_sys.memory.devices import Layout, layout
 from lowrank_sys.memory.live import LiveStorages
 from lowrank_sys.optim import ledger
+from lowrank_sys.optim.coefficient import weights
 from lowrank_sys.train import data, methods, models, trainer
 from lowrank_sys.train.methods import settle
 
@@ -64,6 +65,7 @@ def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
         for module in {model, model.base_model}:  # a loss without logits calls the latter
             module.register_forward_pre_hook(lambda *_: setattr(live, "phase", "activations"))
         optimizer = methods.build(model, args)
+        optimizer.register_step_post_hook(_refresh_again)
 
         def mark():
             for category, tensor, _ in ledger.entries(optimizer):
@@ -93,6 +95,16 @@ def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
         return Rehearsal(
             live.peak, live.at_peak(), live.bytes, live.now(), in_heap, model, live.changes(), layout(model, optimizer)
         )
+
+
+def _refresh_again(optimizer, *_):
+    """Let the second step refresh warm bases, where the first one found them; sketches keep to their schedule, since their number
+    is what they take."""
+    for group in optimizer.param_groups:
+        if "rank" in group and group["refresh"] == "now":
+            for state in (optimizer.state[param] for param in weights(group)):
+                if "countdown" in state:
+                    state["countdown"].zero_()
 
 
 def _as_if_real():

@@ -102,7 +102,7 @@ class Call:
 
     def waits(self):
         """The countdowns as numbers; a choice of which a GPU has found since that it was none is due again."""
-        waits = torch.stack(self.countdowns).tolist()
+        waits = [countdown.item() for countdown in self.countdowns]
         missed = self.column("missed") if "missed" in self._keys else ()
         for i, verdict in enumerate(torch.stack(missed).tolist() if missed else ()):
             if verdict and waits[i] > 0:
