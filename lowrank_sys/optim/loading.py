@@ -1,20 +1,86 @@
-"""Whether a state that is to be loaded is one that this optimizer would have made, and how older ones become so."""
-
-import warnings
+"""Whether a state that is to be loaded is one that this optimizer would have made, and how it is put in its place."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowrank_sys._ops.blockwise import BLOCK, absmax_shape
-from lowrank_sys.optim.names import name_of
-from lowrank_sys.subspace.kind import NUMBERS
-from lowrank_sys.subspace.matrices import is_batch, matrices
-from lowrank_sys.subspace.moments import absmax_of
+from lowrank_sys.optim.coefficient import with_coefficients
+from lowrank_sys.optim.group_checks import check_parts
+from lowrank_sys.optim.names import name_of, names_of
+from lowrank_sys.optim.older_states import with_blocks_by_row, with_numbers, with_rounding
+from lowrank_sys.optim.shards import here, on_the_right, states_here, whole_states
+from lowrank_sys.optim.states import state_maker
+from lowrank_sys.schedule.roles import TRAINED
+from lowrank_sys.subspace.matrices import count, each, is_batch
 
 # What may be there or not: the norm that per_layer='in_backward' clips by, and what a GPU says of its last choice of a basis.
 OPTIONAL = {"norm", "missed"}
 # What stays of a run with stochastic rounding where it is off now.
 UNREAD = {"parameter"}
+
+
+def ready_to_load(optimizer, state_dict):
+    """`state_dict`, which stays as it is, as torch's load_state_dict takes it: with what this optimizer's groups and states have
+    here and now. ValueError for one of another optimizer, before anything is written."""
+    optimizer.gradients.check_loaded(state_dict["param_groups"])
+    state_dict = with_coefficients(optimizer, state_dict)
+    check_groups(optimizer, state_dict["param_groups"])
+    groups = on_the_right(optimizer, with_rounding(optimizer, state_dict["param_groups"]))
+    groups = [_completed(optimizer, g, saved) for g, saved in enumerate(groups)]
+    own = list(_own(optimizer, groups))
+    roles = optimizer.turns.roles(
+        [{**saved, "params": group["params"]} for group, saved in zip(optimizer.param_groups, groups)],
+        names_of(optimizer.param_groups),
+    )
+    new_state = state_maker(optimizer, lambda param: roles.get(param, TRAINED))
+    states = with_blocks_by_row(optimizer.pipeline, whole_states(optimizer, state_dict["state"], own), own)
+    states = with_numbers(states_here(optimizer, states, own), own, new_state)
+    saved = {param: states.get(i, {}) for i, _, param in own}
+    for _, group, param in own:
+        if "rank" in group and saved[param] and not _fits(optimizer, param, saved[param]):
+            raise ValueError(
+                f"the state's basis of shape {tuple(saved[param]['basis'].shape)} does not fit a parameter of shape "
+                f"{tuple(param.shape)}"
+            )
+    check_ranks(optimizer, groups)
+    check_state(optimizer, saved, [(group, param) for _, group, param in own], new_state)
+    return {**state_dict, "param_groups": groups, "state": states}
+
+
+def in_own_dtypes(optimizer, ready):
+    """Put the values of what `ready_to_load` gave where torch's load_state_dict has cast them, letters of a string included."""
+    for i, _, param in _own(optimizer, ready["param_groups"]):
+        for key, value in ready["state"].get(i, {}).items():
+            if isinstance(value, torch.Tensor):
+                value = optimizer.pipeline.subspace.placed(key, value, param.device)
+            optimizer.state[param][key] = value
+
+
+def _own(optimizer, groups):
+    """Yield (index in a state_dict, its group there, parameter) of this optimizer's parameters."""
+    pairs = [(i, group) for group in groups for i in group["params"]]
+    for (i, group), param in zip(pairs, (param for group in optimizer.param_groups for param in group["params"])):
+        yield i, group, param
+
+
+def _completed(optimizer, g, saved):
+    """A loaded group with the keys that an older checkpoint lacks; ValueError for one that the parts cannot serve."""
+    group = optimizer.completed(saved)
+    if "rank" in group:
+        try:
+            check_parts(optimizer, {**group, "params": []}, [])
+        except ValueError as error:
+            raise ValueError(f"the loaded group {g}: {error}") from None
+    return group
+
+
+def _fits(optimizer, param, state):
+    """Whether the bases of a loaded state are those of a weight like this."""
+    tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+    param = here(optimizer, param, param)
+    size = count(param.shape)
+    if is_batch(param.shape) and any(tensor.dim() == 0 or len(tensor) != size for tensor in tensors):
+        return False
+    return all(optimizer.pipeline.subspace.fits(matrix, one) for matrix, _, one in each(param, None, state))
 
 
 def check_groups(optimizer, saved_groups):
@@ -38,73 +104,6 @@ def check_ranks(optimizer, saved_groups):
     for g, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups)):
         if group.get("rank") != saved.get("rank"):
             raise ValueError(f"rank of the loaded group {g} must be {group['rank']}, as of this optimizer's, got {saved['rank']}")
-
-
-def with_blocks_by_row(pipeline, states, params):
-    """`states` with the 8-bit moments of low-rank gradients in blocks by row, or in fp32 where their rows are short.
-
-    states: {index: state} as saved, which stays as it is, with blocks by row or flat over R, as older versions have them; params:
-    (index, group, parameter) with the keys of the loaded group. One warning says how many moments were rounded again, or widened.
-    """
-    states, count = dict(states), 0
-    for i, group, param in params:
-        if "rank" not in group or not states.get(i):
-            continue
-        state = states[i] = dict(states[i])
-        for name, signed in list(_flat_moments(pipeline, state, group)):
-            codes, absmax = state[name], state.pop(absmax_of(name))
-            coded = pipeline.moments.codes(codes.shape[-2:], param, group)
-            if coded and codes.shape[-1] % BLOCK == 0:  # no block crosses a row
-                state[absmax_of(name)] = absmax.reshape(absmax_shape(codes.shape, by_row=True))
-                continue
-            count += 1
-            state[name] = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-            for r, *flat in zip(matrices(state[name]), matrices(codes), [absmax] if absmax.dim() == 1 else absmax):
-                r.copy_(torch.ops.lowrank.dequantize_blockwise(*flat, signed=signed))
-            if coded:
-                stored = torch.ops.lowrank.quantize_blockwise(state[name], signed=signed, by_row=True)
-                state[name], state[absmax_of(name)] = stored
-    if count:
-        warnings.warn(
-            f"{count} 8-bit moments of the loaded state are in blocks that cross rows of the low-rank gradient, as older versions "
-            "kept them: they were decoded and encoded again, once, in blocks of one row, or are fp32 now where rows are short",
-            stacklevel=3,
-        )
-    return states
-
-
-def with_rounding(optimizer, saved_groups):
-    """`saved_groups` with `stochastic_rounding`, which older versions do not have: as this optimizer's groups have it."""
-    own = [group.get("stochastic_rounding", False) for group in optimizer.param_groups]
-    own += [False] * (len(saved_groups) - len(own))
-    return [{"stochastic_rounding": mine, **saved} for mine, saved in zip(own, saved_groups)]
-
-
-def with_numbers(states, params, new_state):
-    """`states` with the number of the weight wherever stochastic rounding asks for it: those of a run without have none. And with
-    all numbers of experts, which differ from one to the next: a state_dict of sharded ones has none.
-
-    states, params: as in with_blocks_by_row; new_state(param, group) makes a state.
-    """
-    states = dict(states)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for i, group, param in params:
-            rounded = group.get("stochastic_rounding") and "parameter" not in states.get(i, ())
-            experts = "rank" in group and is_batch(param.shape) and not states.get(i, {}).keys() & set(NUMBERS)
-            if states.get(i) and (rounded or experts):
-                made = new_state(param, group)
-                states[i] = {**{key: made[key] for key in NUMBERS if key in made}, **states[i]}
-    return states
-
-
-def _flat_moments(pipeline, state, group):
-    """(name, signed) of the moments of R's shape, or of a stack of them, whose blocks are flat over each R."""
-    for name, moment in pipeline.moments_of(group, (1, 1)).items() if pipeline.moments.low_rank else ():
-        codes, absmax = state.get(name), state.get(absmax_of(name))
-        if moment.axis is None and all(isinstance(tensor, torch.Tensor) for tensor in (codes, absmax)) and codes.dim() > 1:
-            flat = (*codes.shape[:-2], *absmax_shape(codes.shape[-2:], by_row=False))
-            if (codes.dtype, absmax.dtype, absmax.shape) == (torch.uint8, torch.float32, flat):
-                yield name, moment.signed
 
 
 def check_state(optimizer, saved, params, new_state):

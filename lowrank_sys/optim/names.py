@@ -11,6 +11,11 @@ def default_names(groups, count):
     return [f"parameter {first + i}" for i in range(count)]
 
 
+def names_of(groups):
+    """[[names of the parameters of a group]]."""
+    return [group.get("param_names") or default_names(groups[:g], len(group["params"])) for g, group in enumerate(groups)]
+
+
 def with_names(group, groups):
     """`group`, about to join `groups`: where either has names, whoever has none, being empty or unnamed, gets the default ones."""
     params = group["params"]

@@ -6,20 +6,17 @@ from typing import Any
 import torch
 
 from lowrank_sys.optim import hyper, ledger
-from lowrank_sys.optim.coefficient import weights, with_coefficients, without_coefficients
+from lowrank_sys.optim.coefficient import weights, without_coefficients
 from lowrank_sys.optim.configuration import expect_same
-from lowrank_sys.optim.loading import check_groups, check_ranks, check_state, with_blocks_by_row, with_numbers, with_rounding
-from lowrank_sys.optim.names import default_names, name_of, with_names
+from lowrank_sys.optim.group_checks import check_parts, check_stores
+from lowrank_sys.optim.loading import in_own_dtypes, ready_to_load
+from lowrank_sys.optim.names import name_of, names_of, with_names
 from lowrank_sys.optim.per_layer import resolve
-from lowrank_sys.optim.shards import here, is_dtensor, layouts_of, on_the_right, saved_by_row, shard_here, states_here, whole_states
-from lowrank_sys.optim.weight import weight_store
-from lowrank_sys.schedule.roles import TRAINED
+from lowrank_sys.optim.shards import here, is_dtensor, layouts_of, saved_by_row, shard_here
+from lowrank_sys.optim.states import state_maker
 from lowrank_sys.schedule.turns import Turns
-from lowrank_sys.subspace.matrices import count, each, is_batch, matrices, stacked
+from lowrank_sys.subspace.matrices import each, is_batch
 from lowrank_sys.subspace.refresh import trains
-
-# Numbers of parameters in groups without a rank begin here, behind those of all matrices.
-FIRST_PLAIN = 2**31
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -62,7 +59,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self.gradients.bind(self)
         super().__init__(params, {**pipeline.schedule.defaults, **pipeline.schedule.memory, **defaults})
         self._compare()
-        self.turns.take(self.param_groups, self._names(), self.state)
+        self.turns.take(self.param_groups, names_of(self.param_groups), self.state)
         self.gradients.ready(self)
 
     def __getstate__(self):
@@ -81,70 +78,32 @@ class LowRankOptimizer(torch.optim.Optimizer):
             super().add_param_group(with_names(param_group, self.param_groups))
             group = self.param_groups[-1]
             group.setdefault("stochastic_rounding", False)
-            names = group.get("param_names") or default_names(self.param_groups[:-1], len(group["params"]))
+            names = names_of(self.param_groups)[-1]
             hyper.check(group, self.rules)
-            self._check_stores(group, names)
+            check_stores(group, names)
             if "rank" in group:
                 self._check_low_rank(group, names)
             self._lay_out(group, names)
             self.gradients.attach(self, group, names)
             if self.turns.begun:
-                self.turns.take(self.param_groups, self._names(), self.state)
+                self.turns.take(self.param_groups, names_of(self.param_groups), self.state)
         except Exception:
             del self.param_groups[before:]
             for group in unnamed:
                 group.pop("param_names", None)
             raise
 
-    def _names(self):
-        """[[names of the parameters of a group]]."""
-        return [
-            group.get("param_names") or default_names(self.param_groups[:g], len(group["params"]))
-            for g, group in enumerate(self.param_groups)
-        ]
-
-    def _check_stores(self, group, names):
-        for name, param in zip(names, group["params"]):
-            store = weight_store(param)
-            store.check(param, name)
-            if store.int8 and "rank" not in group:
-                raise ValueError(f"{name} is an INT8 weight, which trains in a group with a rank only")
-
     def _check_low_rank(self, group, names):
         self.gradients.check(self)
         self._set_defaults(group)
         hyper.check(group, self.rules)
-        self._check_parts(group, names)
+        check_parts(self, group, names)
 
     def _lay_out(self, group, names):
         """Know where the rows of its parameters lie: of a new group, and when states are made, for Accelerate's prepare puts
         sharded parameters in the place of others."""
         if any(is_dtensor(param) and param not in self.layouts for param in group["params"]):
             self.layouts |= layouts_of(self, group, names)
-
-    def _check_parts(self, group, names):
-        """Raise a ValueError that names a key of a low-rank group whose value the parts cannot serve."""
-        pipeline = self.pipeline
-        if group.get("quant") and "quant" not in pipeline.subspace.defaults:
-            raise ValueError(f"quant must be False for {type(self).__name__}, got {group['quant']!r}")
-        if group.get("int8_gemm") and not ("int8_gemm" in pipeline.subspace.defaults and pipeline.serves_int8_gemm):
-            raise ValueError(f"int8_gemm must be False for {type(self).__name__}, got {group['int8_gemm']!r}")
-        pipeline.subspace.check(group, names)
-        pipeline.remainder.check(group)
-        if group.get("moments", "keep") not in pipeline.rule.transports:
-            raise ValueError(
-                f"moments must be one of {', '.join(pipeline.rule.transports)} for {type(pipeline.rule).__name__}, "
-                f"got {group['moments']!r}"
-            )
-        if pipeline.remainder.feeds_back and pipeline.subspace.late(group):
-            raise ValueError(
-                f"subspace must choose before the step for {type(self).__name__}, whose error feedback takes the gradient's place, "
-                f"got {group['subspace']!r}"
-            )
-        for key, names in pipeline.lacking(group).items():
-            raise ValueError(
-                f"{key}={group[key]!r} needs {', '.join(names)} in the state, which {type(self).__name__} does not keep"
-            )
 
     def _set_defaults(self, group):
         pipeline = self.pipeline
@@ -154,20 +113,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for key, value in pipeline.subspace.more_defaults(group).items():
             group.setdefault(key, value)
 
-    def _loaded_group(self, g, saved):
-        """The keys of a loaded group, with those that an older checkpoint lacks; ValueError for one that the parts cannot serve."""
-        group = dict(saved)
+    def completed(self, group):
+        """A copy of a group, which may be one of a checkpoint, with the defaults of the keys that it lacks."""
+        group = dict(group)
         if "rank" in group:
             self._set_defaults(group)
-            try:
-                self._check_parts({**group, "params": []}, [])
-            except ValueError as error:
-                raise ValueError(f"the loaded group {g}: {error}") from None
         return group
-
-    def _with_own_params(self, saved_groups):
-        """Loaded groups over the parameters of this optimizer."""
-        return [{**saved, "params": group["params"]} for group, saved in zip(self.param_groups, saved_groups)]
 
     # What those who take the gradients (lowrank_sys.optim.gradients) and a captured step ask for.
 
@@ -189,7 +140,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         missing = {p for p in params if not self.state[p]}
         if missing:
             self._lay_out_all()
-            new_state = self._new_states()
+            new_state = state_maker(self, self.turns.role)
             for group in self.param_groups:
                 for param in group["params"]:
                     if param in missing:
@@ -198,29 +149,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _lay_out_all(self):
         for g, group in enumerate(self.param_groups):
             self._lay_out(group, [name_of(group, g, i) for i in range(len(group["params"]))])
-
-    def _new_states(self, roles=None):
-        """A function of (parameter, its group) that makes a state as it is before the first step. roles: {parameter: Role}, those
-        of now by default."""
-        role_of = self.turns.role if roles is None else lambda param: roles.get(param, TRAINED)
-        plain = (p for group in self.param_groups if "rank" not in group for p in group["params"])
-        index, total = {param: i for i, param in enumerate(plain, FIRST_PLAIN)}, 0
-        for param in (p for group in self.param_groups if "rank" in group for p in weights(group)):
-            index[param] = total
-            total += count(param.shape)
-
-        def new_state(param, group):
-            role, layout = role_of(param), self.layouts.get(param)
-            with torch.no_grad():
-                rows = param if layout is None else layout.local(param)
-            numbers = {} if layout is None else layout.numbers
-            if "rank" not in group or not role.trains:
-                return self.pipeline.new_state(rows, group, index[param], total, role, numbers)
-            first = index[param] + (layout.first if layout is not None and layout.experts else 0)
-            states = [self.pipeline.new_state(one, group, i, total, role, numbers) for i, one in enumerate(matrices(rows), first)]
-            return stacked(states) if is_batch(param.shape) else states[0]
-
-        return new_state
 
     def counter(self, device):
         """How many weights were skipped on a device, int64."""
@@ -309,7 +237,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 self.gradients.step(self, batch, self.rate(group))
             self.gradients.finish(self)
             if not self.pipeline.schedule.static and any(trains(self.rate(group)) for group in self.param_groups):
-                self.turns.advance(self.param_groups, self._names(), self.state)
+                self.turns.advance(self.param_groups, names_of(self.param_groups), self.state)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -371,50 +299,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         return saved_by_row(self, without_coefficients(self, super().state_dict()))
 
-    def _fits(self, param, state):
-        """Whether the bases of a loaded state are those of a weight like this."""
-        tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
-        size = count(here(self, param, param).shape)
-        if is_batch(param.shape) and any(tensor.dim() == 0 or len(tensor) != size for tensor in tensors):
-            return False
-        return all(self.pipeline.subspace.fits(matrix, one) for matrix, _, one in each(here(self, param, param), None, state))
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, in its own dtypes: torch's casts every tensor but `step` to the parameter's dtype.
 
         With per_layer='accumulate', gradients accumulated so far are dropped.
         """
         self._lay_out_all()
-        self.gradients.check_loaded(state_dict["param_groups"])
-        state_dict = with_coefficients(self, state_dict)
-        check_groups(self, state_dict["param_groups"])
-        state_dict = {**state_dict, "param_groups": on_the_right(self, with_rounding(self, state_dict["param_groups"]))}
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        groups = [self._loaded_group(g, saved) for g, saved in enumerate(state_dict["param_groups"])]
-        groups = [group for group in groups for _ in group["params"]]
-        own = list(zip(ids, groups, params))
-        new_state = self._new_states(self.turns.roles(self._with_own_params(state_dict["param_groups"]), self._names()))
-        states = with_blocks_by_row(self.pipeline, whole_states(self, state_dict["state"], own), own)
-        states = with_numbers(states_here(self, states, own), own, new_state)
-        state_dict = {**state_dict, "state": states}
-        saved = {param: state_dict["state"].get(i, {}) for i, param in zip(ids, params)}
-        for group, (param, state) in zip(groups, saved.items()):
-            if "rank" in group and state and not self._fits(param, state):
-                raise ValueError(
-                    f"the state's basis of shape {tuple(state['basis'].shape)} does not fit a parameter of shape "
-                    f"{tuple(param.shape)}"
-                )
-        check_ranks(self, state_dict["param_groups"])
-        check_state(self, saved, zip(groups, params), new_state)
-        super().load_state_dict(state_dict)
-        for i, param in zip(ids, params):
-            for key, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, torch.Tensor):
-                    value = self.pipeline.subspace.placed(key, value, param.device)
-                self.state[param][key] = value  # torch's casts the letters of a string, too
-        for group in self.param_groups:
-            if "rank" in group:
-                self._set_defaults(group)  # keys that an older checkpoint lacks
-        self.turns.loaded(self.param_groups, self._names(), self.state)
+        ready = ready_to_load(self, state_dict)
+        super().load_state_dict(ready)
+        in_own_dtypes(self, ready)
+        self.turns.loaded(self.param_groups, names_of(self.param_groups), self.state)
         self.gradients.loaded(self)

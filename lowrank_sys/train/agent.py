@@ -56,11 +56,13 @@ def _blame(failed: tuple[int, int]) -> tuple[bool, bool, bool, int]:
 
 
 def _launch(nproc: int, words: list[str]) -> None:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # the processes write to our own streams; by default a folder stays behind
     )  # fmt: skip
     elastic_launch(config, sys.executable)("-m", "lowrank_sys", "train", *words)
 

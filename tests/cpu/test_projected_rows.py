@@ -95,7 +95,7 @@ def test_norms_from_a_sketch(side):
     with Shapes() as made:
         y.backward(g)
     assert (288, 320) not in made.seen
-    sketch = optimizer.gradients._window[model.one.weight].total
+    sketch = optimizer.gradients.window.sketches[model.one.weight].total
     axis = 1 if side == "left" else 0
     assert sketch.shape == ((288, COLUMNS) if side == "left" else (COLUMNS, 320))
     error = (sketch.square().sum(axis) / (g.T @ x.detach()).square().sum(axis) - 1).detach()

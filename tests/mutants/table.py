@@ -217,7 +217,7 @@ MUTANTS = (
     ),
     Mutant(
         "a loaded state begins at step 0",
-        "lowrank_sys/optim/optimizer.py",
+        "lowrank_sys/optim/loading.py",
         "placed(key, value, param.device)",
         'placed(key, value * (key != "step"), param.device)',
         cpu("optim"),

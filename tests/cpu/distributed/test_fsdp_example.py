@@ -1,6 +1,7 @@
 """examples/fsdp2.py learns, under torchrun too."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,10 @@ EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "fsdp2.py"
 
 def test_it_learns_on_two_processes():
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLE)],
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            "--log-dir", os.devnull, str(EXAMPLE),  # by default a folder stays behind
+        ],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

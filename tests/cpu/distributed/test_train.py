@@ -37,10 +37,10 @@ def words(out, *more, **changed):
     return ["train", *(word for pair in values.items() for word in pair), *more]
 
 
-def start(given):
+def start(given, **variables):
     return subprocess.Popen(
         [sys.executable, "-m", "lowrank_sys", *given], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
     )  # fmt: skip
 
 
@@ -59,11 +59,12 @@ def final(out):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The folder of a run of two processes that nothing disturbed."""
-    out = tmp_path_factory.mktemp("two") / "run"
-    run = start(words(out, batch_size=2, nproc=2, keep=9))
+    out, temporary = tmp_path_factory.mktemp("two") / "run", tmp_path_factory.mktemp("temporary")
+    run = start(words(out, batch_size=2, nproc=2, keep=9), TMPDIR=str(temporary))
     said, _ = run.communicate(timeout=300)
     assert run.returncode == 0, said
     assert said.count("step 8/8") == 1 and said.count("matrices trained") == 1  # one process speaks
+    assert not list(temporary.iterdir())  # nothing stays behind
     return out
 
 

@@ -1,0 +1,35 @@
+"""What a group of parameters asks of the parts of its optimizer, and whether they can serve it."""
+
+from lowrank_sys.optim.weight import weight_store
+
+
+def check_stores(group, names):
+    """Raise a ValueError that names a parameter that cannot be kept as it is in this group."""
+    for name, param in zip(names, group["params"]):
+        store = weight_store(param)
+        store.check(param, name)
+        if store.int8 and "rank" not in group:
+            raise ValueError(f"{name} is an INT8 weight, which trains in a group with a rank only")
+
+
+def check_parts(optimizer, group, names):
+    """Raise a ValueError that names a key of a low-rank group whose value the parts cannot serve."""
+    pipeline, method = optimizer.pipeline, type(optimizer).__name__
+    if group.get("quant") and "quant" not in pipeline.subspace.defaults:
+        raise ValueError(f"quant must be False for {method}, got {group['quant']!r}")
+    if group.get("int8_gemm") and not ("int8_gemm" in pipeline.subspace.defaults and pipeline.serves_int8_gemm):
+        raise ValueError(f"int8_gemm must be False for {method}, got {group['int8_gemm']!r}")
+    pipeline.subspace.check(group, names)
+    pipeline.remainder.check(group)
+    if group.get("moments", "keep") not in pipeline.rule.transports:
+        raise ValueError(
+            f"moments must be one of {', '.join(pipeline.rule.transports)} for {type(pipeline.rule).__name__}, "
+            f"got {group['moments']!r}"
+        )
+    if pipeline.remainder.feeds_back and pipeline.subspace.late(group):
+        raise ValueError(
+            f"subspace must choose before the step for {method}, whose error feedback takes the gradient's place, "
+            f"got {group['subspace']!r}"
+        )
+    for key, lacking in pipeline.lacking(group).items():
+        raise ValueError(f"{key}={group[key]!r} needs {', '.join(lacking)} in the state, which {method} does not keep")
