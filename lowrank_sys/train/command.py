@@ -76,6 +76,7 @@ def _several(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     import transformers
 
+    from lowrank_sys import backends
     from lowrank_sys.distributed import World
     from lowrank_sys.memory import allocator
     from lowrank_sys.train import checkpoint, data, methods, report, trainer
@@ -88,6 +89,8 @@ def _train(args: argparse.Namespace) -> None:
     tell = say if place.first else lambda line: None
     args = settle(args, tell)
     out, device = Path(args.out), _device(args.device)
+    if slow := backends.slow(device.type):
+        tell(slow)
     args.dtype = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(args.dtype, args.dtype)
     if args.stochastic_rounding and args.dtype == "fp32":
         raise CommandError("--stochastic-rounding needs --dtype bf16, weights are fp32")
