@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import fcntl
 import functools
+import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -89,6 +90,9 @@ def _train(args: argparse.Namespace) -> None:
     tell = say if place.first else lambda line: None
     args = settle(args, tell)
     out, device = Path(args.out), _device(args.device)
+    for name in args.report_to or ():
+        if importlib.util.find_spec(name) is None:
+            raise CommandError(f"--report-to {name}: {name} is not installed; pip install {name} brings it", code=1)
     if slow := backends.slow(device.type):
         tell(slow)
     args.dtype = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(args.dtype, args.dtype)
@@ -144,8 +148,10 @@ def _train(args: argparse.Namespace) -> None:
             tokens_per_step=sequences * train.tokens,
             evaluate=lambda: trainer.mean_loss(model, held_out, args.batch_size),
             skipped=optimizer.skipped,
+            memory=functools.partial(report.peak_memory_bytes, device),
             world=world,
             writes=place.first,
+            report=(lambda row: runner.report(row)) if args.report_to else None,
         )
 
         def save(step, fill):
@@ -158,7 +164,7 @@ def _train(args: argparse.Namespace) -> None:
             optimizer,
             trainer.cosine(optimizer, warmup, args.steps, args.min_lr_ratio),
             trainer.Later(train, shift),
-            trainer.arguments(args, device),
+            trainer.arguments(args, device, args.report_to or ()),
             save,
             recorder.seen,
         )
