@@ -197,7 +197,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report-to",
         metavar="NAME",
         nargs="+",
-        help=f"hand what metrics.jsonl gets to these as well, as transformers does: {', '.join(REPORTERS)} (tensorboard: under DIR/runs)",
+        help=f"hand what metrics.jsonl gets to these as well, as Trainer does: {', '.join(REPORTERS)} (tensorboard in DIR/runs)",
     )
     add("--out", metavar="DIR", help="where the files go (default: runs/MODEL-METHOD); must not hold a run already")
     add(
