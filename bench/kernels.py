@@ -66,7 +66,7 @@ def add_arguments(parser):
         help=f"of timing a case (default: {BUDGET:g} for all cases together, at most {MOST:g} each)",
     )
     parser.add_argument("--list", action="store_true", help="list the ops, their implementations here and their bases")
-    report.add_output_arguments(parser, compare=True, plot="rooflines: GFLOP/s against FLOP a byte")
+    report.add_output_arguments(parser, compare=True, plot="the share of the roofline, a bar an op")
 
 
 def cases(args):

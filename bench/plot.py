@@ -1,12 +1,17 @@
 """Plots of the benchmark's rows."""
 
 import io
-import math
+import statistics
 
 from lowrank_sys.cli import CommandError
 
-# How many times as high as the next one below it a name of the roofline plot stands at least.
-LINE = 1.22
+# What bounds an op, and how the roofline plot says so; all other work has no such bound.
+BOUNDS = {
+    "products": ("products: share of the rate of a GEMM", "tab:blue"),
+    "products of bytes": ("products in INT8: share of the fp32 rate", "tab:purple"),
+    "bytes": ("bytes: share of the bandwidth of a copy", "tab:orange"),
+}
+OTHER = ("other work: share of what its bytes and products would take", "tab:gray")
 
 
 def figure(width, height):
@@ -40,50 +45,54 @@ def _machine(facts):
     return f"{facts['device']}, {facts['cores']} cores, torch {facts['torch']}, lowrank-sys {facts['lowrank_sys']}"
 
 
+def _shares(rows):
+    """[(group of BOUNDS or OTHER, [(op, shares of its shapes and sides, the base's)])], highest median first."""
+    groups = {}
+    for op in dict.fromkeys(row["op"] for row in rows):
+        own = [row for row in rows if row["op"] == op and row["roofline"] and row["variant"] != "reference"]
+        if served := [row["roofline"] for row in own if row["check"]]:
+            base = [row["roofline"] for row in own if not row["check"]]
+            group = BOUNDS.get(next(row["bound"] for row in own), OTHER)
+            groups.setdefault(group, []).append((op, served, base))
+    order = [group for group in (*BOUNDS.values(), OTHER) if group in groups]
+    return [(group, sorted(groups[group], key=lambda op: -statistics.median(op[1]))) for group in order]
+
+
+def _columns(groups):
+    """`groups` in two columns whose lines are as equal in number as whole groups allow."""
+    lines = [1 + len(ops) for _, ops in groups]
+    first = min(range(1, len(groups) + 1), key=lambda count: max(sum(lines[:count]), sum(lines[count:])))
+    return [column for column in (groups[:first], groups[first:]) if column]
+
+
 def roofline(rows, facts):
-    """GFLOP/s against FLOP a byte, a point a timed row, the fastest of each op by name; the ceilings are the measured ones."""
-    drawn = figure(11, 7)
-    axes = drawn.subplots()
-    rows = [row for row in rows if row["gflop_per_s"]]
-    at = {id(row): row["gflop_per_s"] / row["gb_per_s"] for row in rows}
-    served = [row for row in rows if row["check"] and row["variant"] != "reference"]
-    groups = {
-        "served": served,
-        "reference": [row for row in rows if row["variant"] == "reference"],
-        "base": [row for row in rows if not row["check"]],
-    }
-    for (name, group), marker in zip(groups.items(), "o.x"):
-        axes.plot([at[id(row)] for row in group], [row["gflop_per_s"] for row in group], marker, label=name, alpha=0.4)
-    best = {}  # op -> its fastest row, where the name goes
-    for row in served:
-        best[row["op"]] = max(row, best.get(row["op"], row), key=lambda r: r["gflop_per_s"])
-    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte, counted", ylabel="GFLOP/s", title=_machine(facts))
-    below = math.inf
-    for row in sorted(best.values(), key=lambda row: -row["gflop_per_s"]):
-        below = min(row["gflop_per_s"], below / LINE)  # names one under the other where points lie together
-        axes.plot(at[id(row)], row["gflop_per_s"], "o", color="tab:blue")
-        axes.annotate(
-            f"{row['op']} {row['roofline']:.0%}",
-            (at[id(row)], row["gflop_per_s"]),
-            (1.02, below),
-            textcoords=("axes fraction", "data"),
-            fontsize=7,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": "gray", "alpha": 0.3, "linewidth": 0.5},
-        )
-    copy = facts["copy_gb_per_s"]
-    for i, (dtype, rate) in enumerate(facts["gemm_gflop_per_s"].items()):
-        left, right = min([*at.values(), 0.1]), max([*at.values(), 2 * rate / copy])
-        axes.plot(
-            [left, rate / copy, right],
-            [copy * left, rate, rate],
-            "k",
-            linestyle=("-", "--", ":")[i % 3],
-            label=f"copy {copy:.1f} GB/s, GEMM {dtype} {rate:.0f} GFLOP/s",
-        )
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    """A bar an op: the share of the measured ceiling that bounds it, the median over shapes and sides and a dot for each, and the
+    base's median as a stroke."""
+    columns = _columns(_shares(rows))
+    most = max(sum(1 + len(ops) for _, ops in column) for column in columns)
+    drawn = figure(6.5 * len(columns), 1.3 + 0.24 * most)
+    for axes, column in zip(drawn.subplots(1, len(columns), squeeze=False)[0], columns):
+        y, names = 0, {}
+        for (title, color), ops in column:
+            axes.text(0, y, title, va="center", fontsize=9, weight="bold")
+            for op, served, base in ops:
+                y += 1
+                names[y] = op
+                axes.barh(y, statistics.median(served), height=0.7, color=color, alpha=0.75)
+                axes.plot(served, [y] * len(served), ".", color="black", markersize=2.5, alpha=0.6)
+                if base:
+                    axes.plot([statistics.median(base)] * 2, [y - 0.4, y + 0.4], color="black", linewidth=1.6)
+                axes.text(1.42, y, f"{statistics.median(served):.0%}", va="center", ha="right", fontsize=8)
+            y += 1
+        axes.axvline(1, color="gray", linestyle="--", linewidth=0.8)
+        axes.set(xlim=(0, 1.44), ylim=(max(most, y) - 0.3, -0.7))  # the first line is on top; columns have lines of one height
+        axes.set_yticks(list(names), list(names.values()), fontsize=8)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3, axis="x")
+    ceilings = ", ".join(f"GEMM {dtype} {rate:.0f} GFLOP/s" for dtype, rate in facts["gemm_gflop_per_s"].items())
+    said = "bar: median over shapes and sides, dots: each of them, stroke: the base, plain torch"
+    drawn.suptitle(f"{_machine(facts)}\ncopy {facts['copy_gb_per_s']:.1f} GB/s, {ceilings}; {said}", fontsize=9)
     return drawn
 
 

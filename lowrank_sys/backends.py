@@ -1,6 +1,7 @@
 """Which implementation serves each op on each device, and why. Filled once at import, printed by `lowrank info`.
 
-`LOWRANK_BACKEND=reference` turns every kernel off: the oracle serves all ops.
+`LOWRANK_BACKEND=reference` turns every kernel off: the oracle serves all ops. Nothing is compiled with C++ or nvcc at run time;
+Triton compiles its kernels by itself, and what launches them with the machine's C compiler.
 """
 
 import importlib
@@ -8,6 +9,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,14 +67,33 @@ def _load_native():
     return ""
 
 
-def _load_triton():
-    """Register the Triton launchers for CUDA tensors. Returns why there are none, or ''."""
+def _no_device():
     if os.environ.get("LOWRANK_BACKEND") == "reference":
         return "LOWRANK_BACKEND=reference"
-    if not torch.cuda.is_available():
-        return "no CUDA device"
+    return "" if torch.cuda.is_available() else "no CUDA device"
+
+
+def _load_cuda():
+    """Load the CUDA C++ module, where there is a device to serve. Returns why it is missing, or ''."""
+    if missing := _no_device():
+        return missing
+    if importlib.util.find_spec("lowrank_sys._cuda") is None:
+        return f"built without CUDA sources: {build_record().get('cuda', 'no native build')}"
+    try:
+        importlib.import_module("lowrank_sys._cuda")
+    except ImportError as error:
+        return f"lowrank_sys._cuda does not load: {error}"
+    return ""
+
+
+def _load_triton():
+    """Register the Triton launchers for CUDA tensors. Returns why there are none, or ''."""
+    if missing := _no_device():
+        return missing
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):  # as triton looks for one
+        return "triton needs a C compiler: gcc or clang on PATH, or CC"
     for op, (module, function) in TRITON.items():
         launcher = getattr(importlib.import_module(f"lowrank_sys.kernels.{module}"), function)
         implement(op, launcher, "CUDA")
@@ -100,12 +121,24 @@ def table():
             elif _serves(op, key):
                 rows[op, device] = Served(op, device, native, "")
             else:
-                rows[op, device] = Served(op, device, "reference", NATIVE_MISSING or TRITON_MISSING or "built without it")
+                missing = NATIVE_MISSING if device == "cpu" else TRITON_MISSING if op in TRITON else CUDA_MISSING
+                rows[op, device] = Served(op, device, "reference", missing or "built without it")
     return list(rows.values())
+
+
+def slow(device):
+    """One line that says which ops the oracle serves on `device` ("cpu" or "cuda") and why; '' where kernels serve all."""
+    why = {}
+    for row in table():
+        if row.device == device and row.implementation == "reference" and row.op not in named_steps.FORMS:
+            why.setdefault(row.reason, []).append(row.op)
+    parts = (f"{len(ops)} ops ({', '.join(ops[:4])}{', ...' if len(ops) > 4 else ''}): {reason}" for reason, ops in why.items())
+    return f"slow: plain PyTorch in place of kernels serves {'; '.join(parts)}" if why else ""
 
 
 reference.register()
 operators.register()
 named_steps.register()
 NATIVE_MISSING = _load_native()
+CUDA_MISSING = _load_cuda()
 TRITON_MISSING = _load_triton()

@@ -19,9 +19,8 @@ def run(setting):
         setting.write(**row._asdict())
     found = ceilings(setting)
     setting.write(ceilings=found)
-    fallen = [row.op for row in served if row.device == "cuda" and row.implementation == "reference"]
-    if fallen:
-        raise Failed(f"served by the reference: {', '.join(fallen)} ({backends.NATIVE_MISSING or backends.TRITON_MISSING})")
+    if setting.device == "cuda" and (slow := backends.slow("cuda")):
+        raise Failed(slow)
     rates = ", ".join(f"{dtype} {rate / 1e3:.1f} TFLOP/s" for dtype, rate in found["gemm_gflop_per_s"].items())
     print(f"copy {found['copy_gb_per_s']:.0f} GB/s, {rates}" + (f"; without {', '.join(missing)}" if missing else ""))
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import fcntl
 import functools
+import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -81,6 +82,7 @@ def _several(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     import transformers
 
+    from lowrank_sys import backends
     from lowrank_sys.distributed import World
     from lowrank_sys.memory import allocator
     from lowrank_sys.train import checkpoint, data, methods, report, trainer
@@ -93,6 +95,11 @@ def _train(args: argparse.Namespace) -> None:
     tell = say if place.first else lambda line: None
     args = settle(args, tell)
     out, device = Path(args.out), _device(args.device)
+    for name in args.report_to or ():
+        if importlib.util.find_spec(name) is None:
+            raise CommandError(f"--report-to {name}: {name} is not installed; pip install {name} brings it", code=1)
+    if slow := backends.slow(device.type):
+        tell(slow)
     args.dtype = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(args.dtype, args.dtype)
     if args.stochastic_rounding and args.dtype == "fp32":
         raise CommandError("--stochastic-rounding needs --dtype bf16, weights are fp32")
@@ -146,8 +153,10 @@ def _train(args: argparse.Namespace) -> None:
             tokens_per_step=sequences * train.tokens,
             evaluate=lambda: trainer.mean_loss(model, held_out, args.batch_size),
             skipped=optimizer.skipped,
+            memory=functools.partial(report.peak_memory_bytes, device),
             world=world,
             writes=place.first,
+            report=(lambda row: runner.report(row)) if args.report_to else None,
         )
 
         def save(step, fill):
@@ -160,7 +169,7 @@ def _train(args: argparse.Namespace) -> None:
             optimizer,
             trainer.cosine(optimizer, warmup, args.steps, args.min_lr_ratio),
             trainer.Later(train, shift),
-            trainer.arguments(args, device),
+            trainer.arguments(args, device, args.report_to or ()),
             save,
             recorder.seen,
         )

@@ -63,6 +63,7 @@ NEWER = {
     "no_packing": False, "option": None, "projected": None,
 }  # fmt: skip
 MERGE_DTYPES = ("fp32", "bf16", "fp16")
+REPORTERS = ("tensorboard", "wandb")
 FREE = (
     "out",
     "resume",
@@ -75,6 +76,7 @@ FREE = (
     "device",
     "as_given",
     "merge_dtype",
+    "report_to",
 )
 
 
@@ -199,6 +201,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eval-tokens", metavar="N", type=int, default=16384, help="validation tokens used (default: %(default)s)")
     add("--save-steps", metavar="N", type=int, default=100, help="steps between checkpoints (default: %(default)s)")
     add("--keep", metavar="N", type=int, default=2, help="checkpoints kept (default: %(default)s)")
+    add(
+        "--report-to",
+        metavar="NAME",
+        nargs="+",
+        help=f"hand what metrics.jsonl gets to these as well, as Trainer does: {', '.join(REPORTERS)} (tensorboard in DIR/runs)",
+    )
     add("--out", metavar="DIR", help="where the files go (default: runs/MODEL-METHOD); must not hold a run already")
     add(
         "--resume",
@@ -263,6 +271,8 @@ def check(args: argparse.Namespace) -> launcher.Place:
     }.items():
         if getattr(args, name) not in valid:
             raise CommandError(f"{flag(name)}: unknown {getattr(args, name)!r}; valid: {', '.join(filter(None, valid))}")
+    if unknown := [name for name in args.report_to or () if name not in REPORTERS]:
+        raise CommandError(f"--report-to: unknown {unknown[0]!r}; valid: {', '.join(REPORTERS)}")
     if args.accumulate_dtype != "fp32" and args.per_layer != "accumulate":
         raise CommandError(f"--accumulate-dtype {args.accumulate_dtype} needs --per-layer accumulate")
     if args.per_layer == "in_backward" and args.gradient_accumulation_steps > 1:

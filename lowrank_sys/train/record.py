@@ -30,8 +30,9 @@ class Recorder(TrainerCallback):
     of evaluations and checkpoints does not count in tokens_per_second. `skipped` is the optimizer's count when the row
     is written.
 
-    evaluate: () -> validation loss. skipped: () -> elements left untouched. path: metrics.jsonl, appended to. world: of the
-    processes whose losses are averaged; only one of them `writes`.
+    evaluate: () -> validation loss. skipped: () -> elements left untouched. memory: () -> most bytes held so far, for the progress
+    line. path: metrics.jsonl, appended to. world: of the processes whose losses are averaged; only one of them `writes`, and calls
+    `report` with each row.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class Recorder(TrainerCallback):
         tokens_per_step: int,
         evaluate: Callable[[], float],
         skipped: Callable[[], int],
+        memory: Callable[[], int],
         world: World,
         writes: bool,
+        report: Callable[[dict[str, Any]], None] | None = None,
     ):
         self.rows = rows
         self._path = path
@@ -54,6 +57,7 @@ class Recorder(TrainerCallback):
         self._tokens_per_step = tokens_per_step
         self._evaluate = evaluate
         self._read_skipped = skipped
+        self._memory, self._report = memory, report
         self._world, self._writes = world, writes
         self._pending: list[tuple[int, float, torch.Tensor]] = []  # step, lr, loss
         self._loss = self._started = self._file = None
@@ -125,7 +129,9 @@ class Recorder(TrainerCallback):
             self._file.flush()
         except OSError as error:
             raise CommandError(f"--out {self._path.parent}: could not write {self._path.name}: {error}", code=1) from error
-        self._progress.show(rows[-1])
+        for row in rows if self._report else ():
+            self._report(row)
+        self._progress.show(rows[-1], self._memory())
 
 
 class _Progress:
@@ -141,11 +147,13 @@ class _Progress:
 
             self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
 
-    def show(self, row: dict[str, Any]) -> None:
+    def show(self, row: dict[str, Any], memory: int) -> None:
+        """A row of metrics.jsonl, and the most bytes held so far."""
         self._val_loss = row["val_loss"] or self._val_loss
         parts = [f"loss {row['loss']:.3f}"] if row["loss"] is not None else []
         parts += [f"val {self._val_loss:.3f}"] if self._val_loss is not None else []
         parts += [f"{row['tokens_per_second']:,.0f} tok/s"] if row["tokens_per_second"] else []
+        parts += [f"{memory / 2**30:.2f} GiB"]
         parts += [f"skipped {row['skipped']:,} elements"] if row["skipped"] else []
         if self._bar is not None:
             try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import SequentialSampler
@@ -65,6 +66,13 @@ class LowRankTrainer(Trainer):
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         self.accelerator.clip_grad_norm_ = clip_gradients
+
+    def report(self, row: dict[str, Any]) -> None:
+        """Hand a row of metrics.jsonl to the integrations of `report_to`."""
+        state = copy.copy(self.state)
+        state.global_step = row["step"]
+        logs = {"eval_loss" if name == "val_loss" else name: value for name, value in row.items() if value is not None}
+        self.callback_handler.on_log(self.args, state, self.control, logs)
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset)  # Windows is in its final order
@@ -132,8 +140,9 @@ class Later(torch.utils.data.Dataset):
         return self.windows[index + self.shift]
 
 
-def arguments(args: argparse.Namespace, device: torch.device) -> TrainingArguments:
-    """TrainingArguments for `args`: what Trainer would print, report or write by itself is off."""
+def arguments(args: argparse.Namespace, device: torch.device, report_to: Iterable[str] = ()) -> TrainingArguments:
+    """TrainingArguments for `args`: what Trainer would print, report or write by itself is off. report_to: integrations that
+    LowRankTrainer.report reaches."""
     made = TrainingArguments(
         output_dir=args.out,
         max_steps=args.steps,
@@ -146,7 +155,7 @@ def arguments(args: argparse.Namespace, device: torch.device) -> TrainingArgumen
         save_steps=args.save_steps,
         logging_strategy="no",
         logging_nan_inf_filter=False,
-        report_to="none",
+        report_to=list(report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
