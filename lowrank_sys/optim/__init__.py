@@ -2,6 +2,7 @@
 
 from lowrank_sys.optim.accumulate import Accumulate
 from lowrank_sys.optim.captured import CapturedStep
+from lowrank_sys.optim.continual import PastTasks
 from lowrank_sys.optim.gradients import AtStep
 from lowrank_sys.optim.groups import param_groups
 from lowrank_sys.optim.in_backward import InBackward
@@ -34,6 +35,7 @@ from lowrank_sys.optim.methods.sinkgd import SinkGD
 from lowrank_sys.optim.methods.snsm import SNSM
 from lowrank_sys.optim.methods.subtrack import SubTrackAdamW
 from lowrank_sys.optim.optimizer import LowRankOptimizer
+from lowrank_sys.optim.welore import WeLoreRanks, welore_ranks
 
 __all__ = [
     "Accumulate",
@@ -65,10 +67,13 @@ __all__ = [
     "OnlineSubspaceDescent",
     "OwLore",
     "param_groups",
+    "PastTasks",
     "QGaLoreAdamW8bit",
     "SARAAdamW",
     "SCALE",
     "SinkGD",
     "SNSM",
     "SubTrackAdamW",
+    "welore_ranks",
+    "WeLoreRanks",
 ]

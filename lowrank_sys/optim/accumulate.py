@@ -26,6 +26,7 @@ from lowrank_sys.optim.gradients import Hooked, WeakHook, hooked
 from lowrank_sys.optim.ranks import AfterBackward, copy_refreshed, copy_weights, mean_over
 from lowrank_sys.optim.sketch_sum import SketchSum
 from lowrank_sys.subspace.basis import axis_of, store_of
+from lowrank_sys.subspace.rank import of_parameter
 from lowrank_sys.subspace.refresh import COLD
 
 # The category of R's accumulators in an account of memory.
@@ -111,13 +112,13 @@ class Accumulate(Hooked):
                 raise ValueError(f"{name} is not a parameter of the model")
             if weight.dim() != 2:
                 raise ValueError(f"per_layer='accumulate' takes matrices, got {name} of shape {tuple(weight.shape)}")
-        for weight in list(group["params"]):
+        for i, weight in enumerate(list(group["params"])):
             path, _, name = where[weight].rpartition(".")
             owner = self.model.get_submodule(path)
             if isinstance(owner, ProjectedLinear):
                 self._layers[weight], coefficient = owner, owner.coefficient
             else:
-                coefficient = self._add_coefficient(optimizer, group, weight, owner, where[weight])
+                coefficient = self._add_coefficient(optimizer, of_parameter(group, i), weight, owner, where[weight])
             self.coefficients[weight] = coefficient
             group["params"].append(coefficient)
             full_name = ".".join(filter(None, (path, CONTAINER, name)))

@@ -9,13 +9,17 @@ from lowrank_sys.optim import hyper, ledger
 from lowrank_sys.optim.coefficient import weights, with_coefficients, without_coefficients
 from lowrank_sys.optim.configuration import expect_same
 from lowrank_sys.optim.loading import check_groups, check_ranks, check_state, with_blocks_by_row, with_numbers, with_rounding
+from lowrank_sys.optim.moments import first_of
 from lowrank_sys.optim.names import default_names, name_of, with_names
 from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.shards import here, is_dtensor, layouts_of, on_the_right, saved_by_row, shard_here, states_here, whole_states
+from lowrank_sys.optim.together import check_together
 from lowrank_sys.optim.weight import weight_store
 from lowrank_sys.schedule.roles import TRAINED
 from lowrank_sys.schedule.turns import Turns
+from lowrank_sys.subspace.basis import load
 from lowrank_sys.subspace.matrices import count, each, is_batch, matrices, stacked
+from lowrank_sys.subspace.rank import of_parameter, resolved
 from lowrank_sys.subspace.refresh import trains
 
 # Numbers of parameters in groups without a rank begin here, behind those of all matrices.
@@ -26,11 +30,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
     """Low-rank updates for groups with a `rank`, the plain rule for the others.
 
     Args:
-        params: parameters, named parameters or groups, as for any torch optimizer. Keys of a low-rank group: `rank` and
+        params: parameters, named parameters or groups, as for any torch optimizer. Keys of a low-rank group: `rank` (a
+            lowrank_sys.subspace.rank.Rank; from then on an integer, or a tuple of one for each parameter where they differ) and
             those of the parts. Of any group: `stochastic_rounding` (False; True: weights in 16 bits are rounded stochastically,
             with the random bits of the group's `seed`; fp32 weights are not).
         pipeline: the parts (lowrank_sys.optim.pipeline.Pipeline).
-        defaults: the rule's hyper-parameters, with `lr` (float or 0-dim tensor).
+        defaults: `lr` (float or 0-dim tensor), and hyper-parameters of the rules in place of their own defaults.
         nonfinite: 'skip': a gradient that is not finite leaves its channel (plain groups: its element) untouched, counted
             by `skipped()`; 'raise': FloatingPointError before anything is written.
         per_layer: when the gradients of the matrices are projected (lowrank_sys.optim.per_layer). None: in step(), or 'accumulate'
@@ -42,8 +47,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
     """
 
     low_rank_defaults = {}  # group keys in which a method differs from its parts
-    rules = hyper.RULES  # what group keys may hold
-
     _compared = False  # whether all processes have been seen to train alike
 
     # GradScaler hands over grad_scale and found_inf instead of synchronising.
@@ -60,10 +63,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.gradients = resolve(per_layer, params)
         if self.gradients.served_by_hooks:
             self.gradients.bind(self)
-        super().__init__(params, {**pipeline.schedule.defaults, **pipeline.schedule.memory, **defaults})
+        super().__init__(params, {**pipeline.defaults(), **pipeline.schedule.memory, **defaults})
         self._compare()
         self.turns.take(self.param_groups, self._names(), self.state)
         self.gradients.ready(self)
+
+    @property
+    def rules(self):
+        """What group keys may hold."""
+        return {**hyper.RULES, **self.pipeline.plain.checks, **self.pipeline.rule.checks}
 
     def __getstate__(self):
         # torch's names three fields only: a copy would lose its parts.
@@ -81,6 +89,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             super().add_param_group(with_names(param_group, self.param_groups))
             group = self.param_groups[-1]
             group.setdefault("stochastic_rounding", False)
+            if "lr" not in group:
+                raise ValueError("lr must be in the defaults, or in every group")
             names = group.get("param_names") or default_names(self.param_groups[:-1], len(group["params"]))
             hyper.check(group, self.rules)
             self._check_stores(group, names)
@@ -114,6 +124,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.gradients.check(self)
         self._set_defaults(group)
         hyper.check(group, self.rules)
+        group["rank"] = resolved(group["rank"], names, group["params"])
         self._check_parts(group, names)
 
     def _lay_out(self, group, names):
@@ -131,20 +142,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             raise ValueError(f"int8_gemm must be False for {type(self).__name__}, got {group['int8_gemm']!r}")
         pipeline.subspace.check(group, names)
         pipeline.remainder.check(group)
-        if group.get("moments", "keep") not in pipeline.rule.transports:
-            raise ValueError(
-                f"moments must be one of {', '.join(pipeline.rule.transports)} for {type(pipeline.rule).__name__}, "
-                f"got {group['moments']!r}"
-            )
-        if pipeline.remainder.feeds_back and pipeline.subspace.late(group):
-            raise ValueError(
-                f"subspace must choose before the step for {type(self).__name__}, whose error feedback takes the gradient's place, "
-                f"got {group['subspace']!r}"
-            )
-        for key, names in pipeline.lacking(group).items():
-            raise ValueError(
-                f"{key}={group[key]!r} needs {', '.join(names)} in the state, which {type(self).__name__} does not keep"
-            )
+        check_together(pipeline, group)
 
     def _set_defaults(self, group):
         pipeline = self.pipeline
@@ -204,9 +202,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         of now by default."""
         role_of = self.turns.role if roles is None else lambda param: roles.get(param, TRAINED)
         plain = (p for group in self.param_groups if "rank" not in group for p in group["params"])
-        index, total = {param: i for i, param in enumerate(plain, FIRST_PLAIN)}, 0
-        for param in (p for group in self.param_groups if "rank" in group for p in weights(group)):
-            index[param] = total
+        index, total, place = {param: i for i, param in enumerate(plain, FIRST_PLAIN)}, 0, {}
+        for i, param in ((i, p) for group in self.param_groups if "rank" in group for i, p in enumerate(weights(group))):
+            index[param], place[param] = total, i
             total += count(param.shape)
 
         def new_state(param, group):
@@ -216,6 +214,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             numbers = {} if layout is None else layout.numbers
             if "rank" not in group or not role.trains:
                 return self.pipeline.new_state(rows, group, index[param], total, role, numbers)
+            group = of_parameter(group, place[param])
             first = index[param] + (layout.first if layout is not None and layout.experts else 0)
             states = [self.pipeline.new_state(one, group, i, total, role, numbers) for i, one in enumerate(matrices(rows), first)]
             return stacked(states) if is_batch(param.shape) else states[0]
@@ -352,6 +351,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     names = [f"{name}[{first + e}]" for e in range(len(found))] if is_batch(param.shape) else [name]
                     schedule.update(zip(names, found))
         return schedule
+
+    def keeps_first_moment(self, group: dict[str, Any]) -> bool:
+        """Whether states of this group's parameters have a first moment of R's shape, or of the gradient's."""
+        return any(moment.signed and moment.axis is None for moment in self.pipeline.moments_of(group, (1, 1)).values())
+
+    @torch.no_grad()
+    def first_moment(self, param: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The first moment of a matrix (m, n), fp32, of a rule that keeps one: as it is, (M,), or where it is of R's shape the
+        factors of back(M), (B, M) or (M, Bᵀ)."""
+        state, group = self.state_of(param), self.group_of(param)
+        moment = first_of(state, self.pipeline.moments_of(group, self.pipeline.subspace.shape_of(param, state)))
+        if self.pipeline.subspace.is_whole(state):
+            return (moment,)
+        basis = load(state, param).float()
+        return (basis, moment) if state["left"] else (moment, basis.T)
 
     def state_bytes(self) -> int:
         """Bytes of the state as the ledger has them, and of the accumulators of per_layer='accumulate' when they are full."""

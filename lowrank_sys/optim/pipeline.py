@@ -134,11 +134,9 @@ class Pipeline:
         """{name: Moment} of a gradient of this shape."""
         return self.rule_of(group).moments(tuple(shape), group)
 
-    def lacking(self, group):
-        """{group key: names of the state that its part reads and no part keeps}, for the keys `subspace` and `moments`."""
-        kept = {"step", *self.subspace.categories, *self.remainder.categories, *self.rule.moments((1, 1), group)}
-        needs = self.subspace.needs(group)
-        return {key: missing for key, names in needs.items() if (missing := [name for name in names if name not in kept])}
+    def defaults(self):
+        """Of the group keys of its parts that are no low-rank group's alone."""
+        return {"weight_decay": 0.0, **self.plain.defaults, **self.rule.defaults, **self.schedule.defaults}
 
     def check_sharded(self, group):
         """Raise a ValueError where a part does not serve weights whose rows lie on several processes."""

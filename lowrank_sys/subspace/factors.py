@@ -16,7 +16,7 @@ class Factors(NoSubspace):
     defaults = {"seed": 0}
     categories = {**dict.fromkeys(("left_vectors", "values", "right_vectors"), "moments"), "started": "counters"}
     on_host = ("started",)
-    capturable = False
+    capturable, for_remainder = False, True
 
     def check(self, group, names):
         self.check_rank(group, names)

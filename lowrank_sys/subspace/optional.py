@@ -17,6 +17,9 @@ class OrWhole(Orthonormal):
             raise ValueError(f"rank must be an integer of at least 1 with refresh={group['refresh']!r}, got None")
         NONE.check(group, names)
 
+    def has_basis(self, group):
+        return group["rank"] is not None
+
     def needs(self, group):
         return {} if group["rank"] is None else super().needs(group)
 

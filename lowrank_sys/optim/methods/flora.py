@@ -4,7 +4,6 @@ import math
 
 import torch
 
-from lowrank_sys.optim.methods.galore_adafactor import GaLoreAdafactor
 from lowrank_sys.optim.moments import Moment
 from lowrank_sys.optim.preset import Preset, method
 from lowrank_sys.optim.remainder import Remainder
@@ -18,8 +17,7 @@ class CompressedMomentum(Adafactor):
     """X = M <- beta1 M + (1 - beta1) R; rates, and all without a rank, are Adafactor's."""
 
     name, transports = None, ("rotate", "keep", "reset")
-    defaults = {"eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8, "beta1": 0.9}
-    defaults |= {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+    defaults = {**Adafactor.defaults, "beta1": 0.9}
     plain = Adafactor()
 
     def moments(self, shape, h):
@@ -40,6 +38,7 @@ class FactoredRoot(Remainder):
     """
 
     name, defaults, categories = "factored-root", {"scale": 1.0}, {"row": "moments", "col": "moments"}
+    basis, reads = True, ("decay_rate", "clip_threshold")
 
     def init(self, state, param):
         for key, shape in (("row", (param.shape[0], 1)), ("col", (1, param.shape[1]))):
@@ -75,4 +74,4 @@ class FactoredRoot(Remainder):
 class Flora(Preset):
     """W <- (1 - lr*wd) W - lr U, U = back(M) / sqrt(V), V Adafactor's, M the momentum of R = project(G) (docs/methods.md)."""
 
-    rule, subspace, remainder, rules = CompressedMomentum(), Resampled(), FactoredRoot(), GaLoreAdafactor.rules
+    rule, subspace, remainder = CompressedMomentum(), Resampled(), FactoredRoot()

@@ -20,6 +20,7 @@ class NormalisedRows(Remainder):
 
     name, defaults = "normalised-rows", {"scale": 0.25}
     categories, from_low_rank = dict.fromkeys(("length", "length_sq"), "moments"), False
+    basis, reads = True, ("betas", "eps")
 
     def init(self, state, param):
         for name in self.categories:

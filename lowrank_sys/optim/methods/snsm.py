@@ -33,6 +33,7 @@ class SubsetNorm(Remainder):
     """
 
     name, defaults, categories, from_low_rank = "subset-norm", {"scale": 1.0}, {"subset_sq": "moments"}, False
+    basis, reads = True, ("betas", "eps")
 
     def init(self, state, param):
         shape = (1, param.shape[1]) if state["left"] else (param.shape[0], 1)

@@ -410,7 +410,7 @@ def test_osd_keeps_its_basis_near_orthonormal_and_follows_the_gradient():
 
 
 def test_what_chooses_after_the_step_is_refused_beside_error_feedback():
-    with pytest.raises(ValueError, match="subspace must choose before the step for LDAdamW"):
+    with pytest.raises(ValueError, match="subspace must choose before the step for ErrorFeedback"):
         LDAdamW([{"params": [nn.Parameter(torch.zeros(8, 12))], "rank": 3, "subspace": "online", "moments": "keep"}])
 
 
