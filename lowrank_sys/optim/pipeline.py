@@ -145,9 +145,10 @@ class Pipeline:
             self.subspace.check_sharded(group)
         for part in parts:
             if not part.sharded:
-                raise ValueError(f"{type(part).__name__} does not serve sharded weights")
+                raise ValueError(f"{type(part).__name__} does not serve sharded weights: {part.unsharded}")
         if not self.schedule.static:
-            raise ValueError(f"{type(self.schedule).__name__} does not serve sharded weights")
+            why = "fully_shard does not know of weights that are frozen and thawed in mid-run"
+            raise ValueError(f"{type(self.schedule).__name__} does not serve sharded weights: {why}")
 
     def by_row(self, group, shape):
         """{name: whether it is kept flat} of what a state has for each row of a weight of this shape, if it is sharded."""
@@ -248,7 +249,7 @@ class Pipeline:
     def update(self, batch, lr):
         """Step the weights, on the bases that are there. A fused step reads no value on the host and makes nothing that stays, so
         that a CUDA graph can hold it."""
-        step = fused.fused(batch)
+        step = fused.fused(batch) if self.subspace.fusable else None
         if step is not None:
             fused.run(step, batch, lr)
             return

@@ -295,6 +295,7 @@ class SparseResidual(Remainder):
     """
 
     name, from_low_rank, basis, begins, reads = "sparse-residual", False, True, True, ("betas", "eps")
+    unsharded = "its entries are the largest of the whole matrix"
     categories = dict.fromkeys(("entries", "entry_avg", "entry_avg_sq"), "moments")
 
     def __init__(self, density):

@@ -35,6 +35,8 @@ def _state(pipeline, group):
                 f"{key}={group[key]!r} needs {', '.join(missing)} in the state, which {_name(rule)}, {_name(subspace)} and "
                 f"{_name(remainder)} do not keep"
             )
+    if both := sorted(rule.moments((1, 1), group).keys() & remainder.categories.keys()):
+        raise ValueError(f"{_name(rule)} and {_name(remainder)} both keep {', '.join(both)} in the state")
     if missing := [key for key in remainder.needs if key not in subspace.categories]:
         raise ValueError(f"{_name(remainder)} needs {', '.join(missing)} in the state, which {_name(subspace)} does not keep")
     if subspace.for_remainder and not remainder.needs:
@@ -45,6 +47,8 @@ def _basis(pipeline, group):
     remainder, subspace = pipeline.remainder, pipeline.subspace
     if remainder.basis is True and not subspace.has_basis(group):
         raise ValueError(f"{_name(remainder)} needs a basis, {_name(subspace)} has none")
+    if remainder.basis is True and not subspace.fusable:
+        raise ValueError(f"{_name(remainder)} takes R for project(G), which that of {_name(subspace)} is not")
     if remainder.basis is False and subspace.has_basis(group):
         raise ValueError(f"{_name(remainder)} takes whole gradients, {_name(subspace)} has a basis")
 

@@ -17,6 +17,7 @@ class Factors(NoSubspace):
     categories = {**dict.fromkeys(("left_vectors", "values", "right_vectors"), "moments"), "started": "counters"}
     on_host = ("started",)
     capturable, for_remainder = False, True
+    unsharded = "its vectors of the left side are of all rows"
 
     def check(self, group, names):
         self.check_rank(group, names)

@@ -40,6 +40,7 @@ class Kind(Part):
     blind = False  # whether a basis is renewed without any gradient
     capturable = True  # whether a step reads nothing of a basis on the host
     sketched = False  # whether bases may come from sketches, which add up over micro-batches
+    fusable = True  # whether R is project(G), as fused steps and remainders take it
     for_remainder = False  # whether a remainder is all that reads what it keeps
 
     def __init_subclass__(cls):
@@ -80,7 +81,7 @@ class Kind(Part):
     def check_sharded(self, group):
         """Raise a ValueError that names a key whose value does not serve matrices whose rows lie on several processes."""
         if not self.sharded:
-            raise ValueError(f"{type(self).__name__} does not serve sharded weights")
+            raise ValueError(f"{type(self).__name__} does not serve sharded weights: {self.unsharded}")
         if "moments" in group and not TRANSPORTS[group["moments"]].sharded:
             able = ", ".join(name for name in self.transports(group) if TRANSPORTS[name].sharded)
             raise ValueError(f"moments must be one of {able} for sharded weights, got {group['moments']!r}")
@@ -158,7 +159,8 @@ class Kind(Part):
         if sketched:
             gradients = [s[store_of(s).keys[0]].new_empty(0) if g is None else g for s, g in zip(states, gradients)]
         transport = group["moments"]
-        reads = tuple(dict.fromkeys((*((*moments, "step") if transport != "keep" else ()), *self.reads(group))))
+        carried = (*moments, "step", *TRANSPORTS[transport].needs) if transport != "keep" else ()
+        reads = tuple(dict.fromkeys(key for key in (*carried, *self.reads(group)) if key not in self.categories))
         hyper = {key: group[key] for key in self.hyper_of(group) if group[key] is not None}
         hyper.update(zip(("beta1", "beta2"), group["betas"] if "betas" in group and reads else ()))
         keys, number_keys = self.keys_of(states[0], reads)

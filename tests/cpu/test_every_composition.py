@@ -158,7 +158,7 @@ WITH = {
     "power": {5: "ErrorFeedback"}, "rotate-first": {}, "covariance": {5: "ErrorFeedback"}, "match": {0: "columns", 1: "l1"},
     "whole": {}, "key": {1: None}, "keys": {1: None, 3: "rotate"}, "rows": {1: "top"}, "sketched rows": {1: "top"},
     "columns": {1: "l1"}, "factors": {1: None, 4: RULES[5], 5: "FactoredMomentum"}, "none": {1: None},
-    "FactoredRoot": {4: RULES[0]}, "UnitRms": {0: "none", 1: None}, "Sinkhorn": {0: "none", 1: None, 4: RULES[5]},
+    "FactoredRoot": {4: RULES[11]}, "UnitRms": {0: "none", 1: None}, "Sinkhorn": {0: "none", 1: None, 4: RULES[5]},
     "FactoredMomentum": {0: "factors", 1: None, 4: RULES[5]},
 }  # fmt: skip
 

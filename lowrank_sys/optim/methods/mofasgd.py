@@ -31,6 +31,7 @@ class FactoredMomentum(WithoutBasis):
     """M = U diag(S) Vᵀ <- the best of rank r of momentum M + (UUᵀG + G VVᵀ - UUᵀG VVᵀ); of the first gradient its own."""
 
     name, defaults = "factored-momentum", {"momentum": 0.95, "scale": 1.0, "residual_scale": 0.0}
+    unsharded = "it decomposes products of the rows of all processes at every step"
     needs, reads_update = ("left_vectors", "values", "right_vectors", "started"), False
 
     def measure(self, g, r, s, state, h):
