@@ -14,6 +14,7 @@ from lowrank_sys.optim.methods.fira import FiraAdamW
 from lowrank_sys.optim.methods.fira_lion import FiraLion
 from lowrank_sys.optim.methods.flora import Flora
 from lowrank_sys.optim.methods.frugal import FrugalAdamW
+from lowrank_sys.optim.methods.frugal_blocks import FrugalBlocks
 from lowrank_sys.optim.methods.galore import GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_sys.optim.methods.galore_adafactor import GaLoreAdafactor
 from lowrank_sys.optim.methods.galore_lion import GaLoreLion
@@ -49,6 +50,7 @@ __all__ = [
     "FiraLion",
     "Flora",
     "FrugalAdamW",
+    "FrugalBlocks",
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",

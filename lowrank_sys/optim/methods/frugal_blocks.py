@@ -11,8 +11,10 @@ from lowrank_sys.subspace.none import NoSubspace
 
 
 class Blocks(NoSubspace):
-    """All of a gradient where a matrix trains whole, and else nothing: a basis without vectors, an R without rows. Groups with `rank`
-    None. State of a matrix: `indices` int32 (0,), not in a whole one."""
+    """All of a gradient where a matrix trains whole, and else nothing: a basis without vectors, an R without rows.
+
+    Groups with `rank` None. State of a matrix: `indices` int32 (0,), not in a whole one.
+    """
 
     categories = ROWS.categories
     unsharded = "its layers are drawn"
@@ -38,9 +40,9 @@ class Blocks(NoSubspace):
 # One layer at a time from the command line, whose smallest models have two or three.
 @method("frugal-blocks", lr=5e-4, plain_lr=3e-3, rank=None, options={"active_layers": 1})
 class FrugalBlocks(Preset):
-    """W <- (1 - lr*wd) W - lr Adam(G) in `active_layers` (2) layers, drawn evenly every `period` (200) steps, with moments that begin
-    anew; in the others W <- (1 - lr*wd) W - lr residual_scale sign(G), without a state. What is in no layer has AdamW, always.
+    """W <- (1 - lr*wd) W - lr Adam(G) in `active_layers` (2) layers, drawn evenly every `period` (200) steps; moments begin anew.
 
+    In the others W <- (1 - lr*wd) W - lr residual_scale sign(G), without a state. What is in no layer has AdamW, always.
     Group keys: `residual_scale` (1), `seed`. The authors also take blocks in order.
 
     Args:

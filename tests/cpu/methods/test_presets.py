@@ -37,7 +37,7 @@ COMMON = {"lr": LR, "weight_decay": DECAY}
 ADAM = {**COMMON, "betas": (0.9, 0.999), "eps": 1e-8}
 EACH = pytest.mark.parametrize("name", METHODS)
 # Methods that draw which weights of a group train: not all of them move.
-DRAWN = ("gum", "lisa", "owlore")
+DRAWN = ("frugal-blocks", "gum", "lisa", "owlore")
 EACH_OF_ALL = pytest.mark.parametrize("name", [name for name in METHODS if name not in DRAWN])
 
 
@@ -240,6 +240,7 @@ BYTES = {
     "mofasgd": 4 * R * (M + N + 1),
     "gradnormlorp": 4 * LOW + BASIS + 8 * M,
     "lisa": 8 * M * N,
+    "frugal-blocks": 8 * M * N,  # of a layer that is drawn, else nothing
     "owlore": 4 * LOW + BASIS,
     "gum": 4 * M * N + BASIS,  # of a layer that is drawn
     "grades": 8 * M * N + 1,
