@@ -28,14 +28,14 @@ class Remainder(Part):
     name: in the table of fused steps. from_low_rank: whether a step needs nothing of G but R. by_row: what it keeps of a weight's
     rows, by its names in a state. basis: whether it is for matrices with a basis (True), without (False), or for both (None).
     needs: keys of the state that it reads of the subspace's. reads: group keys that it reads of the rule's. reads_update: whether
-    its update is of X.
+    its update is of X. alone: whether it moves a matrix of whose gradient nothing is in R.
     """
 
     name, sharded, by_row = "none", True, ()
     defaults = {"scale": 0.25}
     categories = {}
     from_low_rank = reads_update = True
-    basis, needs, reads = None, (), ()
+    basis, needs, reads, alone = None, (), (), False
     feeds_back = False  # whether `before` is anything
     begins = False  # whether `begin` is anything
     keys = {"scale"}  # group keys of all remainders
@@ -241,7 +241,7 @@ class StateFree(_FromGradient):
     Group keys: `scale`, of the step in the subspace; `residual_scale`, of the other.
     """
 
-    name, sharded = "state-free", True
+    name, sharded, alone = "state-free", True, True
     defaults = {"scale": 1.0, "residual_scale": 1.0}
 
     def __init__(self, sign=True):

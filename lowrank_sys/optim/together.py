@@ -49,6 +49,8 @@ def _basis(pipeline, group):
         raise ValueError(f"{_name(remainder)} needs a basis, {_name(subspace)} has none")
     if remainder.basis is True and not subspace.fusable:
         raise ValueError(f"{_name(remainder)} takes R for project(G), which that of {_name(subspace)} is not")
+    if subspace.empties and not remainder.alone:
+        raise ValueError(f"{_name(remainder)} does nothing for a matrix that {_name(subspace)} leaves out of R")
     if remainder.basis is False and subspace.has_basis(group):
         raise ValueError(f"{_name(remainder)} takes whole gradients, {_name(subspace)} has a basis")
 

@@ -41,6 +41,7 @@ class Kind(Part):
     capturable = True  # whether a step reads nothing of a basis on the host
     sketched = False  # whether bases may come from sketches, which add up over micro-batches
     fusable = True  # whether R is project(G), as fused steps and remainders take it
+    empties = False  # whether there are matrices of whose gradient nothing is in R
     for_remainder = False  # whether a remainder is all that reads what it keeps
 
     def __init_subclass__(cls):

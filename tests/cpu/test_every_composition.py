@@ -1,5 +1,6 @@
 """Every select x store x schedule x transport x rule x remainder x weight: it trains, or says which two do not go together."""
 
+import functools
 import itertools
 import random
 import re
@@ -9,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_sys.nn import quantize_model
+from lowrank_sys.nn import is_quantized, quantize_model
 from lowrank_sys.optim import LowRankOptimizer, remainder, rules
-from lowrank_sys.optim.methods import flora, gradnormlorp, gum, mofasgd, scale, sinkgd, snsm
+from lowrank_sys.optim.methods import flora, frugal_blocks, gradnormlorp, gum, mofasgd, scale, sinkgd, snsm
 from lowrank_sys.optim.pipeline import Pipeline
 from lowrank_sys.schedule.roles import TRAINED, WHOLE
 from lowrank_sys.schedule.schedule import Sampled, Schedule
@@ -56,6 +57,7 @@ STORES = {
     "columns": Store(Columns(), RANK, Columns().selections()),
     "factors": Store(Factors(), {"rank": 3}, ()),
     "none": Store(NoSubspace(), {"rank": None}, ()),
+    "blocks": Store(frugal_blocks.Blocks(), {"rank": None}, ()),
 }
 SCHEDULES = {
     "Schedule": Schedule(),
@@ -87,16 +89,18 @@ REMAINDERS = {
 WEIGHTS = ("fp32", "bf16", "bf16, stochastic", "int8")
 
 
+@functools.cache
 def matrices(weight):
-    """A wide and a tall one, in two layers."""
+    """[(name, parameter)] of a wide and a tall one, in two layers."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 6, bias=False), nn.Linear(6, 10, bias=False))
     model = quantize_model(model) if weight == "int8" else model.to(torch.float32 if weight == "fp32" else torch.bfloat16)
     return list(model.named_parameters())
 
 
-def held(params):
-    return [(p.codes if hasattr(p, "codes") else p).detach().clone() for _, p in params]
+def tensors(params):
+    """What holds their values."""
+    return [tensor for _, p in params for tensor in ((p.codes, p.scale) if is_quantized(p) else (p.detach(),))]
 
 
 def names_of(store, select, schedule, transport, rule, rest):
@@ -121,13 +125,22 @@ def trains(store, select, schedule, transport, rule, rest, weight):
         words = set(re.findall(r"[\w-]+", str(error)))
         assert sum(bool(words & names) for names in names_of(store, select, schedule, transport, rule, rest)) >= 2, str(error)
         return False
-    before = held(params)
+    before = [tensor.clone() for tensor in tensors(params)]
+    try:
+        return takes_steps(optimizer, params, before)
+    finally:
+        optimizer.release()
+        for tensor, value in zip(tensors(params), before):
+            tensor.copy_(value)
+
+
+def takes_steps(optimizer, params, before):
     for step in range(2):
         for i, (_, p) in enumerate(params):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(2 * step + i)).to(p.dtype)
         optimizer.step()
         optimizer.zero_grad()
-    after = held(params)
+    after = tensors(params)
     assert all(p.isfinite().all() for p in after) and not all(map(torch.equal, before, after))
     for _, p in params:
         for key, value in optimizer.state[p].items():
@@ -158,6 +171,7 @@ WITH = {
     "power": {5: "ErrorFeedback"}, "rotate-first": {}, "covariance": {5: "ErrorFeedback"}, "match": {0: "columns", 1: "l1"},
     "whole": {}, "key": {1: None}, "keys": {1: None, 3: "rotate"}, "rows": {1: "top"}, "sketched rows": {1: "top"},
     "columns": {1: "l1"}, "factors": {1: None, 4: RULES[5], 5: "FactoredMomentum"}, "none": {1: None},
+    "blocks": {1: None, 5: "StateFree"},
     "FactoredRoot": {4: RULES[11]}, "UnitRms": {0: "none", 1: None}, "Sinkhorn": {0: "none", 1: None, 4: RULES[5]},
     "FactoredMomentum": {0: "factors", 1: None, 4: RULES[5]},
 }  # fmt: skip

@@ -30,7 +30,7 @@ class CorrelationAware(Selector):
         if due.old is None or int(due.state["refreshes"]) % int(due.h["reproject_factor"]) == 0:
             y = g @ old
             q = cholesky_qr(y, passes=5, shifts=DEPENDENT, shard=shard) if shard.group else torch.linalg.qr(y).Q
-            _, _, vh = torch.linalg.svd(shard.sum(q.T @ g), full_matrices=False)
+            _, _, vh = torch.linalg.svd(torch.where(valid, shard.sum(q.T @ g), 0), full_matrices=False)
             new = canonical_signs(vh[: due.rank].T.contiguous(), due.old)
         else:
             new = self._stepped(old, g, due.moment("exp_avg").T if due.left else due.moment("exp_avg"), shard)

@@ -16,8 +16,8 @@ class Blocks(NoSubspace):
     Groups with `rank` None. State of a matrix: `indices` int32 (0,), not in a whole one.
     """
 
-    categories = ROWS.categories
-    unsharded = "its layers are drawn"
+    defaults, categories = {**NoSubspace.defaults, "refresh": "now"}, ROWS.categories
+    empties, unsharded = True, "its layers are drawn"
 
     def has_basis(self, group):
         return True

@@ -34,7 +34,8 @@ class SubsetNorm(Remainder):
     """
 
     name, defaults, categories, from_low_rank = "subset-norm", {"scale": 1.0}, {"subset_sq": "moments"}, False
-    basis, reads, sharded, by_row = True, ("betas", "eps"), True, ("subset_sq",)
+    alone = basis = True
+    reads, sharded, by_row = ("betas", "eps"), True, ("subset_sq",)
 
     def init(self, state, param):
         shape = (1, param.shape[1]) if state["left"] else (param.shape[0], 1)
