@@ -53,11 +53,9 @@ class FactoredRoot(Remainder):
         beta2, (m, n) = 1 - s.step ** h["decay_rate"], (s.shard.rows or len(state["row"]), state["col"].shape[1])
         taken = s.shard.any(s.ok.any())
         for key, norm, count in (("row", norms[0], n), ("col", s.shard.norms(norms[1]), m)):
-            square = norm.square() / count + h["eps"][0]
-            seen = taken & square.isfinite()  # where an entry is not finite the statistic stays
-            state[key].copy_(torch.where(seen, beta2 * state[key] + (1 - beta2) * square, state[key]))
-        rows = (s.shard.sum(state["row"].sum()) / m).sqrt() * inverse_root(state["row"])
-        columns = inverse_root(state["col"])
+            square = norm.square() / count + h["eps"][0]  # where an entry is not finite the statistic stays
+            state[key].copy_(torch.where(taken & square.isfinite(), beta2 * state[key] + (1 - beta2) * square, state[key]))
+        rows, columns = (s.shard.sum(state["row"].sum()) / m).sqrt() * inverse_root(state["row"]), inverse_root(state["col"])
         turned, low = (b * rows, x * columns) if left else (b * columns.T, (x * rows).T)
         rms = s.shard.sum((low * (turned.T @ turned @ low)).sum()).clamp(min=0).sqrt() / math.sqrt(m * n)
         return Update(x=x, c=(rows * h["scale"] / (rms / h["clip_threshold"]).clamp(min=1), columns), over=True)
