@@ -179,7 +179,7 @@ def _matrices(subspace, group, param, state):
         r, other = sorted(subspace.shape_of(matrix, one))
         d = sum(matrix.shape) - other
         columns = 0 if subspace.blind or not store_of(one).reads_all else sketched_columns(r, d, other)
-        yield Matrix(d, r, matrix.element_size(), r * other, columns, group["update_proj_gap"])
+        yield Matrix(d, r, matrix.element_size(), r * other, columns, group.get("update_proj_gap", 1))
 
 
 def _layers(model):

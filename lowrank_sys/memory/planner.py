@@ -155,7 +155,10 @@ def _changes(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     if args.strategy == "fsdp":
         yield [{"nproc": args.nproc << doublings} for doublings in (1, 2, 3)]
     rank = settle(args).rank
-    yield [{"rank": rank >> halvings} for halvings in (1, 2, 3) if rank is not None and rank >> halvings >= 4]
+    if isinstance(rank, float):
+        yield [{"rank": rank / 2**halvings} for halvings in (1, 2, 3)]
+    else:
+        yield [{"rank": rank >> halvings} for halvings in (1, 2, 3) if rank is not None and rank >> halvings >= 4]
 
 
 def described(changes: dict[str, Any]) -> str:

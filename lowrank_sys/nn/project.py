@@ -15,6 +15,7 @@ from lowrank_sys.nn.quant_linear import QuantLinear
 from lowrank_sys.nn.quant_weight import is_quantized
 from lowrank_sys.nn.readers import read_by_others
 from lowrank_sys.nn.sides import Sides, in_words, sides
+from lowrank_sys.subspace.rank import Rank, expect_rank, is_whole, rank_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ FAMILIES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_pr
 
 
 def project_model(
-    model: nn.Module, rank: int = 128, side: Literal["left", "right", "auto"] = "auto", *,
+    model: nn.Module, rank: Rank = 128, side: Literal["left", "right", "auto"] = "auto", *,
     target_modules: Sequence[str] | None = None, tokens: int = 2048, share: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Let the linear layers of a model give low-rank gradients in backward, in place (ProjectedLinear); returns the model.
@@ -37,7 +38,8 @@ def project_model(
 
     Args:
         model: nn.Module with weights in fp32, bf16, fp16 or INT8.
-        rank: r, the rank of the optimizer's groups.
+        rank: r, the rank of the optimizer's groups: a number, a share of the shorter side of each weight (between 0 and 1), or a
+            function (name, weight) -> number.
         side: where the basis is. 'right': of a weight (out, in) on the input's side, a layer keeps X B (tokens, r) for backward in
             place of X (tokens, in). 'left': it keeps X. 'auto': for each layer the side that costs fewer bytes at `tokens`, of the
             basis, R, its two moments, and what is kept; the sums of both are logged (INFO), compare_sides has each layer's.
@@ -51,7 +53,7 @@ def project_model(
     if side not in SIDES:
         raise ValueError(f"side must be one of {', '.join(SIDES)}, got {side!r}")
     chosen, stacks = _chosen(model, rank, tokens, target_modules)
-    compared = _compared(chosen, stacks, tokens, rank)
+    compared = _compared(chosen, stacks, tokens)
     if side == "auto":
         logger.info("project_model at %s tokens, %s", tokens, in_words(compared))
     for (name, layer, own, transposed), both in zip(chosen, compared):
@@ -61,7 +63,7 @@ def project_model(
         leave_to_us(model, ours_in_ddp(name, layer))
     lefts = {both.name: (both.cheaper if side == "auto" else side) == "left" for both in compared}
     for path, module, names in stacks:
-        convert_experts(module, {name: (rank, lefts[f"{path}.{name}"]) for name in names})
+        convert_experts(module, {name: (own, lefts[f"{path}.{name}"]) for name, own in names.items()})
         leave_to_us(model, [f"{path}.{name}" for name in names])  # buffers, which would be broadcast at every forward
         for name, layer in projected_layers(module):
             put_last(model, f"{path}.{name}")
@@ -70,24 +72,24 @@ def project_model(
 
 
 def compare_sides(
-    model: nn.Module, rank: int = 128, *, tokens: int = 2048, target_modules: Sequence[str] | None = None
+    model: nn.Module, rank: Rank = 128, *, tokens: int = 2048, target_modules: Sequence[str] | None = None
 ) -> list[Sides]:
     """What side='auto' of project_model compares: bytes of the left and of the right side, of each layer that it would project, and
     of each stack of experts, of which an equal share of the tokens is assumed.
 
     Raises ValueError as project_model does.
     """
-    return _compared(*_chosen(model, rank, tokens, target_modules), tokens, rank)
+    return _compared(*_chosen(model, rank, tokens, target_modules), tokens)
 
 
-def _compared(chosen, stacks, tokens, rank):
+def _compared(chosen, stacks, tokens):
     found = [sides(name, layer.weight, own, tokens, transposed) for name, layer, own, transposed in chosen]
     for path, module, names in stacks:
-        for name in names:
+        for name, own in names.items():
             stack = module._parameters[name]
             count = len(stack)
             of_one = max(1, tokens * getattr(module.config, "num_experts_per_tok", count) // count)
-            found.append(sides(f"{path}.{name}", stack[0], rank, of_one, False).times(count))
+            found.append(sides(f"{path}.{name}", stack[0], own, of_one, False).times(count))
     return found
 
 
@@ -112,15 +114,11 @@ def _family(name):
     return next((f"{parent}.{'+'.join(names)}" for names in FAMILIES if own in names), None)
 
 
-def _expect_whole(name, value):
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-
-
 def _chosen(model, rank, tokens, target_modules):
     """[(name, layer, its rank, whether its weight is (in, out))], and _chosen_experts; ValueError where project_model refuses."""
-    _expect_whole("rank", rank)
-    _expect_whole("tokens", tokens)
+    rank = expect_rank(rank)
+    if not is_whole(tokens):
+        raise ValueError(f"tokens must be an integer of at least 1, got {tokens!r}")
     owners, read = {}, read_by_others(model)
     for name, module in model.named_modules():
         for param in module._parameters.values():
@@ -139,8 +137,9 @@ def _chosen(model, rank, tokens, target_modules):
             raise ValueError(f"{name}.weight must be float32, bfloat16 or float16, got {weight.dtype}")
         if hasattr(layer, CONTAINER):
             raise ValueError(f"{name} has the low-rank gradients of an optimizer: call its release() first")
-        if full >= rank or (full > 0 and is_quantized(weight)):
-            found.append((name, layer, min(rank, full), type(layer).__name__ == "Conv1D"))
+        own = rank_of(rank, f"{name}.weight", weight) if full else 1
+        if full >= own or (full > 0 and is_quantized(weight)):
+            found.append((name, layer, min(own, full), type(layer).__name__ == "Conv1D"))
     stacks = _chosen_experts(model, rank, target_modules, owners)
     if not found and not stacks:
         raise ValueError(f"model has no trainable linear layer to project at rank {rank}, got {type(model).__name__}")
@@ -153,11 +152,12 @@ def _expect_one_owner(name, owners):
 
 
 def _chosen_experts(model, rank, target_modules, owners):
-    """[(name, module of experts, names of its stacks)]."""
+    """[(name, module of experts, {name of a stack: its rank})]."""
     found = {}
     for full_name, stack in experts(model, target_modules):
         path, _, name = full_name.rpartition(".")
-        if not stack.requires_grad or min(stack.shape[1:]) < rank:
+        own = rank_of(rank, full_name, stack) if min(stack.shape[1:]) else 1
+        if not stack.requires_grad or min(stack.shape[1:]) < own:
             continue
         module = model.get_submodule(path)
         _expect_one_owner(full_name, owners[id(stack)])
@@ -165,7 +165,7 @@ def _chosen_experts(model, rank, target_modules, owners):
             raise ValueError(f"{full_name} must be float32, bfloat16 or float16, got {stack.dtype}")
         if why := why_not(module, name):
             raise ValueError(f"{full_name} must {why}, got {type(module).__name__}: leave it out by target_modules")
-        found.setdefault(path, (path, module, []))[2].append(name)
+        found.setdefault(path, (path, module, {}))[2][name] = own
     return list(found.values())
 
 

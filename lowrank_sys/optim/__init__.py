@@ -2,6 +2,7 @@
 
 from lowrank_sys.optim.accumulate import Accumulate
 from lowrank_sys.optim.captured import CapturedStep
+from lowrank_sys.optim.continual import PastTasks
 from lowrank_sys.optim.gradients import AtStep
 from lowrank_sys.optim.groups import param_groups
 from lowrank_sys.optim.in_backward import InBackward
@@ -13,6 +14,7 @@ from lowrank_sys.optim.methods.fira import FiraAdamW
 from lowrank_sys.optim.methods.fira_lion import FiraLion
 from lowrank_sys.optim.methods.flora import Flora
 from lowrank_sys.optim.methods.frugal import FrugalAdamW
+from lowrank_sys.optim.methods.frugal_blocks import FrugalBlocks
 from lowrank_sys.optim.methods.galore import GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_sys.optim.methods.galore_adafactor import GaLoreAdafactor
 from lowrank_sys.optim.methods.galore_lion import GaLoreLion
@@ -34,6 +36,7 @@ from lowrank_sys.optim.methods.sinkgd import SinkGD
 from lowrank_sys.optim.methods.snsm import SNSM
 from lowrank_sys.optim.methods.subtrack import SubTrackAdamW
 from lowrank_sys.optim.optimizer import LowRankOptimizer
+from lowrank_sys.optim.welore import WeLoreRanks, welore_ranks
 
 __all__ = [
     "Accumulate",
@@ -47,6 +50,7 @@ __all__ = [
     "FiraLion",
     "Flora",
     "FrugalAdamW",
+    "FrugalBlocks",
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
@@ -65,10 +69,13 @@ __all__ = [
     "OnlineSubspaceDescent",
     "OwLore",
     "param_groups",
+    "PastTasks",
     "QGaLoreAdamW8bit",
     "SARAAdamW",
     "SCALE",
     "SinkGD",
     "SNSM",
     "SubTrackAdamW",
+    "welore_ranks",
+    "WeLoreRanks",
 ]

@@ -16,6 +16,7 @@ from lowrank_sys.optim.projected_layers import announce, follow, pool, sketch_sh
 from lowrank_sys.optim.ranks import AfterBackward, copy_refreshed, copy_weights, mean_over
 from lowrank_sys.optim.sketch_sum import SketchSum
 from lowrank_sys.optim.window import Window
+from lowrank_sys.subspace.rank import of_parameter
 
 # The category of R's accumulators in an account of memory.
 ACCUMULATORS = "accumulators"
@@ -99,8 +100,8 @@ class Accumulate(Hooked):
         where = self.in_model.places(group, names)
         if group["refresh"] != "next":
             raise ValueError(f"refresh must be 'next' with per_layer='accumulate', got {group['refresh']!r}")
-        for weight in list(group["params"]):
-            _, shape = optimizer.pipeline.subspace.low_rank_shape(group, weight)
+        for i, weight in enumerate(list(group["params"])):
+            _, shape = optimizer.pipeline.subspace.low_rank_shape(of_parameter(group, i), weight)
             coefficient, name = self.in_model.add(weight, where[weight], shape)
             group["params"].append(coefficient)
             if "param_names" in group:

@@ -1,5 +1,6 @@
 """What a group of parameters asks of the parts of its optimizer, and whether they can serve it."""
 
+from lowrank_sys.optim.together import check_together
 from lowrank_sys.optim.weight import weight_store
 
 
@@ -21,15 +22,4 @@ def check_parts(optimizer, group, names):
         raise ValueError(f"int8_gemm must be False for {method}, got {group['int8_gemm']!r}")
     pipeline.subspace.check(group, names)
     pipeline.remainder.check(group)
-    if group.get("moments", "keep") not in pipeline.rule.transports:
-        raise ValueError(
-            f"moments must be one of {', '.join(pipeline.rule.transports)} for {type(pipeline.rule).__name__}, "
-            f"got {group['moments']!r}"
-        )
-    if pipeline.remainder.feeds_back and pipeline.subspace.late(group):
-        raise ValueError(
-            f"subspace must choose before the step for {method}, whose error feedback takes the gradient's place, "
-            f"got {group['subspace']!r}"
-        )
-    for key, lacking in pipeline.lacking(group).items():
-        raise ValueError(f"{key}={group[key]!r} needs {', '.join(lacking)} in the state, which {method} does not keep")
+    check_together(pipeline, group)

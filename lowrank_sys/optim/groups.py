@@ -14,6 +14,7 @@ from lowrank_sys.optim import hyper
 from lowrank_sys.optim.remainder import Remainder
 from lowrank_sys.optim.rules import Rule
 from lowrank_sys.subspace.matrices import matrix_shape
+from lowrank_sys.subspace.rank import Rank, expect_rank, is_whole, rank_of
 from lowrank_sys.subspace.refresh import KINDS
 from lowrank_sys.subspace.select import SELECT
 
@@ -45,7 +46,7 @@ class ParamGroups(list):
 
 
 def param_groups(
-    model: nn.Module, rank: int | None = 128, *, target_modules: Sequence[str] | Callable[[str], bool] | None = None,
+    model: nn.Module, rank: Rank | None = 128, *, target_modules: Sequence[str] | Callable[[str], bool] | None = None,
     plain: Mapping[str, Any] | None = None, narrow: Literal["plain", "own"] = "plain", stochastic_rounding: bool = False,
     **low_rank: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
@@ -53,16 +54,17 @@ def param_groups(
 
     Embeddings, norms, biases, output heads and weights tied to an embedding are plain. The INT8 weight of a QuantLinear is one
     of a linear layer. Experts of three dimensions, as transformers keeps them, are matrices one by one. Layers of project_model
-    keep their rank and side, in a group for each.
+    keep their rank and side, in groups of their own.
 
     Args:
         model: nn.Module. Frozen parameters are left out.
-        rank: of the low-rank group; None for a method without a subspace.
+        rank: of the low-rank group: a number, a share of the shorter side of each matrix (between 0 and 1), or a function
+            (name, weight) -> number, such as welore_ranks makes; None for a method without a subspace.
         target_modules: substrings of module names; a linear layer is low-rank if its name contains one. Or a function of a name
             that says so. All by default.
         plain: keys of the plain group, e.g. {"lr": 1e-3}.
-        narrow: what becomes of a matrix with a side below the rank, of which a warning tells: 'plain', it joins the plain group; or
-            'own', it trains at the rank that it has, in a group of all such, as an INT8 weight does in any case.
+        narrow: what becomes of a matrix with a side below a rank that is a number, of which a warning tells: 'plain', it joins the
+            plain group; or 'own', it trains at the rank that it has, in a group of all such, as an INT8 weight does in any case.
         stochastic_rounding: of all groups: weights in 16 bits are rounded stochastically, with the random bits of `seed`.
         **low_rank: keys of the low-rank group, e.g. update_proj_gap, scale, proj_type, subspace, moments, seed, lr.
 
@@ -74,9 +76,9 @@ def param_groups(
     if unknown := sorted(low_rank.keys() - known):
         raise ValueError(f"keys of the low-rank group must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
     rounding = {"stochastic_rounding": stochastic_rounding} if stochastic_rounding is not False else {}
+    rank = None if rank is None else expect_rank(rank)
     keys = {"rank": rank, **low_rank, **rounding}
     hyper.check(keys, hyper.RULES)
-    rank = keys["rank"]
     if narrow not in ("plain", "own"):
         raise ValueError(f"narrow must be 'plain' or 'own', got {narrow!r}")
     layers = _projected(model, rank, target_modules, low_rank)
@@ -89,17 +91,21 @@ def param_groups(
         if isinstance(target_modules, Sequence):
             wanted = f" whose name contains one of {', '.join(target_modules)}"
         raise ValueError(f"model has no trainable linear layer{wanted}")
-    by_rank = {(rank, None): []}
+    numbered = is_whole(rank)
+    least, usual = (rank, rank) if numbered else (1, "asked")
+    rules = {"asked": rank, "layer's": lambda name, weight: layers[id(weight)][0]}
+    by_rank = {(usual, None): []}
     for name, p in matrices:
         full = min(matrix_shape(p.shape))
         if id(p) in layers:
-            by_rank.setdefault(layers[id(p)], []).append((name, p))
-        elif rank is None or full >= rank:
-            by_rank[rank, None].append((name, p))
+            own, side = layers[id(p)]
+            by_rank.setdefault((own if numbered else "layer's", side), []).append((name, p))
+        elif rank is None or full >= least:
+            by_rank[usual, None].append((name, p))
         elif full > 0 and (narrow == "own" or is_quantized(p)):
             by_rank.setdefault((full, None), []).append((name, p))
     low = [
-        {"params": params, **keys, "rank": r, **({"proj_type": side} if side else {})}
+        {"params": params, **keys, "rank": rules.get(r, r), **({"proj_type": side} if side else {})}
         for (r, side), params in by_rank.items()
         if params or not layers
     ]
@@ -108,8 +114,8 @@ def param_groups(
         most = min(matrix_shape(p.shape))
         raise ValueError(f"rank must be at most {most} for {name} of shape {tuple(p.shape)}, got {rank}: no matrix is as wide")
     inside = {id(p) for group in low for _, p in group["params"]}
-    narrow_ones = [name for name, p in matrices if rank is not None and min(matrix_shape(p.shape)) < rank]
-    _tell_of_narrow(narrow_ones, rank, own=any(r != rank for r, _ in by_rank))
+    narrow_ones = [name for name, p in matrices if numbered and min(matrix_shape(p.shape)) < rank]
+    _tell_of_narrow(narrow_ones, rank, own=any(r != usual for r, _ in by_rank))
     others = [(name, p) for name, p in named if id(p) not in inside]
     if rounding and "seed" in keys:
         rounding["seed"] = keys["seed"]
@@ -123,11 +129,13 @@ def _projected(model, rank, target_modules, keys):
         if isinstance(layer, ProjectedLinear) and layer.coefficient.requires_grad:
             if not is_chosen(name):
                 raise ValueError(f"target_modules must name every projected layer, got none for {name}")
+            if isinstance(rank, float) and rank_of(rank, name, layer.weight) != layer.rank:
+                raise ValueError(f"rank must be what project_model was given, which made it {layer.rank} of {name}, got {rank}")
             found[id(layer.weight)] = (layer.rank, "left" if layer.projection.left else "right")
     if found and "proj_type" in keys:
         raise ValueError(f"proj_type must be left out for a model of projected layers, got {keys['proj_type']!r}")
     ranks = sorted({own for own, _ in found.values()})
-    if found and rank not in ranks:
+    if found and rank not in ranks and (rank is None or is_whole(rank)):
         raise ValueError(f"rank must be {ranks[-1]}, as project_model was given, got {rank}")
     return found
 

@@ -9,6 +9,8 @@ import numbers
 
 import torch
 
+from lowrank_sys.subspace.rank import expect_rank, wanted
+
 
 def plain(value):
     """numpy's scalars and 0-dim tensors as Python's numbers; whatever else as it is."""
@@ -86,7 +88,10 @@ def rate(value):
 
 def rank(value):
     """None for a group without a subspace, which its optimizer may refuse."""
-    return None if value is None else integer(1)(value)
+    try:
+        return None if value is None else expect_rank(value, several=True)
+    except ValueError:
+        raise ValueError(wanted(value), "rank") from None
 
 
 def scores(values):
@@ -160,7 +165,5 @@ def check(group, rules):
             try:
                 group[key] = rule(group[key])
             except ValueError as error:
-                wanted, *inner = error.args
-                raise ValueError(
-                    f"{inner[0]} must be {wanted}" if inner else f"{key} must be {wanted}, got {group[key]!r}"
-                ) from None
+                want, *inner = error.args
+                raise ValueError(f"{inner[0]} must be {want}" if inner else f"{key} must be {want}, got {group[key]!r}") from None

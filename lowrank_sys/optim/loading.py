@@ -102,8 +102,9 @@ def check_groups(optimizer, saved_groups):
 def check_ranks(optimizer, saved_groups):
     """Every group keeps its own rank."""
     for g, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups)):
-        if group.get("rank") != saved.get("rank"):
-            raise ValueError(f"rank of the loaded group {g} must be {group['rank']}, as of this optimizer's, got {saved['rank']}")
+        rank = saved.get("rank")
+        if group.get("rank") != (tuple(rank) if isinstance(rank, list) else rank):
+            raise ValueError(f"rank of the loaded group {g} must be {group['rank']}, as of this optimizer's, got {rank}")
 
 
 def check_state(optimizer, saved, params, new_state):

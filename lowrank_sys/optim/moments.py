@@ -72,6 +72,8 @@ class Blocks8bit(Fp32):
     categories = {absmax_of(name): "scales" for name in ("exp_avg", "exp_avg_sq")}
 
     def codes(self, shape, param, group, rows=None):
+        if rows is None and 0 in shape:  # nothing to keep
+            return False
         if rows is not None:
             if "rank" not in group and (len(shape) < 2 or math.prod(shape[1:]) % BLOCK):  # blocks would cross into other shards
                 return False

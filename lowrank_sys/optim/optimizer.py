@@ -10,12 +10,15 @@ from lowrank_sys.optim.coefficient import weights, without_coefficients
 from lowrank_sys.optim.configuration import expect_same
 from lowrank_sys.optim.group_checks import check_parts, check_stores
 from lowrank_sys.optim.loading import in_own_dtypes, ready_to_load
+from lowrank_sys.optim.moments import first_of
 from lowrank_sys.optim.names import name_of, names_of, with_names
 from lowrank_sys.optim.per_layer import resolve
 from lowrank_sys.optim.shards import here, is_dtensor, layouts_of, saved_by_row, shard_here
 from lowrank_sys.optim.states import state_maker
 from lowrank_sys.schedule.turns import Turns
+from lowrank_sys.subspace.basis import load
 from lowrank_sys.subspace.matrices import each, is_batch
+from lowrank_sys.subspace.rank import resolved
 from lowrank_sys.subspace.refresh import trains
 
 
@@ -23,11 +26,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
     """Low-rank updates for groups with a `rank`, the plain rule for the others.
 
     Args:
-        params: parameters, named parameters or groups, as for any torch optimizer. Keys of a low-rank group: `rank` and
+        params: parameters, named parameters or groups, as for any torch optimizer. Keys of a low-rank group: `rank` (a
+            lowrank_sys.subspace.rank.Rank; from then on an integer, or a tuple of one for each parameter where they differ) and
             those of the parts. Of any group: `stochastic_rounding` (False; True: weights in 16 bits are rounded stochastically,
             with the random bits of the group's `seed`; fp32 weights are not).
         pipeline: the parts (lowrank_sys.optim.pipeline.Pipeline).
-        defaults: the rule's hyper-parameters, with `lr` (float or 0-dim tensor).
+        defaults: `lr` (float or 0-dim tensor), and hyper-parameters of the rules in place of their own defaults.
         nonfinite: 'skip': a gradient that is not finite leaves its channel (plain groups: its element) untouched, counted
             by `skipped()`; 'raise': FloatingPointError before anything is written.
         per_layer: when the gradients of the matrices are projected (lowrank_sys.optim.per_layer). None: in step(), or 'accumulate'
@@ -39,8 +43,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
     """
 
     low_rank_defaults = {}  # group keys in which a method differs from its parts
-    rules = hyper.RULES  # what group keys may hold
-
     _compared = False  # whether all processes have been seen to train alike
 
     # GradScaler hands over grad_scale and found_inf instead of synchronising.
@@ -57,10 +59,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.gradients = resolve(per_layer, params)
         if self.gradients.served_by_hooks:
             self.gradients.bind(self)
-        super().__init__(params, {**pipeline.schedule.defaults, **pipeline.schedule.memory, **defaults})
+        super().__init__(params, {**pipeline.defaults(), **pipeline.schedule.memory, **defaults})
         self._compare()
         self.turns.take(self.param_groups, names_of(self.param_groups), self.state)
         self.gradients.ready(self)
+
+    @property
+    def rules(self):
+        """What group keys may hold."""
+        return {**hyper.RULES, **self.pipeline.plain.checks, **self.pipeline.rule.checks}
 
     def __getstate__(self):
         # torch's names three fields only: a copy would lose its parts.
@@ -78,6 +85,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             super().add_param_group(with_names(param_group, self.param_groups))
             group = self.param_groups[-1]
             group.setdefault("stochastic_rounding", False)
+            if "lr" not in group:
+                raise ValueError("lr must be in the defaults, or in every group")
             names = names_of(self.param_groups)[-1]
             hyper.check(group, self.rules)
             check_stores(group, names)
@@ -97,6 +106,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.gradients.check(self)
         self._set_defaults(group)
         hyper.check(group, self.rules)
+        group["rank"] = resolved(group["rank"], names, group["params"])
         check_parts(self, group, names)
 
     def _lay_out(self, group, names):
@@ -280,6 +290,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     names = [f"{name}[{first + e}]" for e in range(len(found))] if is_batch(param.shape) else [name]
                     schedule.update(zip(names, found))
         return schedule
+
+    def keeps_first_moment(self, group: dict[str, Any]) -> bool:
+        """Whether states of this group's parameters have a first moment of R's shape, or of the gradient's."""
+        return any(moment.signed and moment.axis is None for moment in self.pipeline.moments_of(group, (1, 1)).values())
+
+    @torch.no_grad()
+    def first_moment(self, param: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The first moment of a matrix (m, n), fp32, of a rule that keeps one: as it is, (M,), or where it is of R's shape the
+        factors of back(M), (B, M) or (M, Bᵀ)."""
+        state, group = self.state_of(param), self.group_of(param)
+        moment = first_of(state, self.pipeline.moments_of(group, self.pipeline.subspace.shape_of(param, state)))
+        if self.pipeline.subspace.is_whole(state):
+            return (moment,)
+        basis = load(state, param).float()
+        return (basis, moment) if state["left"] else (moment, basis.T)
 
     def state_bytes(self) -> int:
         """Bytes of the state as the ledger has them, and of the accumulators of per_layer='accumulate' when they are full."""

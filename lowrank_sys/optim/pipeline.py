@@ -134,11 +134,9 @@ class Pipeline:
         """{name: Moment} of a gradient of this shape."""
         return self.rule_of(group).moments(tuple(shape), group)
 
-    def lacking(self, group):
-        """{group key: names of the state that its part reads and no part keeps}, for the keys `subspace` and `moments`."""
-        kept = {"step", *self.subspace.categories, *self.remainder.categories, *self.rule.moments((1, 1), group)}
-        needs = self.subspace.needs(group)
-        return {key: missing for key, names in needs.items() if (missing := [name for name in names if name not in kept])}
+    def defaults(self):
+        """Of the group keys of its parts that are no low-rank group's alone."""
+        return {"weight_decay": 0.0, **self.plain.defaults, **self.rule.defaults, **self.schedule.defaults}
 
     def check_sharded(self, group):
         """Raise a ValueError where a part does not serve weights whose rows lie on several processes."""
@@ -147,9 +145,10 @@ class Pipeline:
             self.subspace.check_sharded(group)
         for part in parts:
             if not part.sharded:
-                raise ValueError(f"{type(part).__name__} does not serve sharded weights")
+                raise ValueError(f"{type(part).__name__} does not serve sharded weights: {part.unsharded}")
         if not self.schedule.static:
-            raise ValueError(f"{type(self.schedule).__name__} does not serve sharded weights")
+            why = "fully_shard does not know of weights that are frozen and thawed in mid-run"
+            raise ValueError(f"{type(self.schedule).__name__} does not serve sharded weights: {why}")
 
     def by_row(self, group, shape):
         """{name: whether it is kept flat} of what a state has for each row of a weight of this shape, if it is sharded."""
@@ -250,7 +249,7 @@ class Pipeline:
     def update(self, batch, lr):
         """Step the weights, on the bases that are there. A fused step reads no value on the host and makes nothing that stays, so
         that a CUDA graph can hold it."""
-        step = fused.fused(batch)
+        step = fused.fused(batch) if self.subspace.fusable else None
         if step is not None:
             fused.run(step, batch, lr)
             return

@@ -85,10 +85,10 @@ class Preset(LowRankOptimizer):
         moments = Blocks8bit() if bits == 8 else Fp32()
         parts = {"subspace": self.subspace, "remainder": self.remainder, "schedule": self.schedule}
         pipeline = Pipeline(self.rule, moments=moments, **parts)
-        known = {**pipeline.plain.defaults, **self.rule.defaults, **self.schedule.defaults}
+        known = pipeline.defaults()
         if unknown := sorted(hyper.keys() - known.keys()):
             raise ValueError(f"{type(self).__name__} takes {', '.join(sorted(known))}, got {', '.join(unknown)}")
-        defaults = {"lr": lr, "weight_decay": weight_decay, **known, **hyper}
+        defaults = {**known, "lr": lr, "weight_decay": weight_decay, **hyper}
         if bits == 8:
             defaults["min_8bit_size"] = MIN_8BIT_SIZE
         super().__init__(params, pipeline, defaults, nonfinite, per_layer)

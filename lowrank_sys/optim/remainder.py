@@ -26,13 +26,16 @@ class Remainder(Part):
     """It is dropped, as in GaLore.
 
     name: in the table of fused steps. from_low_rank: whether a step needs nothing of G but R. by_row: what it keeps of a weight's
-    rows, by its names in a state.
+    rows, by its names in a state. basis: whether it is for matrices with a basis (True), without (False), or for both (None).
+    needs: keys of the state that it reads of the subspace's. reads: group keys that it reads of the rule's. reads_update: whether
+    its update is of X. alone: whether it moves a matrix of whose gradient nothing is in R.
     """
 
     name, sharded, by_row = "none", True, ()
     defaults = {"scale": 0.25}
     categories = {}
-    from_low_rank = True
+    from_low_rank = reads_update = True
+    basis, needs, reads, alone = None, (), (), False
     feeds_back = False  # whether `before` is anything
     begins = False  # whether `begin` is anything
     keys = {"scale"}  # group keys of all remainders
@@ -98,7 +101,7 @@ class Whole(Remainder):
 class WithoutBasis(Remainder):
     """Base of those that make their update of a whole gradient."""
 
-    defaults, from_low_rank = {}, False
+    defaults, from_low_rank, basis = {}, False, False
 
     @property
     def whole(self):
@@ -109,7 +112,7 @@ WHOLE = Whole()
 
 
 class _FromGradient(Remainder):
-    from_low_rank = False
+    from_low_rank, basis = False, True
 
 
 def _axis(state):
@@ -238,7 +241,7 @@ class StateFree(_FromGradient):
     Group keys: `scale`, of the step in the subspace; `residual_scale`, of the other.
     """
 
-    name, sharded = "state-free", True
+    name, sharded, alone = "state-free", True, True
     defaults = {"scale": 1.0, "residual_scale": 1.0}
 
     def __init__(self, sign=True):
@@ -263,7 +266,7 @@ class ErrorFeedback(Remainder):
     """What R leaves of the gradient is added to the next one. State of a matrix: `error`, of the weight's shape and dtype."""
 
     name, defaults, categories = "error-feedback", {"scale": 1.0}, {"error": "moments"}
-    from_low_rank, feeds_back, sharded, by_row = False, True, True, ("error",)
+    from_low_rank, basis, feeds_back, sharded, by_row = False, True, True, True, ("error",)
 
     def init(self, state, param):
         state["error"] = torch.zeros(param.shape, dtype=param.dtype, device=param.device)
@@ -291,7 +294,8 @@ class SparseResidual(Remainder):
         density: k / (m n), rounded up.
     """
 
-    name, from_low_rank, begins = "sparse-residual", False, True
+    name, from_low_rank, basis, begins, reads = "sparse-residual", False, True, True, ("betas", "eps")
+    unsharded = "its entries are the largest of the whole matrix"
     categories = dict.fromkeys(("entries", "entry_avg", "entry_avg_sq"), "moments")
 
     def __init__(self, density):

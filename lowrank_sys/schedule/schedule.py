@@ -10,14 +10,15 @@ class Schedule:
 
     defaults: its arguments, which are keys of every group. memory: what it remembers there, plain numbers and tuples. static:
     whether nothing ever changes. restarts: whether a new period forgets all states of matrices, not only those of other roles.
-    categories: of what it keeps in states.
+    makes_whole: whether matrices may train without their basis. reads: group keys of others. categories: of what is in states.
     """
 
     defaults = {}
     memory = {}
     categories = {}
     static = True
-    restarts = False
+    restarts = makes_whole = False
+    reads = ()
 
     def roles(self, groups, names):
         """[[the Role of every parameter of a group]], for groups as they are now, and names of their parameters."""
@@ -61,7 +62,8 @@ class Sampled(Schedule):
 
     def __init__(self, drawn=TRAINED, rest=FROZEN, *, active_layers=2, period="period", steps=20, shares=False, restarts=False):
         self._drawn, self._rest, self._period, self._shares, self.restarts = drawn, rest, period, shares, restarts
-        own = {"period": steps} if period == "period" else {}
+        own, self.reads = ({"period": steps}, ()) if period == "period" else ({}, (period,))
+        self.makes_whole = "whole" in (drawn.name, rest.name)
         self.defaults = {"active_layers": active_layers, "scores": None, **own}
 
     def begins(self, groups):

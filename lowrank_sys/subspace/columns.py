@@ -4,6 +4,7 @@ import torch
 
 from lowrank_sys._ops.rules import expect, expect_dtype, expect_like, expect_matrix
 from lowrank_sys.subspace.basis import COLUMNS
+from lowrank_sys.subspace.dct import select_columns
 from lowrank_sys.subspace.kind import Kind
 from lowrank_sys.subspace.refresh import COLD, OP, expect_carried, expect_named, is_taken, new_verdict
 from lowrank_sys.subspace.transport import TRANSPORTS
@@ -24,7 +25,7 @@ class Columns(Kind):
 
     defaults = {**Kind.defaults, "subspace": "l1", "moments": "match", "update_proj_gap": 1}
     categories = {**Kind.categories, **COLUMNS.categories, "missed": "counters"}
-    on_host = (*Kind.on_host, "missed")
+    on_host, sharded = (*Kind.on_host, "missed"), True
 
     def selections(self):
         return tuple(NORMS)
@@ -54,8 +55,13 @@ class Columns(Kind):
         expect_carried(due, (rank, n) if due.left else (m, rank), grad.device)
 
     def renew(self, due):
-        columns = due.state["columns"]
-        new, norms = torch.ops.lowrank.dct_select(due.gradient, rank=len(columns), left=due.left, norm=NORMS[due.select])
+        columns, shard = due.state["columns"], due.shard
+        options = {"rank": len(columns), "left": due.left, "norm": NORMS[due.select]}
+        if shard.group:
+            new, norms = select_columns(due.gradient, shard=shard, **options)
+        else:
+            new, norms = torch.ops.lowrank.dct_select(due.gradient, **options)
+        new = shard.share(new)
         new = torch.where((norms > 0).any(), new, columns)  # a GPU is not asked whether there was anything to choose from
         if taken := is_taken(norms, due.state):
             old, kept = columns.clone(), (columns == new).all()

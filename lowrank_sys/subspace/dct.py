@@ -10,6 +10,7 @@ import torch
 
 from lowrank_sys import _ops
 from lowrank_sys._ops.numerics import accumulator, usable
+from lowrank_sys.subspace.shards import WHOLE
 
 # Elements of G that are transformed at once, on the CPU (where they should stay in the cache) and elsewhere.
 PANEL = {"cpu": 1 << 19}
@@ -79,6 +80,12 @@ def dct_select(grad, *, rank, left, norm=1):
         norms: (r,) fp32, the norms of these columns of S = G D (left: rows of Dᵀ G).
     """
     _ops.dct.check_dct_select(grad, rank=rank, left=left, norm=norm)
+    return select_columns(grad, rank=rank, left=left, norm=norm)
+
+
+def select_columns(grad, *, rank, left, norm, shard=WHOLE):
+    """dct_select without its checks. shard: that the rows of G are of, on the right side."""
     norms = column_norms(grad, left=left, norm=norm)
+    norms = shard.sum(norms) if norm == 1 else shard.norms(norms)
     indices, _ = torch.ops.lowrank.select_rows(norms, r=rank, method="top")
     return indices, norms[indices.long()]

@@ -16,7 +16,8 @@ class Factors(NoSubspace):
     defaults = {"seed": 0}
     categories = {**dict.fromkeys(("left_vectors", "values", "right_vectors"), "moments"), "started": "counters"}
     on_host = ("started",)
-    capturable = False
+    capturable, for_remainder = False, True
+    unsharded = "its vectors of the left side are of all rows"
 
     def check(self, group, names):
         self.check_rank(group, names)

@@ -95,11 +95,14 @@ def canonical_signs(basis, old=None):
     return torch.where(pivot < 0, -basis, basis)
 
 
-def svd_basis(grad, basis, *, rank, left):
+def svd_basis(grad, basis, *, rank, left, shard=WHOLE):
     """(the leading `rank` left (or right) singular vectors of G (m, n), as GaLore; the squares of their singular values).
 
-    The old basis and zeros, if G is zero or not finite.
+    The old basis and zeros, if G is zero or not finite. shard: that the rows of G are of, on the right side: the vectors are then
+    those of the sum of GᵀG (n, n) in fp64, which loses half of its digits and has twice those of fp32.
     """
+    if shard.group:
+        return _svd_basis_of_shards(grad, basis, rank, shard)
     _ops.subspace.check_subspace_iteration(grad, basis, rank=rank, left=left, n_iter=1, oversample=None, op="svd_basis")
     g = grad.to(accumulator(grad))
     valid = g.isfinite().all() & (g != 0).any()
@@ -108,6 +111,17 @@ def svd_basis(grad, basis, *, rank, left):
         return old, g.new_zeros(rank)
     u, s, vh = torch.linalg.svd(g, full_matrices=False)
     return canonical_signs((u[:, :rank] if left else vh[:rank].T).contiguous(), basis), s[:rank].square()
+
+
+def _svd_basis_of_shards(grad, basis, rank, shard):
+    gram = shard.sum(grad.double().T @ grad.double())
+    like = gram.new_empty(0, dtype=accumulator(grad))
+    if not (gram.isfinite().all() and (gram != 0).any()):
+        old = basis if basis is not None else orthonormalize(gaussian(len(gram), rank, 0, like), passes=3)
+        return old, like.new_zeros(rank)
+    energies, vectors = torch.linalg.eigh(gram)
+    leading = vectors[:, -rank:].flip(1).to(like.dtype).contiguous()
+    return canonical_signs(leading, basis), energies[-rank:].flip(0).clamp(min=0).to(like.dtype)
 
 
 def sketched_columns(rank, rows, columns, oversample=None):

@@ -33,6 +33,10 @@ class Gaussian(Kind):
         state["countdown"] = torch.tensor(group["update_proj_gap"] - (group["refresh"] == "next"), device="cpu")
         return shape
 
+    def needs(self, group):
+        """The rank is read of it: a key does not know it."""
+        return {"rank": ("exp_avg",), **super().needs(group)}
+
     def gap(self, due):
         return int(due.h["update_proj_gap"])
 
@@ -60,7 +64,7 @@ class Resampled(Gaussian):
     A refresh makes both (d, r) in fp32, and drops them. State of a matrix: that of Gaussian, and d.
     """
 
-    defaults, capturable = {**Kind.defaults, "update_proj_gap": 1000, "moments": "rotate"}, False
+    defaults, capturable, sharded = {**Kind.defaults, "update_proj_gap": 1000, "moments": "rotate"}, False, True
 
     def transports(self, group):
         return ("rotate", *CARRIED)
@@ -95,11 +99,17 @@ class Keyed(Orthonormal):
         if group["proj"] not in PROJECTIONS:
             raise ValueError(f"proj must be one of {', '.join(PROJECTIONS)}, got {group['proj']!r}")
         if group["proj"] == "random" and group["moments"] in set(TRANSPORTS) - set(CARRIED):
-            raise ValueError(f"moments must be one of {', '.join(CARRIED)} with proj='random', got {group['moments']!r}")
+            raise ValueError(
+                f"moments must be one of {', '.join(CARRIED)} with proj='random', got {group['moments']!r}, which "
+                f"{type(self).__name__} does not serve"
+            )
         super().check(group, names)
 
     def check_sharded(self, group):
         self._of(group).check_sharded(group)
+
+    def needs(self, group):
+        return self._of(group).needs(group)
 
     def init(self, state, param, group, index, count):
         return self._of(group).init(state, param, group, index, count)

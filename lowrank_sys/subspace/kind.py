@@ -5,6 +5,7 @@ import torch
 from lowrank_sys.subspace import moments as stored
 from lowrank_sys.subspace.basis import axis_of, store_of
 from lowrank_sys.subspace.matrices import expect_matrices, matrix_shape
+from lowrank_sys.subspace.rank import of_parameter, wanted
 from lowrank_sys.subspace.refresh import KINDS
 from lowrank_sys.subspace.shards import Part
 from lowrank_sys.subspace.transport import TRANSPORTS
@@ -39,6 +40,9 @@ class Kind(Part):
     blind = False  # whether a basis is renewed without any gradient
     capturable = True  # whether a step reads nothing of a basis on the host
     sketched = False  # whether bases may come from sketches, which add up over micro-batches
+    fusable = True  # whether R is project(G), as fused steps and remainders take it
+    empties = False  # whether there are matrices of whose gradient nothing is in R
+    for_remainder = False  # whether a remainder is all that reads what it keeps
 
     def __init_subclass__(cls):
         super().__init_subclass__()
@@ -60,23 +64,25 @@ class Kind(Part):
         valid["refresh"] = ("now", "next") if self.sketched else ("now",)
         for key, values in valid.items():
             if values and group[key] not in values:
-                raise ValueError(f"{key} must be one of {', '.join(values)}, got {group[key]!r}")
+                raise ValueError(
+                    f"{key} must be one of {', '.join(values)}, got {group[key]!r}, which {type(self).__name__} does not serve"
+                )
         self.check_rank(group, names)
 
     def check_rank(self, group, names):
         """Raise a ValueError for a group without a rank, or with one that a weight does not have."""
         if group["rank"] is None:
-            raise ValueError("rank must be an integer of at least 1, got None")
-        for name, param in zip(names, group["params"]):
+            raise ValueError(f"rank must be {wanted(None)}")
+        for i, (name, param) in enumerate(zip(names, group["params"])):
             expect_matrices(name, param)
-            most = min(matrix_shape(param.shape))
-            if group["rank"] > most:
-                raise ValueError(f"rank must be at most {most} for {name} of shape {tuple(param.shape)}, got {group['rank']}")
+            rank, most = of_parameter(group, i)["rank"], min(matrix_shape(param.shape))
+            if rank > most:
+                raise ValueError(f"rank must be at most {most} for {name} of shape {tuple(param.shape)}, got {rank}")
 
     def check_sharded(self, group):
         """Raise a ValueError that names a key whose value does not serve matrices whose rows lie on several processes."""
         if not self.sharded:
-            raise ValueError(f"{type(self).__name__} does not serve sharded weights")
+            raise ValueError(f"{type(self).__name__} does not serve sharded weights: {self.unsharded}")
         if "moments" in group and not TRANSPORTS[group["moments"]].sharded:
             able = ", ".join(name for name in self.transports(group) if TRANSPORTS[name].sharded)
             raise ValueError(f"moments must be one of {able} for sharded weights, got {group['moments']!r}")
@@ -90,6 +96,10 @@ class Kind(Part):
     def begin(self, state, param, group, index, count, role):
         """`init` for a matrix in this role (lowrank_sys.schedule.roles): without a basis where it trains whole."""
         return param.shape if role.name == "whole" else self.init(state, param, group, index, count)
+
+    def has_basis(self, group):
+        """Whether the gradients of this group go through a basis."""
+        return True
 
     def is_whole(self, state):
         """Whether R of this matrix is of the weight's own shape, and needs no way back."""
@@ -150,7 +160,8 @@ class Kind(Part):
         if sketched:
             gradients = [s[store_of(s).keys[0]].new_empty(0) if g is None else g for s, g in zip(states, gradients)]
         transport = group["moments"]
-        reads = tuple(dict.fromkeys((*((*moments, "step") if transport != "keep" else ()), *self.reads(group))))
+        carried = (*moments, "step", *TRANSPORTS[transport].needs) if transport != "keep" else ()
+        reads = tuple(dict.fromkeys(key for key in (*carried, *self.reads(group)) if key not in self.categories))
         hyper = {key: group[key] for key in self.hyper_of(group) if group[key] is not None}
         hyper.update(zip(("beta1", "beta2"), group["betas"] if "betas" in group and reads else ()))
         keys, number_keys = self.keys_of(states[0], reads)

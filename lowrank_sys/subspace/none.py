@@ -20,5 +20,8 @@ class NoSubspace(Kind):
     def needs(self, group):
         return {}
 
+    def has_basis(self, group):
+        return False
+
     def init(self, state, param, group, index, count):
         return param.shape

@@ -9,6 +9,8 @@ NONE = NoSubspace()
 class OrWhole(Orthonormal):
     """Orthonormal with an integer `rank`, NoSubspace with None."""
 
+    sharded = True
+
     def check(self, group, names):
         if group["rank"] is not None:
             super().check(group, names)
@@ -16,6 +18,13 @@ class OrWhole(Orthonormal):
         if group["refresh"] != "now":
             raise ValueError(f"rank must be an integer of at least 1 with refresh={group['refresh']!r}, got None")
         NONE.check(group, names)
+
+    def check_sharded(self, group):
+        if group["rank"] is not None:
+            super().check_sharded(group)
+
+    def has_basis(self, group):
+        return group["rank"] is not None
 
     def needs(self, group):
         return {} if group["rank"] is None else super().needs(group)

@@ -4,6 +4,7 @@ import torch
 
 from lowrank_sys import _ops
 from lowrank_sys._ops.numerics import accumulator
+from lowrank_sys.subspace.shards import WHOLE
 
 # Rows of a symmetric product that are computed at once: blocks above the diagonal are copies.
 BLOCK = 256
@@ -59,9 +60,9 @@ def tensor_core_product(left, right, many):
     return torch.mm(side_by_side(left, many, 1), side_by_side(right, many, 0), out_dtype=torch.float32)
 
 
-def tensor_core_step(x, many, tall, a, b, c):
+def tensor_core_step(x, many, tall, a, b, c, shard=WHOLE):
     """a X + (b A + c A A) X. X itself is not rounded: what rounding puts outside of its range would be amplified every step."""
-    gram = tensor_core_product(x.T, x, many) if tall else tensor_core_product(x, x.T, many)
+    gram = shard.sum(tensor_core_product(x.T, x, many) if tall else tensor_core_product(x, x.T, many))
     factor = tensor_core_product(gram, gram, many).mul_(c).add_(gram, alpha=b)
     update = tensor_core_product(x, factor, many) if tall else tensor_core_product(factor, x, many)
     return update.add_(x, alpha=a)
@@ -88,26 +89,28 @@ def newton_schulz(x, *, steps=5, a=3.4445, b=-4.7750, c=2.0315):
     return iterate(x, steps=steps, a=a, b=b, c=c)
 
 
-def iterate(x, *, steps=5, a=3.4445, b=-4.7750, c=2.0315):
-    """newton_schulz without its checks; an x in fp64 is iterated in fp64."""
+def iterate(x, *, steps=5, a=3.4445, b=-4.7750, c=2.0315, shard=WHOLE):
+    """newton_schulz without its checks; an x in fp64 is iterated in fp64. shard: that the rows of x are of, always on the side of
+    its columns."""
     many = x.dtype.itemsize > 2
     x = x.to(accumulator(x))
-    if x.numel() == 0:
+    if x.numel() == 0 and not shard.group:
         return x.clone()
     # By the largest entry first: squares of a huge or a tiny x leave the range of fp32.
-    size = torch.linalg.vector_norm(x, torch.inf)
+    largest = torch.linalg.vector_norm(x, torch.inf) if x.numel() else x.new_zeros(())
+    size = shard.norms(largest)
     valid = size.isfinite() & (size > 0)
     x = torch.where(valid, x, 0).div_(torch.where(valid, size, 1))
-    x.div_(torch.linalg.vector_norm(x).clamp(min=1))
-    tall = x.shape[0] > x.shape[1]
+    x.div_(shard.norms(torch.linalg.vector_norm(x)).clamp(min=1))
+    tall = bool(shard.group) or x.shape[0] > x.shape[1]
     if on_tensor_cores(x):
         for _ in range(steps):
-            x = tensor_core_step(x, many, tall, a, b, c)
+            x = tensor_core_step(x, many, tall, a, b, c, shard)
         return x
-    short = min(x.shape)
+    short = x.shape[1 if tall else 0]
     gram, factor, other = x.new_empty(short, short), x.new_empty(short, short), torch.empty_like(x)
     for _ in range(steps):
-        polynomial_into(factor, gram_into(gram, x, tall), a, b, c)
+        polynomial_into(factor, shard.sum(gram_into(gram, x, tall)), a, b, c)
         torch.mm(x, factor, out=other) if tall else torch.mm(factor, x, out=other)
         x, other = other, x
     return x

@@ -81,7 +81,8 @@ class Orthonormal(Kind):
         super().check_sharded(group)
         if not SELECT[group["subspace"]].sharded:
             able = ", ".join(name for name, selector in SELECT.items() if selector.sharded)
-            raise ValueError(f"subspace must be one of {able} for sharded weights, got {group['subspace']!r}")
+            why = SELECT[group["subspace"]].unsharded
+            raise ValueError(f"subspace must be one of {able} for sharded weights, got {group['subspace']!r}: {why}")
 
     def init(self, state, param, group, index, count):
         rank, gap, selector = group["rank"], group["update_proj_gap"], SELECT[group["subspace"]]

@@ -48,20 +48,20 @@ class Randomized(Selector):
 class Svd(Selector):
     """The exact singular vectors at steps 0, gap, 2 gap, ..., as the GaLore reference."""
 
-    staggered = False
+    staggered, sharded = False, True
 
     def choose(self, due):
-        return svd_basis(due.gradient, due.old, rank=due.rank, left=due.left)
+        return svd_basis(due.gradient, due.old, rank=due.rank, left=due.left, shard=due.shard)
 
 
 class RandomOrthonormal(Selector):
     """Orthonormal columns from the seed and the number of the refresh, whatever the gradient is (FRUGAL, GoLore)."""
 
-    sketched, counts = True, True
+    sketched = counts = sharded = True
 
     def choose(self, due):
         d = len(due.old) if due.old is not None else due.raw.shape[0 if due.left else 1]
-        size = torch.linalg.vector_norm(due.gradient.float())
+        size = due.shard.norms(torch.linalg.vector_norm(due.gradient.float()))
         new = seeded_basis(d, due.rank, due.seed + (int(due.state["refreshes"]) << 32), due.raw)
         energies = torch.where(size.isfinite(), size, 0).expand(due.rank)
         return new if due.old is None else torch.where(energies[0] > 0, new, due.old.to(new.dtype)), energies

@@ -11,13 +11,15 @@ KEYS = ("offset", "rows", "sums")
 
 class Part:
     """Base of the parts of a method. sharded: whether it serves matrices whose rows lie on several processes: it then forms sums
-    over rows by the shard's `sum` alone. Every class says so itself: it is not inherited."""
+    over rows by the shard's `sum` alone. unsharded: why not. Every class says so itself: neither is inherited."""
 
     sharded = False
+    unsharded = "its class does not say that it does"
 
     def __init_subclass__(cls):
         super().__init_subclass__()
         cls.sharded = cls.__dict__.get("sharded", False)
+        cls.unsharded = cls.__dict__.get("unsharded", Part.unsharded)
 
 
 class Shard(NamedTuple):

@@ -95,8 +95,8 @@ TRANSPORTS = {
     "keep": Transport(keep, bases=False, sharded=True),
     "reset": Transport(reset, bases=False, sharded=True),
     "rotate": Transport(rotate, sharded=True),
-    "clear": Transport(functools.partial(reset, step=False), bases=False),
-    "rotate-first": Transport(functools.partial(rotate, first=True)),
-    "follow": Transport(follow, needs=("exp_avg", "exp_avg_sq")),
-    "match": Transport(match, needs=("columns",)),
+    "clear": Transport(functools.partial(reset, step=False), bases=False, sharded=True),
+    "rotate-first": Transport(functools.partial(rotate, first=True), sharded=True),
+    "follow": Transport(follow, needs=("exp_avg", "exp_avg_sq"), sharded=True),
+    "match": Transport(match, needs=("columns",), sharded=True),
 }

@@ -139,7 +139,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep --per-layer and --gradient-checkpointing as given: without this, INT8 weights that would not fit otherwise "
         "take what was not given by themselves",
     )
-    add("--rank", metavar="R", type=int, help=f"rank of the low-rank gradients (default: {_defaults('rank')})")
+    add(
+        "--rank",
+        metavar="R",
+        type=_rank,
+        help=f"rank of the low-rank gradients, or below 1 its share of the shorter side (default: {_defaults('rank')})",
+    )
     add(
         "--target-modules",
         metavar="NAME",
@@ -218,6 +223,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _rank(text: str) -> int | float:
+    return float(text) if "." in text else int(text)
+
+
 def _defaults(name: str) -> str:
     """The methods' defaults of a flag: the most common one, then whose are others."""
     usual = getattr(METHODS["galore"], name)
@@ -293,8 +302,10 @@ def check(args: argparse.Namespace) -> launcher.Place:
     args.plain_lr = method.plain_lr if args.plain_lr is None else args.plain_lr
     args.out = args.out or f"runs/{_title(args.model)}-{args.method}"
 
+    if args.rank is not None and not (0 < args.rank < 1 or isinstance(args.rank, int) and args.rank >= 1):
+        raise CommandError(f"--rank: got {args.rank}; it must be an integer of at least 1, or a number in (0, 1)")
     at_least = {
-        **dict.fromkeys(("steps", "batch_size", "gradient_accumulation_steps", "rank", "update_proj_gap"), 1),
+        **dict.fromkeys(("steps", "batch_size", "gradient_accumulation_steps", "update_proj_gap"), 1),
         **dict.fromkeys(("eval_steps", "eval_tokens", "save_steps", "keep"), 1),
         **dict.fromkeys(("lr", "plain_lr", "scale", "weight_decay", "grad_clip", "min_lr_ratio"), 0),
         **dict.fromkeys(("warmup_ratio", "warmup_steps", "seed"), 0),

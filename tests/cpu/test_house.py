@@ -26,7 +26,11 @@ FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 ORACLE = {"backends", "memory", "bench", "reference"}
 PARTS = ("optim", "schedule", "subspace", "nn")
 # Arguments of users, of which a message says what they must be.
-ARGUMENTS = {("optim/per_layer.py", "AtStep"), ("optim/captured.py", "LowRankOptimizer")}
+ARGUMENTS = {
+    ("optim/per_layer.py", "AtStep"),
+    ("optim/captured.py", "LowRankOptimizer"),
+    ("optim/continual.py", "LowRankOptimizer"),
+}
 # Modules of a user's model are told by their class.
 LAYERS = {"ProjectedLinear", "QuantLinear"}
 # Names of torch's modules, and of named tuples.

@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys.optim.preset import Preset, method
-from lowrank_sys.subspace.iteration import canonical_signs, seeded_basis
+from lowrank_sys.subspace.iteration import DEPENDENT, canonical_signs, cholesky_qr, seeded_basis
 from lowrank_sys.subspace.select import SELECT, Selector
 from lowrank_sys.subspace.transport import TRANSPORTS, Transport, rotated, rotation
 
@@ -19,32 +19,37 @@ class CorrelationAware(Selector):
     """
 
     moments, hyper, counts, sized, orthonormal = ("exp_avg",), {"reproject_factor": 5}, True, True, False
+    sharded = True
 
     def choose(self, due):
         g = due.gradient.float().T if due.left else due.gradient.float()  # (channels, d)
-        size = torch.linalg.vector_norm(g)
+        shard, size = due.shard, due.shard.norms(torch.linalg.vector_norm(g))
         valid = size.isfinite() & (size > 0)
         g = torch.where(valid, g, 0)
         old = seeded_basis(g.shape[1], due.rank, due.seed, g) if due.old is None else due.old.float()
         if due.old is None or int(due.state["refreshes"]) % int(due.h["reproject_factor"]) == 0:
-            q = torch.linalg.qr(g @ old).Q
-            new = canonical_signs(torch.linalg.svd(q.T @ g, full_matrices=False).Vh[: due.rank].T.contiguous(), due.old)
+            y = g @ old
+            q = cholesky_qr(y, passes=5, shifts=DEPENDENT, shard=shard) if shard.group else torch.linalg.qr(y).Q
+            _, _, vh = torch.linalg.svd(torch.where(valid, shard.sum(q.T @ g), 0), full_matrices=False)
+            new = canonical_signs(vh[: due.rank].T.contiguous(), due.old)
         else:
-            new = self._stepped(old, g, due.moment("exp_avg").T if due.left else due.moment("exp_avg"))
+            new = self._stepped(old, g, due.moment("exp_avg").T if due.left else due.moment("exp_avg"), shard)
         valid = valid & new.isfinite().all()
         new = torch.where(valid, new, old)
-        return new, torch.where(valid, (g @ new).square().sum(0), 0)
+        return new, torch.where(valid, shard.sum((g @ new).square().sum(0)), 0)
 
-    def _stepped(self, b, g, m):
-        """b less the step; g, m: G and M with a channel a row."""
-        r, gram, channels = g @ b, b.T @ b, torch.linalg.vector_norm(g, dim=1)
-        error = (channels.square().sum() - 2 * r.square().sum() + (gram * (r.T @ r)).sum()) / g.numel()
-        slope = (2 * b @ (r.T @ r) + g.T @ (2 * r @ gram - 4 * r)) / g.numel()
+    def _stepped(self, b, g, m, shard):
+        """b less the step; g, m: G and M with a channel a row, of which shard has some."""
+        total, count = shard.sum, shard.rows or len(g)
+        r, gram, channels, size = g @ b, b.T @ b, torch.linalg.vector_norm(g, dim=1), count * g.shape[1]
+        outer = total(r.T @ r)
+        error = (total(channels.square().sum()) - 2 * total(r.square().sum()) + (gram * outer).sum()) / size
+        slope = (2 * b @ outer + total(g.T @ (2 * r @ gram - 4 * r))) / size
         lengths = ((m @ gram) * m).sum(1, keepdim=True).clamp(min=1e-16).sqrt()
-        weight = 1 / (lengths * channels.clamp(min=1e-8).unsqueeze(1) * len(g))
+        weight = 1 / (lengths * channels.clamp(min=1e-8).unsqueeze(1) * count)
         cosines = weight * (m * r).sum(1, keepdim=True)  # that add up to their mean
-        turn = g.T @ (weight * m) - b @ (m.T @ (cosines / lengths.square() * m))
-        step = slope * (1 - cosines.sum()) - error * turn
+        turn = total(g.T @ (weight * m)) - b @ total(m.T @ (cosines / lengths.square() * m))
+        step = slope * (1 - total(cosines.sum())) - error * turn
         return b - RATE * step * (CLIP / step.norm().clamp(min=CLIP))
 
 
@@ -57,7 +62,7 @@ def rotate_roots(due, old, new, kept):
 
 
 SELECT["coap"] = CorrelationAware()
-TRANSPORTS["rotate-roots"] = Transport(rotate_roots)
+TRANSPORTS["rotate-roots"] = Transport(rotate_roots, sharded=True)
 
 
 @method("coap", lr=5e-3, plain_lr=3e-3, scale=1.0, subspace="coap", update_proj_gap=32)

@@ -4,7 +4,6 @@ import math
 
 import torch
 
-from lowrank_sys.optim.methods.galore_adafactor import GaLoreAdafactor
 from lowrank_sys.optim.moments import Moment
 from lowrank_sys.optim.preset import Preset, method
 from lowrank_sys.optim.remainder import Remainder
@@ -17,9 +16,8 @@ from lowrank_sys.subspace.keys import Resampled
 class CompressedMomentum(Adafactor):
     """X = M <- beta1 M + (1 - beta1) R; rates, and all without a rank, are Adafactor's."""
 
-    name, transports = None, ("rotate", "keep", "reset")
-    defaults = {"eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8, "beta1": 0.9}
-    defaults |= {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+    name, transports, sharded = None, ("rotate", "keep", "reset"), True
+    defaults = {**Adafactor.defaults, "beta1": 0.9}
     plain = Adafactor()
 
     def moments(self, shape, h):
@@ -40,6 +38,10 @@ class FactoredRoot(Remainder):
     """
 
     name, defaults, categories = "factored-root", {"scale": 1.0}, {"row": "moments", "col": "moments"}
+    basis, reads, sharded, by_row = True, ("decay_rate", "clip_threshold"), True, ("row",)
+
+    def sums(self, h):
+        return True
 
     def init(self, state, param):
         for key, shape in (("row", (param.shape[0], 1)), ("col", (1, param.shape[1]))):
@@ -48,14 +50,14 @@ class FactoredRoot(Remainder):
     def of(self, g, r, x, s, state, h):
         left, b = state["left"], store_of(state).load(state, s.d).float()
         norms = self._back_norms(b, r, left) if g is None else self._norms(g, s)
-        beta2, (m, n) = 1 - s.step ** h["decay_rate"], (len(state["row"]), state["col"].shape[1])
-        for key, norm, count in (("row", norms[0], n), ("col", norms[1], m)):
-            square = norm.square() / count + h["eps"][0]
-            seen = s.ok.any() & square.isfinite()  # where an entry is not finite the statistic stays
-            state[key].copy_(torch.where(seen, beta2 * state[key] + (1 - beta2) * square, state[key]))
-        rows, columns = state["row"].mean().sqrt() * inverse_root(state["row"]), inverse_root(state["col"])
+        beta2, (m, n) = 1 - s.step ** h["decay_rate"], (s.shard.rows or len(state["row"]), state["col"].shape[1])
+        taken = s.shard.any(s.ok.any())
+        for key, norm, count in (("row", norms[0], n), ("col", s.shard.norms(norms[1]), m)):
+            square = norm.square() / count + h["eps"][0]  # where an entry is not finite the statistic stays
+            state[key].copy_(torch.where(taken & square.isfinite(), beta2 * state[key] + (1 - beta2) * square, state[key]))
+        rows, columns = (s.shard.sum(state["row"].sum()) / m).sqrt() * inverse_root(state["row"]), inverse_root(state["col"])
         turned, low = (b * rows, x * columns) if left else (b * columns.T, (x * rows).T)
-        rms = (low * (turned.T @ turned @ low)).sum().clamp(min=0).sqrt() / math.sqrt(m * n)
+        rms = s.shard.sum((low * (turned.T @ turned @ low)).sum()).clamp(min=0).sqrt() / math.sqrt(m * n)
         return Update(x=x, c=(rows * h["scale"] / (rms / h["clip_threshold"]).clamp(min=1), columns), over=True)
 
     def _norms(self, g, s):
@@ -75,4 +77,4 @@ class FactoredRoot(Remainder):
 class Flora(Preset):
     """W <- (1 - lr*wd) W - lr U, U = back(M) / sqrt(V), V Adafactor's, M the momentum of R = project(G) (docs/methods.md)."""
 
-    rule, subspace, remainder, rules = CompressedMomentum(), Resampled(), FactoredRoot(), GaLoreAdafactor.rules
+    rule, subspace, remainder = CompressedMomentum(), Resampled(), FactoredRoot()

@@ -19,18 +19,6 @@ class GaLoreAdafactor(LowRankOptimizer):
     State of a matrix: `row` (rows of R, 1), `col` (1, columns of R), `basis`, `step`, the schedule; `exp_avg` with beta1.
     """
 
-    rules = {
-        **hyper.RULES,
-        "lr": hyper.optional(hyper.rate),
-        "eps": hyper.pair("eps", hyper.at_least(0)),
-        "clip_threshold": hyper.number("a number above 0", lambda value: value > 0),
-        "decay_rate": hyper.number("a number", lambda value: True),
-        "beta1": hyper.optional(hyper.momentum),
-        "scale_parameter": hyper.flag,
-        "relative_step": hyper.flag,
-        "warmup_init": hyper.flag,
-    }
-
     def __init__(
         self,
         params: Params,
@@ -58,7 +46,7 @@ class GaLoreAdafactor(LowRankOptimizer):
             "relative_step": relative_step,
             "warmup_init": warmup_init,
         }
-        hyper.check(defaults, self.rules)
+        hyper.check(defaults, {**hyper.RULES, **Adafactor.checks})
         if relative_step == (lr is not None):
             raise ValueError(f"lr must be {'None with' if relative_step else 'given without'} relative_step, got {lr}")
         if warmup_init and not relative_step:

@@ -13,6 +13,7 @@ class CrossHead(Selector):
     """Randomized subspace iteration on the channels of one of `heads`, drawn each time; of neighbours too, below the rank."""
 
     hyper, counts = {"heads": 1}, True
+    unsharded = "the rows of a head may lie on several processes"
 
     def choose(self, due):
         g, axis, heads = due.gradient, 1 if due.left else 0, int(due.h["heads"])

@@ -20,6 +20,10 @@ class NormalisedRows(Remainder):
 
     name, defaults = "normalised-rows", {"scale": 0.25}
     categories, from_low_rank = dict.fromkeys(("length", "length_sq"), "moments"), False
+    basis, reads, sharded, by_row = True, ("betas", "eps"), True, ("length", "length_sq")
+
+    def sums(self, h):
+        return True
 
     def init(self, state, param):
         for name in self.categories:
@@ -36,7 +40,7 @@ class NormalisedRows(Remainder):
         s.slopes = torch.where(s.lengths > 0, s.slopes / s.lengths, 0)
 
     def of(self, g, r, x, s, state, h):
-        taken, (beta1, beta2) = s.ok.any(), h["betas"]
+        taken, (beta1, beta2) = s.shard.any(s.ok.any()), h["betas"]
         for name, beta, value in (("length", beta1, s.slopes), ("length_sq", beta2, s.slopes.square())):
             state[name].copy_(torch.where(taken, beta * state[name] + (1 - beta) * value, state[name]))
         first, second = (correction.to(r.dtype) for correction in corrections(s, h))

@@ -14,6 +14,8 @@ class Unbiased(Orthonormal):
     State of a matrix: that of Orthonormal, `share`, q or 1 - q, and `outside` in a whole one.
     """
 
+    fusable = False
+    unsharded = "its layers are drawn, and frozen weights are not sharded ones"
     sketched = False  # a basis serves from the step on whose gradient it is of
 
     def transports(self, group):
@@ -40,6 +42,7 @@ class Unbiased(Orthonormal):
 
 
 class HeavyBall(Muon):
+    sharded = True
     name, defaults = "heavy-ball-muon", {**Muon.defaults, "nesterov": False}
 
 

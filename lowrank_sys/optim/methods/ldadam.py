@@ -13,15 +13,15 @@ from lowrank_sys.subspace.transport import TRANSPORTS, Transport, corrected, fol
 class PowerStep(Selector):
     """QR of one power step on rho back(M) + (1 - rho) G from the old basis; a first one is the exact SVD's."""
 
-    moments, hyper, staggered = ("exp_avg", "exp_avg_sq", "step", "error"), {"rho": 0.908}, False
+    moments, hyper, staggered, sharded = ("exp_avg", "exp_avg_sq", "step", "error"), {"rho": 0.908}, False, True
 
     def choose(self, due):
         if due.old is None:
-            return svd_basis(due.gradient, None, rank=due.rank, left=due.left)
+            return svd_basis(due.gradient, None, rank=due.rank, left=due.left, shard=due.shard)
         g = due.gradient.float() if due.left else due.gradient.float().T  # (d, channels)
         old, rho, m = due.old.float(), due.h["rho"], corrected(due)[0]
         other = rho * (m.T @ (old.T @ old)) + (1 - rho) * (g.T @ old)
-        y = rho * (old @ (m @ other)) + (1 - rho) * (g @ other)
+        y = rho * (old @ due.shard.sum(m @ other)) + (1 - rho) * due.shard.sum(g @ other)
         size = torch.linalg.vector_norm(y)
         valid = size.isfinite() & (size > 0)
         new = torch.where(valid, orthonormalize(torch.where(valid, y, old), passes=3), old)
@@ -37,7 +37,7 @@ def covariance(due, old, new, kept):
 
 
 SELECT["power"] = PowerStep()
-TRANSPORTS["covariance"] = Transport(covariance, needs=("exp_avg", "exp_avg_sq", "error"))
+TRANSPORTS["covariance"] = Transport(covariance, needs=("exp_avg", "exp_avg_sq", "error"), sharded=True)
 
 
 @method("ldadam", lr=2e-3, plain_lr=3e-3, scale=1.0, subspace="power", update_proj_gap=1)

@@ -16,8 +16,7 @@ def products(g, s, left, right):
     for first, end in panels(g.shape):
         rows = slice(first, end)
         part = torch.where(s.rows[rows], g[rows].float() / s.size, 0)
-        across += left[rows].T @ part
-        along[rows] = part @ right
+        across, along[rows] = across + left[rows].T @ part, part @ right
     return across, along
 
 
@@ -31,6 +30,7 @@ class FactoredMomentum(WithoutBasis):
     """M = U diag(S) Vᵀ <- the best of rank r of momentum M + (UUᵀG + G VVᵀ - UUᵀG VVᵀ); of the first gradient its own."""
 
     name, defaults = "factored-momentum", {"momentum": 0.95, "scale": 1.0, "residual_scale": 0.0}
+    needs, reads_update = tuple(Factors.categories), False
 
     def measure(self, g, r, s, state, h):
         norms = torch.ops.lowrank.channel_norms(g, left=False).unsqueeze(1)

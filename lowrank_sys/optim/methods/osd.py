@@ -18,6 +18,7 @@ class OnlineDescent(Selector):
     """
 
     hyper, counts, staggered, orthonormal, late = {"basis_rate": 1.0, "orthogonality": 1.0}, True, False, False, True
+    sharded = True
     categories = {"basis_exp_avg": "moments", "basis_exp_avg_sq": "moments"}
 
     def init(self, state, param, group):
@@ -27,13 +28,14 @@ class OnlineDescent(Selector):
 
     def choose(self, due):
         if due.old is None:
-            return svd_basis(due.gradient, None, rank=due.rank, left=due.left)
+            return svd_basis(due.gradient, None, rank=due.rank, left=due.left, shard=due.shard)
         g, b = due.gradient.float() if due.left else due.gradient.float().T, due.old.float()  # (d, channels), (d, r)
-        size = torch.linalg.vector_norm(g)
+        total = due.shard.sum  # over channels
+        size = due.shard.norms(torch.linalg.vector_norm(g))
         valid = size.isfinite() & (size > 0)
         g = torch.where(valid, g / size, 0)
         r, gram = b.T @ g, b.T @ b
-        slope = 2 * b @ (r @ r.T) + g @ (2 * gram @ r - 4 * r).T
+        slope = 2 * b @ total(r @ r.T) + total(g @ (2 * gram @ r - 4 * r).T)
         slope += 4 * due.h["orthogonality"] * (b @ gram - b)
         step = int(due.state["refreshes"])
         moments = [due.state[key] for key in self.categories]
@@ -41,7 +43,7 @@ class OnlineDescent(Selector):
             moment.copy_(torch.where(valid, beta * moment + (1 - beta) * value, moment))
         first, second = (moment / (1 - beta**step) for moment, beta in zip(moments, BETAS))
         update = due.h["basis_rate"] * due.lr * first / (second.sqrt() + EPS)
-        return torch.where(valid, b - update, b), torch.where(valid, r.square().sum(1), 0)
+        return torch.where(valid, b - update, b), torch.where(valid, total(r.square().sum(1)), 0)
 
 
 SELECT["online"] = OnlineDescent()

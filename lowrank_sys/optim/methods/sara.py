@@ -14,10 +14,11 @@ class ImportanceSampled(Selector):
     The first r of a race: times E_i / sigma_i, E_i exponential, of a Philox stream that follows from the seed and the refresh.
     """
 
-    counts, staggered = True, False
+    counts, staggered, sharded = True, False, True
 
     def choose(self, due):
-        vectors, energies = svd_basis(due.gradient, None, rank=min(due.raw.shape), left=due.left)
+        most = min(due.shard.rows or due.raw.shape[0], due.raw.shape[1])
+        vectors, energies = svd_basis(due.gradient, None, rank=most, left=due.left, shard=due.shard)
         where = {"device": vectors.device, "seed": due.seed, "step": int(due.state["refreshes"]), "parameter": 0}
         exponential = gaussian_basis(d=2, rank=len(energies), **where).square().sum(0)
         chosen = (exponential / energies.sqrt()).topk(due.rank, largest=False).indices.sort().values

@@ -20,7 +20,7 @@ def _factor(squares, size):
 class Sinkhorn(WithoutBasis):
     """X = diag(a) G diag(b) after `passes` (5) times of rows to norm sqrt(n), columns to norm sqrt(m). It keeps a and b alone."""
 
-    name, defaults, sharded = "sinkhorn", {"passes": 5}, True
+    name, defaults, sharded, reads_update = "sinkhorn", {"passes": 5}, True, False
 
     def sums(self, h):
         return True

@@ -13,6 +13,7 @@ from lowrank_sys.optim.update import Update
 class SubspaceMomentum(Rule):
     """X = M <- beta1 M + (1 - beta1) R, at the rate lr sqrt(1 - beta2^t) / (1 - beta1^t)."""
 
+    sharded = True
     defaults = {"betas": (0.9, 0.999), "eps": 1e-6}
     state = {"exp_avg": Moment(signed=True)}
     plain = Adam()
@@ -33,6 +34,8 @@ class SubsetNorm(Remainder):
     """
 
     name, defaults, categories, from_low_rank = "subset-norm", {"scale": 1.0}, {"subset_sq": "moments"}, False
+    alone = basis = True
+    reads, sharded, by_row = ("betas", "eps"), True, ("subset_sq",)
 
     def init(self, state, param):
         shape = (1, param.shape[1]) if state["left"] else (param.shape[0], 1)

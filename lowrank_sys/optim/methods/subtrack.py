@@ -16,18 +16,19 @@ class Geodesic(Selector):
     first basis is the SVD's; one in 16 bits is made orthonormal again before each step. On the right the same with Gᵀ.
     """
 
-    hyper, sized, staggered = {"geodesic_step": 10.0}, True, False
+    hyper, sized, staggered, sharded = {"geodesic_step": 10.0}, True, False, True
 
     def choose(self, due):
         if due.old is None:
-            return svd_basis(due.gradient, None, rank=due.rank, left=due.left)
+            return svd_basis(due.gradient, None, rank=due.rank, left=due.left, shard=due.shard)
         g = due.gradient.float() if due.left else due.gradient.float().T  # (d, channels)
-        size = torch.linalg.vector_norm(g)
+        total = due.shard.sum  # over channels
+        size = due.shard.norms(torch.linalg.vector_norm(g))
         valid = size.isfinite() & (size > 0)
         g, old = torch.where(valid, g, 0), due.old.float()
         s = cholesky_qr(old, passes=1, shifts=(0.0,))
         r = s.T @ g
-        tangent = 2 * (g @ r.T - s @ (r @ r.T))
+        tangent = 2 * (total(g @ r.T) - s @ total(r @ r.T))
         v = leading_eigenvectors(tangent.T @ tangent, 1)
         u = tangent @ v
         sigma = torch.linalg.vector_norm(u)
@@ -35,7 +36,7 @@ class Geodesic(Selector):
         turned = s @ v * (angle.cos() - 1) + u / sigma.clamp(min=torch.finfo(u.dtype).tiny) * angle.sin()
         new = s + turned @ v.T
         valid = valid & new.isfinite().all()
-        return torch.where(valid, new, old), torch.where(valid, r.square().sum(1), 0)
+        return torch.where(valid, new, old), torch.where(valid, total(r.square().sum(1)), 0)
 
 
 SELECT["subtrack"] = Geodesic()

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from lowrank_sys.optim import hyper
 from lowrank_sys.optim.moments import Moment
 from lowrank_sys.optim.rules.rule import Rule
 from lowrank_sys.subspace.shards import WHOLE
@@ -35,6 +36,18 @@ class Adafactor(Rule):
     """
 
     name, sharded = "adafactor", True
+    defaults = {"eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8, "beta1": None}
+    defaults |= {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+    checks = {
+        "lr": hyper.optional(hyper.rate),
+        "eps": hyper.pair("eps", hyper.at_least(0)),
+        "clip_threshold": hyper.number("a number above 0", lambda value: value > 0),
+        "decay_rate": hyper.number("a number", lambda value: True),
+        "beta1": hyper.optional(hyper.momentum),
+        "scale_parameter": hyper.flag,
+        "relative_step": hyper.flag,
+        "warmup_init": hyper.flag,
+    }
     names = ("exp_avg", "exp_avg_sq", "row", "col")
 
     @property

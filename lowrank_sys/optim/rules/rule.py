@@ -7,12 +7,14 @@ from lowrank_sys.subspace.transport import TRANSPORTS
 class Rule(Part):
     """An update from a gradient R and its moments: everything a method of this kind is.
 
-    name: in the table of fused steps; None has no fused step. defaults: its hyper-parameters. state: {name: Moment}. plain: the
+    name: in the table of fused steps; None has no fused step. defaults: its hyper-parameters. checks: what those of them may hold
+    that lowrank_sys.optim.hyper.RULES does not know as it means them. state: {name: Moment}. plain: the
     rule of parameters without a rank, itself by default. transports: what may become of its moments at a refresh.
     """
 
     name = None
     defaults = {}
+    checks = {}
     state = {}
     keys = set()  # group keys of all rules
 

@@ -7,6 +7,7 @@ import torch
 from lowrank_sys.optim.moments import SHORT, Moment
 from lowrank_sys.optim.rules.adam import Adam
 from lowrank_sys.optim.rules.rule import Rule
+from lowrank_sys.subspace.orthogonalize import iterate
 
 # RMS of an update, about that of AdamW's, so that its rates serve (Liu et al. 2025, arXiv:2502.16982, section 2.2).
 RMS = 0.2
@@ -40,13 +41,17 @@ class Muon(Spectral):
     `nesterov` False: NS(M). NS: `ns_steps` iterations of lowrank_sys.subspace.orthogonalize.newton_schulz.
     """
 
-    name, defaults = "muon", {"momentum": 0.95, "nesterov": True, "ns_steps": 5}
+    name, defaults, sharded = "muon", {"momentum": 0.95, "nesterov": True, "ns_steps": 5}, True
     state = {"exp_avg": Moment(signed=True)}
 
     def update(self, r, s, h):
         s.exp_avg.lerp_(r, 1 - h["momentum"])
         x = r.lerp(s.exp_avg, h["momentum"]) if h["nesterov"] else s.exp_avg
-        return RMS * math.sqrt(max(r.shape)) * torch.ops.lowrank.newton_schulz(x, steps=h["ns_steps"])
+        if s.shard.group:
+            x = iterate(x, steps=h["ns_steps"], shard=s.shard)
+        else:
+            x = torch.ops.lowrank.newton_schulz(x, steps=h["ns_steps"])
+        return RMS * math.sqrt(max(s.shard.rows or r.shape[0], r.shape[1])) * x
 
 
 def inverse_root(v):
@@ -77,6 +82,7 @@ class OneSided(Spectral):
 
     name, defaults = "one-sided", {"momentum": 0.9, "beta2": 0.8}
     state = {"exp_avg": Moment(signed=True), "gram": Moment(axis=SHORT)}
+    unsharded = "its Gram matrix is of the short side, which may be that of the rows"
     transports = ("keep",)  # what is in the coordinates of an old basis is soon forgotten, with beta2
 
     def update(self, r, s, h):

@@ -18,6 +18,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lowrank_sys import optim
 from lowrank_sys.memory import devices
+from lowrank_sys.optim import param_groups
 from lowrank_sys.optim.preset import METHODS
 
 SIZE = 4
@@ -276,16 +277,19 @@ def refused(rank, size):
     def keyed(**keys):
         return lambda: galore(shard(build(), size), keys)
 
+    def made(name):
+        keys = {"subspace": "randomized", "moments": "keep", "proj_type": "right"} if name == "galore-plus" else {}
+        return lambda: METHODS[name].optimizer(param_groups(shard(build(), size), 4, **keys))
+
     left = optim.GaLoreAdamW(groups(build(), proj_type="left"))
     for param in left.param_groups[1]["params"]:
         param.grad = torch.ones_like(param)
     left.step()
     tries = {
         "left": keyed(proj_type="left"),
-        "svd": keyed(subspace="svd"),
+        "cross-head": keyed(subspace="cross-head"),
         "per_layer": lambda: galore(shard(build(), size), per_layer="in_backward"),
-        "coap": lambda: METHODS["coap"].optimizer(groups(shard(build(), size), subspace="coap")),
-        "power": lambda: METHODS["ldadam"].optimizer(groups(shard(build(), size))),
+        **{name: made(name) for name in ("asgo", "owlore", "gum", "galore-plus", "mofasgd")},
         "columns": lambda: optim.GaLoreAdamW([{"params": on(Shard(1), 8, 8), "rank": 2}]),
         "experts": lambda: optim.GaLoreAdamW([{"params": on(Shard(0), 5, 8, 8), "rank": 2}]),
         "captured": lambda: optim.CapturedStep(galore(shard(build(), size))),
@@ -439,10 +443,15 @@ def test_what_is_not_served_is_refused_when_the_optimizer_is_built(ranks):
     for results in ranks:
         answers = results["refused"]
         assert answers["left"].startswith("proj_type must be right for sharded weights")
-        assert answers["svd"] == "subspace must be one of randomized for sharded weights, got 'svd'"
+        wanted, why = answers["cross-head"].split(": ")
+        assert wanted.startswith("subspace must be one of randomized, svd, ") and wanted.endswith("got 'cross-head'")
+        assert why == "the rows of a head may lie on several processes"
         assert answers["per_layer"] == "per_layer must be None for sharded weights"
-        assert answers["coap"].endswith("for sharded weights, got 'coap'")
-        assert answers["power"].endswith("for sharded weights, got 'power'") or "moments" in answers["power"]
+        for name, part, word in (
+            ("asgo", "OneSided", "Gram"), ("owlore", "Sampled", "frozen"), ("gum", "Unbiased", "drawn"),
+            ("galore-plus", "SparseResidual", "entries"), ("mofasgd", "Factors", "left side"),
+        ):  # fmt: skip
+            assert answers[name].startswith(f"{part} does not serve sharded weights: ") and word in answers[name], name
         assert "must have the placement Shard(0)" in answers["columns"] and "Shard(dim=1)" in answers["columns"]
         assert "must have an expert on each of 4 processes" in answers["experts"]
         assert answers["captured"].startswith("optimizer must have whole weights to be captured")

@@ -37,7 +37,7 @@ COMMON = {"lr": LR, "weight_decay": DECAY}
 ADAM = {**COMMON, "betas": (0.9, 0.999), "eps": 1e-8}
 EACH = pytest.mark.parametrize("name", METHODS)
 # Methods that draw which weights of a group train: not all of them move.
-DRAWN = ("gum", "lisa", "owlore")
+DRAWN = ("frugal-blocks", "gum", "lisa", "owlore")
 EACH_OF_ALL = pytest.mark.parametrize("name", [name for name in METHODS if name not in DRAWN])
 
 
@@ -240,6 +240,7 @@ BYTES = {
     "mofasgd": 4 * R * (M + N + 1),
     "gradnormlorp": 4 * LOW + BASIS + 8 * M,
     "lisa": 8 * M * N,
+    "frugal-blocks": 8 * M * N,  # of a layer that is drawn, else nothing
     "owlore": 4 * LOW + BASIS,
     "gum": 4 * M * N + BASIS,  # of a layer that is drawn
     "grades": 8 * M * N + 1,
@@ -410,7 +411,7 @@ def test_osd_keeps_its_basis_near_orthonormal_and_follows_the_gradient():
 
 
 def test_what_chooses_after_the_step_is_refused_beside_error_feedback():
-    with pytest.raises(ValueError, match="subspace must choose before the step for LDAdamW"):
+    with pytest.raises(ValueError, match="subspace must choose before the step for ErrorFeedback"):
         LDAdamW([{"params": [nn.Parameter(torch.zeros(8, 12))], "rank": 3, "subspace": "online", "moments": "keep"}])
 
 
