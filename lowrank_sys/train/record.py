@@ -30,8 +30,8 @@ class Recorder(TrainerCallback):
     of evaluations and checkpoints does not count in tokens_per_second. `skipped` is the optimizer's count when the row
     is written.
 
-    evaluate: () -> validation loss. skipped: () -> elements left untouched. path: metrics.jsonl, appended to. world: of the
-    processes whose losses are averaged; only one of them `writes`.
+    evaluate: () -> validation loss, None without one. skipped: () -> elements left untouched. path: metrics.jsonl, appended to.
+    world: of the processes whose losses are averaged; only one of them `writes`.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Recorder(TrainerCallback):
         steps: int,
         eval_steps: int,
         tokens_per_step: int,
-        evaluate: Callable[[], float],
+        evaluate: Callable[[], float | None],
         skipped: Callable[[], int],
         world: World,
         writes: bool,
