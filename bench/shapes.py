@@ -20,7 +20,7 @@ class Sizes(NamedTuple):
 
 
 # What can be trained, and larger models, whose matrices alone fit.
-MODELS = {name: Sizes(p.hidden, p.intermediate, p.layers, p.hidden) for name, p in PRESETS.items()} | {
+MODELS = {name: Sizes(p.hidden, p.intermediate, p.layers, p.keys or p.hidden) for name, p in PRESETS.items()} | {
     "llama-30b": Sizes(6656, 17920, 60, 6656),
     "llama-65b": Sizes(8192, 22016, 80, 8192),
     "llama-70b": Sizes(8192, 28672, 80, 1024),  # 8 heads of 128 for keys and values

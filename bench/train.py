@@ -92,6 +92,8 @@ def _row(method, summaries):
         return None if None in values else statistics.fmean(values)
 
     losses = [summary["val_loss"] for summary in summaries]
+    if None in losses:
+        raise CommandError("--eval-tokens 0: the methods are compared by their validation losses; it must be at least 1")
     return {
         "method": method,
         "val_loss": mean("val_loss"),

@@ -78,6 +78,11 @@ def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
         sequences = args.batch_size * args.gradient_accumulation_steps
         stream = torch.zeros(2 * STEPS * sequences * args.seq_len, dtype=torch.uint8)
         held_out = data.Windows(stream, args.seq_len, args.seed, 0).sample(min(args.eval_tokens, args.batch_size * args.seq_len))
+
+        def evaluate():
+            if args.eval_tokens:
+                trainer.mean_loss(model, held_out, args.batch_size)
+
         runner = trainer.LowRankTrainer(
             model,
             optimizer,
@@ -87,9 +92,9 @@ def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
             lambda step, fill: None,
             backward_is_over,
         )
-        trainer.mean_loss(model, held_out, args.batch_size)
+        evaluate()
         runner.train()
-        trainer.mean_loss(model, held_out, args.batch_size)
+        evaluate()
         mark()
         in_heap = live.most_in_blocks(below=allocator.HEAP_BLOCK)
         return Rehearsal(

@@ -143,7 +143,11 @@ def _train(args: argparse.Namespace) -> None:
         train, valid = (windows(stream, args.seq_len, args.seed, read) for stream in (corpus.train, corpus.valid))
         if args.from_:
             _tell_of_documents(train, valid, args, tell)
-        held_out = valid.sample(args.eval_tokens)
+        held_out, seen = (side.sample(args.eval_tokens) for side in (valid, train))
+
+        def loss_on(sample):
+            return trainer.mean_loss(model, sample, args.batch_size) if args.eval_tokens else None
+
         warmup = round(args.warmup_ratio * args.steps) if args.warmup_steps is None else args.warmup_steps
         recorder = Recorder(
             out / "metrics.jsonl",
@@ -151,7 +155,7 @@ def _train(args: argparse.Namespace) -> None:
             steps=args.steps,
             eval_steps=args.eval_steps,
             tokens_per_step=sequences * train.tokens,
-            evaluate=lambda: trainer.mean_loss(model, held_out, args.batch_size),
+            evaluate=lambda: loss_on(held_out),
             skipped=optimizer.skipped,
             memory=functools.partial(report.peak_memory_bytes, device),
             world=world,
@@ -183,7 +187,7 @@ def _train(args: argparse.Namespace) -> None:
             return
         training_peak = report.peak_memory_bytes(device)
 
-        seen, predicted = train.sample(args.eval_tokens), held_out["labels"][:, 1:]
+        predicted = held_out["labels"][:, 1:]
         summary = {
             "method": args.method,
             "model": args.model,
@@ -191,8 +195,8 @@ def _train(args: argparse.Namespace) -> None:
             "processes": place.size,
             "batch_size_of_a_process": args.batch_size,
             "tokens": round(read * train.tokens),
-            "val_loss": recorder.rows[-1]["val_loss"] or trainer.mean_loss(model, held_out, args.batch_size),
-            "train_loss": trainer.mean_loss(model, seen, args.batch_size),
+            "val_loss": recorder.rows[-1]["val_loss"] or loss_on(held_out),
+            "train_loss": loss_on(seen),
             "unigram_entropy": data.unigram_entropy(train.ids, predicted[predicted != IGNORED], model.config.vocab_size),
             "tokens_per_second": report.speed(recorder.rows),
             "optimizer_state_bytes": optimizer.state_bytes(),

@@ -203,7 +203,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", metavar="NAME", default="auto", help="cpu or cuda (default: cuda where there is a GPU)")
     add("--eval-steps", metavar="N", type=int, default=100, help="steps between evaluations (default: %(default)s)")
-    add("--eval-tokens", metavar="N", type=int, default=16384, help="validation tokens used (default: %(default)s)")
+    add("--eval-tokens", metavar="N", type=int, default=16384, help="validation tokens used, 0 for none (default: %(default)s)")
     add("--save-steps", metavar="N", type=int, default=100, help="steps between checkpoints (default: %(default)s)")
     add("--keep", metavar="N", type=int, default=2, help="checkpoints kept (default: %(default)s)")
     add(
@@ -306,8 +306,8 @@ def check(args: argparse.Namespace) -> launcher.Place:
         raise CommandError(f"--rank: got {args.rank}; it must be an integer of at least 1, or a number in (0, 1)")
     at_least = {
         **dict.fromkeys(("steps", "batch_size", "gradient_accumulation_steps", "update_proj_gap"), 1),
-        **dict.fromkeys(("eval_steps", "eval_tokens", "save_steps", "keep"), 1),
-        **dict.fromkeys(("lr", "plain_lr", "scale", "weight_decay", "grad_clip", "min_lr_ratio"), 0),
+        **dict.fromkeys(("eval_steps", "save_steps", "keep"), 1),
+        **dict.fromkeys(("lr", "plain_lr", "scale", "weight_decay", "grad_clip", "min_lr_ratio", "eval_tokens"), 0),
         **dict.fromkeys(("warmup_ratio", "warmup_steps", "seed"), 0),
         "seq_len": 2,
     }

@@ -1,10 +1,12 @@
-"""Models: presets (llama-1m and llama-9m for a laptop, the rest as in the GaLore paper), configurations, and checkpoints."""
+"""Models: presets (llama-1m and llama-9m for a laptop, llama3-8b as Meta's LLaMA 3.1 8B, the rest as in the GaLore paper),
+configurations, and checkpoints."""
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowrank_sys.cli import CommandError
 
@@ -19,8 +21,23 @@ class Preset(NamedTuple):
     layers: int
     heads: int
     vocab: int
+    keys: int | None = None  # features of the key and value heads together; None: hidden
+    more: dict[str, Any] = {}  # of LlamaConfig, as its config.json has it
 
 
+LLAMA_31 = {
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
 PRESETS = {
     "llama-1m": Preset(192, 512, 2, 6, 256),
     "llama-9m": Preset(512, 1376, 3, 8, 256),
@@ -30,6 +47,7 @@ PRESETS = {
     "llama-1b": Preset(2048, 5461, 24, 32, 32000),
     "llama-7b": Preset(4096, 11008, 32, 32, 32000),
     "llama-13b": Preset(5120, 13824, 40, 40, 32000),
+    "llama3-8b": Preset(4096, 14336, 32, 32, 128256, keys=1024, more=LLAMA_31),
 }
 
 
@@ -72,20 +90,21 @@ def config(name: str, *, vocab: int | None = None, seq_len: int = 1024) -> Llama
         _forget_foreign_tokens(read)
         return read
     p = PRESETS[name]
-    return LlamaConfig(
-        hidden_size=p.hidden,
-        intermediate_size=p.intermediate,
-        num_hidden_layers=p.layers,
-        num_attention_heads=p.heads,
-        vocab_size=vocab or p.vocab,
-        max_position_embeddings=max(1024, seq_len),
-        rms_norm_eps=1e-6,
-        initializer_range=0.02,
-        tie_word_embeddings=False,
-        use_cache=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    return LlamaConfig(**{
+        "hidden_size": p.hidden,
+        "intermediate_size": p.intermediate,
+        "num_hidden_layers": p.layers,
+        "num_attention_heads": p.heads,
+        "vocab_size": vocab or p.vocab,
+        "max_position_embeddings": max(1024, seq_len),
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "use_cache": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **copy.deepcopy(p.more),  # transformers writes into what it gets
+    })  # fmt: skip
 
 
 def _forget_quantization(config) -> None:

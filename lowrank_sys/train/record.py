@@ -30,9 +30,9 @@ class Recorder(TrainerCallback):
     of evaluations and checkpoints does not count in tokens_per_second. `skipped` is the optimizer's count when the row
     is written.
 
-    evaluate: () -> validation loss. skipped: () -> elements left untouched. memory: () -> most bytes held so far, for the progress
-    line. path: metrics.jsonl, appended to. world: of the processes whose losses are averaged; only one of them `writes`, and calls
-    `report` with each row.
+    evaluate: () -> validation loss, None without one. skipped: () -> elements left untouched. memory: () -> most bytes held so far,
+    for the progress line. path: metrics.jsonl, appended to. world: of the processes whose losses are averaged; only one of them
+    `writes`, and calls `report` with each row.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Recorder(TrainerCallback):
         steps: int,
         eval_steps: int,
         tokens_per_step: int,
-        evaluate: Callable[[], float],
+        evaluate: Callable[[], float | None],
         skipped: Callable[[], int],
         memory: Callable[[], int],
         world: World,

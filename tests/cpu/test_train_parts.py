@@ -27,6 +27,7 @@ MILLIONS = {
     "llama-1b": 1339.0,
     "llama-7b": 6738.4,
     "llama-13b": 13015.9,
+    "llama3-8b": 8030.3,
 }
 
 
