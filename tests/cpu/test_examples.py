@@ -25,7 +25,7 @@ def example(monkeypatch):
 
 
 def test_every_example_is_here():
-    several = {"ddp", "fsdp2"}  # run by tests/cpu/distributed
+    several = {"ddp", "fsdp2", "finetune_smollm"}  # run by tests/cpu/distributed and test_finetune_smollm.py
     assert {path.stem for path in FOLDER.glob("*.py")} == {"tiny", "custom_loop", "lightning_module", *several, *LEARN}
 
 
