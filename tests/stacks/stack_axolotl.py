@@ -24,7 +24,7 @@ def test_sft(folder, chats, tmp_path, trained_by, keys, cls):
         "base_model": str(folder), "plugins": ["lowrank_sys.integrations.axolotl.LowRank"], "sequence_len": 64,
         "datasets": [{"path": str(chats), "ds_type": "json", "type": "chat_template"}], "chat_template": "tokenizer_default",
         "val_set_size": 0, "micro_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": STEPS, "learning_rate": 1e-2,
-        "lr_scheduler": "constant", "output_dir": str(tmp_path / "out"), "logging_steps": 1, "device": "cpu", "use_tensorboard": False,
+        "lr_scheduler": "constant", "output_dir": str(tmp_path / "out"), "logging_steps": 1, "device": "cpu",
         "dataset_prepared_path": str(tmp_path / "data"), "save_safetensors": True, **keys,
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))

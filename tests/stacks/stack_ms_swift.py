@@ -28,8 +28,8 @@ def test_sft(folder, chats, tmp_path, trained_by, words, cls):
     (tmp_path / "plugin.py").write_text("import lowrank_sys.integrations.ms_swift\n")
     with trained_by(cls, STEPS):
         sft_main([
-            "--model", str(folder), "--model_type", "llama3", "--template", "dummy", "--dataset", str(chats), "--tuner_type", "full",
-            "--torch_dtype", "float32", "--max_steps", str(STEPS), "--per_device_train_batch_size", "4", "--learning_rate", "1e-2",
+            "--model", str(folder), "--model_type", "llama3", "--template", "dummy", "--dataset", str(chats),
+            "--tuner_type", "full", "--torch_dtype", "float32", "--max_steps", str(STEPS), "--per_device_train_batch_size", "4", "--learning_rate", "1e-2",
             "--output_dir", str(tmp_path / "out"), "--report_to", "none", "--logging_steps", "1", "--use_cpu", "true",
             "--external_plugins", str(tmp_path / "plugin.py"), "--gradient_checkpointing", "false", *words.split(),
         ])  # fmt: skip

@@ -10,7 +10,7 @@ from lowrank_sys.optim import APOLLOAdamW, GaLoreAdamW, QGaLoreAdamW8bit, param_
 
 STEPS = 4
 KINDS = {
-    "LoRA": {}, "DoRA": {"use_dora": True}, "rsLoRA": {"use_rslora": True}, "with a module of its own": {"modules_to_save": ["lm_head"]},
+    "LoRA": {}, "DoRA": {"use_dora": True}, "rsLoRA": {"use_rslora": True}, "with a module": {"modules_to_save": ["lm_head"]},
 }  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def test_peft_groups(folder, kind):
     plain, low_rank = param_groups(adapted(folder, kind), rank=4)
     names = [name for name, _ in low_rank["params"]]
     assert len(names) == 12 and all("lora_A" in name or "lora_B" in name for name in names)
-    others = {"DoRA": "lora_magnitude_vector", "with a module of its own": "lm_head"}
+    others = {"DoRA": "lora_magnitude_vector", "with a module": "lm_head"}
     assert all(others[kind] in name for name, _ in plain["params"])
 
 
