@@ -41,16 +41,16 @@ STACKS = {
     "peft": Stack(("stacks/stack_peft.py",), "peft transformers accelerate datasets"),
     "llamafactory": Stack(
         ("stacks/stack_llamafactory.py",),
-        """transformers==5.6.0 datasets==4.0.0 accelerate==1.11.0 peft==0.18.1 trl==0.24.0 einops fastapi fire hf-transfer matplotlib
-        omegaconf pandas protobuf pydantic pyyaml safetensors scipy sentencepiece sse-starlette tiktoken torchdata<=0.11.0
-        tyro<0.9.0 uvicorn""",
+        """transformers==5.6.0 datasets==4.0.0 accelerate==1.11.0 peft==0.18.1 trl==0.24.0 einops fastapi fire hf-transfer
+        matplotlib omegaconf pandas protobuf pydantic pyyaml safetensors scipy sentencepiece sse-starlette tiktoken
+        torchdata<=0.11.0 tyro<0.9.0 uvicorn""",
         bare="llamafactory==0.9.5",
     ),
     "ms-swift": Stack(
         ("stacks/stack_ms_swift.py",),
         """transformers<5.20 datasets<4.8.5 peft<0.21 trl<1.0 accelerate addict modelscope dacite einops json-repair simplejson
-        sortedcontainers binpacking tiktoken sentencepiece safetensors tensorboard pandas pillow matplotlib nltk rouge scipy zstandard
-        importlib-metadata""",
+        sortedcontainers binpacking tiktoken sentencepiece safetensors tensorboard pandas pillow matplotlib nltk rouge
+        scipy zstandard importlib-metadata""",
         bare="ms-swift==4.6.0",
     ),
     "axolotl": Stack(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lowrank_sys.optim import APOLLOAdamW, FiraAdamW, GaLoreAdamW, QGaLoreAdamW8bit
+from lowrank_sys.optim import APOLLOAdamW, FiraAdamW, GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit
 
 STEPS = 3
 
@@ -21,7 +21,7 @@ def shims():
 
 @pytest.mark.parametrize("keys, cls", [
     ({"use_galore": True, "galore_rank": 8}, GaLoreAdamW),
-    ({"use_galore": True, "galore_rank": 8, "optim": "adamw_8bit"}, GaLoreAdamW),
+    ({"use_galore": True, "galore_rank": 8, "optim": "adamw_8bit"}, GaLoreAdamW8bit),
     ({"use_apollo": True, "apollo_rank": 4}, APOLLOAdamW),
 ], ids=["galore", "galore 8-bit", "apollo"])  # fmt: skip
 def test_v0_by_its_yaml(shims, folder, chats, tmp_path, trained_by, keys, cls):
