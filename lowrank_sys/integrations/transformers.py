@@ -9,7 +9,7 @@ Every other method is reached by `optimizer`.
 
 from __future__ import annotations
 
-import ast
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,9 +18,9 @@ from torch import nn
 from transformers import TrainingArguments, trainer_optimizer
 from transformers.trainer_utils import check_target_module_exists
 
+from lowrank_sys.integrations.building import build, method_of, value
 from lowrank_sys.optim import Accumulate, APOLLOAdamW, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, InBackward, LowRankOptimizer
-from lowrank_sys.optim.groups import known_keys, param_groups
-from lowrank_sys.optim.preset import METHODS
+from lowrank_sys.optim.groups import param_groups
 
 _GALORE = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 _APOLLO = {**_GALORE, "scale": 1.0, "proj": "random", "scale_type": "channel"}
@@ -42,27 +42,12 @@ def optimizer(method: str) -> Callable[[], Callable[..., LowRankOptimizer]]:
     `weight_decay`, `per_layer`. Trainer calls factory()(model, **keywords), axolotl factory()(model, training_arguments,
     **keywords). Raises ValueError for a name that is no method's.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    found = method_of(method)
 
-    def build(model: nn.Module, args: TrainingArguments | None = None, **keywords: Any) -> LowRankOptimizer:
-        return _method(METHODS[method], model, **keywords)
+    def factory(model: nn.Module, args: TrainingArguments | None = None, **keywords: Any) -> LowRankOptimizer:
+        return build(found, functools.partial(found.groups, model), **keywords)
 
-    return lambda: build
-
-
-def _method(method, model, *, lr=None, plain_lr=None, plain=None, **keywords):
-    plain_lr = lr if plain_lr is None else plain_lr
-    lr, plain_lr = method.lr if lr is None else lr, method.plain_lr if plain_lr is None else plain_lr
-    own = known_keys() - {"betas", "eps", "weight_decay", "momentum"} | {"rank", "target_modules", "narrow", "stochastic_rounding"}
-    keys = {"rank": method.rank, **method.keys, **{key: value for key, value in keywords.items() if key in own}}
-    if method.rank is not None:
-        keys = {"update_proj_gap": method.update_proj_gap, "subspace": method.subspace, method.scale_key: method.scale, **keys}
-    options = {**method.options, **{key: value for key, value in keywords.items() if key not in own}}
-    try:
-        return method.optimizer(method.groups(model, plain={"lr": plain_lr, **(plain or {})}, **keys), lr=lr, **options)
-    except TypeError as error:
-        raise ValueError(f"keywords of {method.optimizer.__name__}: {error}") from error
+    return lambda: factory
 
 
 def _serve(context):
@@ -72,17 +57,17 @@ def _serve(context):
     cls, defaults, options = NAMES[name.removesuffix(LAYERWISE)]
     if args.optim_target_modules is None:
         raise ValueError(f"optim_target_modules must be given with optim={name!r}: names of modules, a pattern, or 'all-linear'")
-    keys = {**defaults, **{key: _value(value) for key, value in context.optim_args.items()}}
+    keys = {**defaults, **{key: value(text) for key, text in context.optim_args.items()}}
     options = {**options, "lr": args.learning_rate, "weight_decay": args.weight_decay}
     if cls is not GaLoreAdafactor:
         options |= context.adam_kwargs
     if layerwise:
         options["per_layer"] = _per_layer(cls, args)
 
-    def build(model: nn.Module, **options: Any) -> LowRankOptimizer:
+    def handler(model: nn.Module, **options: Any) -> LowRankOptimizer:
         return cls(param_groups(model, target_modules=_targets(args.optim_target_modules), **keys), **options)
 
-    return lambda: build, options
+    return lambda: handler, options
 
 
 def _per_layer(cls, args):
@@ -103,14 +88,6 @@ def _targets(modules):
     if isinstance(modules, str) and modules.replace("_", "-") == "all-linear":
         return None
     return lambda name: bool(check_target_module_exists(modules, name))
-
-
-def _value(text):
-    """A value of optim_args, which are text: a number, True, False or None, else a name."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 _handlers = trainer_optimizer._OPTIMIZER_HANDLERS

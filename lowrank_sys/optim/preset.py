@@ -13,14 +13,17 @@ from lowrank_sys.optim.types import NonFinite, Params, PerLayer, Rate
 from lowrank_sys.schedule.schedule import Schedule
 from lowrank_sys.subspace.orthonormal import Orthonormal
 
+# The rate of fine-tuning over that of pre-training, for methods without one of their own.
+FINE_TUNING = 0.15
+
 
 class Method(NamedTuple):
     """A method of the command line.
 
     lr, plain_lr: rates that suit its matrices and all other parameters. rank: None without a subspace. scale_key: the group key
     that is the factor of its update, and `scale` its value. keys: more of its low-rank groups. options: arguments of the optimizer;
-    int8_options: more of them where weights are INT8. groups: (model, rank, plain=..., target_modules=..., **keys) -> parameter
-    groups. low_rank: whether matrices are trained otherwise than all else.
+    int8_options: more of them where weights are INT8. fine_tuning: the fields that are others in `for_fine_tuning`. groups: (model,
+    rank, plain=..., target_modules=..., **keys) -> parameter groups. low_rank: whether matrices are trained unlike all else.
     """
 
     optimizer: type[LowRankOptimizer]
@@ -35,8 +38,14 @@ class Method(NamedTuple):
     keys: Mapping[str, Any] = {}
     options: Mapping[str, Any] = {}
     int8_options: Mapping[str, Any] = {}
+    fine_tuning: Mapping[str, Any] = {}
     groups: Callable = param_groups
     low_rank: bool = True
+
+    def for_fine_tuning(self) -> "Method":
+        """The method with its defaults for a trained model: one rate for all parameters (docs/fine-tuning.md)."""
+        found = self._replace(**{"lr": FINE_TUNING * self.lr, **self.fine_tuning})
+        return found._replace(plain_lr=found.lr)
 
 
 METHODS: dict[str, Method] = {}

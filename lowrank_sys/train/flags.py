@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lowrank_sys.cli import CommandError
 from lowrank_sys.train import launcher
-from lowrank_sys.train.methods import METHODS
+from lowrank_sys.train.methods import METHODS, method_of
 from lowrank_sys.train.models import PRESETS, is_known
 
 MODEL = "llama-9m"
@@ -95,7 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="fine-tune this, in place of --model: a folder as save_pretrained writes it, a name on the Hugging Face hub, or a "
         "GGUF file. Its tokenizer is taken, and windows hold whole documents that do not see each other; of rows of messages "
-        "(OpenAI), conversations (ShareGPT), or prompt and completion the answers alone are learned",
+        "(OpenAI), conversations (ShareGPT), or prompt and completion the answers alone are learned. "
+        f"One rate for all parameters (default: {_fine_tuning()})",
     )
     add("--method", metavar="NAME", default="galore", help=f"one of {', '.join(METHODS)} (default: %(default)s)")
     add(
@@ -236,6 +237,15 @@ def _defaults(name: str) -> str:
     )
 
 
+def _fine_tuning() -> str:
+    """The methods' rates for --from, and whatever else is another there."""
+    found = []
+    for name, method in METHODS.items():
+        more = [f"{flag(key)} {value:g}" for key, value in method.fine_tuning.items() if key != "lr"]
+        found.append(" ".join([f"{name} {method.for_fine_tuning().lr:g}", *(["with", *more] if more else [])]))
+    return ", ".join(found)
+
+
 def _title(model: str) -> str:
     """The name of a model in those of files: of a config.json, its folder's."""
     path = Path(model).resolve()
@@ -297,7 +307,9 @@ def check(args: argparse.Namespace) -> launcher.Place:
         raise CommandError(f"--proj-type {args.proj_type}: --projected {args.projected} says which side")
     if args.int8_gemm and not METHODS[args.method].low_rank:
         raise CommandError(f"--int8-gemm needs a method with low-rank gradients, got --method {args.method}")
-    method = METHODS[args.method]
+    method = method_of(args)
+    if args.from_ is not None and args.plain_lr is None:
+        args.plain_lr = args.lr
     args.lr = method.lr if args.lr is None else args.lr
     args.plain_lr = method.plain_lr if args.plain_lr is None else args.plain_lr
     args.out = args.out or f"runs/{_title(args.model)}-{args.method}"

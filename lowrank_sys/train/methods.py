@@ -38,13 +38,19 @@ METHODS = {
 LEAN = ("galore8bit", "q-galore", "apollo-mini")
 
 
+def method_of(args: argparse.Namespace) -> Method:
+    """The method of `args`, with the defaults of fine-tuning where it trains a checkpoint."""
+    method = METHODS[args.method]
+    return method if args.from_ is None else method.for_fine_tuning()
+
+
 def settle(args: argparse.Namespace, tell: Callable[[str], None] = lambda line: None) -> argparse.Namespace:
     """`args` with what was left to the method filled in.
 
     Weights that a method keeps in INT8 unless it is told otherwise stay float in a model that has none to keep so; tell: called
     with a line then.
     """
-    method = METHODS[args.method]
+    method = method_of(args)
     missing = {name: getattr(method, name) for name in DEFAULTS if getattr(args, name) is None}
     if missing.get("weights") == "int8" and not models.has_int8_layers(args.model):
         missing["weights"] = "float"
@@ -106,7 +112,7 @@ def build(model: torch.nn.Module, args: argparse.Namespace) -> optim.LowRankOpti
 
     Raises CommandError with the optimizer's own words, as for a rank above min(m, n) of a weight.
     """
-    method, args = METHODS[args.method], settle(args)
+    method, args = method_of(args), settle(args)
     own = dict(map(_option, args.option or ()))
     options = {**method.options, **(method.int8_options if args.weights == "int8" else {}), **own}
     if taken := sorted(own.keys() & {"params", "lr", "weight_decay", "per_layer"}):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
+LIGHTNING = ("lightning_module", "lightning_manual")
 
 
 @pytest.fixture
@@ -25,17 +26,18 @@ def example(monkeypatch):
 
 
 def test_every_example_is_here():
-    several = {"ddp", "fsdp2"}  # run by tests/cpu/distributed
-    assert {path.stem for path in FOLDER.glob("*.py")} == {"tiny", "custom_loop", "lightning_module", *several, *LEARN}
+    several = {"ddp", "fsdp2", "finetune_smollm"}  # run by tests/cpu/distributed and test_finetune_smollm.py
+    assert {path.stem for path in FOLDER.glob("*.py")} == {"tiny", "custom_loop", *LIGHTNING, *several, *LEARN}
 
 
 def test_custom_loop(example):
     assert example("custom_loop").main() < 0.1
 
 
-def test_lightning(example):
+@pytest.mark.parametrize("name", LIGHTNING)
+def test_lightning(example, name):
     pytest.importorskip("lightning", reason="lightning is not installed")
-    losses = example("lightning_module").main()
+    losses = example(name).main()
     assert losses[-1] < 0.9 * losses[0]
 
 

@@ -11,7 +11,7 @@ from lowrank_sys.subspace.keys import Keyed
 
 
 # Who keeps weights in INT8 has no room for fp32 moments of the embeddings.
-@method("apollo", lr=2e-3, plain_lr=3e-3, scale=1.0, int8_options={"plain_8bit": True})
+@method("apollo", lr=2e-3, plain_lr=3e-3, scale=1.0, int8_options={"plain_8bit": True}, fine_tuning={"lr": 3e-4, "rank": 256})
 @method(
     "apollo-mini", lr=2e-3, plain_lr=3e-3, rank=1, scale=128.0, keys={"scale_type": "tensor"}, int8_options={"plain_8bit": True}
 )

@@ -7,8 +7,11 @@ from lowrank_sys.optim.preset import method
 from lowrank_sys.optim.rules import Adam
 from lowrank_sys.optim.types import Betas, NonFinite, Params, PerLayer, Rate
 
+# For a trained model: the scale and rank that users report, and a rate from a sweep (docs/fine-tuning.md).
+FINE_TUNED = {"lr": 1e-4, "scale": 4.0, "rank": 256}
 
-@method("galore", lr=5e-3, plain_lr=3e-3)
+
+@method("galore", lr=5e-3, plain_lr=3e-3, fine_tuning=FINE_TUNED)
 class GaLoreAdamW(LowRankOptimizer):
     """AdamW whose moments live in a rank-r subspace: W <- (1 - lr*wd) W - lr*scale*back(Adam(project(G))).
 
@@ -45,7 +48,7 @@ class GaLoreAdamW(LowRankOptimizer):
         )
 
 
-@method("galore8bit", lr=5e-3, plain_lr=3e-3)
+@method("galore8bit", lr=5e-3, plain_lr=3e-3, fine_tuning=FINE_TUNED)
 class GaLoreAdamW8bit(LowRankOptimizer):
     """GaLoreAdamW with moments in 8 bits: codes of the dynamic map of bitsandbytes, in blocks of 256 with an fp32 absmax each.
 

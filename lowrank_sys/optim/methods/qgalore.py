@@ -1,10 +1,10 @@
 """Q-GaLore (Zhang et al. 2024, arXiv:2407.08296): GaLore with a basis in INT4, 8-bit moments, and refreshes that grow rarer."""
 
-from lowrank_sys.optim.methods.galore import GaLoreAdamW8bit
+from lowrank_sys.optim.methods.galore import FINE_TUNED, GaLoreAdamW8bit
 from lowrank_sys.optim.preset import method
 
 
-@method("q-galore", lr=5e-3, plain_lr=3e-3, weights="int8")
+@method("q-galore", lr=5e-3, plain_lr=3e-3, weights="int8", fine_tuning=FINE_TUNED)
 class QGaLoreAdamW8bit(GaLoreAdamW8bit):
     """GaLoreAdamW8bit on bases in INT4, with a gap of its own for each matrix that doubles while its subspace stays.
 
