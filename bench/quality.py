@@ -13,7 +13,7 @@ from lowrank_sys.cli import CommandError
 from lowrank_sys.optim.preset import Method
 from lowrank_sys.train.methods import METHODS
 
-# Rates of matrices; a method has the five around its default, and goes on where the best is an end. Rates of all else.
+# Rates of matrices, of which a method has the five around its default and the next ones where the best is an end; and of all else.
 GRID = [float(f"{m}e{e}") for e in range(-7, 1) for m in (1, 2, 5)]
 AROUND, MORE = 2, 3
 PLAIN = (3e-3, 1e-2)
@@ -34,7 +34,7 @@ def add_arguments(parser):
     add("--seeds", metavar="S,T", default="0,1,2", help="of the best rate; the first is that of the grid (default: %(default)s)")
     add("--steps", metavar="N", type=int, default=60, help="optimizer steps of a run (default: %(default)s)")
     add("--rank", metavar="R", type=int, default=64, help=f"of methods whose default is {USUAL_RANK} (default: %(default)s)")
-    add("--gap", metavar="N", type=int, default=32, help="the longest gap between refreshes of a basis (default: %(default)s)")
+    add("--gap", metavar="N", type=int, default=30, help="the longest gap between refreshes of a basis (default: %(default)s)")
     add("--hours", metavar="H", type=float, default=3.0, help="of all runs in the file; none begins later (default: %(default)s)")
     add("--out", metavar="FILE", default="runs/quality.jsonl", help="a row of each run (default: %(default)s)")
     report.add_output_arguments(parser, plot="the losses less AdamW's of the same seeds")
@@ -109,7 +109,7 @@ def sweep(plan, runs, found):
     for seed in plan.seeds:
         for name, of in found.items():
             of["own"][seed] = runs(plan.words(name, *of["best"], seed))
-    for name, of in found.items():  # a rate of 0 leaves matrices as they are, and all else as the method trains it
+    for name, of in found.items():  # a rate of 0 leaves matrices as they are, and all else is trained as ever
         of["frozen"][plan.seeds[0]] = runs(plan.words(name, 0, of["best"][1], plan.seeds[0]))
     bases = {name: random_basis(plan.words(name, *of["best"], plan.seeds[0])) for name, of in found.items()}
     for seed in plan.seeds:
@@ -119,7 +119,7 @@ def sweep(plan, runs, found):
 
 
 def choose(plan, runs, name, of):
-    """The best of five rates of the grid, of the next ones where it is an end, and of other plain rates with it."""
+    """The best plain rate at the middle one of five rates of the grid; then with it the best of the five, or beyond an end."""
     own, seed = METHODS[name], plan.seeds[0]
 
     def tried(lr, plain_lr):
@@ -127,18 +127,15 @@ def choose(plan, runs, name, of):
         return of["tried"][lr, plain_lr]
 
     middle = min(range(AROUND, len(GRID) - AROUND), key=lambda i: abs(math.log(GRID[i] / own.lr)))
-    losses = {i: tried(GRID[i], own.plain_lr) for i in range(middle - AROUND, middle + AROUND + 1)}
+    plain_lr = min({own.plain_lr: None, **dict.fromkeys(PLAIN)}, key=lambda rate: tried(GRID[middle], rate))
+    losses = {i: tried(GRID[i], plain_lr) for i in range(middle - AROUND, middle + AROUND + 1)}
     for _ in range(MORE):
         best = min(losses, key=losses.get)
         beyond = best - 1 if best == min(losses) else best + 1
         if beyond in losses or not 0 <= beyond < len(GRID):
             break
-        losses[beyond] = tried(GRID[beyond], own.plain_lr)
-    lr = GRID[min(losses, key=losses.get)]
-    for plain_lr in PLAIN:
-        if plain_lr != own.plain_lr:
-            tried(lr, plain_lr)
-    of["best"] = min(of["tried"], key=of["tried"].get)
+        losses[beyond] = tried(GRID[beyond], plain_lr)
+    of["best"] = GRID[min(losses, key=losses.get)], plain_lr
 
 
 def random_basis(words):

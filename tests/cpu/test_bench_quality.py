@@ -5,16 +5,19 @@ import json
 import math
 
 import pytest
+import torch
 
 from lowrank_sys import cli
 from lowrank_sys.bench import quality, runs, step_times, verdicts
 from lowrank_sys.cli import CommandError
+from lowrank_sys.nn.quant_weight import is_quantized
 from lowrank_sys.train.methods import METHODS
 
 TINY = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2, "vocab_size": 256,
 }  # fmt: skip
+IDS = torch.arange(32).view(1, 32)
 SHORT = ["--batch-size", "1", "--seq-len", "16", "--eval-tokens", "32", "--data"]
 
 
@@ -36,6 +39,10 @@ def value(words, flag):
     return words[words.index(flag) + 1] if flag in words else None
 
 
+def values(p):
+    return p.codes.float() if is_quantized(p) else p.detach().clone()
+
+
 class Landscape:
     """In place of runs: a loss that is least at a rate and a plain rate."""
 
@@ -48,19 +55,20 @@ class Landscape:
         return {"val_loss": 2 + sum(math.log(rate / least) ** 2 for rate, least in zip(rates, self.least))}
 
 
-def test_a_method_has_five_rates_and_the_other_plain_one():
-    landscape, of = Landscape(5e-3), {"tried": {}}
+@pytest.mark.parametrize("plain_lr", [3e-3, 1e-2])
+def test_a_method_has_five_rates_with_the_better_plain_one(plain_lr):
+    landscape, of = Landscape(1e-2, plain_lr), {"tried": {}}
     quality.choose(plan(), landscape, "galore", of)
-    assert [value(words, "--lr") for words in landscape.seen] == ["0.001", "0.002", "0.005", "0.01", "0.02", "0.005"]
-    assert [value(words, "--plain-lr") for words in landscape.seen] == [*["0.003"] * 5, "0.01"]
-    assert of["best"] == (5e-3, 3e-3) and len(of["tried"]) == 6
+    seen = [(float(value(words, "--lr")), float(value(words, "--plain-lr"))) for words in landscape.seen]
+    assert seen == [(5e-3, 3e-3), (5e-3, 1e-2), *((lr, plain_lr) for lr in (1e-3, 2e-3, 5e-3, 1e-2, 2e-2))]
+    assert of["best"] == (1e-2, plain_lr) and len(of["tried"]) == 6
 
 
-@pytest.mark.parametrize("least, found, runs", [(5e-2, 5e-2, 8), (2e-4, 2e-4, 9), (1e-6, 1e-4, 9)])
+@pytest.mark.parametrize("least, found, runs", [(5e-2, 5e-2, 9), (2e-4, 2e-4, 10), (1e-6, 1e-4, 10)])
 def test_an_end_that_is_best_is_gone_beyond(least, found, runs):
-    landscape, of = Landscape(least, plain_lr=1e-2), {"tried": {}}
+    landscape, of = Landscape(least), {"tried": {}}
     quality.choose(plan(), landscape, "galore", of)
-    assert of["best"] == (found, 1e-2) and len(landscape.seen) == runs
+    assert of["best"] == (found, 3e-3) and len(landscape.seen) == runs
 
 
 def test_a_run_that_diverges_is_never_the_best():
@@ -93,6 +101,21 @@ def test_flags_of_a_run():
     for name in ("adamw", "muon", "apollo-mini"):  # without a subspace, or of a rank that is its idea
         assert "--rank" not in chosen.words(name, 1e-2, 3e-3, 0)
     assert "--update-proj-gap" not in chosen.words("coap", 5e-3, 3e-3, 0)  # its own gap is shorter
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_rate_of_zero_freezes_the_matrices(tiny, name):
+    model, optimizer = step_times.built(plan("--model", tiny[0], "--rank", "4").words(name, 0, 3e-3, 0))
+    matrices = [p for group in optimizer.param_groups if "rank" in group for p in group["params"]]
+    matrices = matrices or optimizer.param_groups[1]["params"]
+    assert len(matrices) == (9 if name == "scale" else 7)  # whose matrices are all there are
+    before = [values(p) for p in matrices]
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for p, was in zip(matrices, before):  # of a matrix in two factors, to rounding
+        torch.testing.assert_close(values(p), was, rtol=1e-6, atol=0)
 
 
 def test_nothing_runs_twice(tiny, tmp_path):
