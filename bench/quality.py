@@ -11,12 +11,11 @@ from lowrank_sys.bench import machine, report, step_times, verdicts
 from lowrank_sys.bench.runs import OutOfTime, Runs
 from lowrank_sys.cli import CommandError
 from lowrank_sys.optim.preset import Method
+from lowrank_sys.optim.rules import Adam
 from lowrank_sys.train.methods import METHODS
 
-# Rates of matrices, of which a method has the five around its default and the next ones where the best is an end; and of all else.
+# Rates of matrices.
 GRID = [float(f"{m}e{e}") for e in range(-7, 1) for m in (1, 2, 5)]
-AROUND, MORE = 2, 3
-PLAIN = (3e-3, 1e-2)
 USUAL_RANK = Method._field_defaults["rank"]
 # Flags that this command sets itself.
 OWN = (
@@ -32,9 +31,17 @@ def add_arguments(parser):
     add("--model", metavar="NAME", default="llama-1m", help="as for lowrank train (default: %(default)s)")
     add("--methods", metavar="A,B", help=f"of {', '.join(METHODS)} (default: all); adamw and galore are always beside them")
     add("--seeds", metavar="S,T", default="0,1,2", help="of the best rate; the first is that of the grid (default: %(default)s)")
-    add("--steps", metavar="N", type=int, default=60, help="optimizer steps of a run (default: %(default)s)")
+    add("--steps", metavar="N", type=int, default=100, help="optimizer steps of a run (default: %(default)s)")
     add("--rank", metavar="R", type=int, default=64, help=f"of methods whose default is {USUAL_RANK} (default: %(default)s)")
-    add("--gap", metavar="N", type=int, default=30, help="the longest gap between refreshes of a basis (default: %(default)s)")
+    add(
+        "--plain-lr",
+        metavar="LR",
+        type=float,
+        default=1e-2,
+        help="of all that is no matrix where Adam trains it; others have their method's (default: %(default)s)",
+    )
+    add("--rates", metavar="N", type=int, default=5, choices=(3, 5, 7), help="of matrices, at least (default: %(default)s)")
+    add("--gap", metavar="N", type=int, default=50, help="the longest gap between refreshes of a basis (default: %(default)s)")
     add("--hours", metavar="H", type=float, default=3.0, help="of all runs in the file; none begins later (default: %(default)s)")
     add("--out", metavar="FILE", default="runs/quality.jsonl", help="a row of each run (default: %(default)s)")
     report.add_output_arguments(parser, plot="the losses less AdamW's of the same seeds")
@@ -54,8 +61,9 @@ def run(args):
     found = {name: of for name, of in found.items() if "best" in of}
     times = step_seconds(plan, runs, found, out.say)
     rows = verdicts.rows(found, times)
-    where = f"{args.model}, {args.steps} steps, rank {args.rank}, longest gap {args.gap}, seeds {args.seeds} {' '.join(plan.flags)}"
-    out.table(where.rstrip(), verdicts.COLUMNS, rows)
+    where = f"{args.model}, {args.steps} steps, rank {args.rank}, longest gap {args.gap}, {args.rates} rates, seeds {args.seeds} "
+    where = (where + " ".join(plan.flags)).rstrip()
+    out.table(where, verdicts.COLUMNS, rows)
     out.show("What papers claim, and whether it is so here, over the same seeds", verdicts.CLAIM_COLUMNS, verdicts.claims(found))
     out.write(draw=lambda rows, facts: verdicts.figure(rows, where))
     return 0
@@ -82,6 +90,12 @@ class Plan:
             if flag.partition("=")[0] in OWN:
                 raise CommandError(f"{flag}: lowrank bench quality sets it itself")
         self.model, self.steps, self.rank, self.gap = args.model, args.steps, args.rank, args.gap
+        self.plain, self.rates = args.plain_lr, args.rates
+
+    def plain_lr(self, method):
+        own = METHODS[method]
+        _, optimizer = step_times.built(self.words(method, own.lr, own.plain_lr, self.seeds[0]))
+        return self.plain if isinstance(optimizer.pipeline.plain, Adam) else own.plain_lr
 
     def words(self, method, lr, plain_lr, seed, basis=None):
         """Flags of `lowrank train`. basis: the choice of a basis in place of the method's, with --gap between two of them."""
@@ -104,14 +118,16 @@ def loss(row):
 
 def sweep(plan, runs, found):
     """All runs, into `found`; those that most depends on first."""
+    first = plan.seeds[0]
     for name, of in found.items():
         choose(plan, runs, name, of)
     for seed in plan.seeds:
         for name, of in found.items():
             of["own"][seed] = runs(plan.words(name, *of["best"], seed))
-    for name, of in found.items():  # a rate of 0 leaves matrices as they are, and all else is trained as ever
-        of["frozen"][plan.seeds[0]] = runs(plan.words(name, 0, of["best"][1], plan.seeds[0]))
-    bases = {name: random_basis(plan.words(name, *of["best"], plan.seeds[0])) for name, of in found.items()}
+    bases, absent = {}, {}
+    for name, of in found.items():
+        of["frozen"][first] = runs(absent.setdefault(rest(plan, name), plan.words(name, 0, of["best"][1], first)))
+        bases[name] = random_basis(plan.words(name, *of["best"], first))
     for seed in plan.seeds:
         for name, basis in bases.items():
             if basis:
@@ -119,23 +135,31 @@ def sweep(plan, runs, found):
 
 
 def choose(plan, runs, name, of):
-    """The best plain rate at the middle one of five rates of the grid; then with it the best of the five, or beyond an end."""
-    own, seed = METHODS[name], plan.seeds[0]
+    """The best of --rates rates around the default, and of the next ones of the grid as long as the best is an end."""
+    plain_lr, seed, aside = plan.plain_lr(name), plan.seeds[0], plan.rates // 2
 
-    def tried(lr, plain_lr):
-        of["tried"][lr, plain_lr] = loss(runs(plan.words(name, lr, plain_lr, seed)))
-        return of["tried"][lr, plain_lr]
+    def tried(i):
+        of["tried"][GRID[i], plain_lr] = loss(runs(plan.words(name, GRID[i], plain_lr, seed)))
+        return of["tried"][GRID[i], plain_lr]
 
-    middle = min(range(AROUND, len(GRID) - AROUND), key=lambda i: abs(math.log(GRID[i] / own.lr)))
-    plain_lr = min({own.plain_lr: None, **dict.fromkeys(PLAIN)}, key=lambda rate: tried(GRID[middle], rate))
-    losses = {i: tried(GRID[i], plain_lr) for i in range(middle - AROUND, middle + AROUND + 1)}
-    for _ in range(MORE):
+    middle = min(range(aside, len(GRID) - aside), key=lambda i: abs(math.log(GRID[i] / METHODS[name].lr)))
+    losses = {i: tried(i) for i in range(middle - aside, middle + aside + 1)}
+    while True:
         best = min(losses, key=losses.get)
         beyond = best - 1 if best == min(losses) else best + 1
         if beyond in losses or not 0 <= beyond < len(GRID):
             break
-        losses[beyond] = tried(GRID[beyond], plain_lr)
-    of["best"] = GRID[min(losses, key=losses.get)], plain_lr
+        losses[beyond] = tried(beyond)
+    of["best"] = GRID[best], plain_lr
+
+
+def rest(plan, name):
+    """What decides a run whose matrices are frozen: methods that train all else alike have the same one."""
+    _, optimizer = step_times.built(plan.words(name, 0, plan.plain_lr(name), plan.seeds[0]))
+    pipeline, group = optimizer.pipeline, optimizer.param_groups[0]
+    parts = [type(part).__name__ for part in (pipeline.plain, pipeline.moments, pipeline.schedule)]
+    hyper = {key: group[key] for key in (*pipeline.plain.defaults, "lr", "weight_decay") if key in group}
+    return repr((parts, vars(pipeline.schedule), hyper, len(group["params"]), METHODS[name].weights))
 
 
 def random_basis(words):

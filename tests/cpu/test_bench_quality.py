@@ -55,26 +55,43 @@ class Landscape:
         return {"val_loss": 2 + sum(math.log(rate / least) ** 2 for rate, least in zip(rates, self.least))}
 
 
-@pytest.mark.parametrize("plain_lr", [3e-3, 1e-2])
-def test_a_method_has_five_rates_with_the_better_plain_one(plain_lr):
-    landscape, of = Landscape(1e-2, plain_lr), {"tried": {}}
-    quality.choose(plan(), landscape, "galore", of)
-    seen = [(float(value(words, "--lr")), float(value(words, "--plain-lr"))) for words in landscape.seen]
-    assert seen == [(5e-3, 3e-3), (5e-3, 1e-2), *((lr, plain_lr) for lr in (1e-3, 2e-3, 5e-3, 1e-2, 2e-2))]
-    assert of["best"] == (1e-2, plain_lr) and len(of["tried"]) == 6
-
-
-@pytest.mark.parametrize("least, found, runs", [(5e-2, 5e-2, 9), (2e-4, 2e-4, 10), (1e-6, 1e-4, 10)])
-def test_an_end_that_is_best_is_gone_beyond(least, found, runs):
+@pytest.mark.parametrize(
+    "rates, least, found, tried",
+    [
+        (5, 5e-3, 5e-3, [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]),
+        (3, 5e-3, 5e-3, [2e-3, 5e-3, 1e-2]),
+        (3, 2e-2, 2e-2, [2e-3, 5e-3, 1e-2, 2e-2, 5e-2]),  # an end that is best is gone beyond
+        (5, 2e-4, 2e-4, [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-4, 2e-4, 1e-4]),
+        (5, 9.0, 0.5, [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5]),  # the grid ends
+    ],
+)
+def test_rates_that_a_method_has(rates, least, found, tried):
     landscape, of = Landscape(least), {"tried": {}}
-    quality.choose(plan(), landscape, "galore", of)
-    assert of["best"] == (found, 3e-3) and len(landscape.seen) == runs
+    quality.choose(plan("--rates", str(rates)), landscape, "galore", of)
+    assert [float(value(words, "--lr")) for words in landscape.seen] == tried
+    assert of["best"] == (found, 1e-2) and list(of["tried"]) == [(lr, 1e-2) for lr in tried]
+
+
+def test_what_is_no_matrix_has_one_rate_where_adam_trains_it():
+    assert {name: plan("--plain-lr", "7e-3").plain_lr(name) for name in ("adamw", "muon", "fira-lion", "flora")} == {
+        "adamw": 7e-3, "muon": 7e-3, "fira-lion": METHODS["fira-lion"].plain_lr, "flora": METHODS["flora"].plain_lr
+    }  # fmt: skip
 
 
 def test_a_run_that_diverges_is_never_the_best():
     of = {"tried": {}}
     quality.choose(plan(), lambda words: {"val_loss": None if value(words, "--lr") != "0.002" else 9.0}, "galore", of)
     assert of["best"][0] == 2e-3
+
+
+@pytest.mark.full
+def test_methods_that_train_all_else_alike_are_frozen_alike(tiny, tmp_path):
+    chosen = plan("--model", tiny[0], "--rank", "4", "--steps", "3", "--", *tiny[1])
+    run, alike = runs.Runs(tmp_path / "rows.jsonl", 1.0, print), {}
+    for name in ("adamw", "apollo", "fira", "galore", "gum", "lisa", "owlore", "scale", "subtrack"):
+        row = run(chosen.words(name, 0, 1e-2, 0))
+        assert alike.setdefault(quality.rest(chosen, name), row["val_loss"]) == row["val_loss"]
+    assert 3 <= len(alike) < 9
 
 
 def test_what_runs_beside_the_best(tiny):
@@ -91,7 +108,7 @@ def test_what_runs_beside_the_best(tiny):
     }
     assert bases == {"galore": ("random", "7"), "ldadam": ("random", "7"), "grass": ("uniform", "7")}
     frozen = [words for words in landscape.seen if value(words, "--lr") == "0"]
-    assert len(frozen) == 6 and {value(w, "--plain-lr") for w in frozen} == {"0.003"}
+    assert [value(words, "--method") for words in frozen] == ["adamw"] * 1 + ["apollo"] + ["adamw"] * 2 + ["ldadam", "adamw"]
 
 
 def test_flags_of_a_run():
