@@ -9,7 +9,7 @@ from benched import CEILINGS, quick, run, run_kernels  # noqa: F401
 
 from lowrank_sys import backends, cli
 from lowrank_sys._ops import named_steps
-from lowrank_sys.bench import kernels, quality, shapes, timing, train
+from lowrank_sys.bench import kernels, shapes, timing
 from lowrank_sys.bench.cases import OPS, serving
 from lowrank_sys.bench.cases.case import Case
 
@@ -188,11 +188,3 @@ def test_counted_traffic_of_a_galore_step_is_six_bytes_a_weight_in_bf16():
     case = Case("galore_step", 8192, 8192, 4, torch.bfloat16, True, "cpu")
     assert OPS["galore_step"].traffic(case) / (8192 * 8192) == pytest.approx(6, rel=0.01)
     assert OPS["galore_step"].flop(case) == 4 * 8192 * 8192 * 4
-
-
-def test_quality_is_train_by_other_defaults():
-    parser = cli.Parser()
-    quality.add_arguments(parser)
-    args = parser.parse_args(["--methods", "galore"])
-    assert (args.model, args.seeds, args.methods, args.flags) == ("llama-1m", "0,1,2", "galore", [])
-    assert quality.run is train.run
