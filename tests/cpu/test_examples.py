@@ -26,7 +26,9 @@ def example(monkeypatch):
 
 def test_every_example_is_here():
     several = {"ddp", "fsdp2"}  # run by tests/cpu/distributed
-    assert {path.stem for path in FOLDER.glob("*.py")} == {"tiny", "custom_loop", "lightning_module", *several, *LEARN}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {
+        "tiny", "custom_loop", "lightning_module", "lora_pro", *several, *LEARN,
+    }  # fmt: skip
 
 
 def test_custom_loop(example):
@@ -37,6 +39,12 @@ def test_lightning(example):
     pytest.importorskip("lightning", reason="lightning is not installed")
     losses = example("lightning_module").main()
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_lora_pro(example):
+    pytest.importorskip("peft", reason="peft is not installed")
+    losses = example("lora_pro").main()
+    assert losses[-1] < 0.97 * losses[0]
 
 
 LEARN = ("accelerate_loop", "accumulate_and_clip", "int8_in_backward", "trainer", "trainer_names")
