@@ -1,5 +1,6 @@
 """W = scale B A + S: a GEMM with the scatter-add of a sparse matrix as its epilogue."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -72,11 +73,12 @@ def scatter_add_product_kernel(
     p_columns = columns + o_m * k
     b_first = first_at_least(p_columns, i_n * BLOCK_N, k, steps, m_m)
     b_count = first_at_least(p_columns, (i_n + 1) * BLOCK_N, k, steps, m_m) - b_first
+    b_here = o_n.to(tl.int32)
     for i in range(tl.max(b_count)):
         m_entry = m_m & (i < b_count)
         b_column = tl.load(p_columns + b_first + i, mask=m_entry, other=-1)
         b_value = tl.load(values + o_m * k + b_first + i, mask=m_entry, other=0.0).to(tl.float32)
-        b_w += tl.where(b_column[:, None] == o_n[None, :], b_value[:, None], 0.0)
+        b_w += tl.where(b_column[:, None] == b_here[None, :], b_value[:, None], 0.0)
     store(out + o_m[:, None] * n + o_n[None, :], b_w, m_m[:, None] & m_n[None, :])
 
 
@@ -84,7 +86,7 @@ def scatter_add_product(b, a, values, columns, *, scale=1.0, dtype=None):
     """W (m, n) = scale B A + S in `dtype`, or B's; shapes and types as the oracle's."""
     _ops.scatter_add.check_scatter_add_product(b, a, values, columns, dtype=dtype)
     (m, r), n, k = b.shape, a.shape[1], values.shape[1]
-    out = b.new_empty((m, n), dtype=dtype or b.dtype)
+    out = torch.empty((m, n), dtype=dtype or b.dtype, device=b.device)
     if out.numel() == 0:
         return out
     config = configs.config_for(

@@ -52,6 +52,5 @@ OPS = {
         overload="scatter_add_product",
         oracle=scatter_add_product,
         sided=False,
-        truth=lambda b, a, values, columns: scatter_add_product(b, a, values, columns, scale=SCALE),
     )
 }

@@ -17,13 +17,13 @@ def adjust_gradients(
 ) -> RemovableHandle:  # fmt: skip
     """Before every step, replace the gradients of each pair A, B of the model by those of a rule; returns a handle to remove() it.
 
-    Gradients are those that the optimizer would read: clipped, if they are clipped before the step, and without GradScaler's scale.
+    Gradients are those that the optimizer would read: clipped if they were clipped, and without GradScaler's scale.
     Solves are in fp32 at least, those of all pairs of one rank together; on a GPU they wait for it. Other parameters, and a pair
     with one factor frozen, keep their gradients. A step with a closure is an error, which would make the gradients anew.
 
     Args:
-        optimizer: any of torch's interface, which trains the pairs. Its state is that of the factors: LoRA-Pro's authors keep Adam's
-            moments of the full matrix instead, which this leaves to whoever has the memory.
+        optimizer: any of torch's interface, which trains the pairs. Its state is that of the factors, where LoRA-Pro's authors keep
+            Adam's moments of the full matrix.
         model: with LoRA adapters of peft, or factored layers.
         rule: see `lora_pro` and `riemannian`.
         damping: added to BᵀB and A Aᵀ where they are inverted; the rule's own if None.
@@ -39,8 +39,8 @@ def adjust_gradients(
         raise ValueError(f"optimizer trains no pair of the model, got {type(optimizer).__name__}")
     options = {} if damping is None else {"damping": damping}
 
-    def adjust(_, args, kwargs):
-        if any(closure is not None for closure in (*args, *kwargs.values())):
+    def adjust(_, args, kwargs):  # args with the optimizer itself
+        if any(closure is not None for closure in (*args[1:], *kwargs.values())):
             raise ValueError("closure must be None: it would replace the gradients that were adjusted")
         _adjust(chosen, RULES[rule], options)
 

@@ -18,7 +18,8 @@ def lora_one_(model: nn.Module, gradients: Mapping[str, torch.Tensor], *, gamma:
     """Begin every pair in the singular space of the full gradient: one step along its r largest directions, of normed size.
 
     LoRA-One (Zhang et al. 2025, arXiv:2502.01235), as its code: with U S Vᵀ of -G, B = U_r sqrt(S_r / (gamma S_1)) and
-    A = sqrt(S_r / (gamma S_1)) V_rᵀ, so that scale B A = scale / gamma times the best rank-r part of -G / S_1. The base weight stays.
+    A = sqrt(S_r / (gamma S_1)) V_rᵀ, so that scale B A is scale / gamma times the best part of rank r
+    of -G / S_1. The base weight stays.
 
     Args:
         model: with pairs of factors, such as a model of peft.

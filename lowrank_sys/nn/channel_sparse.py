@@ -37,19 +37,20 @@ class _Linear(torch.autograd.Function):
             scatter_add_(dx, (dy @ values).float(), columns, None, alpha=1 - ctx.gamma, left=False)
             dx = dx.reshape(x.shape)
         if wants_b:
-            db = (ctx.gamma * (dy.T @ (rows @ a.T))).to(types[0])
+            db = torch.mm(dy.T, rows @ a.T).mul_(ctx.gamma).to(types[0])
         if wants_a:
-            da = (ctx.gamma * (through.T @ rows)).to(types[1])
+            da = torch.mm(through.T, rows).mul_(ctx.gamma).to(types[1])
         if wants_values:
-            dvalues = ((1 - ctx.gamma) * (dy.T @ gather(rows, columns, None, left=False).to(x.dtype))).to(types[2])
+            chosen = gather(rows, columns, None, left=False).to(x.dtype)
+            dvalues = torch.mm(dy.T, chosen).mul_(1 - ctx.gamma).to(types[2])
         return dx, db, da, dvalues, None, None
 
 
 class ChannelSparseLinear(FactoredLinear):
     """y = gamma B A x + (1 - gamma) S x + b: the dominant part of a weight in factors, and whole columns of what they leave.
 
-    `values` (out, k) are the columns of S that are there, `columns` (k,) int32 which they are. The products are those of the factors
-    and of the columns: no matrix of W's size is made. Differentiable once.
+    `values` (out, k) are the columns of S that are there, `columns` (k,) int32 which they are. The products are with the factors
+    and with these columns: no matrix of W's size is made. Differentiable once.
 
     Args:
         in_features, out_features, bias, device, dtype: as of nn.Linear, whose weight is drawn and then taken apart.

@@ -38,7 +38,8 @@ class FactoredLinear(nn.Module):
     def reset_bias(self):
         """Draw it as nn.Linear does."""
         if self.bias is not None:
-            nn.init.uniform_(self.bias, *2 * [1 / math.sqrt(max(1, self.in_features))])
+            bound = 1 / math.sqrt(max(1, self.in_features))
+            nn.init.uniform_(self.bias, -bound, bound)
 
     def dense(self, dtype=None):
         """W (out, in), in `dtype` or that of the factors."""

@@ -1,4 +1,4 @@
-"""factorize_model and merge_factors: the linear layers of a model to low-rank plus sparse ones and back, in place, one at a time."""
+"""factorize_model and merge_factors: the linear layers of a model to low-rank plus sparse ones and back, in place."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -27,8 +27,8 @@ def factorize_model(
     Args:
         model: nn.Module with weights in fp32, bf16 or fp16.
         rank: r of the factors.
-        form: 'entries', W = alpha/rank B A + S with S on a random support (SLTrain), drawn anew: for training from scratch. 'channels',
-            W = gamma B A + (1 - gamma) S with S whole columns (LOST), taken from the singular vectors of the weight that was there.
+        form: 'entries', W = alpha/rank B A + S with S on a random support (SLTrain), drawn anew: for training from scratch.
+            'channels', W = gamma B A + (1 - gamma) S with S whole columns (LOST), from the singular vectors of the weight.
         density: the share of W that S has, of its elements or of its columns.
         alpha, gamma: of the forms, see SparseLowRankLinear and ChannelSparseLinear.
         target_modules: substrings of module names; a layer is replaced if its name contains one. All by default.

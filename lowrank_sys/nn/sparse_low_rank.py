@@ -56,8 +56,8 @@ class SparseLowRankLinear(FactoredLinear):
     """y = x Wᵀ + b with W = alpha/rank B A + S: low-rank, and sparse on a random support that stays as it is.
 
     Forward makes some rows of W at a time and keeps none: for backward there are x and the parameters. Every row of S has
-    round(density * in_features) entries, so that a part of the rows is a part of `values` and `columns` (out, entries), int32. Under
-    autocast x is cast as for nn.Linear; W is made in x's type. Differentiable once.
+    round(density * in_features) entries, so that a part of the rows is a part of `values` and `columns` (out, entries), int32.
+    Under autocast x is cast as for nn.Linear; W is made in x's type. Differentiable once.
 
     Drawn as the authors do: B = 0, A uniform as nn.Linear's weight, the values uniform in ±1/sqrt(in_features).
 

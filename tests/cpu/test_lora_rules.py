@@ -127,33 +127,6 @@ def test_every_step_is_on_adjusted_gradients(kind, rule, function):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
-def test_a_step_of_lora_pro_goes_down_further():
-    """Of SGD steps with the same change of W to first order ... the direction nearest to the gradient's."""
-
-    def change(rule):
-        made = model()
-        if rule:
-            adjust_gradients(optimizer := torch.optim.SGD(made.parameters(), lr=1.0), made, rule)
-        else:
-            optimizer = torch.optim.SGD(made.parameters(), lr=1.0)
-        made.requires_grad_(False)
-        for pair in pairs(made):
-            pair.A.requires_grad_(True), pair.B.requires_grad_(True)
-        loss_of(made, X).backward()
-        seen = {pair.name: (pair.A.grad.clone(), pair.B.grad.clone()) for pair in pairs(made)}
-        for hook in optimizer._optimizer_step_pre_hooks.values():
-            hook(optimizer, (), {})
-        cosines = []
-        for pair in pairs(made):
-            step = pair.B @ pair.A.grad + pair.B.grad @ pair.A
-            slope = sum((g * old).sum() for g, old in zip((pair.A.grad, pair.B.grad), seen[pair.name]))
-            cosines.append((slope / step.norm()).item())
-        return cosines
-
-    for better, plain in zip(change("lora-pro"), change(None)):
-        assert better > plain > 0
-
-
 def test_what_adjust_gradients_refuses():
     made = model()
     optimizer = torch.optim.SGD(made.parameters(), lr=1e-3)
