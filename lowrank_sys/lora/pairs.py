@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from lowrank_sys.nn.factored import FactoredLinear
@@ -35,26 +34,19 @@ def pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
 def _pairs_of(name, module, adapter):
     if isinstance(module, FactoredLinear):
         return [Pair(name, module.A, module.B, module.scale)] if adapter is None else []
-    return [
-        Pair(name, a.weight, module.lora_B[key].weight, float(module.scaling[key]))
-        for key, a in getattr(module, "lora_A", {}).items()
-        if adapter in (None, key)
-        and is_lora(module)
-        and getattr(a, "weight", torch.empty(0)).dim() == 2
-        and _is_plain(name, module, key)
-    ]
+    found = []
+    for key, layer in module.lora_A.items() if is_lora(module) else ():
+        if adapter not in (None, key) or layer.weight.dim() != 2:
+            continue
+        if variant := getattr(module, "lora_variant", {}).get(key):
+            raise ValueError(f"{name} must be of weight W + scale B A, got {type(variant).__name__} in adapter {key!r}")
+        found.append(Pair(name, layer.weight, module.lora_B[key].weight, float(module.scaling[key])))
+    return found
 
 
 def is_lora(module):
     """Whether it is a LoRA layer of peft."""
     return isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "scaling")
-
-
-def _is_plain(name, module, key):
-    variant = getattr(module, "lora_variant", {}).get(key)
-    if variant is not None:
-        raise ValueError(f"{name} must be of weight W + scale B A, got {type(variant).__name__} in adapter {key!r}")
-    return True
 
 
 def base_name(name):
