@@ -231,6 +231,20 @@ def int8_linear(t, m, n, *, back, dtype, group_size, card, bias=None):
     }
 
 
+def scatter_add_product(m, n, r, k, *, dtype, card):
+    """W = scale B A + S of one type, with k entries in each row of S; of the columns at most, every halving whole."""
+    config = configs.config_for(card.arch, "back_project", n=n, r=r, dtypes=(dtype,) * 4)
+    down, across = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"])
+    halvings = 2 * across * m * k.bit_length()
+    return {
+        "b": Bytes(across * m * r * dtype.itemsize, 0),
+        "a": Bytes(down * r * n * dtype.itemsize, 0),
+        "values": Bytes(m * k * dtype.itemsize, 0),
+        "columns": Bytes((m * k + halvings) * torch.int32.itemsize, 0),
+        "out": Bytes(0, m * n * dtype.itemsize),
+    }
+
+
 def gaussian_basis(d, r, *, out=torch.float32, key=False):
     """Rows of a Gaussian basis, written once; its `key`, if it lies on the device, is read by every program."""
     programs = triton.cdiv(d + 63, 64) * triton.cdiv(r, configs.GAUSSIAN_BASIS["BLOCK_R"])

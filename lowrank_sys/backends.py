@@ -33,6 +33,7 @@ TRITON = {
     "int8_linear": ("int8_linear", "int8_linear"),
     "int8_linear_backward": ("int8_linear", "int8_linear_backward"),
     "project_int4": ("project", "project_int4"),
+    "scatter_add_product": ("scatter_add", "scatter_add_product"),
     "step": ("step", "step"),
 }
 
@@ -114,10 +115,10 @@ def table():
             if op in named_steps.FORMS:
                 served = named_steps.served_by(op)
                 rows[op, device] = Served(op, device, rows[served, device].implementation, f"alias of {served}")
-            elif op in operators.IMPLEMENTATIONS:
-                rows[op, device] = Served(op, device, "composition", "calls the other ops and torch.linalg")
             elif device == "cuda" and op in TRITON and not TRITON_MISSING:
                 rows[op, device] = Served(op, device, "Triton", "")
+            elif op in operators.IMPLEMENTATIONS:
+                rows[op, device] = Served(op, device, "composition", "calls the other ops and torch.linalg")
             elif _serves(op, key):
                 rows[op, device] = Served(op, device, native, "")
             else:

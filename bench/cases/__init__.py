@@ -19,6 +19,7 @@ from lowrank_sys.bench.cases import (
     qgalore,
     residual,
     rounding,
+    scatter_add,
     sparse,
     steps,
     subspace,
@@ -26,7 +27,22 @@ from lowrank_sys.bench.cases import (
 )
 from lowrank_sys.bench.cases.case import Case as Case
 
-GROUPS = (steps, projection, int8_gemm, int4, subspace, int8, sparse, transforms, blockwise, gaussian, residual, qgalore, rounding)
+GROUPS = (
+    steps,
+    projection,
+    int8_gemm,
+    int4,
+    subspace,
+    int8,
+    sparse,
+    transforms,
+    blockwise,
+    gaussian,
+    residual,
+    qgalore,
+    rounding,
+    scatter_add,
+)
 OPS = {name: op for group in GROUPS for name, op in group.OPS.items()}
 
 # Timed once: at 4096 x 4096 it takes most of a minute.

@@ -2,11 +2,11 @@
 
 import itertools
 
-from lowrank_sys.bench.static import apply, gaussian, int8, int8_gemm, rules, steps
+from lowrank_sys.bench.static import apply, gaussian, int8, int8_gemm, rules, scatter_add, steps
 from lowrank_sys.bench.static.kernel import Row, always, variants
 from lowrank_sys.kernels import configs
 
-GROUPS = (steps, rules, apply, int8, int8_gemm, gaussian)
+GROUPS = (steps, rules, apply, int8, int8_gemm, gaussian, scatter_add)
 KERNELS = {name: kernel for group in GROUPS for name, kernel in group.KERNELS.items()}
 ARCHS = tuple(configs.TABLES)
 

@@ -25,6 +25,7 @@ from lowrank_sys._ops import (
     projection,
     refresh,
     rounding,
+    scatter_add,
     sparse,
     step,
     steps,
@@ -52,5 +53,6 @@ _GROUPS = (
     refresh,
     back_project_int8,
     rounding,
+    scatter_add,
 )
 SCHEMAS = {name: schema for group in _GROUPS for name, schema in group.SCHEMAS.items()}

@@ -15,22 +15,27 @@ from lowrank_sys.nn.readers import read_by_others
 METHOD = "lowrank_int8"
 
 
-def quantizable_layers(model, target_modules=None, group_size=256):
-    """[(name, nn.Linear)] that quantize_model replaces; ValueError where it would refuse.
+def replaceable_layers(model, target_modules=None):
+    """[(name, nn.Linear)] in whose place another layer can be.
 
     Subclasses of nn.Linear are left alone, for they may use their weight in ways of their own, and so are weights that
     several modules share, and those that the module around them reads itself.
     """
-    check_quantizable(torch.float32, group_size)
     owners, read = {}, read_by_others(model)
     for module in model.modules():
         for param in module._parameters.values():
             owners.setdefault(id(param), []).append(module)
-    layers = [
+    return [
         (name, module)
         for name, module in linear_layers(model, target_modules)
         if type(module) is nn.Linear and module is not model and len(owners[id(module.weight)]) == 1 and module not in read
     ]
+
+
+def quantizable_layers(model, target_modules=None, group_size=256):
+    """The replaceable_layers, which quantize_model replaces; ValueError where it would refuse."""
+    check_quantizable(torch.float32, group_size)
+    layers = replaceable_layers(model, target_modules)
     for target in target_modules or ():
         if not any(target in name for name, _ in layers):
             raise ValueError(f"target_modules: no linear layer to quantize has {target!r} in its name")

@@ -15,6 +15,7 @@ from cases import (
     qgalore,
     residual,
     rounding,
+    scatter_add,
     schedule,
     sparse,
     step,
@@ -39,5 +40,6 @@ GROUPS = (
     qgalore,
     apollo_int8,
     rounding,
+    scatter_add,
 )
 CASES = {name: entry for group in GROUPS for name, entry in group.CASES.items()}

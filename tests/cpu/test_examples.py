@@ -27,7 +27,9 @@ def example(monkeypatch):
 
 def test_every_example_is_here():
     several = {"ddp", "fsdp2", "finetune_smollm"}  # run by tests/cpu/distributed and test_finetune_smollm.py
-    assert {path.stem for path in FOLDER.glob("*.py")} == {"tiny", "custom_loop", *LIGHTNING, *several, *LEARN}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {
+        "tiny", "custom_loop", "lora_pro", *LIGHTNING, *several, *LEARN,
+    }  # fmt: skip
 
 
 def test_custom_loop(example):
@@ -39,6 +41,12 @@ def test_lightning(example, name):
     pytest.importorskip("lightning", reason="lightning is not installed")
     losses = example(name).main()
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_lora_pro(example):
+    pytest.importorskip("peft", reason="peft is not installed")
+    losses = example("lora_pro").main()
+    assert losses[-1] < 0.97 * losses[0]
 
 
 LEARN = ("accelerate_loop", "accumulate_and_clip", "int8_in_backward", "trainer", "trainer_names")

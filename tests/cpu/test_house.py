@@ -18,13 +18,13 @@ FLOORS = (
     ("distributed",),
     ("backends",),
     ("nn",),
-    ("optim",),
+    ("optim", "lora"),
     ("memory", "train", "bench", "info", "cli", "integrations"),
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 # The oracle is for tests, for dispatch, and for those who measure or account for it.
 ORACLE = {"backends", "memory", "bench", "reference"}
-PARTS = ("optim", "schedule", "subspace", "nn")
+PARTS = ("optim", "lora", "schedule", "subspace", "nn")
 # Arguments of users, of which a message says what they must be.
 ARGUMENTS = {
     ("optim/per_layer.py", "AtStep"),
@@ -32,7 +32,7 @@ ARGUMENTS = {
     ("optim/continual.py", "LowRankOptimizer"),
 }
 # Modules of a user's model are told by their class.
-LAYERS = {"ProjectedLinear", "QuantLinear"}
+LAYERS = {"FactoredLinear", "ProjectedLinear", "QuantLinear"}
 # Names of torch's modules, and of named tuples.
 TORCH = {"_parameters", "_buffers", "_replace"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name not in ("__init__.py", "__main__.py") or path.parent != ROOT)
