@@ -6,7 +6,7 @@ from torch import nn
 
 from lowrank_sys.optim import Accumulate, FrugalBlocks, param_groups
 
-LR, DECAY, PERIOD, STEPS = 1e-2, 0.1, 3, 8
+LR, DECAY, PERIOD, STEPS = 1e-2, 0.1, 3, 11
 
 
 def model():
