@@ -62,7 +62,7 @@ class Landscape:
         (3, 5e-3, 5e-3, [2e-3, 5e-3, 1e-2]),
         (3, 2e-2, 2e-2, [2e-3, 5e-3, 1e-2, 2e-2, 5e-2]),  # an end that is best is gone beyond
         (5, 2e-4, 2e-4, [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-4, 2e-4, 1e-4]),
-        (5, 9.0, 0.5, [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5]),  # the grid ends
+        (5, 9.0, 5.0, [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]),  # the grid ends
     ],
 )
 def test_rates_that_a_method_has(rates, least, found, tried):
