@@ -150,7 +150,8 @@ class Kind(Part):
         if sketched:
             gradients = [s[store_of(s).keys[0]].new_empty(0) if g is None else g for s, g in zip(states, gradients)]
         transport = group["moments"]
-        reads = tuple(dict.fromkeys((*((*moments, "step") if transport != "keep" else ()), *self.reads(group))))
+        needs = [name for name in TRANSPORTS[transport].needs if name not in self.categories]
+        reads = tuple(dict.fromkeys((*((*moments, "step") if transport != "keep" else ()), *needs, *self.reads(group))))
         hyper = {key: group[key] for key in self.hyper_of(group) if group[key] is not None}
         hyper.update(zip(("beta1", "beta2"), group["betas"] if "betas" in group and reads else ()))
         keys, number_keys = self.keys_of(states[0], reads)

@@ -135,6 +135,18 @@ def test_a_rate_of_zero_freezes_the_matrices(tiny, name):
         torch.testing.assert_close(values(p), was, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_random_basis_serves_whoever_has_one(tiny, name):
+    chosen = plan("--model", tiny[0], "--rank", "4", "--gap", "2")
+    if basis := quality.random_basis(chosen.words(name, 1e-3, 3e-3, 0)):
+        model, optimizer = step_times.built(chosen.words(name, 1e-3, 3e-3, 0, basis))
+        for _ in range(5):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(p.isfinite().all() for p in model.parameters() if not is_quantized(p))
+
+
 def test_nothing_runs_twice(tiny, tmp_path):
     path, told = tmp_path / "deep" / "rows.jsonl", []
     words = ["--model", tiny[0], "--method", "galore", "--rank", "4", "--steps", "2", *tiny[1]]
