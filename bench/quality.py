@@ -117,21 +117,19 @@ def loss(row):
 
 
 def sweep(plan, runs, found):
-    """All runs, into `found`; those that most depends on first."""
-    first = plan.seeds[0]
+    """All runs, into `found`: rates, then seed by seed all that is compared, so that a sweep which is cut short has whole seeds."""
+    first, bases, absent = plan.seeds[0], {}, {}
     for name, of in found.items():
         choose(plan, runs, name, of)
+        bases[name] = random_basis(plan.words(name, *of["best"], first))
     for seed in plan.seeds:
         for name, of in found.items():
             of["own"][seed] = runs(plan.words(name, *of["best"], seed))
-    bases, absent = {}, {}
-    for name, of in found.items():
-        of["frozen"][first] = runs(absent.setdefault(rest(plan, name), plan.words(name, 0, of["best"][1], first)))
-        bases[name] = random_basis(plan.words(name, *of["best"], first))
-    for seed in plan.seeds:
-        for name, basis in bases.items():
-            if basis:
-                found[name]["random"][seed] = runs(plan.words(name, *found[name]["best"], seed, basis))
+        for name, of in found.items():
+            if seed == first:
+                of["frozen"][seed] = runs(absent.setdefault(rest(plan, name), plan.words(name, 0, of["best"][1], seed)))
+            if bases[name]:
+                of["random"][seed] = runs(plan.words(name, *of["best"], seed, bases[name]))
 
 
 def choose(plan, runs, name, of):

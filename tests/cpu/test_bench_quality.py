@@ -62,7 +62,7 @@ class Landscape:
         (3, 5e-3, 5e-3, [2e-3, 5e-3, 1e-2]),
         (3, 2e-2, 2e-2, [2e-3, 5e-3, 1e-2, 2e-2, 5e-2]),  # an end that is best is gone beyond
         (5, 2e-4, 2e-4, [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-4, 2e-4, 1e-4]),
-        (5, 9.0, 0.5, [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5]),  # the grid ends
+        (5, 9.0, 5.0, [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]),  # the grid ends
     ],
 )
 def test_rates_that_a_method_has(rates, least, found, tried):
@@ -133,6 +133,18 @@ def test_a_rate_of_zero_freezes_the_matrices(tiny, name):
         optimizer.zero_grad()
     for p, was in zip(matrices, before):  # of a matrix in two factors, to rounding
         torch.testing.assert_close(values(p), was, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_random_basis_serves_whoever_has_one(tiny, name):
+    chosen = plan("--model", tiny[0], "--rank", "4", "--gap", "2")
+    if basis := quality.random_basis(chosen.words(name, 1e-3, 3e-3, 0)):
+        model, optimizer = step_times.built(chosen.words(name, 1e-3, 3e-3, 0, basis))
+        for _ in range(5):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(p.isfinite().all() for p in model.parameters() if not is_quantized(p))
 
 
 def test_nothing_runs_twice(tiny, tmp_path):

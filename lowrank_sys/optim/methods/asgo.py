@@ -5,7 +5,7 @@ from lowrank_sys.optim.rules import OneSided
 from lowrank_sys.subspace.optional import OrWhole
 
 
-@method("asgo", lr=1e-2, plain_lr=3e-3, rank=None)
+@method("asgo", lr=5e-3, plain_lr=3e-3, rank=None)
 class ASGO(Preset):
     """W <- (1 - lr*wd) W - lr 0.2 sqrt(m n) U / |U|_F, U = V^(-1/2) M, V = EMA(G Gᵀ) (m <= n; else M V^(-1/2), V = EMA(GᵀG)).
 

@@ -65,7 +65,7 @@ SELECT["coap"] = CorrelationAware()
 TRANSPORTS["rotate-roots"] = Transport(rotate_roots, sharded=True)
 
 
-@method("coap", lr=5e-3, plain_lr=3e-3, scale=1.0, subspace="coap", update_proj_gap=32)
+@method("coap", lr=2e-3, plain_lr=3e-3, scale=1.0, subspace="coap", update_proj_gap=32)
 class COAPAdamW(Preset):
     """GaLoreAdamW on bases of CorrelationAware, calibrated anew at every fifth refresh (`reproject_factor`).
 

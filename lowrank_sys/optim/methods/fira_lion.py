@@ -5,7 +5,7 @@ from lowrank_sys.optim.remainder import ScaledResidual
 from lowrank_sys.optim.rules import Lion
 
 
-@method("fira-lion", lr=3e-4, plain_lr=3e-4, scale_key="alpha")
+@method("fira-lion", lr=1e-3, plain_lr=3e-3, scale_key="alpha")
 class FiraLion(Preset):
     """W <- (1 - lr*wd) W - lr [alpha back(X) + s o (G - alpha back(R))], X = Lion(R), s_j = |X_j| / |R_j|, its norm limited.
 

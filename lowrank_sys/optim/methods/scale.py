@@ -64,7 +64,7 @@ def groups(model, rank=None, *, plain=None, **keys):
     return [{**vectors, "params": sorts["vectors"]}, matrices, *(group for group in (embeddings, head) if group["params"])]
 
 
-@method("scale", lr=1e-3, plain_lr=3e-3, rank=None, groups=groups)
+@method("scale", lr=5e-4, plain_lr=3e-3, rank=None, groups=groups)
 class SCALE(Preset):
     """W <- (1 - lr*wd) W - lr U, each row of U the gradient's at an RMS of 1. Groups with `rank` None; others are AdamW.
 

@@ -45,7 +45,7 @@ class Sinkhorn(WithoutBasis):
         return Update(phi=g, c=(s.unit, a, b))
 
 
-@method("sinkgd", lr=1e-3, plain_lr=3e-3, rank=None)
+@method("sinkgd", lr=5e-4, plain_lr=3e-3, rank=None)
 class SinkGD(Preset):
     """W <- (1 - lr*wd) W - lr X, without a state. Groups with `rank` None; others (embeddings, head, vectors) are AdamW.
 
