@@ -20,15 +20,15 @@ def installed():
 @pytest.mark.parametrize("keys, cls", [
     ({"optimizer": "lowrank-galore", "optim_args": "rank=8,scale=1"}, GaLoreAdamW),
     ({"optimizer": "lowrank-apollo-mini"}, APOLLOAdamW),
-    ({"optimizer": "galore", "galore_quantization": True, "galore_proj_quant": True, "galore_rank": 8}, QGaLoreAdamW8bit),
+    ({"optimizer": "galore", "galore_quantization": True, "galore_rank": 8}, QGaLoreAdamW8bit),
 ], ids=["galore", "apollo-mini", "its own q-galore"])  # fmt: skip
 def test_sft(folder, chats, tmp_path, trained_by, keys, cls):
     from swift import sft_main
 
     (tmp_path / "plugin.py").write_text("import lowrank_sys.integrations.ms_swift\n")
     flags = {
-        "model": folder, "model_type": "llama", "template": "dummy", "dataset": chats, "tuner_type": "full", "torch_dtype": "float32",
-        "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "output_dir": tmp_path / "out",
+        "model": folder, "model_type": "llama", "template": "dummy", "dataset": chats, "tuner_type": "full",
+        "torch_dtype": "float32", "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "output_dir": tmp_path / "out",
         "report_to": "none", "logging_steps": 1, "use_cpu": True, "gradient_checkpointing": False,
         "external_plugins": tmp_path / "plugin.py", **keys,
     }  # fmt: skip
