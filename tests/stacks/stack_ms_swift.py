@@ -28,8 +28,8 @@ def test_sft(folder, chats, tmp_path, trained_by, keys, cls):
     (tmp_path / "plugin.py").write_text("import lowrank_sys.integrations.ms_swift\n")
     flags = {
         "model": folder, "model_type": "llama", "template": "dummy", "dataset": chats, "tuner_type": "full",
-        "torch_dtype": "float32", "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "output_dir": tmp_path / "out",
-        "report_to": "none", "logging_steps": 1, "use_cpu": True, "gradient_checkpointing": False,
+        "torch_dtype": "float32", "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+        "output_dir": tmp_path / "out", "report_to": "none", "logging_steps": 1, "use_cpu": True, "gradient_checkpointing": False,
         "external_plugins": tmp_path / "plugin.py", **keys,
     }  # fmt: skip
     with trained_by(cls, STEPS):
