@@ -1,6 +1,9 @@
 """LLaMA-Factory: v0 by its own use_galore and use_apollo, v1 by its registry of optimizers."""
 
+import importlib.machinery
 import json
+import sys
+import types
 
 import pytest
 
@@ -10,10 +13,13 @@ STEPS = 3
 
 
 @pytest.fixture
-def shims():
-    """Before LLaMA-Factory imports transformers' trainer."""
+def shims(monkeypatch):
+    """In place before LLaMA-Factory is imported; so is torchaudio, which it imports for sounds, and whose wheel wants CUDA."""
     from lowrank_sys.integrations import shims
 
+    audio = types.ModuleType("torchaudio")
+    audio.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+    monkeypatch.setitem(sys.modules, "torchaudio", audio)
     shims.install()
     yield
     shims.uninstall()
