@@ -45,7 +45,7 @@ STACKS = {
         ("stacks/stack_llamafactory.py",),
         """transformers==5.6.0 datasets==4.0.0 accelerate==1.11.0 peft==0.18.1 trl==0.24.0 einops fastapi fire hf-transfer
         matplotlib omegaconf pandas protobuf pydantic pyyaml safetensors scipy sentencepiece sse-starlette tiktoken
-        torchdata<=0.11.0 tyro<0.9.0 uvicorn""",
+        torchdata<=0.11.0 tyro<0.9.0 uvicorn bitsandbytes""",
         bare="llamafactory==0.9.5",
     ),
     "ms-swift": Stack(

@@ -9,7 +9,7 @@ import pytest
 
 from lowrank_sys.optim import APOLLOAdamW, FiraAdamW, GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit
 
-STEPS = 3
+STEPS = 6
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def shims(monkeypatch):
 
 
 @pytest.mark.parametrize("keys, cls", [
-    ({"use_galore": True, "galore_rank": 8}, GaLoreAdamW),
+    ({"use_galore": True, "galore_rank": 8, "optim": "adamw_torch"}, GaLoreAdamW),
     ({"use_galore": True, "galore_rank": 8, "optim": "adamw_8bit"}, GaLoreAdamW8bit),
-    ({"use_apollo": True, "apollo_rank": 4}, APOLLOAdamW),
+    ({"use_apollo": True, "apollo_rank": 4, "optim": "adamw_torch"}, APOLLOAdamW),
 ], ids=["galore", "galore 8-bit", "apollo"])  # fmt: skip
 def test_v0_by_its_yaml(shims, folder, chats, tmp_path, trained_by, keys, cls):
     from llamafactory.train.tuner import run_exp
