@@ -13,7 +13,7 @@ def test_keywords_of_a_text():
     assert parsed(None) == parsed("") == {}
 
 
-@pytest.mark.parametrize("text", ["rank", "rank=", "**rank", "rank=1)(", "8=1"])
+@pytest.mark.parametrize("text", ["rank", "rank=", "**rank", "rank=1)(", "rank=1) + (2", "8=1"])
 def test_what_is_no_list_of_keywords(text):
     with pytest.raises(ValueError, match="optim_args must be NAME=VALUE"):
         parsed(text)
