@@ -33,4 +33,4 @@ class LowRank(BasePlugin):
     def post_trainer_create(self, cfg, trainer):
         if cfg.lowrank:
             keywords = {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay, **cfg.lowrank}
-            trainer.optimizer_cls_and_kwargs = (optimizer(keywords.pop("method")), keywords)
+            trainer.optimizer_cls_and_kwargs = (optimizer(keywords.pop("method", None)), keywords)

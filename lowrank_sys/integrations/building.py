@@ -34,7 +34,9 @@ def parsed(text: str | None) -> dict[str, Any]:
     call = f"dict({text or ''})"
     try:
         found = ast.parse(call, mode="eval").body
-        if found.args or any(keyword.arg is None for keyword in found.keywords):
+        if not (isinstance(found, ast.Call) and isinstance(found.func, ast.Name)) or found.args:
+            raise SyntaxError
+        if any(keyword.arg is None for keyword in found.keywords):
             raise SyntaxError
     except SyntaxError:
         raise ValueError(f"optim_args must be NAME=VALUE, NAME=VALUE, ..., got {text!r}") from None

@@ -49,9 +49,7 @@ def param_groups(
     groups = [{**group, "params": list(group["params"])} for group in groups]
     every = [_bare(param) for group in groups for param in group["params"]]
     if any(is_coefficient(p) for p in every):
-        raise ValueError(
-            "params must be without projected layers, whose sides are not in their shapes; use optim.param_groups(model)"
-        )
+        raise ValueError("params must be without projected layers, which have sides of their own; use optim.param_groups(model)")
     times = Counter(p.shape for p in every)
 
     def is_matrix(param) -> bool:
@@ -72,10 +70,8 @@ def param_groups(
             if found
         ]
     if not any("rank" in group for group in made):
-        wanted = (
-            f"whose shape occurs {REPEATED} times or more" if vocab_size is None else f"without a side of vocab_size={vocab_size}"
-        )
-        raise ValueError(f"params must hold a matrix of at least rank {rank} {wanted}, got {len(every)} parameters without one")
+        kind = f"whose shape occurs {REPEATED} times or more" if vocab_size is None else f"without a side of {vocab_size=}"
+        raise ValueError(f"params must hold a matrix of at least rank {rank} {kind}, got {len(every)} parameters without one")
     return made
 
 

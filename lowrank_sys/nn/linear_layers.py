@@ -38,12 +38,13 @@ def linear_layers(model, target_modules=None):
     """
     is_chosen = chosen(target_modules)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    inside_head = set() if head is None else set(map(id, head.modules()))  # peft wraps a head that it trains whole
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return [
         (name, module)
         for name, module in model.named_modules()
         if _is_linear(module)
-        and module is not head
+        and id(module) not in inside_head
         and id(module.weight) not in embedded
         and name.rpartition(".")[2] not in HEADS
         and is_chosen(name)

@@ -18,6 +18,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / ".stacks"
 TORCH = os.environ.get("TORCH", "torch==2.13.0")  # the newest that axolotl takes
+# No telemetry, and nothing but packages from the network.
+ALONE = {"DO_NOT_TRACK": "1", "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
 TESTER = ["pytest", "setuptools>=77", "packaging", "numpy"]
 
 
@@ -43,8 +45,8 @@ STACKS = {
         ("stacks/stack_llamafactory.py",),
         """transformers==5.6.0 datasets==4.0.0 accelerate==1.11.0 peft==0.18.1 trl==0.24.0 einops fastapi fire hf-transfer
         matplotlib omegaconf pandas protobuf pydantic pyyaml safetensors scipy sentencepiece sse-starlette tiktoken
-        torchdata<=0.11.0 tyro<0.9.0 uvicorn""",
-        bare="llamafactory==0.9.5 torchaudio",
+        torchdata<=0.11.0 tyro<0.9.0 uvicorn bitsandbytes""",
+        bare="llamafactory==0.9.5",
     ),
     "ms-swift": Stack(
         ("stacks/stack_ms_swift.py",),
@@ -89,7 +91,7 @@ def test(name: str) -> bool:
     stack = STACKS[name]
     files = [str(ROOT / "tests" / file) for file in stack.tests]
     only = ["-k", stack.only] if stack.only else []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **ALONE, "PYTHONPATH": str(ROOT)}
     return subprocess.run([python(name), "-m", "pytest", "-q", *only, *files], cwd=ROOT, env=environment).returncode == 0
 
 

@@ -1,28 +1,34 @@
 """LLaMA-Factory: v0 by its own use_galore and use_apollo, v1 by its registry of optimizers."""
 
+import importlib.machinery
 import json
+import sys
+import types
 
 import pytest
 
 from lowrank_sys.optim import APOLLOAdamW, FiraAdamW, GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit
 
-STEPS = 3
+STEPS = 6
 
 
 @pytest.fixture
-def shims():
-    """Before LLaMA-Factory imports transformers' trainer."""
+def shims(monkeypatch):
+    """In place before LLaMA-Factory is imported; so is torchaudio, which it imports for sounds, and whose wheel wants CUDA."""
     from lowrank_sys.integrations import shims
 
+    audio = types.ModuleType("torchaudio")
+    audio.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+    monkeypatch.setitem(sys.modules, "torchaudio", audio)
     shims.install()
     yield
     shims.uninstall()
 
 
 @pytest.mark.parametrize("keys, cls", [
-    ({"use_galore": True, "galore_rank": 8}, GaLoreAdamW),
+    ({"use_galore": True, "galore_rank": 8, "optim": "adamw_torch"}, GaLoreAdamW),
     ({"use_galore": True, "galore_rank": 8, "optim": "adamw_8bit"}, GaLoreAdamW8bit),
-    ({"use_apollo": True, "apollo_rank": 4}, APOLLOAdamW),
+    ({"use_apollo": True, "apollo_rank": 4, "optim": "adamw_torch"}, APOLLOAdamW),
 ], ids=["galore", "galore 8-bit", "apollo"])  # fmt: skip
 def test_v0_by_its_yaml(shims, folder, chats, tmp_path, trained_by, keys, cls):
     from llamafactory.train.tuner import run_exp

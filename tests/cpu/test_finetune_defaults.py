@@ -1,0 +1,40 @@
+"""The defaults of --from, which are those of fine-tuning."""
+
+import argparse
+
+import pytest
+
+from lowrank_sys.optim.preset import FINE_TUNING
+from lowrank_sys.train import flags
+from lowrank_sys.train.methods import METHODS, settle
+
+
+def settled(*words):
+    parser = argparse.ArgumentParser()
+    flags.add_arguments(parser)
+    args = parser.parse_args(list(words))
+    flags.check(args)
+    return settle(args)
+
+
+@pytest.mark.parametrize("method, lr, rank, scale", [
+    ("galore", 1e-4, 256, 4.0), ("q-galore", 1e-4, 256, 4.0), ("apollo", 3e-4, 256, 1.0),
+    ("apollo-mini", FINE_TUNING * 2e-3, 1, 128.0), ("fira", FINE_TUNING * METHODS["fira"].lr, 128, METHODS["fira"].scale),
+])  # fmt: skip
+def test_of_a_checkpoint_all_trains_at_one_rate(method, lr, rank, scale):
+    args = settled("--from", "somewhere", "--method", method)
+    assert (args.lr, args.plain_lr, args.rank, args.scale) == (lr, lr, rank, scale)
+    args = settled("--from", "somewhere", "--method", method, "--lr", "0.5", "--rank", "3")
+    assert (args.lr, args.plain_lr, args.rank) == (0.5, 0.5, 3)
+    assert settled("--from", "somewhere", "--lr", "0.5", "--plain-lr", "0.25").plain_lr == 0.25
+
+
+def test_of_a_model_that_is_drawn_nothing_changes():
+    args = settled("--method", "galore", "--lr", "0.5")
+    assert (args.plain_lr, args.rank, args.scale) == (METHODS["galore"].plain_lr, 128, 0.25)
+
+
+def test_the_help_names_them():
+    parser = argparse.ArgumentParser()
+    flags.add_arguments(parser)
+    assert "galore 0.0001 with --scale 4 --rank 256" in " ".join(parser.format_help().split())
