@@ -66,7 +66,7 @@ def test_the_measured_table_has_the_committed_figures(pages):
 def build(tmp_path, root):
     """mkdocs on the sources in `root`, into a folder of its own."""
     environment = {**os.environ, "LOWRANK_BACKEND": "reference", "NO_MKDOCS_2_WARNING": "1"}
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
 
