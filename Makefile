@@ -89,7 +89,7 @@ format: .lint/.ready
 
 # The documentation as a site, in site/; a broken link is an error.
 docs: $(READY) .docs/.ready
-	LOWRANK_BACKEND=reference PYTHONPATH=.docs $(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 LOWRANK_BACKEND=reference PYTHONPATH=.docs $(RUN) -m mkdocs build --strict
 
 .docs/.ready: pyproject.toml
 	$(RUN) -m pip install -q --upgrade --target .docs mkdocs-material==9.8.2

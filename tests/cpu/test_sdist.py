@@ -1,5 +1,6 @@
 """The sdist and a wheel made from it: what is in them, and what is not."""
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 
 import lowrank_sys
 
@@ -61,3 +63,12 @@ def test_a_wheel_from_it_has_the_package_alone(sdist, tmp_path):
     assert f"\nVersion: {lowrank_sys.__version__}\n" in metadata and "\nLicense-Expression: Apache-2.0\n" in metadata
     assert {name.split("/")[0] for name in names} == {"lowrank_sys", meta}
     assert not any(name.endswith((".cpp", ".h", ".cu", ".cuh", ".so", ".pyc")) for name in names)
+
+
+@pytest.mark.parametrize("wish, cuda, version", [("1", "13.0", "+cu13"), ("1", None, ""), ("0", "13.0", ""), ("", "12.8", "")])
+def test_a_build_that_must_have_cuda_is_labelled(monkeypatch, wish, cuda, version):
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    label = runpy.run_path(str(ROOT / "setup.py"))["label"]
+    monkeypatch.setitem(label.__globals__, "torch_package", lambda: (Path(), "2.14.1", cuda))
+    monkeypatch.setenv("LOWRANK_CUDA", wish)
+    assert label() == version
