@@ -87,6 +87,9 @@ APPLY_RESIDUAL = {
 }
 COEFFICIENT = _tile(4, 1, BLOCK=256)
 
+# A weight that is low-rank plus sparse, of any type and size.
+SCATTER_ADD = _tile(8, 2, BLOCK_M=128, BLOCK_N=64, BLOCK_R=32)
+
 # Matrices of one shape that one launch serves at most; a group is cut into launches of 8, 4, 2 and 1.
 MOST = 8
 

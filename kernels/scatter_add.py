@@ -89,9 +89,7 @@ def scatter_add_product(b, a, values, columns, *, scale=1.0, dtype=None):
     out = torch.empty((m, n), dtype=dtype or b.dtype, device=b.device)
     if out.numel() == 0:
         return out
-    config = configs.config_for(
-        configs.target(b.device).arch, "back_project", n=n, r=r, dtypes=(b.dtype, a.dtype, values.dtype, out.dtype)
-    )
+    config = configs.SCATTER_ADD
     with on_device_of(b):
         scatter_add_product_kernel[(configs.cdiv(m, config["BLOCK_M"]) * configs.cdiv(n, config["BLOCK_N"]),)](
             b=b,

@@ -231,9 +231,9 @@ def int8_linear(t, m, n, *, back, dtype, group_size, card, bias=None):
     }
 
 
-def scatter_add_product(m, n, r, k, *, dtype, card):
+def scatter_add_product(m, n, r, k, *, dtype):
     """W = scale B A + S of one type, with k entries in each row of S; of the columns at most, every halving whole."""
-    config = configs.config_for(card.arch, "back_project", n=n, r=r, dtypes=(dtype,) * 4)
+    config = configs.SCATTER_ADD
     down, across = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"])
     halvings = 2 * across * m * k.bit_length()
     return {

@@ -6,20 +6,10 @@ from lowrank_sys.bench.static.kernel import FLOATS, Kernel
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.scatter_add import scatter_add_product_kernel
 
-RANK = 128  # of the table's rows
-
 
 def calls(kind):
     """Types of B, A, the values and W: a layer has one type, and W may have another."""
-    types = [(own, own, own, out) for own, out in itertools.product(FLOATS, FLOATS)]
-    narrow = [call for call in types if "fp32" not in call and len(set(call[:2])) == 1]
-    return [(call, "plain") for call in {16: narrow, 32: [c for c in types if c not in narrow], "odd": types}[kind]]
-
-
-def always(kind, rank):
-    if rank != RANK:
-        return []
-    return {16: [(("bf16",) * 4, "plain")], 32: [(("fp32",) * 4, "plain")]}.get(kind, [])
+    return [((own, own, own, out), "plain") for own, out in itertools.product(FLOATS, FLOATS)]
 
 
 def tensors(types, variant):
@@ -28,13 +18,7 @@ def tensors(types, variant):
 
 
 def rows(arch):
-    """The tiles of back(X), which this product is with another epilogue."""
-    return {
-        (kind, rank): config
-        for (kernel, kind), by_rank in configs.of_arch(configs.TABLES, arch).items()
-        if kernel == "back_project"
-        for rank, config in by_rank.items()
-    }
+    return {("any", 0): configs.SCATTER_ADD}
 
 
-KERNELS = {"scatter_add_product": Kernel(scatter_add_product_kernel, rows, calls, tensors, always=always)}
+KERNELS = {"scatter_add_product": Kernel(scatter_add_product_kernel, rows, calls, tensors)}
