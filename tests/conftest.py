@@ -25,6 +25,15 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in set(left_out)]
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Sums are the same to the bit in this process and in those that it starts."""
+    from threads import threads  # not every lane needs torch
+
+    with threads(1):
+        yield
+
+
 @pytest.fixture(scope="session")
 def count():
     """count(what, *key) for the lane's last line."""

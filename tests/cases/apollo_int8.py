@@ -5,13 +5,13 @@ import torch
 from cases import residual
 from cases.bounds import Near, adam, assert_within, scaled
 from cases.case import Case, replace, same_bits
+from cases.gaussian import in_full
 from cases.projection import product_of
 from cases.qgalore import check_weight, filled, sizes
 from cases.rounding import stream
 from cases.steps import compare_list, guards, hyper, rate, usable
 from lowrank_sys import reference
 from lowrank_sys.reference import galore
-from lowrank_sys.reference.gaussian import gaussian_project
 
 NAMES = ("codes", "weight_scale", "grad", "basis", "exp_avg", "exp_avg_sq", "limiter")
 LISTS = ("codes", "weight_scales", "grads", "bases", "exp_avgs", "exp_avg_sqs", "limiters")
@@ -66,16 +66,7 @@ def check_matrix(then, now, before, grad_scale, settings):
     codes, scale, grad, basis, m, v, limiter = then
     left = before["left"]
     axis = 0 if left else 1
-    dense = (
-        basis
-        if basis.dtype != torch.int64
-        else gaussian_project(
-            torch.eye(grad.shape[axis], dtype=torch.float64),
-            rank=m.shape[axis],
-            left=False,
-            **dict(zip(("seed", "step", "parameter", "first"), basis.tolist())),
-        )
-    )
+    dense = in_full(basis, grad.shape[axis], m.shape[axis])
     r = scaled(grad_scale, product_of(grad, dense, left), operations=1)
     sure, never = usable(r)
     squares = (r.value.abs() + r.error).square().sum(axis, keepdim=True)

@@ -22,6 +22,13 @@ def basis_of(before, d, rank):
     return gaussian_basis(d, rank, **{name: before[name] for name in ("seed", "step", "parameter", "first")})
 
 
+def in_full(basis, d, rank):
+    """A basis (d, r) as it is, or that of a key: int64 (4,)."""
+    if basis.dtype != torch.int64:
+        return basis
+    return gaussian_basis(d, rank, **dict(zip(("seed", "step", "parameter", "first"), basis.tolist())))
+
+
 def basis_arguments(draw):
     return dict(out=draw.values(draw.size(), draw.size(1, 129), dtype=draw.of(*FLOATS))) | which(draw)
 

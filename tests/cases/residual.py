@@ -6,6 +6,7 @@ import torch
 from cases.bounds import UNITS, Near, adam, assert_within, scaled
 from cases.case import Case, replace, same_bits
 from cases.draw import FLOATS
+from cases.gaussian import in_full
 from cases.projection import low_rank, product_of
 from cases.steps import compare_list, guards, hyper, moments, rate, usable
 from lowrank_sys import reference
@@ -92,16 +93,7 @@ def check_matrix(op, before, after, left, grad_scale, settings):
     """One matrix of a step; returns (fewest, most) weights that may have been left out."""
     param, grad, basis, m, v = before[:5]
     axis = 0 if left else 1
-    dense = (
-        basis
-        if basis.dtype != torch.int64
-        else reference.gaussian_project(
-            torch.eye(param.shape[axis], dtype=torch.float64),
-            rank=m.shape[axis],
-            left=False,
-            **dict(zip(("seed", "step", "parameter", "first"), basis.tolist())),
-        )
-    )
+    dense = in_full(basis, param.shape[axis], m.shape[axis])
     r = scaled(grad_scale, product_of(grad, dense, left), operations=1)
     sure, never = usable(r)
     squares = (r.value.abs() + r.error).square().sum(axis, keepdim=True)

@@ -1,7 +1,7 @@
 """What the tests of `lowrank bench` share."""
 
 import pytest
-import torch
+from threads import threads
 
 from lowrank_sys import cli
 from lowrank_sys.bench import kernels, machine, optimizers, timing
@@ -17,10 +17,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(optimizers, "OVERHEAD_SECONDS", 0.0)
     monkeypatch.setattr(kernels, "PASSES", 2)
     monkeypatch.setattr(machine, "ceilings", lambda timer, dtypes: dict(CEILINGS))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 def run(capsys, *argv):

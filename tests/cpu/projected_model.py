@@ -66,11 +66,6 @@ def layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, ProjectedLinear)}
 
 
-def assert_same(a, b, **close):
-    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
-        torch.testing.assert_close(p, q, **(close or {"atol": 0, "rtol": 0}), msg=lambda m: f"{name}: {m}")
-
-
 def kept_bytes(layer, rows):
     """Bytes of distinct storages that a layer's forward keeps for backward, beside parameters and the basis."""
     own = {t.untyped_storage()._cdata for t in (*layer.parameters(), *layer.buffers(), *layer.projection.basis)}

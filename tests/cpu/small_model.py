@@ -73,8 +73,11 @@ def clip_by_optimizer(model, optimizer):
 
 
 def assert_same(a, b, **close):
-    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values()):
-        torch.testing.assert_close(p, q, **(close or {"atol": 0, "rtol": 0}), msg=lambda m: f"{name}: {m}")
+    """Two models have the same weights: to the bit, or as near as `close` says."""
+    theirs = b.state_dict()
+    assert a.state_dict().keys() == theirs.keys()
+    for name, p in a.state_dict().items():
+        torch.testing.assert_close(p, theirs[name], **(close or {"atol": 0, "rtol": 0}), msg=lambda m: f"{name}: {m}")
 
 
 def bases(optimizer):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from projected_model import llama
 from small_model import (
     CLOSE,
     EPS,
@@ -81,17 +82,6 @@ def test_the_norm_is_that_of_the_low_rank_gradients():
         other.clip_grad_norm_(1.0)
 
 
-def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64, use_cache=False
-        )
-    )
-
-
 def sequences(count):
     ids = torch.randint(0, 64, (count, 16), generator=torch.Generator().manual_seed(5))
     return [{"input_ids": row, "labels": row} for row in ids]
@@ -100,7 +90,7 @@ def sequences(count):
 def run_trainer(folder, per_layer, batch_size, accumulation, **keys):
     from transformers import Trainer, TrainingArguments
 
-    model = llama()
+    model = llama(num_hidden_layers=1)
     optimizer = GaLoreAdamW(param_groups(model, rank=8, update_proj_gap=3, **keys), lr=LR, eps=EPS, per_layer=per_layer)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -124,7 +114,8 @@ def test_transformers_trainer(tmp_path):
     four, norms_of_four = run_trainer(tmp_path, "accumulate", 1, 4)
     assert norms_of_one == pytest.approx(norms_of_four, rel=1e-4) and max(norms_of_one) > 0.5
     assert_same(one, four, **CLOSE)
-    assert not torch.equal(one.model.layers[0].self_attn.q_proj.weight, llama().model.layers[0].self_attn.q_proj.weight)
+    weights = [model.model.layers[0].self_attn.q_proj.weight for model in (one, llama(num_hidden_layers=1))]
+    assert not torch.equal(*weights)
 
     # a checkpoint knows nothing of the coefficients
     from transformers import LlamaForCausalLM

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from refusals import assert_refused, clone
+from threads import threads
 
 import lowrank_sys  # noqa: F401  registers the ops
 from lowrank_sys import backends, reference
@@ -173,21 +174,20 @@ def test_fresh_state_is_zeros():
 
 
 def test_no_thread_count_changes_the_bits():
-    results, before = [], torch.get_num_threads()
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        got = low_rank_inputs(300, 700, 40, True)
-        got[1][5, 9] = NAN
-        w, g = torch.randn(70000, generator=torch.Generator().manual_seed(1)), got[1].view(-1)[:70000]
-        moments = stored(w.shape)
-        ops.adam_8bit_([w], [g], *[[x] for x in moments], [torch.tensor(0.0)], lr=torch.tensor(0.1), **ADAM)
-        low = torch.randn(40, 700, generator=torch.Generator().manual_seed(2))
-        low[3, 5] = INF
-        ops.adam_8bit_low_rank_(
-            [low], [low], *[[x] for x in got[3:]], [torch.tensor(1.0)], beta1=0.9, beta2=0.999, eps=1e-8, left=True
-        )
-        results.append([w, *moments, low, *got[3:]])
-    torch.set_num_threads(before)
+    results = []
+    for count in (1, 2, 5):
+        with threads(count):
+            got = low_rank_inputs(300, 700, 40, True)
+            got[1][5, 9] = NAN
+            w, g = torch.randn(70000, generator=torch.Generator().manual_seed(1)), got[1].view(-1)[:70000]
+            moments = stored(w.shape)
+            ops.adam_8bit_([w], [g], *[[x] for x in moments], [torch.tensor(0.0)], lr=torch.tensor(0.1), **ADAM)
+            low = torch.randn(40, 700, generator=torch.Generator().manual_seed(2))
+            low[3, 5] = INF
+            ops.adam_8bit_low_rank_(
+                [low], [low], *[[x] for x in got[3:]], [torch.tensor(1.0)], beta1=0.9, beta2=0.999, eps=1e-8, left=True
+            )
+            results.append([w, *moments, low, *got[3:]])
     for other in results[1:]:
         assert all(map(same, results[0], other))
 

@@ -9,6 +9,7 @@ import torch
 from cases import CASES
 from cases.case import check_call, overload, replace, same_bits, tensors_of
 from cases.draw import NAMED, Simplest, named
+from threads import threads
 
 from lowrank_sys import _ops, backends
 
@@ -31,15 +32,11 @@ def test_named_sizes(op, name):
         check_call(op, CASES[op], named(op, name, seed), overload(op))
 
 
-@pytest.mark.parametrize("threads", [1, 5])
+@pytest.mark.parametrize("count", [1, 5])
 @EVERY
-def test_large_matrices(op, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        check_call(op, CASES[op], named(op, "large", threads), overload(op))
-    finally:
-        torch.set_num_threads(before)
+def test_large_matrices(op, count):
+    with threads(count):
+        check_call(op, CASES[op], named(op, "large", count), overload(op))
 
 
 @pytest.mark.parametrize("op", [op for op in CASES if "[] steps" in _ops.SCHEMAS[op.split()[0]]])

@@ -3,10 +3,10 @@
 import argparse
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from commanded import final, modules
 
 from lowrank_sys import cli
 from lowrank_sys.cli import CommandError
@@ -103,10 +103,7 @@ def test_a_gpu_needs_its_context():
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for module in (argparse, shutil, json):
-        (folder / f"{module.__name__}.py").write_bytes(Path(module.__file__).read_bytes())
-    return folder
+    return modules(tmp_path_factory.mktemp("text"), "argparse", "shutil", "copy")
 
 
 def train(text, out, *more):
@@ -124,9 +121,9 @@ def test_the_command_takes_says_and_remembers(text, tmp_path, monkeypatch, capsy
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("memory:")]
     assert len(said) == 1 and "takes --gradient-checkpointing --per-layer in_backward" in said[0]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["arguments"]["per_layer"] == "in_backward"
-    weights = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
+    weights = final(tmp_path / "run")
     assert train(text, tmp_path / "typed", "--gradient-checkpointing", "--per-layer", "in_backward") == 0
-    assert (tmp_path / "typed" / "final" / "model.safetensors").read_bytes() == weights
+    assert final(tmp_path / "typed") == weights
 
     # gone on with where there is more room, and less: as it began
     for room in (2**40, 1):
@@ -136,7 +133,7 @@ def test_the_command_takes_says_and_remembers(text, tmp_path, monkeypatch, capsy
         for name in ("final", "step-00000004"):
             shutil.rmtree(again / name)
         assert train(text, again, "--resume") == 0
-        assert (again / "final" / "model.safetensors").read_bytes() == weights
+        assert final(again) == weights
     assert train(text, tmp_path / "run", "--resume", "--as-given") == 2
     assert "--per-layer in_backward there, None here" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lanes import usual
 from test_native_ops import FLOATS, LOW_RANK, inputs
+from threads import threads
 
 from lowrank_sys import backends
 
@@ -84,12 +85,9 @@ def test_a_step_leaves_channels_out(dtype, left):
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="torch's GEMM serves without AVX-512")
 @pytest.mark.parametrize("left", [True, False])
 def test_results_do_not_depend_on_threads(left):
-    results, threads = [], torch.get_num_threads()
+    results = []
     grad, basis, _ = operands(2900, 2901, 100, left, torch.float32)
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
+    for count in (1, 2, 5):
+        with threads(count):
             results.append(ops.project(grad, basis, left=left))
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(other, results[0]) for other in results[1:])

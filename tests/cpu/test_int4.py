@@ -1,11 +1,9 @@
 """INT4 bases on the CPU: codes are the oracle's to the bit, products are those of the dequantized basis."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from test_native_ops import FLOATS, assert_refused, memory
+from resident import measured, peak_of
+from test_native_ops import FLOATS, assert_refused
 
 import lowrank_sys  # noqa: F401  registers the ops
 from lowrank_sys import backends, reference
@@ -127,7 +125,7 @@ def test_a_group_that_is_nan_reaches_the_product(left):
     assert bad.isnan().all() and r.isnan().sum() == 64
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc/self/clear_refs")
+@measured
 @SIDES
 def test_the_basis_is_never_materialised(left):
     """64 MiB in fp32; the products hold a panel of 256 KiB a thread, and what the GEMM keeps."""
@@ -136,10 +134,7 @@ def test_the_basis_is_never_materialised(left):
     x, grad = torch.randn((r, 32) if left else (32, r)), torch.randn((d, 32) if left else (32, d))
     for op in (lambda: ops.project_int4(grad, *int4, left=left), lambda: ops.back_project_int4_(grad, x, *int4, left=left)):
         op()
-        Path("/proc/self/clear_refs").write_text("5")
-        before = memory("VmRSS")
-        op()
-        assert memory("VmHWM") - before < 8 << 20
+        assert peak_of(op) < 8 << 20
 
 
 def arguments(left=True):

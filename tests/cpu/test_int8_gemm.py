@@ -1,12 +1,10 @@
 """Products in INT8: codes against brute force, C++ against the oracle to the bit, and what quantising costs."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from refusals import clone
-from test_native_ops import FLOATS, LOW_RANK, inputs, memory
+from test_native_ops import FLOATS, LOW_RANK, inputs
+from threads import threads
 
 from lowrank_sys import backends, reference
 from lowrank_sys.optim import (
@@ -135,32 +133,15 @@ def test_the_error_of_gaussian_matrices(left):
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_threads_do_not_change_a_bit(dtype, left):
-    results, before = [], torch.get_num_threads()
-    for threads in (1, 2, 3, 5):
+    results = []
+    for count in (1, 2, 3, 5):
         args = inputs(1100, 1030, 20, left, dtype)
         args[1][3, 7] = torch.nan
-        torch.set_num_threads(threads)
-        ops.galore_step(*args, step=2, lr=0.1, left=left, int8_gemm=True, **LOW_RANK)
+        with threads(count):
+            ops.galore_step(*args, step=2, lr=0.1, left=left, int8_gemm=True, **LOW_RANK)
         results.append(args)
-    torch.set_num_threads(before)
     for other in results[1:]:
         assert all(same(a, b) for a, b in zip(results[0], other))
-
-
-@native
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc/self/clear_refs")
-@pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float32 with a NaN"])
-def test_no_memory_of_the_size_of_the_weight(kind, left):
-    args = inputs(4096, 4096, 16, left, torch.bfloat16 if kind == "bfloat16" else torch.float32)
-    if "NaN" in kind:
-        args[1][5, 7] = torch.nan
-    hyper = dict(step=1, lr=0.1, **LOW_RANK, left=left, int8_gemm=True)
-    ops.galore_step(*inputs(512, 512, 16, left), **hyper)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = memory("VmRSS")
-    ops.galore_step(*args, **hyper)
-    assert memory("VmHWM") - before < 4096 * 4096 // 2  # half of G's codes
 
 
 # --- the optimizer

@@ -1,6 +1,5 @@
 """kill -9 at any moment of `lowrank train`: it goes on to the bit."""
 
-import json
 import multiprocessing
 import os
 import random
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commanded import exact, final, words
 
 from lowrank_sys import cli
 
@@ -17,7 +17,6 @@ SMALL = {
     "--update-proj-gap": "3", "--eval-steps": "5", "--save-steps": "1", "--eval-tokens": "128", "--device": "cpu",
     "--warmup-steps": "1", "--data": str(Path(os.__file__).with_name("argparse.py")),
 }  # fmt: skip
-EXACT = ("step", "loss", "val_loss", "lr", "skipped")
 # Imported once, in a process that every run is a fork of: most of a run is then training and saving.
 PRELOAD = ["lowrank_sys.train.command", "lowrank_sys.train.trainer", "transformers.models.llama.modeling_llama"]
 
@@ -25,26 +24,24 @@ PRELOAD = ["lowrank_sys.train.command", "lowrank_sys.train.trainer", "transforme
 def start(out):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    words = ["train", *(word for pair in SMALL.items() for word in pair), "--out", str(out), "--resume"]
-    run = context.Process(target=_train, args=(words, f"{out}.txt"))
+    run = context.Process(target=_train, args=(["train", *words(SMALL, "--resume", out=out)], f"{out}.txt"))
     run.start()
     return run
 
 
-def _train(words, said):
+def _train(given, said):
     torch.set_num_threads(1)
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
-    raise SystemExit(cli.main(words))
+    raise SystemExit(cli.main(given))
 
 
 def found(out):
     """What a run leaves: its rows, its final weights, and the state of its optimizer."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     state = torch.load(out / "step-00000010" / "optimizer.pt")["state"]
     tensors = {(i, key): value for i, one in state.items() for key, value in one.items() if isinstance(value, torch.Tensor)}
-    return [[row[key] for key in EXACT] for row in rows], (out / "final" / "model.safetensors").read_bytes(), tensors
+    return exact(out), final(out), tensors
 
 
 def assert_found(out, whole):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from refusals import assert_refused, clone
+from threads import threads
 
 import lowrank_sys  # noqa: F401  registers the ops
 from lowrank_sys import backends, reference
@@ -126,14 +127,11 @@ class _Oracle:
 
 def on_threads(run):
     """Results of run() on 1, 2 and 5 threads; each is the same at a second time."""
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 5):
+        with threads(count):
             results.append(run())
             assert all(map(same, results[-1], run()))
-    finally:
-        torch.set_num_threads(before)
     return results
 
 

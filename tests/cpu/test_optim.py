@@ -7,18 +7,10 @@ import math
 import pytest
 import torch
 from family import FAMILY
+from small_model import VOCAB, build
 from torch import nn
 
 from lowrank_sys.optim import GaLoreAdafactor, GaLoreAdamW, param_groups
-
-VOCAB = 50
-
-
-def build(dtype=torch.float32):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(VOCAB, 48), nn.Linear(48, 96), nn.ReLU(), nn.Linear(96, 48), nn.LayerNorm(48))
-    model.add_module("head", nn.Linear(48, VOCAB))
-    return model.to(dtype)
 
 
 def backward(model, step):

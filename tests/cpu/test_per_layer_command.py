@@ -1,58 +1,26 @@
 """lowrank train --per-layer, and --method with quantized states."""
 
-import argparse
-import copy
-import json
 import shutil
-from pathlib import Path
 
 import pytest
+from commanded import final, modules, rows, words
 from lanes import usual
 
 from lowrank_sys import cli
 
+SMALL = {
+    "--model": "llama-1m", "--rank": "8", "--steps": "4", "--batch-size": "2", "--seq-len": "32", "--update-proj-gap": "2",
+    "--eval-steps": "4", "--save-steps": "2", "--eval-tokens": "128", "--device": "cpu", "--warmup-steps": "1",
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for module in (argparse, copy, shutil, json):
-        (folder / f"{module.__name__}.py").write_bytes(Path(module.__file__).read_bytes())
-    return folder
+    return modules(tmp_path_factory.mktemp("text"), "argparse", "copy", "shutil", "string")
 
 
 def command(text, out, *more):
-    return cli.main(
-        [
-            "train",
-            "--model",
-            "llama-1m",
-            "--rank",
-            "8",
-            "--steps",
-            "4",
-            "--batch-size",
-            "2",
-            "--seq-len",
-            "32",
-            "--update-proj-gap",
-            "2",
-            "--eval-steps",
-            "4",
-            "--save-steps",
-            "2",
-            "--eval-tokens",
-            "128",
-            "--device",
-            "cpu",
-            "--warmup-steps",
-            "1",
-            "--data",
-            str(text),
-            "--out",
-            str(out),
-            *more,
-        ]
-    )
+    return cli.main(["train", *words(SMALL, *more, data=text, out=out)])
 
 
 @pytest.mark.parametrize(
@@ -68,17 +36,16 @@ def command(text, out, *more):
 )
 def test_lowrank_train(text, tmp_path, flags):
     assert command(text, tmp_path / "run", *flags) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.1
-    weights = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
-    assert b"low_rank_gradients" not in weights
+    found = rows(tmp_path / "run")
+    assert found[-1]["val_loss"] < found[0]["val_loss"] - 0.1
+    assert b"low_rank_gradients" not in final(tmp_path / "run")
 
     # stopped after step 2, in the middle of a gap, and gone on with
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     for name in ("final", "step-00000004"):
         shutil.rmtree(tmp_path / "again" / name)
     assert command(text, tmp_path / "again", "--resume", *flags) == 0
-    assert (tmp_path / "again" / "final" / "model.safetensors").read_bytes() == weights
+    assert final(tmp_path / "again") == final(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

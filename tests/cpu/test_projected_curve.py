@@ -2,25 +2,18 @@
 
 import pytest
 import torch
+from projected_model import VOCAB, llama
 from torch import nn
 
 from lowrank_sys.nn import ProjectedLinear, project_model
 from lowrank_sys.optim import GaLoreAdamW, param_groups
 
-RANK, GAP, STEPS, VOCAB, MAX_NORM = 8, 20, 200, 64, 0.3
+RANK, GAP, STEPS, MAX_NORM = 8, 20, 200, 0.3
 # An eps far above the rounding of gradients, near 1e-9, and a rate at which training is no chaos: then a run that sums in another
 # order stays beside it.
 LR, EPS = 3e-3, 1e-3
 EACH = [("left", True), ("right", False)]
 OTHERS = [pytest.param(side, clipped, marks=pytest.mark.full) for side, clipped in (("left", False), ("right", True))]
-
-
-def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": VOCAB}
-    return LlamaForCausalLM(LlamaConfig(use_cache=False, **sizes))
 
 
 def losses(model, clip, **keys):
@@ -41,7 +34,7 @@ def losses(model, clip, **keys):
 @pytest.mark.parametrize("side, clipped", [*EACH, *OTHERS])
 def test_200_steps(side, clipped):
     """With nine refreshes of each basis; clipped: both by |R|, the layers by torch's own function."""
-    model, other = project_model(llama(), RANK, side), llama()
+    model, other = project_model(llama(num_hidden_layers=1), RANK, side), llama(num_hidden_layers=1)
     norms = []
 
     def by_torch(model, optimizer):

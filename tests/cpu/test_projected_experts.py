@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from small_model import assert_same
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,13 +56,6 @@ def train(model, optimizer, steps, micro=1):
 
 def owner(model):
     return next(module for module in model.modules() if isinstance(module, ProjectedExperts))
-
-
-def assert_same(a, b, **close):
-    theirs = b.state_dict()
-    assert a.state_dict().keys() == theirs.keys()
-    for name, p in a.state_dict().items():
-        torch.testing.assert_close(p, theirs[name], **(close or {"atol": 0, "rtol": 0}), msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,7 +14,6 @@ from projected_model import (
     LR,
     RANK,
     VOCAB,
-    assert_same,
     backward,
     batch,
     galore,
@@ -24,6 +23,7 @@ from projected_model import (
     projected,
     train,
 )
+from small_model import assert_same
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 

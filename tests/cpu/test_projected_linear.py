@@ -7,21 +7,8 @@ import math
 import pytest
 import torch
 from lanes import usual
-from projected_model import (
-    BOTH,
-    CLOSE,
-    RANK,
-    VOCAB,
-    assert_same,
-    backward,
-    batch,
-    galore,
-    kept_bytes,
-    layers,
-    llama,
-    projected,
-    train,
-)
+from projected_model import BOTH, CLOSE, RANK, VOCAB, backward, batch, galore, kept_bytes, layers, llama, projected, train
+from small_model import assert_same
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from projected_model import RANK, assert_same, backward, batch, galore, layers, llama, projected, train
+from projected_model import RANK, backward, batch, galore, layers, llama, projected, train
+from small_model import assert_same
 
 from lowrank_sys.nn import project_model
 

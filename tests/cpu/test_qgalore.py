@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from threads import threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lowrank_sys  # noqa: F401  registers the ops
@@ -356,17 +357,13 @@ def test_apollo_with_a_key_is_apollo_with_its_basis(left):
 @pytest.mark.parametrize("op", METHODS)
 def test_no_thread_count_changes_the_bits(op):
     results = []
-    for threads in (1, 2):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+    for count in (1, 2):
+        with threads(count):
             # Along one basis vector no product depends on the order of its sums.
             matrix = Matrix(op, 300, 1100, 1, False)
             if op != "qgalore_subspace_step":
                 matrix.args["grad"][:, 1:] = 0
             matrix.step(1)
-        finally:
-            torch.set_num_threads(before)
         results.append(matrix.tensors())
     assert same(*results)
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import assert_refused
+from threads import threads
 
 import lowrank_sys  # noqa: F401  registers the ops
 from lowrank_sys.reference import selection
@@ -87,11 +88,10 @@ def test_the_stream_decides():
 
 
 def test_threads_change_nothing():
-    norms, before = torch.rand(20000, generator=draw()), torch.get_num_threads()
+    norms = torch.rand(20000, generator=draw())
     want = [ops.select_rows(norms, r=500, method=method, seed=9) for method in METHODS]
-    torch.set_num_threads(3)
-    got = [ops.select_rows(norms, r=500, method=method, seed=9) for method in METHODS]
-    torch.set_num_threads(before)
+    with threads(3):
+        got = [ops.select_rows(norms, r=500, method=method, seed=9) for method in METHODS]
     assert all(torch.equal(a, b) for x, y in zip(got, want) for a, b in zip(x, y))
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from refusals import assert_refused
+from threads import threads
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lowrank_sys  # noqa: F401  registers the ops
@@ -122,11 +123,9 @@ def test_several_threads(dtype, left):
     got, want = (inputs(1100, 1030, 5, left, dtype) for _ in range(2))
     got[1][got[2][0] if left else 3, 7 if left else got[2][0]] = torch.nan
     want[1].copy_(got[1])
-    before = torch.get_num_threads()
-    for values, threads in ((got, 3), (want, 1)):
-        torch.set_num_threads(threads)
-        ops.grass_step(*values, step=2, lr=0.1, left=left, **HYPER)
-    torch.set_num_threads(before)
+    for values, count in ((got, 3), (want, 1)):
+        with threads(count):
+            ops.grass_step(*values, step=2, lr=0.1, left=left, **HYPER)
     assert all(torch.equal(got[i], want[i]) for i in (0, 4, 5))
 
 

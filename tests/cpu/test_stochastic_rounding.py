@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from threads import threads
 
 from lowrank_sys import optim, reference
 from lowrank_sys.optim import fused
@@ -104,17 +105,14 @@ def test_adamw_is_the_oracle_to_the_bit(dtype, grad_dtype):
 
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_threads_draw_the_same(stochastic):
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            lists = adamw_lists(torch.bfloat16, shape=(700, 301))
+    results = []
+    for count in (1, 2, 3):
+        lists = adamw_lists(torch.bfloat16, shape=(700, 301))
+        with threads(count):
             ops.adamw_step(
                 *lists, lr=torch.tensor(0.01), **ADAM, stochastic=stochastic, seed=9, parameters=[2] if stochastic else []
             )
-            results.append(lists[0][0])
-    finally:
-        torch.set_num_threads(before)
+        results.append(lists[0][0])
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 

@@ -2,24 +2,18 @@
 
 import json
 import math
-import os
-import re
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
+from commanded import final, modules, rows, words
+from test_checkpoint import flip, full_disk
 
 from lowrank_sys import cli
 from lowrank_sys.train import command, models
 from lowrank_sys.train import flags as train_flags
 
-sys.path.insert(0, str(Path(__file__).parent))
-from test_checkpoint import flip, full_disk
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
     "--model": "llama-1m", "--method": "galore", "--rank": "8", "--steps": "8", "--batch-size": "2", "--seq-len": "32",
     "--update-proj-gap": "3", "--eval-steps": "4", "--save-steps": "2", "--eval-tokens": "256", "--device": "cpu",
@@ -27,41 +21,21 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums are the same to the bit in this process and in the ones that it starts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    library = Path(os.__file__).parent
-    for name in ("argparse", "ast", "bisect", "calendar", "cmd", "codecs", "copy", "csv", "datetime", "difflib", "dis",
-                 "enum", "fnmatch", "heapq", "inspect", "shlex", "shutil", "string", "textwrap", "this"):  # fmt: skip
-        (folder / f"{name}.py").write_bytes((library / f"{name}.py").read_bytes())
-    return folder
+    return modules(
+        tmp_path_factory.mktemp("text"),
+        "argparse", "ast", "bisect", "calendar", "cmd", "codecs", "copy", "csv", "datetime", "difflib", "dis",
+        "enum", "fnmatch", "heapq", "inspect", "shlex", "shutil", "string", "textwrap", "this",
+    )  # fmt: skip
 
 
 def flags(text, out, *more, **changed):
-    values = {**SMALL, "--data": str(text), "--out": str(out)}
-    values |= {f"--{name.replace('_', '-')}": str(value) for name, value in changed.items()}
-    return [*(word for pair in values.items() for word in pair), *more]
+    return words({**SMALL, "--data": str(text), "--out": str(out)}, *more, **changed)
 
 
-def train(words):
-    return cli.main(["train", *words])
-
-
-def rows(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def final(out):
-    return (out / "final" / "model.safetensors").read_bytes()
+def train(given):
+    return cli.main(["train", *given])
 
 
 @pytest.fixture(scope="module")
@@ -102,43 +76,6 @@ def test_files(text, whole):
     assert summary["unigram_entropy"] == pytest.approx(data.unigram_entropy(corpus.train, valid["labels"][:, 1:], 256))
 
 
-def test_kill_and_resume_is_exact(text, whole, tmp_path, capsys):
-    code = "import sys; from lowrank_sys import cli; sys.exit(cli.main())"
-    words = [sys.executable, "-c", code, "train", *flags(text, tmp_path / "run")]
-    killed = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    # step 4 is in the middle of a refresh gap of 3
-    while not (tmp_path / "run" / "step-00000004").exists():
-        assert killed.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "run" / "final").exists()
-
-    assert train(flags(text, tmp_path / "run", "--resume")) == 0
-    assert re.search(r"resuming at step [46] from", capsys.readouterr().err)
-    assert final(tmp_path / "run") == final(whole)
-    exact = ("step", "loss", "val_loss", "lr", "skipped")
-    assert [[r[k] for k in exact] for r in rows(tmp_path / "run")] == [[r[k] for k in exact] for r in rows(whole)]
-    last = [torch.load(out / "step-00000008" / "optimizer.pt") for out in (whole, tmp_path / "run")]
-    assert_same(*last)
-
-
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    else:
-        assert a == b
-
-
 def test_resume_after_damage_and_past_the_end(text, whole, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(flags(text, out, method="adamw", steps=6)) == 0
@@ -155,9 +92,9 @@ def test_resume_after_damage_and_past_the_end(text, whole, tmp_path, capsys):
     assert final(out) != first and [row["step"] for row in rows(out)] == list(range(10))
 
 
-def fails(capsys, words, code, *parts):
+def fails(capsys, given, code, *parts):
     capsys.readouterr()
-    assert train(words) == code
+    assert train(given) == code
     said = capsys.readouterr().err.splitlines()
     errors = [line for line in said if line.startswith("lowrank train: error: ")]
     assert len(errors) == 1 and errors[0] == said[-1], said
@@ -297,8 +234,8 @@ def test_accumulated_micro_batches_are_one_batch(text, tmp_path):
 
 
 def test_gradient_checkpointing_and_adafactor(text, tmp_path):
-    words = flags(text, tmp_path / "run", "--gradient-checkpointing", method="galore-adafactor", steps=6, dtype="bf16")
-    assert train(words) == 0
+    more = {"method": "galore-adafactor", "steps": 6, "dtype": "bf16"}
+    assert train(flags(text, tmp_path / "run", "--gradient-checkpointing", **more)) == 0
     found = rows(tmp_path / "run")
     assert found[-1]["val_loss"] < found[0]["val_loss"]
     assert {w.dtype for w in weights(tmp_path / "run").values()} == {torch.bfloat16}

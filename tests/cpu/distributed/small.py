@@ -1,34 +1,14 @@
 """A small model, its optimizers, and batches of which every rank takes its own rows."""
 
 import torch
+from projected_model import VOCAB
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lowrank_sys.nn import project_model
-from lowrank_sys.optim import GaLoreAdamW, param_groups
-
-RANK, GAP, VOCAB, LENGTH = 8, 4, 64, 9
+LENGTH = 9
 # Two orders of summation of the same numbers: rounding of a loss near 4, and of weights below 1 that steps of Adam, with an eps far
 # above the gradients' rounding, carry on.
 CLOSE = {"atol": 2e-5, "rtol": 0}
-
-
-def llama(seed=0, **config):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": VOCAB}
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, "use_cache": False, **config}))
-
-
-def galore(model, per_layer=None, cls=GaLoreAdamW, **keys):
-    groups = param_groups(model, rank=RANK, **{"update_proj_gap": GAP, **keys})
-    return cls(groups, lr=1e-2, eps=1e-3, weight_decay=0.1, per_layer=per_layer)
-
-
-def projected(side="right", model=None, share=False, **keys):
-    model = project_model(llama() if model is None else model, RANK, side, share=share)
-    return model, galore(model, **keys)
 
 
 def ids_of(step, rows=4):

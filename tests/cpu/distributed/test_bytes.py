@@ -6,7 +6,8 @@ import pytest
 import torch
 import world
 from counted import install
-from small import CLOSE, GAP, RANK, assert_same, bases, galore, llama, projected, train, weights
+from projected_model import GAP, RANK, galore, llama, projected
+from small import CLOSE, assert_same, bases, train, weights
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import world
-from small import CLOSE, assert_same, bases, galore, llama, projected, train, weights
+from projected_model import galore, llama, projected
+from small import CLOSE, assert_same, bases, train, weights
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_sys.nn import project_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 9  # the first bases are spread over four steps, and each is renewed at least once more
 
 # name -> (a model and its optimizer)
@@ -30,14 +32,6 @@ def some_projected(seed):
     """The others accumulate."""
     model = project_model(llama(seed), 8, "right", target_modules=["self_attn"])
     return model, galore(model)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def found(model, optimizer, losses):

@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 import world
-from small import CLOSE, VOCAB, assert_same, bases, galore, ids_of, llama, projected, train, weights
+from projected_model import VOCAB, galore, llama, projected
+from small import CLOSE, assert_same, bases, ids_of, train, weights
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,15 +15,8 @@ from lowrank_sys.nn import project_model, quantize_model
 from lowrank_sys.optim import Accumulate
 from lowrank_sys.subspace import iteration
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS, SIZE = 6, 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def accumulating(model=None, per_layer="accumulate", **keys):

@@ -3,7 +3,8 @@
 import pytest
 import torch.distributed as dist
 import world
-from small import assert_same, backward, galore, ids_of, llama, weights
+from projected_model import galore, llama
+from small import assert_same, backward, ids_of, weights
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_sys.optim import APOLLOAdamW, AtStep, GaLoreAdamW, param_groups

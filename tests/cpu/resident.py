@@ -1,0 +1,23 @@
+"""Memory that a call takes of the machine, whoever allocates it."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+PEAK = Path("/proc/self/clear_refs")
+measured = pytest.mark.skipif(not os.access(PEAK, os.W_OK), reason=f"no {PEAK}")
+
+
+def memory(line):
+    """A line of /proc/self/status, in bytes."""
+    return int(re.search(line + r":\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+
+
+def peak_of(call):
+    """Bytes by which the resident memory grew at the most in a call."""
+    PEAK.write_text("5")  # the peak begins anew
+    before = memory("VmRSS")
+    call()
+    return memory("VmHWM") - before
