@@ -28,7 +28,7 @@ from lowrank_sys.subspace.select import SELECT
 from lowrank_sys.subspace.sketched_rows import SketchedRows
 from lowrank_sys.subspace.transport import TRANSPORTS
 
-SAMPLE = 60  # of a store and a selector, without --full
+SAMPLE = 30  # of a store and a selector, without --full
 
 
 class Store(NamedTuple):

@@ -1,5 +1,7 @@
 """FRUGAL by whole layers: AdamW in those that are drawn, signSGD or SGD in the others, against the formula in fp64."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -60,7 +62,7 @@ def test_a_run_goes_on_to_the_bit_in_the_middle_of_a_period():
     for step in range(STEPS):
         if step == 4:
             nets[1].load_state_dict(nets[0].state_dict())
-            second.load_state_dict(first.state_dict())
+            second.load_state_dict(copy.deepcopy(first.state_dict()))
         for net, optimizer in zip(nets[: 1 + (step >= 4)], (first, second)):
             give(net, step)
             optimizer.step()

@@ -25,7 +25,7 @@ M, N, STEPS = 12, 20, 6
 OURS = {"rank": 6, "update_proj_gap": 3}
 OPTIMIZERS = {
     "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1),
-    "SGD": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9, weight_decay=0.1),
+    "SGD": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9),
     "plain GaLoreAdamW": lambda params: GaLoreAdamW(params, lr=1e-2, weight_decay=0.1),
     "GaLoreAdamW": lambda params: GaLoreAdamW([{"params": params, **OURS}], lr=1e-2, weight_decay=0.1),
     "on the right": lambda params: GaLoreAdamW([{"params": params, **OURS, "proj_type": "right"}], lr=1e-2, weight_decay=0.1),
