@@ -176,5 +176,5 @@ def step_seconds(plan, runs, found, tell):
     command = f"step times: {sorted(words.items())}"
     if words and command not in runs.rows:
         tell(f"CPU seconds of a step of {', '.join(words)}")
-        runs.keep({"command": command, "seconds": 0, "step_seconds": step_times.measure(words, rounds=2 * plan.gap, warm=5)})
+        runs.keep({"command": command, "seconds": 0, "step_seconds": step_times.measure(words, rounds=10, warm=2)})
     return runs.rows[command]["step_seconds"] if words else {}

@@ -93,11 +93,13 @@ def _off(key):
     return text
 
 
+def _answered(key):
+    """The difference and the answer; nothing where there is no run."""
+    return lambda row: "" if row[key] is None else f"{_off(key)(row)}, {answer(row[key])}"
+
+
 def _random(row):
-    off = row["over_random"]
-    if off is None:
-        return "refused" if row["random_refused"] else ""
-    return f"{_off('over_random')(row)}, {answer(off)}"
+    return "refused" if row["random_refused"] else _answered("over_random")(row)
 
 
 COLUMNS = [
@@ -110,7 +112,7 @@ COLUMNS = [
     ("state", lambda row: report.size(row["optimizer_state_bytes"]) if row["optimizer_state_bytes"] is not None else ""),
     ("step, CPU ms", lambda row: report.number(row["step_seconds"] and 1e3 * row["step_seconds"], "{:.2f}")),
     ("of AdamW's", lambda row: report.number(row["step_over_adamw"], "{:.2f}")),
-    ("over itself with frozen matrices", lambda row: f"{_off('over_frozen')(row)}, {answer(row['over_frozen'])}"),
+    ("over itself with frozen matrices", _answered("over_frozen")),
     ("over itself on a random basis", _random),
 ]
 
