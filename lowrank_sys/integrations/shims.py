@@ -3,8 +3,8 @@
     from lowrank_sys.integrations import shims
     shims.install()
 
-before the stack is imported. LLaMA-Factory, axolotl and ms-swift then train by this package's optimizers from their own YAML, and
-find the distributions that they check for. The classes take the peers' arguments with the peers' defaults.
+before the stack is imported. LLaMA-Factory and axolotl then train by this package's optimizers from their own YAML, and find the
+distributions that they check for. The classes take the peers' arguments with the peers' defaults.
 """
 
 import importlib.machinery

@@ -223,10 +223,10 @@ def save_final(model: torch.nn.Module, folder: Path, tokenizer: str | None, merg
     """Write weights and configuration, and the tokenizer if there is one, as `from_pretrained` reads them.
 
     INT8 weights are written as such: `lowrank_sys.nn.quantized_from_pretrained` reads them. merged: the type of an ordinary
-    checkpoint in their place, which the model is made for in place.
+    checkpoint in their place, which the model is made for in place; of float weights, the type that they are written in.
     """
     if merged is not None:
-        dequantize_model(model).to(merged)
+        (dequantize_model(model) if is_marked(model.config) else model).to(merged)
     model.config.use_cache = True  # for those who generate
 
     def fill(partial: Path) -> None:

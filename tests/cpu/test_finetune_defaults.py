@@ -3,9 +3,11 @@
 import argparse
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lowrank_sys.optim.preset import FINE_TUNING
-from lowrank_sys.train import flags
+from lowrank_sys.train import flags, trainer
 from lowrank_sys.train.methods import METHODS, settle
 
 
@@ -38,3 +40,10 @@ def test_the_help_names_them():
     parser = argparse.ArgumentParser()
     flags.add_arguments(parser)
     assert "galore 0.0001 with --scale 4 --rank 256" in " ".join(parser.format_help().split())
+
+
+def test_float_weights_are_merged_by_a_cast(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    trainer.save_final(model, tmp_path / "final", None, merged=torch.bfloat16)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "final").dtype == torch.bfloat16

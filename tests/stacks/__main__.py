@@ -36,7 +36,11 @@ class Stack(NamedTuple):
 TRAINER = ("cpu/test_integration_transformers.py", "cpu/test_integration_shims.py", "cpu/test_finetune.py")
 STACKS = {
     # the two ends of what pyproject.toml says
-    "transformers-oldest": Stack(TRAINER, "transformers==5.2.0 datasets==4.0.0 accelerate==1.1.0 matplotlib"),
+    "transformers-oldest": Stack(
+        (*TRAINER, "cpu/test_data_sets.py"),
+        "transformers==5.2.0 datasets==4.0.0 accelerate==1.11.0 matplotlib",
+        only="not bad_data_sets",  # datasets 4.0 says otherwise what is wrong
+    ),
     "transformers-newest": Stack(TRAINER, "transformers datasets accelerate matplotlib"),
     "lightning": Stack(("cpu/test_examples.py",), "lightning transformers", only="lightning"),
     "accelerate": Stack(("cpu/test_examples.py",), "accelerate transformers", only="accelerate"),

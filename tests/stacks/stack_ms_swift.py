@@ -1,27 +1,19 @@
-"""ms-swift: its own galore with quantization by the stand-ins, and every method by its table of optimizers."""
+"""ms-swift: every method by its table of optimizers."""
 
 import json
 
 import pytest
 
-from lowrank_sys.integrations import shims
 from lowrank_sys.optim import APOLLOAdamW, GaLoreAdamW, QGaLoreAdamW8bit
 
 STEPS = 8
 
 
-@pytest.fixture(autouse=True)
-def installed():
-    shims.install()
-    yield
-    shims.uninstall()
-
-
 @pytest.mark.parametrize("keys, cls", [
     ({"optimizer": "lowrank-galore", "optim_args": "rank=8,scale=1"}, GaLoreAdamW),
     ({"optimizer": "lowrank-apollo-mini"}, APOLLOAdamW),
-    ({"optimizer": "galore", "galore_quantization": True, "galore_rank": 8}, QGaLoreAdamW8bit),
-], ids=["galore", "apollo-mini", "its own q-galore"])  # fmt: skip
+    ({"optimizer": "lowrank-q-galore", "optim_args": "rank=8, betas=(0.8, 0.9)"}, QGaLoreAdamW8bit),
+], ids=["galore", "apollo-mini", "q-galore"])  # fmt: skip
 def test_sft(folder, chats, tmp_path, trained_by, keys, cls):
     from swift import sft_main
 
