@@ -34,8 +34,9 @@ def torch_package():
 def find_compiler():
     """The first compiler that knows C++20."""
     for name in [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]:
-        command = [shutil.which(name) or "false", "-std=c++20", "-x", "c++", "-fsyntax-only", "-"]
-        if subprocess.run(command, input="#include <barrier>\n", text=True, capture_output=True).returncode == 0:
+        command = [shutil.which(name), "-std=c++20", "-x", "c++", "-fsyntax-only", "-"]
+        found = command[0] and subprocess.run(command, input="#include <barrier>\n", text=True, capture_output=True)
+        if found and found.returncode == 0:
             return command[0]
     return None
 

@@ -7,7 +7,7 @@
 #define LR_TEXT(a) LR_TEXT_(a)
 
 PyMODINIT_FUNC LR_JOIN(PyInit_, LR_MODULE)() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, LR_TEXT(LR_MODULE), nullptr, -1, nullptr, nullptr, nullptr, nullptr,
-                                   nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, LR_TEXT(LR_MODULE), nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

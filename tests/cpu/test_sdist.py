@@ -72,3 +72,13 @@ def test_a_build_that_must_have_cuda_is_labelled(monkeypatch, wish, cuda, versio
     monkeypatch.setitem(label.__globals__, "torch_package", lambda: (Path(), "2.14.1", cuda))
     monkeypatch.setenv("LOWRANK_CUDA", wish)
     assert label() == version
+
+
+def test_no_compiler_is_found_where_there_is_no_program_at_all(monkeypatch, tmp_path):
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    find_compiler = runpy.run_path(str(ROOT / "setup.py"))["find_compiler"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert find_compiler() is None
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert find_compiler() is None
