@@ -14,7 +14,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, b, a, values, columns, gamma):
-        ctx.save_for_backward(x, b, a, values, columns)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:4]) else None, b, a, values, columns)
         ctx.gamma = gamma
         rows = flat(x).contiguous()
         b, a, values = (w.to(x.dtype) for w in (b, a, values))
@@ -25,25 +25,25 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        x, b, a, values, columns = ctx.saved_tensors
-        types = b.dtype, a.dtype, values.dtype
-        rows, dy = flat(x).contiguous(), flat(grad_out.to(x.dtype))
-        b, a, values = (w.to(x.dtype) for w in (b, a, values))
-        wants_x, wants_b, wants_a, wants_values = ctx.needs_input_grad[:4]
-        dx = db = da = dvalues = None
+        x, *factors, columns = ctx.saved_tensors
+        dy, dtype = flat(grad_out), grad_out.dtype
+        b, a, values = (w.to(dtype) for w in factors)
+        dx, grads = None, [None] * 3
         through = dy @ b  # (tokens, r)
-        if wants_x:
+        if ctx.needs_input_grad[0]:
             dx = torch.mm(through, a).mul_(ctx.gamma)
             scatter_add_(dx, (dy @ values).float(), columns, None, alpha=1 - ctx.gamma, left=False)
-            dx = dx.reshape(x.shape)
-        if wants_b:
-            db = torch.mm(dy.T, rows @ a.T).mul_(ctx.gamma).to(types[0])
-        if wants_a:
-            da = torch.mm(through.T, rows).mul_(ctx.gamma).to(types[1])
-        if wants_values:
-            chosen = gather(rows, columns, None, left=False).to(x.dtype)
-            dvalues = torch.mm(dy.T, chosen).mul_(1 - ctx.gamma).to(types[2])
-        return dx, db, da, dvalues, None, None
+            dx = dx.reshape(*grad_out.shape[:-1], a.shape[1])
+        if x is not None:
+            rows = flat(x).contiguous()
+            chosen = gather(rows, columns, None, left=False).to(dtype)
+            grads = [
+                torch.mm(dy.T, rows @ a.T).mul_(ctx.gamma),
+                torch.mm(through.T, rows).mul_(ctx.gamma),
+                torch.mm(dy.T, chosen).mul_(1 - ctx.gamma),
+            ]
+            grads = [grad.to(w.dtype) for grad, w in zip(grads, factors)]
+        return dx, *grads, None, None
 
 
 class ChannelSparseLinear(FactoredLinear):
@@ -102,6 +102,4 @@ class ChannelSparseLinear(FactoredLinear):
         return w.to(dtype or self.B.dtype)
 
     def forward(self, x):
-        x = self.cast(x)
-        y = _Linear.apply(x, self.B, self.A, self.values, self.columns, self.scale)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.plus_bias(_Linear.apply(self.cast(x), self.B, self.A, self.values, self.columns, self.scale))

@@ -51,6 +51,9 @@ class FactoredLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
+    def plus_bias(self, y):
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
     def extra_repr(self):
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={bias}"

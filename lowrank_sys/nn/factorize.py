@@ -40,7 +40,8 @@ def factorize_model(
         raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
     check_share("density", density)
     check_share("gamma", gamma)
-    layers = [(name, layer) for name, layer in replaceable_layers(model, target_modules) if min(layer.weight.shape) >= rank]
+    layers = replaceable_layers(model, target_modules, "factorize")
+    layers = [(name, layer) for name, layer in layers if min(layer.weight.shape) >= rank]
     if not layers:
         raise ValueError(f"model has no linear layer to factorize at rank {rank}, got {type(model).__name__}")
     for name, layer in layers:

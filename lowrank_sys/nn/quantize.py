@@ -15,8 +15,8 @@ from lowrank_sys.nn.readers import read_by_others
 METHOD = "lowrank_int8"
 
 
-def replaceable_layers(model, target_modules=None):
-    """[(name, nn.Linear)] in whose place another layer can be.
+def replaceable_layers(model, target_modules, what):
+    """[(name, nn.Linear)] in whose place another layer can be; ValueError where `what` finds none.
 
     Subclasses of nn.Linear are left alone, for they may use their weight in ways of their own, and so are weights that
     several modules share, and those that the module around them reads itself.
@@ -25,22 +25,23 @@ def replaceable_layers(model, target_modules=None):
     for module in model.modules():
         for param in module._parameters.values():
             owners.setdefault(id(param), []).append(module)
-    return [
+    layers = [
         (name, module)
         for name, module in linear_layers(model, target_modules)
         if type(module) is nn.Linear and module is not model and len(owners[id(module.weight)]) == 1 and module not in read
     ]
+    for target in target_modules or ():
+        if not any(target in name for name, _ in layers):
+            raise ValueError(f"target_modules: no linear layer to {what} has {target!r} in its name")
+    if not layers:
+        raise ValueError(f"model has no linear layer to {what}, got {type(model).__name__}")
+    return layers
 
 
 def quantizable_layers(model, target_modules=None, group_size=256):
-    """The replaceable_layers, which quantize_model replaces; ValueError where it would refuse."""
+    """The layers that quantize_model replaces; ValueError where it would refuse."""
     check_quantizable(torch.float32, group_size)
-    layers = replaceable_layers(model, target_modules)
-    for target in target_modules or ():
-        if not any(target in name for name, _ in layers):
-            raise ValueError(f"target_modules: no linear layer to quantize has {target!r} in its name")
-    if not layers:
-        raise ValueError(f"model has no linear layer to quantize, got {type(model).__name__}")
+    layers = replaceable_layers(model, target_modules, "quantize")
     for name, module in layers:
         check_quantizable(module.weight.dtype, group_size, f"{name}.weight")
     return layers

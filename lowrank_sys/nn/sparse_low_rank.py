@@ -12,44 +12,43 @@ product = torch.ops.lowrank.scatter_add_product
 
 
 class _Linear(torch.autograd.Function):
-    """y = x Wᵀ + b, some rows of W at a time; backward makes them anew, and as many rows of W's gradient."""
+    """y = x Wᵀ, some rows of W at a time; backward makes them anew, and as many rows of W's gradient."""
 
     @staticmethod
-    def forward(ctx, x, b, a, values, columns, bias, scale):
-        ctx.save_for_backward(x, b, a, values, columns)
-        ctx.scale, ctx.bias = scale, bias is not None and bias.dtype
+    def forward(ctx, x, b, a, values, columns, scale):
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:4]) else None, b, a, values, columns)
+        ctx.scale = scale
         rows = flat(x)
         y = x.new_empty(rows.shape[0], b.shape[0])
         for part in parts(b.shape[0], a.shape[1], x.device):
             w = product(b[part], a, values[part], columns[part], scale=scale, dtype=x.dtype)
             torch.mm(rows, w.T, out=y[:, part])
-        if bias is not None:
-            y += bias.to(y.dtype)
         return y.reshape(*x.shape[:-1], b.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
         x, b, a, values, columns = ctx.saved_tensors
-        rows, dy = flat(x), flat(grad_out.to(x.dtype))
-        wants_x, *wants_w = ctx.needs_input_grad[:4]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        dx = rows.new_zeros(rows.shape, dtype=wide) if wants_x else None
-        db, dvalues = torch.empty_like(b), torch.empty_like(values)
-        da = a.new_zeros(a.shape, dtype=wide)
-        for part in parts(b.shape[0], a.shape[1], x.device):
-            if wants_x:
-                dx += dy[:, part] @ product(b[part], a, values[part], columns[part], scale=ctx.scale, dtype=x.dtype)
-            if any(wants_w):
-                dw = dy[:, part].T @ rows
+        dy, dtype = flat(grad_out), grad_out.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        dx = db = da = dvalues = None
+        if ctx.needs_input_grad[0]:
+            dx = dy.new_zeros(dy.shape[0], a.shape[1], dtype=wide)
+        if x is not None:
+            db, dvalues, da = torch.empty_like(b), torch.empty_like(values), a.new_zeros(a.shape, dtype=wide)
+        for part in parts(b.shape[0], a.shape[1], dy.device):
+            if dx is not None:
+                dx += dy[:, part] @ product(b[part], a, values[part], columns[part], scale=ctx.scale, dtype=dtype)
+            if x is not None:
+                dw = dy[:, part].T @ flat(x)
                 dvalues[part] = dw.gather(1, columns[part].long())
-                db[part] = ctx.scale * (dw @ a.to(dw.dtype).T)
-                da += ctx.scale * (b[part].to(dw.dtype).T @ dw)
-        dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias) if ctx.needs_input_grad[5] else None
-        if wants_x:
-            dx = dx.to(x.dtype).reshape(x.shape)
-        db, da, dvalues = (g if wanted else None for g, wanted in zip((db, da.to(a.dtype), dvalues), wants_w))
-        return dx, db, da, dvalues, None, dbias, None
+                db[part] = ctx.scale * (dw @ a.to(dtype).T)
+                da += ctx.scale * (b[part].to(dtype).T @ dw)
+        if dx is not None:
+            dx = dx.to(dtype).reshape(*grad_out.shape[:-1], a.shape[1])
+        if x is not None:
+            da = da.to(a.dtype)
+        return dx, db, da, dvalues, None, None
 
 
 class SparseLowRankLinear(FactoredLinear):
@@ -74,6 +73,8 @@ class SparseLowRankLinear(FactoredLinear):
         dtype: torch.dtype | None = None, *, density: float = 0.03, alpha: float = 32.0, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         check_share("density", density)
+        if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+            raise ValueError(f"alpha must be above 0 and finite, got {alpha!r}")
         columns = draw_columns(out_features, in_features, entries(density, in_features), generator)
         super().__init__(in_features, out_features, rank, bias, columns, columns.shape, device, dtype)
         self.scale = alpha / rank
@@ -94,7 +95,7 @@ class SparseLowRankLinear(FactoredLinear):
         return product(self.B, self.A, self.values, self.columns, scale=self.scale, dtype=dtype)
 
     def forward(self, x):
-        return _Linear.apply(self.cast(x), self.B, self.A, self.values, self.columns, self.bias, self.scale)
+        return self.plus_bias(_Linear.apply(self.cast(x), self.B, self.A, self.values, self.columns, self.scale))
 
 
 def draw_columns(m, n, k, generator=None):

@@ -196,12 +196,40 @@ def test_layers_that_target_modules_leave_out_still_train_in_a_subspace():
     assert sum(name.endswith(".B") and p.any().item() for name, p in model.named_parameters()) == 6
 
 
+@EACH
+def test_a_frozen_layer_keeps_no_input(form):
+    made, x = layer(form, bias=False).requires_grad_(False), torch.randn(4, 40, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.data_ptr()) or tensor, lambda tensor: tensor):
+        y = made(x)
+    y.sum().backward()
+    assert x.data_ptr() not in saved and len(saved) == 4
+    torch.testing.assert_close(x.grad, made.dense().sum(0).expand(4, 40), rtol=1e-4, atol=1e-5)
+    assert made.B.grad is None
+
+
+@EACH
+def test_one_factor_alone_trains(form):
+    made, x = layer(form), torch.randn(4, 40)
+    whole = torch.autograd.grad(made(x).square().sum(), list(made.parameters()))
+    made.B.requires_grad_(False)
+    made(x).square().sum().backward()
+    assert made.B.grad is None
+    for param, grad in zip((made.A, made.values, made.bias), whole[1:]):
+        torch.testing.assert_close(param.grad, grad)
+
+
 REFUSED = {
     "form": (lambda: factorize_model(llama(), 8, "rows"), "form must be one of entries, channels, got 'rows'"),
     "rank": (lambda: factorize_model(llama(), 0), "rank must be an integer of at least 1, got 0"),
     "wide": (lambda: factorize_model(llama(), 65), "model has no linear layer to factorize at rank 65, got LlamaForCausalLM"),
     "density": (lambda: factorize_model(llama(), 8, density=0), "density must be above 0 and below 1, got 0"),
     "gamma": (lambda: ChannelSparseLinear(8, 8, 2, gamma=1.0), "gamma must be above 0 and below 1, got 1.0"),
+    "target": (
+        lambda: factorize_model(llama(), 8, target_modules=["mlp", "attention"]),
+        "target_modules: no linear layer to factorize has 'attention' in its name",
+    ),
+    "alpha": (lambda: SparseLowRankLinear(8, 8, 2, alpha=0), "alpha must be above 0 and finite, got 0"),
     "own rank": (lambda: SparseLowRankLinear(8, 6, 7), "rank must be an integer from 1 to 6, got 7"),
     "dtype": (lambda: ChannelSparseLinear(8, 6, 2, dtype=torch.int8), "dtype must be float32, bfloat16 or float16, got torch.int8"),
     "merge": (lambda: merge_factors(llama()), "model has no factored layers, got LlamaForCausalLM"),
