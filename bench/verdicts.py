@@ -145,7 +145,7 @@ def figure(rows, title):
         [row["method"] for row in rows], [o["mean"] for o in off], xerr=[o["deviation"] or 0 for o in off], color=colors, capsize=2
     )
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="validation loss less AdamW's of the same seeds, nats a token (green: lower in all seeds; gray: in some)")
+    axes.set(xlabel="validation loss less AdamW's of the same seeds, nats (green: lower with every seed, gray: with some)")
     axes.grid(alpha=0.3, axis="x")
     drawn.suptitle(title, fontsize=8)
     return drawn
