@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lowrank_sys.nn.quant_experts import convert_experts
 from lowrank_sys.nn.quant_linear import QuantLinear
-from lowrank_sys.nn.quantize import mark, places, quantizable_layers, replace, tell_of_stacks
+from lowrank_sys.nn.quantize import mark, places, quantizable, replace, tell_of_stacks
 from lowrank_sys.nn.skeleton import Builder, skeleton, visit
 
 if TYPE_CHECKING:
@@ -29,14 +30,14 @@ def quantized_from_config(
     """A freshly initialised causal language model with INT8 weights, as quantize_model makes them.
 
     Layer by layer the weights are drawn by the model's own rule, quantized and dropped: the peak is the INT8 model and the
-    float weight of one layer, and of those that the rule of a module around them draws again.
+    float weight of one layer (all experts of one), and of those that the rule of a module around them draws again.
 
     dtype: of what stays float, and of the computation. seed: of the draws; None: torch's global generator.
     target_modules, group_size: as of quantize_model. Raises ValueError as quantize_model.
     """
     model = skeleton(config, dtype)
-    tell_of_stacks(model)
-    chosen = _last_writers(model, [module for _, module in quantizable_layers(model, target_modules, group_size)])
+    layers, experts = quantizable(model, target_modules, group_size)
+    chosen, stacked = _last_writers(model, [module for _, module in layers]), {module for _, module in experts}
     found, builder = places(model), Builder(model, torch.device(device))
 
     def make(owner, module):
@@ -45,10 +46,13 @@ def quantized_from_config(
         for linear in chosen.get(module, ()):
             replace(found, linear, QuantLinear.from_linear(linear, group_size))
             linear.weight = None  # whoever still holds the module
+        if module in stacked:
+            convert_experts(module, group_size)
 
     with _seeded(seed):
         visit(model, make)
     model.tie_weights()
+    tell_of_stacks(model)
     mark(model, group_size)
     return model
 

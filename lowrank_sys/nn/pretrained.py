@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from lowrank_sys.nn import manifest
+from lowrank_sys.nn.conversions import pieces
+from lowrank_sys.nn.quant_experts import LAYERS, QuantExperts, convert_experts
 from lowrank_sys.nn.quant_linear import QuantLinear
-from lowrank_sys.nn.quantize import is_marked, mark, places, quantizable_layers, replace, tell_of_stacks
+from lowrank_sys.nn.quantize import is_marked, mark, places, quantizable, replace, tell_of_stacks
 from lowrank_sys.nn.skeleton import Builder, skeleton, visit
 
 if TYPE_CHECKING:
@@ -27,10 +29,11 @@ COMPUTED = "rotary_emb.inv_freq"
 def save_quantized(model: PreTrainedModel, folder: str | Path, **options: Any) -> None:
     """save_pretrained, with size and SHA-256 of every file in a manifest that quantized_from_pretrained checks.
 
-    INT8 weights are written as `codes` and `scale` beside the other tensors, and are read back exactly. Plain transformers
-    cannot read them: dequantize_model first where it should. options: of save_pretrained, such as max_shard_size.
+    INT8 weights are written as `codes` and `scale` beside the other tensors, all by the names that the model gives them, and are
+    read back exactly. Plain transformers cannot read them: dequantize_model first where it should. options: of save_pretrained,
+    such as max_shard_size.
     """
-    model.save_pretrained(folder, **options)
+    model.save_pretrained(folder, **{"save_original_format": False, **options})
     manifest.sign(Path(folder))
 
 
@@ -45,9 +48,9 @@ def quantized_from_pretrained(
 ) -> PreTrainedModel:
     """A causal language model with INT8 weights from the checkpoint in `folder` (config.json and safetensors, sharded or not).
 
-    Tensor by tensor, a weight is read, quantized from the values as they are stored, and dropped: the peak is the INT8 model
-    and the largest tensor of the checkpoint. A checkpoint with INT8 weights (`save_quantized`, or save_pretrained of a
-    quantized model) is read back exactly; target_modules and group_size are then its own.
+    Weight by weight, it is read as transformers reads it, quantized from the values as they are stored, and dropped: the peak is
+    the INT8 model and its largest float weight, all experts of a stack together. A checkpoint with INT8 weights (`save_quantized`,
+    or save_pretrained of a quantized model) is read back exactly; target_modules and group_size are then its own.
 
     Args:
         folder: path. A manifest in it (`save_quantized`, checkpoints of `lowrank train`) is checked first.
@@ -78,15 +81,19 @@ def quantized_from_pretrained(
         group_size = config.quantization_config.get("group_size")
 
     model = skeleton(config, dtype or config.dtype or torch.float32)
-    tell_of_stacks(model)
-    chosen = quantizable_layers(model, None if coded else target_modules, group_size)
-    found = places(model)
-    for name, linear in chosen:
+    layers, experts = quantizable(model, None if coded else target_modules, group_size)
+    known = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
+    read, found = pieces(model, files, known), places(model)
+    for name, linear in layers:
         if not coded or name in coded:
             replace(found, linear, QuantLinear.from_linear(linear, group_size))
+    for name, module in experts:
+        if not coded or any(layer.startswith(f"{name}.{LAYERS}.") for layer in coded):
+            convert_experts(module, group_size)
+    tell_of_stacks(model)
     _make_computed(model, torch.device(device))
-    for name, path in files.items():
-        _put(model, name, _read(path, name), torch.device(device))
+    for piece in read:
+        _put_all(model, piece.make(lambda name: _read(files[name], name)), torch.device(device))
     model.tie_weights()
     missing = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if missing:
@@ -147,15 +154,21 @@ def _make_computed(model: PreTrainedModel, device: torch.device) -> None:
     visit(model, make)
 
 
+def _put_all(model: PreTrainedModel, made: dict[str, torch.Tensor], device: torch.device) -> None:
+    for name in list(made):
+        _put(model, name, made.pop(name), device)  # no name of it stays while the next one is read
+
+
 def _put(model: PreTrainedModel, name: str, value: torch.Tensor, device: torch.device) -> None:
     path, _, key = name.rpartition(".")
     try:
         module = model.get_submodule(path)
     except AttributeError:
         module = None
-    if isinstance(module, QuantLinear) and key == "weight":
+    stacked = isinstance(module, QuantExperts) and key in module.int8_experts
+    if stacked or isinstance(module, QuantLinear) and key == "weight":
         try:
-            module.quantize_(value.to(device))
+            module.quantize_(key, value.to(device)) if stacked else module.quantize_(value.to(device))
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{name}: {error}") from None
         return

@@ -86,13 +86,19 @@ class QuantLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear, group_size=256):
         """A layer with the values of `linear` (nn.Linear), rounded to nearest, and its own bias parameter."""
-        check_quantizable(linear.weight.dtype, group_size)
-        with torch.device("meta"):
-            made = cls(linear.in_features, linear.out_features, False, dtype=linear.weight.dtype, group_size=group_size)
-        made.quantize_(linear.weight.detach())
+        made = cls.from_weight(linear.weight, group_size)
         made.weight.requires_grad_(linear.weight.requires_grad)
         made.bias = linear.bias
         return made.train(linear.training)
+
+    @classmethod
+    def from_weight(cls, weight, group_size=256):
+        """A layer without bias that has the values of `weight` (out, in), rounded to nearest."""
+        check_quantizable(weight.dtype, group_size)
+        with torch.device("meta"):
+            made = cls(weight.shape[1], weight.shape[0], False, dtype=weight.dtype, group_size=group_size)
+        made.quantize_(weight.detach())
+        return made
 
     @torch.no_grad()
     def quantize_(self, weight):

@@ -15,10 +15,27 @@ if TYPE_CHECKING:
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of `config`, all on the meta device: it has shapes and takes no memory."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return auto_class(config).from_config(config, dtype=dtype)
+
+
+def auto_class(config: PretrainedConfig) -> type:
+    """The class of transformers that makes the language model of `config`: with the part for images, where its family has one."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    both = _has_text_part(config) and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if both else AutoModelForCausalLM
+
+
+def _has_text_part(config):
+    return "text_config" in getattr(config, "sub_configs", ())
+
+
+def language_part(model: nn.Module) -> set[nn.Module]:
+    """The modules that text passes through: of a model of images and text its decoder and its head, of any other all."""
+    if not _has_text_part(getattr(model, "config", None)):
+        return set(model.modules())
+    return {*model.get_decoder().modules(), model.get_output_embeddings()} - {None}
 
 
 class Builder:

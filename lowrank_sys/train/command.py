@@ -85,7 +85,7 @@ def _train(args: argparse.Namespace) -> None:
     from lowrank_sys import backends
     from lowrank_sys.distributed import World
     from lowrank_sys.memory import allocator
-    from lowrank_sys.train import checkpoint, data, methods, report, trainer
+    from lowrank_sys.train import checkpoint, data, methods, models, report, trainer
     from lowrank_sys.train.packing import IGNORED, Packed
     from lowrank_sys.train.record import Recorder
 
@@ -134,6 +134,9 @@ def _train(args: argparse.Namespace) -> None:
             allocator.save_memory()
         optimizer = methods.build(model, args)
         tell(_share(optimizer))
+        aside = sum(p.numel() for p in models.not_of_text(model))
+        if aside:
+            tell(f"weights: {aside:,} of what text does not pass through stay as they are")
         sequences = args.batch_size * args.gradient_accumulation_steps * place.size
         # the steps so far may have been those of another number of processes, and have read more or fewer windows
         done = origin.get("step", 0)
@@ -187,7 +190,7 @@ def _train(args: argparse.Namespace) -> None:
             return
         training_peak = report.peak_memory_bytes(device)
 
-        predicted = held_out["labels"][:, 1:]
+        predicted, vocabulary = held_out["labels"][:, 1:], model.config.get_text_config().vocab_size
         summary = {
             "method": args.method,
             "model": args.model,
@@ -197,7 +200,7 @@ def _train(args: argparse.Namespace) -> None:
             "tokens": round(read * train.tokens),
             "val_loss": recorder.rows[-1]["val_loss"] or loss_on(held_out),
             "train_loss": loss_on(seen),
-            "unigram_entropy": data.unigram_entropy(train.ids, predicted[predicted != IGNORED], model.config.vocab_size),
+            "unigram_entropy": data.unigram_entropy(train.ids, predicted[predicted != IGNORED], vocabulary),
             "tokens_per_second": report.speed(recorder.rows),
             "optimizer_state_bytes": optimizer.state_bytes(),
             "adamw_state_bytes": 2 * 4 * _elements(optimizer),
@@ -231,7 +234,7 @@ def _model(args: argparse.Namespace, device: torch.device, vocab: int) -> torch.
     if args.from_ is None:
         return models.build(models.config(args.model, vocab=vocab if args.tokenizer else None, seq_len=args.seq_len), **options)
     model = models.load(args.from_, **options)
-    most = getattr(model.config, "max_position_embeddings", None)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and args.seq_len > most:
         raise CommandError(f"--seq-len {args.seq_len}: {args.from_} knows positions up to {most}")
     if vocab > model.get_input_embeddings().num_embeddings:

@@ -61,7 +61,8 @@ def is_known(name: str) -> bool:
 
 
 def config(name: str, *, vocab: int | None = None, seq_len: int = 1024) -> LlamaConfig:
-    """Configuration of the preset `name`, with untied embedding and head; or of a Hugging Face config file or checkpoint.
+    """Configuration of the preset `name`, with untied embedding and head; or of a Hugging Face config file or checkpoint, also of a
+    model of images and text.
 
     vocab: size of the vocabulary in tokens; None, where tokens are bytes, for the preset's or the file's own.
     seq_len: longest sequence in tokens.
@@ -77,17 +78,19 @@ def config(name: str, *, vocab: int | None = None, seq_len: int = 1024) -> Llama
             read = AutoConfig.from_pretrained(place, **options)
         except Exception as error:  # no JSON, no model_type, an unknown one: a type of its own each
             raise CommandError(f"--model {name}: transformers cannot read it: {error}") from error
-        if not isinstance(getattr(read, "vocab_size", None), int):
+        text = read.get_text_config()
+        if not isinstance(getattr(text, "vocab_size", None), int):
             raise CommandError(f"--model {name}: {type(read).__name__} has no vocab_size: it is no language model by itself")
-        if vocab is None and name.endswith(".json") and read.vocab_size < BYTES:  # a checkpoint has a tokenizer
+        if vocab is None and name.endswith(".json") and text.vocab_size < BYTES:  # a checkpoint has a tokenizer
             raise CommandError(
                 f"--model {name}: its vocab_size must be at least {BYTES}, the values of a byte, without --tokenizer, "
-                f"got {read.vocab_size}"
+                f"got {text.vocab_size}"
             )
-        read.vocab_size = vocab or read.vocab_size
-        read.use_cache = False
+        text.vocab_size = vocab or text.vocab_size
+        use_cache(read, False)
         _forget_quantization(read)
-        _forget_foreign_tokens(read)
+        for part in {id(part): part for part in (read, text)}.values():
+            _forget_foreign_tokens(part, text.vocab_size)
         return read
     p = PRESETS[name]
     return LlamaConfig(**{
@@ -107,6 +110,12 @@ def config(name: str, *, vocab: int | None = None, seq_len: int = 1024) -> Llama
     })  # fmt: skip
 
 
+def use_cache(config, value: bool) -> None:
+    """Whether the language model keeps keys and values: for those who generate."""
+    for part in (config, config.get_text_config()):
+        part.use_cache = value
+
+
 def _forget_quantization(config) -> None:
     """The weights are drawn afresh, so what a repository says of its own quantized ones is true of none; also of parts."""
     for key in ("quantization_config", "compression_config"):
@@ -116,11 +125,11 @@ def _forget_quantization(config) -> None:
             _forget_quantization(getattr(config, name))
 
 
-def _forget_foreign_tokens(config) -> None:
+def _forget_foreign_tokens(config, vocabulary: int) -> None:
     """Ids of special tokens that this vocabulary does not have: they are another tokenizer's, and embeddings refuse them."""
     for key in [key for key in vars(config) if key.endswith("_token_id")]:
         ids = getattr(config, key)
-        if ids is not None and not all(0 <= i < config.vocab_size for i in (ids if isinstance(ids, list) else [ids])):
+        if ids is not None and not all(0 <= i < vocabulary for i in (ids if isinstance(ids, list) else [ids])):
             setattr(config, key, None)
 
 
@@ -133,7 +142,7 @@ def has_int8_layers(name: str) -> bool:
 def _has_int8_layers(path: str, changed: int) -> bool:
     import torch
 
-    from lowrank_sys.nn.quantize import quantizable_layers
+    from lowrank_sys.nn.quantize import quantizable
     from lowrank_sys.nn.skeleton import skeleton
 
     try:
@@ -141,7 +150,7 @@ def _has_int8_layers(path: str, changed: int) -> bool:
     except Exception:  # `config` and `build` say what is wrong with it
         return True
     try:
-        return bool(quantizable_layers(model))
+        return any(quantizable(model))
     except ValueError:
         return False
 
@@ -155,18 +164,33 @@ def build(
     name contains one of target_modules, or of all. Raises CommandError where there is none.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from lowrank_sys.nn.skeleton import auto_class
 
     if int8:
         from lowrank_sys.nn import quantized_from_config
 
         try:
-            return quantized_from_config(config, dtype, device, target_modules=target_modules)
+            return _for_text(quantized_from_config(config, dtype, device, target_modules=target_modules))
         except ValueError as error:
             raise CommandError(str(error)) from error
     # from_config rather than .to(dtype): the rotary frequencies stay fp32
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return _for_text(auto_class(config).from_config(config, dtype=dtype))
+
+
+def not_of_text(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """The weights that text does not pass through: those of a model's part for images."""
+    from lowrank_sys.nn.skeleton import language_part
+
+    of_text = {id(p) for module in language_part(model) for p in module._parameters.values()}
+    return [p for p in model.parameters() if id(p) not in of_text]
+
+
+def _for_text(model: PreTrainedModel) -> PreTrainedModel:
+    for param in not_of_text(model):
+        param.requires_grad_(False)
+    return model
 
 
 def load(
@@ -177,9 +201,10 @@ def load(
     int8: with INT8 weights, as `build`: of safetensors one weight at a time, so that the float model never exists; of others it
     does. Weights that are INT8 there stay so. Raises CommandError.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from lowrank_sys.nn import quantize_model, quantized_from_pretrained
+    from lowrank_sys.nn.skeleton import auto_class
     from lowrank_sys.train.encoders import where
 
     place, options = where(name)
@@ -192,7 +217,8 @@ def load(
         if safe and (int8 or any(Path(place).glob("manifest.json"))):
             model = quantized_from_pretrained(place, dtype, device, target_modules=target_modules)
         else:
-            model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options).to(device)
+            family = auto_class(AutoConfig.from_pretrained(place, **options))
+            model = family.from_pretrained(place, dtype=dtype, **options).to(device)
             _forget_quantization(model.config)
             for key in ("is_quantized", "hf_quantizer", "quantization_method"):  # of a GGUF file: its values are plain now
                 vars(model).pop(key, None)
@@ -200,5 +226,5 @@ def load(
                 model = quantize_model(model, target_modules=target_modules)
     except Exception as error:  # of transformers, safetensors, gguf and the hub: a type of its own each
         raise CommandError(f"--from {name}: cannot load it: {' '.join(str(error).split())[:500]}") from error
-    model.config.use_cache = False
-    return model
+    use_cache(model.config, False)
+    return _for_text(model)

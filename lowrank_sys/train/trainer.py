@@ -24,6 +24,7 @@ from lowrank_sys.nn.readout import readout
 from lowrank_sys.optim.clip import gradient_norms, scale_to_norm_
 from lowrank_sys.train import checkpoint
 from lowrank_sys.train.data import load_tokenizer
+from lowrank_sys.train.models import use_cache
 from lowrank_sys.train.packing import IGNORED, stacked
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class LowRankTrainer(Trainer):
         random = self._random_states()
 
         def fill(folder: Path) -> None:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, save_original_format=False)  # as the model that goes on from it names its tensors
             self._save_optimizer_and_scheduler(str(folder))
             for name, content in random.items():
                 (folder / name).write_bytes(content)
@@ -102,6 +103,15 @@ class LowRankTrainer(Trainer):
 
         if self.args.process_index == 0:
             self._write_checkpoint(self.state.global_step, fill)
+
+    def _issue_warnings_after_load(self, load_result):
+        """Trainer warns of weights that a checkpoint lacks, and would go on with fresh ones."""
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        there = {id(weight) for name, weight in weights.items() if name not in load_result.missing_keys}
+        lost = [name for name in load_result.missing_keys if name not in weights or id(weights[name]) not in there]
+        if lost or load_result.unexpected_keys:
+            name = (lost or load_result.unexpected_keys)[0]
+            raise CommandError(f"--resume: the checkpoint is of another model, it {'lacks' if lost else 'has'} {name}", code=1)
 
     def _random_states(self) -> dict[str, bytes]:
         """{file: its content} of the random generators of all processes, on all of them."""
@@ -227,7 +237,7 @@ def save_final(model: torch.nn.Module, folder: Path, tokenizer: str | None, merg
     """
     if merged is not None:
         (dequantize_model(model) if is_marked(model.config) else model).to(merged)
-    model.config.use_cache = True  # for those who generate
+    use_cache(model.config, True)
 
     def fill(partial: Path) -> None:
         save_quantized(model, partial) if is_marked(model.config) else model.save_pretrained(partial)

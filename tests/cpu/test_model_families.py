@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from families import config
 from lanes import usual
 from test_planner import arguments
 from torch import nn
@@ -16,20 +17,7 @@ from lowrank_sys.nn import causal_lm_loss, quantize_model
 from lowrank_sys.nn.quant_linear import QuantLinear
 from lowrank_sys.nn.readout import Readout, readout
 
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "vocab_size": 301, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}  # fmt: skip
-EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
-FAMILIES = {
-    "nanochat": {"final_logit_softcapping": 7.5},
-    "vaultgemma": {"final_logit_softcapping": 30.0, "head_dim": 16},
-    "cohere2": {"logit_scale": 0.25},
-    "hyperclovax": {"logits_scaling": 0.5},  # a factor
-    "granitemoe": {"logits_scaling": 4.0, **EXPERTS},  # a divisor
-    "olmoe": EXPERTS,
-    "falcon_mamba": {"state_size": 8, "conv_kernel": 4, "time_step_rank": 8},
-    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 301},
-    "openai-gpt": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 301},
-}
+FAMILIES = ["nanochat", "vaultgemma", "cohere2", "hyperclovax", "granitemoe", "olmoe", "falcon_mamba", "mpt", "openai-gpt"]
 READOUTS = {
     "nanochat": Readout(1.0, 7.5),
     "vaultgemma": Readout(1.0, 30.0),
@@ -41,19 +29,16 @@ EACH = pytest.mark.parametrize("family", FAMILIES)
 
 
 def written(folder, family):
-    own = FAMILIES[family]
-    values = {**({} if "vocab_size" in own else SMALL), **own, "model_type": family}
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(values))
+    config(family).save_pretrained(folder)
     return folder / "config.json"
 
 
 def build(folder, family, **changes):
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(written(folder, family))
+    settings = AutoConfig.from_pretrained(written(folder, family))
     for key, value in changes.items():
-        setattr(config, key, value)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        setattr(settings, key, value)
+    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
     for p in model.parameters():
         if p.dim() == 2:
             p.data.mul_(4)  # logits far enough from 0 for a cap to matter
@@ -117,9 +102,9 @@ def test_other_heads_and_losses_are_left_to_the_model(tmp_path):
 
 
 def test_a_readout_needs_no_values(tmp_path):
-    config = AutoConfig.from_pretrained(written(tmp_path, "nanochat"))
+    settings = AutoConfig.from_pretrained(written(tmp_path, "nanochat"))
     with torch.device("meta"):
-        assert readout(AutoModelForCausalLM.from_config(config)) == READOUTS["nanochat"]
+        assert readout(AutoModelForCausalLM.from_config(settings)) == READOUTS["nanochat"]
 
 
 @EACH
