@@ -15,6 +15,7 @@ from lowrank_sys.bench.cases import (
     int4,
     int8,
     int8_gemm,
+    nf4,
     projection,
     qgalore,
     residual,
@@ -26,7 +27,22 @@ from lowrank_sys.bench.cases import (
 )
 from lowrank_sys.bench.cases.case import Case as Case
 
-GROUPS = (steps, projection, int8_gemm, int4, subspace, int8, sparse, transforms, blockwise, gaussian, residual, qgalore, rounding)
+GROUPS = (
+    steps,
+    projection,
+    int8_gemm,
+    int4,
+    subspace,
+    int8,
+    nf4,
+    sparse,
+    transforms,
+    blockwise,
+    gaussian,
+    residual,
+    qgalore,
+    rounding,
+)
 OPS = {name: op for group in GROUPS for name, op in group.OPS.items()}
 
 # Timed once: at 4096 x 4096 it takes most of a minute.

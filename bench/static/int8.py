@@ -1,10 +1,12 @@
-"""The linear layer on INT8 weights."""
+"""The linear layer on INT8 and NF4 weights."""
+
+import functools
 
 from lowrank_sys.bench.static.kernel import FLOATS, Kernel
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.int8_linear import int8_linear_kernel
 
-SMALLEST, DEFAULT = 32, 256  # groups
+SMALLEST, DEFAULT = 32, {False: 256, True: 64}  # groups, by whether the weight is NF4
 
 
 def calls(kind):
@@ -23,16 +25,16 @@ def always(kind, tokens):
     return [(("fp32",), "forward")] if kind == 32 else []
 
 
-def tensors(types, variant):
-    pointers = {"rows": f"*{types[0]}", "codes": "*i8", "scale": "*fp32", "out": f"*{types[0]}", "t": "i32"}
+def tensors(types, variant, nf4):
+    pointers = {"rows": f"*{types[0]}", "codes": "*u8" if nf4 else "*i8", "scale": "*fp32", "out": f"*{types[0]}", "t": "i32"}
     pointers |= {"partials": "*fp32", "counters": "*i32"} if "split" in variant else {}
     return pointers | ({} if "back" in variant else {"bias": "*fp32"})
 
 
-def constants(variant, config):
+def constants(variant, config, nf4):
     """A tile stays in one group."""
-    group, axis = SMALLEST if "small" in variant else DEFAULT, "BLOCK_O" if "back" in variant else "BLOCK_D"
-    return {"BACK": "back" in variant, "GROUP": group, axis: min(config[axis], group)}
+    group, axis = SMALLEST if "small" in variant else DEFAULT[nf4], "BLOCK_O" if "back" in variant else "BLOCK_D"
+    return {"BACK": "back" in variant, "NF4": nf4, "GROUP": group, axis: min(config[axis], group)}
 
 
 def rows(arch):
@@ -41,14 +43,15 @@ def rows(arch):
 
 
 KERNELS = {
-    "int8_linear": Kernel(
+    name: Kernel(
         int8_linear_kernel,
         rows,
         calls,
-        tensors,
+        functools.partial(tensors, nf4=nf4),
         always=always,
-        constants=constants,
+        constants=functools.partial(constants, nf4=nf4),
         limit="t",
         sizes={16: ("aligned",), 32: ("aligned",), "odd": ("odd",)},
     )
+    for name, nf4 in (("int8_linear", False), ("nf4_linear", True))
 }
