@@ -213,7 +213,7 @@ def scalars(matrices, *, step, rate, draws=False):
     }
 
 
-def int8_linear(t, m, n, *, back, dtype, group_size, card, bias=None):
+def int8_linear(t, m, n, *, back, dtype, group_size, card, bias=None, nf4=False):
     """y (t, m) = x Wᵀ + bias, or dx (t, n) = dy W if `back`: the type of x or dy, and of the bias."""
     plan = configs.plan_int8_linear(t, m, n, back=back, dtype=dtype, group_size=group_size, card=card)
     depth, outputs = (m, n) if back else (n, m)
@@ -223,7 +223,7 @@ def int8_linear(t, m, n, *, back, dtype, group_size, card, bias=None):
     biases = triton.cdiv(t, plan.config["BLOCK_T"]) * (plan.config["BLOCK_T"] // 16 if parts else 1)
     return {
         "rows": Bytes(wide * t * depth * dtype.itemsize, 0),
-        "codes": Bytes(tall * m * n, 0),
+        "codes": Bytes(tall * m * ((n + 1) // 2 if nf4 else n), 0),
         "scale": Bytes(tall * (wide * m if back else deep * m) * FP32, 0),
         "bias": Bytes(biases * m * bias.itemsize if bias else 0, 0),
         "partials": Bytes(parts, parts),

@@ -32,6 +32,8 @@ TRITON = {
     "gaussian_project": ("gaussian", "gaussian_project"),
     "int8_linear": ("int8_linear", "int8_linear"),
     "int8_linear_backward": ("int8_linear", "int8_linear_backward"),
+    "nf4_linear": ("int8_linear", "nf4_linear"),
+    "nf4_linear_backward": ("int8_linear", "nf4_linear_backward"),
     "project_int4": ("project", "project_int4"),
     "scatter_add_product": ("scatter_add", "scatter_add_product"),
     "step": ("step", "step"),

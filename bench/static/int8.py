@@ -1,38 +1,39 @@
-"""The linear layer on INT8 weights."""
+"""The linear layer on INT8 and NF4 weights."""
 
 from lowrank_sys.bench.static.kernel import FLOATS, Kernel
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.int8_linear import int8_linear_kernel
 
-SMALLEST, DEFAULT = 32, 256  # groups
+SMALLEST, INT8, NF4 = 32, 256, 64  # groups: the smallest, and the usual ones
+WAYS = [f"{way}{split}{nf4}" for nf4 in ("", "+nf4") for split in ("", "+split") for way in ("forward", "back")]
 
 
 def calls(kind):
     if kind == "odd":  # the smallest group cuts the tile
-        return [((dtype,), f"{way}+small") for dtype in FLOATS for way in ("forward", "back", "forward+split", "back+split")]
-    return [
-        ((dtype,), way)
-        for dtype in ({16: ("bf16", "fp16"), 32: ("fp32",)}[kind])
-        for way in ("forward", "back", "forward+split", "back+split")
-    ]
+        return [((dtype,), f"{way}+small") for dtype in FLOATS for way in WAYS]
+    return [((dtype,), way) for dtype in ({16: ("bf16", "fp16"), 32: ("fp32",)}[kind]) for way in WAYS]
 
 
 def always(kind, tokens):
+    if kind == 16 and tokens < 128:
+        return [(("bf16",), "forward+split")]
     if kind == 16:
-        return [(("bf16",), "forward+split")] if tokens < 128 else [(("bf16",), "forward"), (("fp16",), "back+split")]
+        return [(("bf16",), "forward"), (("fp16",), "back+split"), (("fp16",), "back+split+nf4")]
     return [(("fp32",), "forward")] if kind == 32 else []
 
 
 def tensors(types, variant):
-    pointers = {"rows": f"*{types[0]}", "codes": "*i8", "scale": "*fp32", "out": f"*{types[0]}", "t": "i32"}
+    codes = "*u8" if "nf4" in variant else "*i8"
+    pointers = {"rows": f"*{types[0]}", "codes": codes, "scale": "*fp32", "out": f"*{types[0]}", "t": "i32"}
     pointers |= {"partials": "*fp32", "counters": "*i32"} if "split" in variant else {}
     return pointers | ({} if "back" in variant else {"bias": "*fp32"})
 
 
 def constants(variant, config):
     """A tile stays in one group."""
-    group, axis = SMALLEST if "small" in variant else DEFAULT, "BLOCK_O" if "back" in variant else "BLOCK_D"
-    return {"BACK": "back" in variant, "GROUP": group, axis: min(config[axis], group)}
+    nf4, axis = "nf4" in variant, "BLOCK_O" if "back" in variant else "BLOCK_D"
+    group = SMALLEST if "small" in variant else NF4 if nf4 else INT8
+    return {"BACK": "back" in variant, "NF4": nf4, "GROUP": group, axis: min(config[axis], group)}
 
 
 def rows(arch):

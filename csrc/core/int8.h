@@ -66,10 +66,9 @@ LR_HD uint32_t max_threads(const Block& block, uint32_t mine) {
   return mine;
 }
 
-// Nearest codes of n values, ties to even. A group of zeros or denormals is all 0; one with a NaN or infinity has codes 0 and
-// the scale NaN.
+// The largest magnitude of n values.
 template <int V, class Block, class W>
-LR_HD void quantize_group(const Block& block, const W* w, int n, int8_t* codes, float* scale) {
+LR_HD uint32_t largest_magnitude(const Block& block, const W* w, int n) {
   uint32_t largest = 0;
   LR_SIMD_MAX(largest)
   for (int i = block.tid * V; i < n; i += Block::threads * V) {
@@ -79,7 +78,14 @@ LR_HD void quantize_group(const Block& block, const W* w, int n, int8_t* codes, 
       largest = size > largest ? size : largest;
     }
   }
-  largest = max_threads(block, largest);
+  return max_threads(block, largest);
+}
+
+// Nearest codes of n values, ties to even. A group of zeros or denormals is all 0; one with a NaN or infinity has codes 0 and
+// the scale NaN.
+template <int V, class Block, class W>
+LR_HD void quantize_group(const Block& block, const W* w, int n, int8_t* codes, float* scale) {
+  const uint32_t largest = largest_magnitude<V>(block, w, n);
   const float group_scale = int8_scale(largest), inverse = int8_inverse(group_scale);
   // NaN times 0 has no code.
   const bool finite = largest <= float_bits(kLargestFloat);

@@ -5,6 +5,7 @@
 #include "int4.h"
 #include "int8.h"
 #include "int8_gemm.h"
+#include "nf4.h"
 #include "norms.h"
 #include "residual.h"
 #include "sparse.h"
@@ -74,6 +75,7 @@ LR_SELECT(GemmKernels, gemm)
 LR_SELECT(Int4Kernels, int4)
 LR_SELECT(Int8Kernels, int8)
 LR_SELECT_VNNI(Int8GemmKernels, int8_gemm)
+LR_SELECT(Nf4Kernels, nf4)
 LR_SELECT(NormKernels, norm)
 LR_SELECT(ResidualKernels, residual)
 LR_SELECT(SparseKernels, sparse)

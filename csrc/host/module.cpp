@@ -7,6 +7,7 @@ PYBIND11_MODULE(_host, module) {
   lowrank::bind_gaussian(module);
   lowrank::bind_int4(module);
   lowrank::bind_int8(module);
+  lowrank::bind_nf4(module);
   lowrank::bind_norms(module);
   lowrank::bind_philox(module);
   lowrank::bind_residual(module);

@@ -15,6 +15,7 @@ from lowrank_sys.reference.gaussian import gaussian_back_project_, gaussian_basi
 from lowrank_sys.reference.int4 import back_project_int4_, dequantize_int4, project_int4, quantize_int4
 from lowrank_sys.reference.int8 import dequantize_int8, int8_linear, int8_linear_backward, int8_update_, quantize_int8
 from lowrank_sys.reference.low_rank_step import step
+from lowrank_sys.reference.nf4 import dequantize_nf4, nf4_linear, nf4_linear_backward, quantize_nf4
 from lowrank_sys.reference.rounding import round_stochastic_
 from lowrank_sys.reference.selection import select_rows
 from lowrank_sys.reference.sparse import gather_rows, rows_step, scatter_add_rows_
@@ -33,6 +34,7 @@ IMPLEMENTATIONS = {
     "back_project_int8_.tensor": back_project_int8_,
     "dequantize_int4": dequantize_int4,
     "dequantize_int8": dequantize_int8,
+    "dequantize_nf4": dequantize_nf4,
     "gather_rows": gather_rows,
     "gaussian_back_project_": gaussian_back_project_,
     "gaussian_basis_": gaussian_basis_,
@@ -41,9 +43,12 @@ IMPLEMENTATIONS = {
     "int8_linear_backward": int8_linear_backward,
     "int8_update_": int8_update_,
     "int8_update_.tensor": int8_update_,
+    "nf4_linear": nf4_linear,
+    "nf4_linear_backward": nf4_linear_backward,
     "project_int4": project_int4,
     "quantize_int4": quantize_int4,
     "quantize_int8": quantize_int8,
+    "quantize_nf4": quantize_nf4,
     "round_stochastic_": round_stochastic_,
     "scatter_add_rows_": scatter_add_rows_,
     "select_rows": select_rows,

@@ -36,6 +36,7 @@ void bind_blockwise(py::module_& module);
 void bind_gaussian(py::module_& module);
 void bind_int4(py::module_& module);
 void bind_int8(py::module_& module);
+void bind_nf4(py::module_& module);
 void bind_norms(py::module_& module);
 void bind_philox(py::module_& module);
 void bind_residual(py::module_& module);

@@ -61,6 +61,7 @@ void check_blockwise();
 void check_gaussian();
 void check_int4();
 void check_int8();
+void check_nf4();
 void check_norms();
 void check_residual();
 void check_sparse();

@@ -6,6 +6,7 @@ int main() {
   lowrank::check_gaussian();
   lowrank::check_int4();
   lowrank::check_int8();
+  lowrank::check_nf4();
   lowrank::check_norms();
   lowrank::check_residual();
   lowrank::check_sparse();
