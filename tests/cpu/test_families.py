@@ -20,7 +20,7 @@ from lowrank_sys.train import trainer
 SIZES = {"batch_size": 2, "seq_len": 32, "lr": 1e-2, "plain_lr": 1e-2, "eval_tokens": 64}
 METHODS = {"galore": 4, "q-galore": 4, "apollo-mini": 1}  # and a rank
 WAYS = ("--model", "--from")
-QUICK = [("mixtral", "q-galore", "--from"), ("gemma3", "galore", "--model")]
+QUICK = [("mixtral", "q-galore", "--from")]
 REST = [case for family in FAMILIES for method in METHODS for way in WAYS if (case := (family, method, way)) not in QUICK]
 # Of these the state runs through the whole window: documents that share one would see each other.
 NOT_PACKED = {"falcon_mamba"}
@@ -83,7 +83,7 @@ def test_a_family_is_trained_as_planned(tmp_path, capsys, monkeypatch, text, fam
     assert fake.at_peak["weights"] == real.at_peak["weights"]
 
 
-@pytest.mark.parametrize("family, method", usual([("mixtral", "galore")], ("qwen3_moe", "q-galore"), ("llava", "galore")))
+@pytest.mark.parametrize("family, method", usual([], ("mixtral", "galore"), ("qwen3_moe", "q-galore"), ("llava", "galore")))
 def test_a_run_that_was_cut_goes_on_with_all_its_weights(tmp_path, text, family, method):
     """Experts too, which transformers writes one by one."""
     at = source(tmp_path, family, "--model")
