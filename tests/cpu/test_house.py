@@ -32,7 +32,7 @@ ARGUMENTS = {
     ("optim/continual.py", "LowRankOptimizer"),
 }
 # Modules of a user's model are told by their class.
-LAYERS = {"FactoredLinear", "ProjectedLinear", "QuantLinear"}
+LAYERS = {"FactoredLinear", "ProjectedLinear", "QuantExperts", "QuantLinear"}
 # Names of torch's modules, and of named tuples.
 TORCH = {"_parameters", "_buffers", "_replace"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name not in ("__init__.py", "__main__.py") or path.parent != ROOT)
