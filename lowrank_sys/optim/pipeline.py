@@ -147,7 +147,7 @@ class Pipeline:
             if not part.sharded:
                 raise ValueError(f"{type(part).__name__} does not serve sharded weights: {part.unsharded}")
         if not self.schedule.static:
-            why = "fully_shard does not know of weights that are frozen and thawed in mid-run"
+            why = "fully_shard does not know of layers that are drawn, or frozen and thawed, in mid-run"
             raise ValueError(f"{type(self.schedule).__name__} does not serve sharded weights: {why}")
 
     def by_row(self, group, shape):

@@ -448,7 +448,7 @@ def test_what_is_not_served_is_refused_when_the_optimizer_is_built(ranks):
         assert why == "the rows of a head may lie on several processes"
         assert answers["per_layer"] == "per_layer must be None for sharded weights"
         for name, part, word in (
-            ("asgo", "OneSided", "Gram"), ("owlore", "Sampled", "frozen"), ("gum", "Unbiased", "drawn"),
+            ("asgo", "OneSided", "Gram"), ("owlore", "Sampled", "frozen"), ("gum", "Sampled", "drawn"),
             ("galore-plus", "SparseResidual", "entries"), ("mofasgd", "Factors", "left side"),
         ):  # fmt: skip
             assert answers[name].startswith(f"{part} does not serve sharded weights: ") and word in answers[name], name
