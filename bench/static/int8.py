@@ -18,7 +18,8 @@ def always(kind, tokens):
     if kind == 16 and tokens < 128:
         return [(("bf16",), "forward+split")]
     if kind == 16:
-        return [(("bf16",), "forward"), (("fp16",), "back+split"), (("fp16",), "back+split+nf4")]
+        nf4 = [(("fp16",), "back+split+nf4")] if tokens > 128 else []  # the tile of wgmma, which alone depends on how it is fed
+        return [(("bf16",), "forward"), (("fp16",), "back+split"), *nf4]
     return [(("fp32",), "forward")] if kind == 32 else []
 
 

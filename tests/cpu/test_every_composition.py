@@ -177,7 +177,11 @@ WITH = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("axis, part", [(i, part) for i, parts in enumerate(AXES) for part in parts], ids=str)
+def title(part):
+    return str(part) if isinstance(part, int | str) else type(part).__name__
+
+
+@pytest.mark.parametrize("axis, part", [(i, part) for i, parts in enumerate(AXES) for part in parts], ids=title)
 def test_every_part_trains_beside_those_that_it_needs(axis, part):
     chosen = dict(enumerate(USUAL)) | {axis: part} | WITH.get(part if isinstance(part, str) else "", {})
     assert trains(*(chosen[i] for i in range(7)))
