@@ -106,7 +106,7 @@ def _refresh_again(optimizer, *_):
     """Let the second step refresh warm bases, where the first one found them; sketches keep to their schedule, since their number
     is what they take."""
     for group in optimizer.param_groups:
-        if "rank" in group and group["refresh"] == "now":
+        if group.get("refresh") == "now":
             for state in (optimizer.state[param] for param in weights(group)):
                 if "countdown" in state:
                     state["countdown"].zero_()

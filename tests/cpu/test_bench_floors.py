@@ -7,24 +7,11 @@ import torch
 from benched import CEILINGS, quick, run  # noqa: F401
 
 from lowrank_sys import cli
-from lowrank_sys.bench import floors, kernels, machine, plot, timing
+from lowrank_sys.bench import floors, kernels, machine, timing
 from lowrank_sys.bench.cases import OPS
 from lowrank_sys.bench.cases.case import Case
 from lowrank_sys.bench.floors import floor, memory, roofline
 from lowrank_sys.bench.floors.floor import Floor
-
-
-def test_the_roofline_is_drawn_from_the_rows():
-    pytest.importorskip("matplotlib")
-    row = {"op": "project", "variant": "C++", "check": "ok", "gb_per_s": 2.0, "gflop_per_s": 50.0, "roofline": 0.5}
-    rows = [row, row | {"gflop_per_s": 40.0}, row | {"op": "back_project_", "gflop_per_s": 49.0}]
-    (axes,) = plot.roofline(rows, {**CEILINGS, **machine.describe("cpu")}).axes
-    served = axes.lines[0].get_xydata().tolist()
-    assert served == [[25.0, 50.0], [20.0, 40.0], [24.5, 49.0]]
-    ceiling = axes.lines[-1].get_xydata()
-    assert ceiling[1].tolist() == [10.0, 100.0] and ceiling[2][1] == 100.0  # 100 GFLOP/s from 10 FLOP a byte on
-    assert [text.get_text() for text in axes.texts] == ["project 50%", "back_project_ 50%"]
-    assert axes.texts[1].xyann[1] <= 50.0 / plot.LINE < 49.0  # its name has a line of its own
 
 
 def test_floors_exit_1_on_a_miss(capsys, monkeypatch, tmp_path):

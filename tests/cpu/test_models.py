@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lanes import usual
-from transformers import GPT2Config, LlamaConfig, LlavaConfig, Phi3Config
+from transformers import GPT2Config, LlamaConfig, Phi3Config, ViTConfig
 
 from lowrank_sys.cli import CommandError, main
 from lowrank_sys.train import models
@@ -54,6 +54,6 @@ def test_a_tokenizer_may_be_smaller_than_bytes(tmp_path):
     assert models.config(saved(tmp_path, LlamaConfig(**SMALL, vocab_size=255)), vocab=30).vocab_size == 30
 
 
-def test_a_model_of_parts_is_no_language_model(tmp_path):
-    with pytest.raises(CommandError, match="LlavaConfig has no vocab_size"):
-        models.config(saved(tmp_path, LlavaConfig()))
+def test_a_model_of_images_is_no_language_model(tmp_path):
+    with pytest.raises(CommandError, match="ViTConfig has no vocab_size"):
+        models.config(saved(tmp_path, ViTConfig()))

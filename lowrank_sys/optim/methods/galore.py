@@ -7,19 +7,17 @@ from lowrank_sys.optim.preset import method
 from lowrank_sys.optim.rules import Adam
 from lowrank_sys.optim.types import Betas, NonFinite, Params, PerLayer, Rate
 
-# For a trained model: the scale and rank that users report, and a rate from a sweep (docs/fine-tuning.md).
-FINE_TUNED = {"lr": 1e-4, "scale": 4.0, "rank": 256}
+FINE_TUNED = {"lr": 1e-4, "scale": 4.0, "rank": 256}  # of a trained model: docs/fine-tuning.md
 
 
 @method("galore", lr=5e-3, plain_lr=3e-3, fine_tuning=FINE_TUNED)
 class GaLoreAdamW(LowRankOptimizer):
     """AdamW whose moments live in a rank-r subspace: W <- (1 - lr*wd) W - lr*scale*back(Adam(project(G))).
 
-    Drop-in for torch.optim.AdamW; groups without `rank` are plain AdamW. Group keys as galore_torch's: `rank`,
-    `update_proj_gap` (200), `scale` (0.25), `proj_type` (std | reverse_std | left | right | short-moments), and `subspace`
-    (randomized | svd), `moments` (keep | reset | rotate), `seed`, `int8_gemm` (False; True: the products of a step in INT8, see
-    docs/kernels/int8-products.md). The order is torch.optim.AdamW's, where galore_torch decays after the update and adds eps
-    before bias correction.
+    Drop-in for torch.optim.AdamW, in its order of decay and eps; groups without `rank` are plain AdamW. Group keys as
+    galore_torch's: `rank`, `update_proj_gap` (200), `scale` (0.25), `proj_type` (std | reverse_std | left | right |
+    short-moments), and `subspace` (randomized | svd), `moments` (keep | reset | rotate), `seed`, `int8_gemm` (False; True: the
+    products of a step in INT8, see docs/kernels/int8-products.md).
 
     Args:
         params: parameters or groups (lowrank_sys.optim.param_groups makes them from a model).
