@@ -39,14 +39,14 @@ _HEAD = 1 << 16
 IN_MEMORY = 64 << 20  # bytes; what is larger stays on the disk
 
 
-def read(source: str, fields: rows.Text = TEXT) -> Iterator[bytes | mmap.mmap]:
+def read(source: str, fields: rows.Text | str = TEXT) -> Iterator[bytes | mmap.mmap]:
     """The documents of `source`, one after the other, as UTF-8 (text files without a mark of UTF-16: as they are).
 
     A text file larger than IN_MEMORY is mapped. No text holds byte 0: rows with one are passed over. fields: what a row's document
-    is made of.
+    is made of, or the name of the field that is all of it.
     Raises CommandError for what is missing, damaged or no text. In a folder, files that are no text are passed over.
     """
-    passed = 0
+    passed, fields = 0, rows.Text(fields) if isinstance(fields, str) else fields
     for text in rows.of_data_set(source, fields) if _is_data_set(source) else _of_files(source, fields):
         if text.find(b"\0", len(rows.MARK) if text[: len(rows.MARK)] == rows.MARK else 0) < 0:
             yield text
