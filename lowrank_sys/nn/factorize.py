@@ -9,7 +9,7 @@ from torch import nn
 from lowrank_sys._ops import FLOATS
 from lowrank_sys.nn.channel_sparse import ChannelSparseLinear
 from lowrank_sys.nn.factored import FactoredLinear, check_share
-from lowrank_sys.nn.quantize import places, replace, replaceable_layers
+from lowrank_sys.nn.quantize import places, plain_linear, replace, replaceable_layers
 from lowrank_sys.nn.sparse_low_rank import SparseLowRankLinear
 
 FORMS = ("entries", "channels")
@@ -79,13 +79,5 @@ def merge_factors(model: nn.Module) -> nn.Module:
         raise ValueError(f"model has no factored layers, got {type(model).__name__}")
     while layers:
         factored = layers.pop()
-        replace(found, factored, _linear(factored))
+        replace(found, factored, plain_linear(factored, factored.dense(), factored.A.requires_grad))
     return model
-
-
-def _linear(factored):
-    with torch.device("meta"):
-        linear = nn.Linear(factored.in_features, factored.out_features, bias=False)
-    linear.weight = nn.Parameter(factored.dense(), factored.A.requires_grad)
-    linear.bias = factored.bias
-    return linear.train(factored.training)

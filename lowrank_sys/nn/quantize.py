@@ -149,18 +149,18 @@ def dequantize_model(model: nn.Module) -> nn.Module:
     layers = [module for module in found if isinstance(module, QuantLinear)]
     while layers:
         quantized = layers.pop()
-        replace(found, quantized, _linear(quantized))
+        replace(found, quantized, plain_linear(quantized, quantized.dequantized(), quantized.weight.requires_grad))
     if is_marked(getattr(model, "config", None)):
         del model.config.quantization_config
     return model
 
 
-def _linear(quantized):
+def plain_linear(layer, weight, trains):
+    """nn.Linear with this weight (out, in), in the place of a layer that holds it otherwise."""
     with torch.device("meta"):
-        linear = nn.Linear(quantized.in_features, quantized.out_features, bias=False)
-    linear.weight = nn.Parameter(quantized.dequantized(), quantized.weight.requires_grad)
-    linear.bias = quantized.bias
-    return linear.train(quantized.training)
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    linear.weight, linear.bias = nn.Parameter(weight, trains), layer.bias
+    return linear.train(layer.training)
 
 
 def places(model):
