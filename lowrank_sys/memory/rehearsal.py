@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_sys.memory import allocator
-from lowrank_sys.memory.devices import Layout, layout
+from lowrank_sys.memory.layout import Layout, layout
 from lowrank_sys.memory.live import LiveStorages
 from lowrank_sys.optim import ledger
 from lowrank_sys.optim.coefficient import weights

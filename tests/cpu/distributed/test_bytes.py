@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_sys.distributed import LowRankState, low_rank_hook
 from lowrank_sys.memory import devices
+from lowrank_sys.memory.layout import layout
 from lowrank_sys.optim import FiraAdamW, GaLoreAdamW8bit
 from lowrank_sys.subspace.refresh import is_due
 
@@ -128,7 +129,7 @@ def test_the_plan_of_several_devices_is_what_is_counted(ranks):
     model, optimizer = at_step(per_layer="accumulate")
     train(model, optimizer, 1)
     args = argparse.Namespace(nproc=SIZE, strategy="ddp", per_layer="accumulate", accumulate_dtype="fp32")
-    planned = devices.wire(devices.layout(model, optimizer), args)
+    planned = devices.wire(layout(model, optimizer), args)
     counted = [sent - BUFFERS - 4 * len(MATRICES) - 4 * len(due) for sent, due in ranks[0]["accumulate"][0][-GAP:]]
     assert sum(counted) == GAP * (planned["gradients"] + planned["low-rank gradients"] + planned["refreshes"])
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lowrank_sys import optim
 from lowrank_sys.memory import devices
+from lowrank_sys.memory.layout import layout
 from lowrank_sys.optim import param_groups
 from lowrank_sys.optim.preset import METHODS
 
@@ -425,7 +426,7 @@ def test_the_plan_of_several_devices_is_what_they_hold_and_send(ranks):
     model, optimizer = setting(0, 1)
     backward(model, 0, torch.tensor(places(0, 1)))
     optimizer.step()
-    plan = devices.layout(model, optimizer)
+    plan = layout(model, optimizer)
     for key, share in devices.shares(plan, SIZE).items():
         whole = sum(piece.bytes for piece in (*plan.pieces, *plan.gradients) if piece.category == key)
         assert round(share * whole) == max(results["in_bytes"][key] for results in ranks), key
@@ -436,7 +437,7 @@ def test_the_plan_of_several_devices_is_what_they_hold_and_send(ranks):
     optimizer.step()
     args = argparse.Namespace(nproc=SIZE, strategy="fsdp", gradient_accumulation_steps=1)
     sent = ranks[0]["sent"]["galore"][-1]  # a refresh from an old basis
-    assert 2 * devices.wire(devices.layout(layer, optimizer), args)["refreshes"] == sum(sent.values())
+    assert 2 * devices.wire(layout(layer, optimizer), args)["refreshes"] == sum(sent.values())
 
 
 def test_what_is_not_served_is_refused_when_the_optimizer_is_built(ranks):
