@@ -125,4 +125,4 @@ def _model(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
     vocab = data.vocabulary(data.load_tokenizer(args.tokenizer)) if args.tokenizer and not args.from_ else None
     config = models.config(args.model, vocab=vocab, seq_len=args.seq_len)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    return models.build(config, dtype=dtype, device=device, int8=settle(args).weights == "int8", target_modules=args.target_modules)
+    return models.build(config, dtype=dtype, device=device, weights=settle(args).weights, target_modules=args.target_modules)

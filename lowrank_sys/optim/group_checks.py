@@ -7,10 +7,10 @@ from lowrank_sys.optim.weight import weight_store
 def check_stores(group, names):
     """Raise a ValueError that names a parameter that cannot be kept as it is in this group."""
     for name, param in zip(names, group["params"]):
-        store = weight_store(param)
+        store = weight_store(param, group)
         store.check(param, name)
         if store.int8 and "rank" not in group:
-            raise ValueError(f"{name} is an INT8 weight, which trains in a group with a rank only")
+            raise ValueError(f"{name} is a quantized weight, which trains in a group with a rank only")
 
 
 def check_parts(optimizer, group, names):

@@ -24,6 +24,7 @@ def entries(optimizer):
             if is_quantized(param):
                 yield "weights", param.codes, False
                 yield "scales", param.scale, False
+                yield from (("weights", tensor, False) for tensor in param.part_tensors)
             if param.grad is not None:
                 yield "gradients", param.grad, False
     for state in optimizer.state.values():

@@ -15,7 +15,7 @@ from lowrank_sys.train.models import PRESETS, is_known
 MODEL = "llama-9m"
 DTYPES = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
-WEIGHTS = ("float", "int8")
+WEIGHTS = ("float", "int8", "nf4")
 PER_LAYER = ("accumulate", "in_backward")
 PROJECTED = ("left", "right", "auto")
 ACCUMULATE_DTYPES = ("fp32", "bf16")
@@ -193,8 +193,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--weights",
         metavar="NAME",
-        help="of the linear layers: float, in --dtype, or int8, rounded stochastically at every step; the loss is then computed "
-        f"without its logits (default: {_defaults('weights')})",
+        help="of the linear layers: float, in --dtype, or int8, rounded stochastically at every step, or nf4, with --method "
+        f"loqt; the loss is then computed without its logits (default: {_defaults('weights')})",
     )
     add(
         "--merge-dtype",

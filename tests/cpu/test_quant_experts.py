@@ -54,7 +54,7 @@ def test_values_and_gradients_are_those_of_the_stack(kind):
     for path, module in owners(model).items():
         theirs = stacks.get_submodule(path)
         assert type(theirs) is module.base
-        for name, layers in module.int8_experts.items():
+        for name, layers in module.quant_experts.items():
             grads = getattr(theirs, name).grad
             grads = grads.transpose(1, 2) if module.is_transposed else grads
             for layer, grad in zip(layers, grads, strict=True):
@@ -81,7 +81,7 @@ def test_a_float_state_is_quantized_as_it_is_loaded():
     for one in (copy.deepcopy(model), _pickled(model)):
         assert_same(one, model)
         assert torch.equal(one(input_ids=IDS).logits, model(input_ids=IDS).logits)
-    assert {layer.weight.dtype for m in owners(model.to(torch.bfloat16)).values() for layer in m.int8_experts["down_proj"]} == {
+    assert {layer.weight.dtype for m in owners(model.to(torch.bfloat16)).values() for layer in m.quant_experts["down_proj"]} == {
         torch.bfloat16
     }
 
@@ -95,7 +95,7 @@ def _pickled(model):
 
 def test_drawn_from_a_configuration():
     model = quantized_from_config(config("mixtral"), seed=0)
-    matrices = [layer.dequantized() for module in owners(model).values() for layer in module.int8_experts["gate_up_proj"]]
+    matrices = [layer.dequantized() for module in owners(model).values() for layer in module.quant_experts["gate_up_proj"]]
     assert len(matrices) == 8 and all(0.01 < matrix.std() < 0.04 for matrix in matrices)
     assert not any(p.dim() == 3 for p in model.parameters())
 
