@@ -1,4 +1,4 @@
-"""What `lowrank train` takes by itself where INT8 weights would not fit as the flags say: per-layer updates, checkpointing."""
+"""What `lowrank train` takes by itself where quantized weights would not fit as the flags say: per-layer updates, checkpointing."""
 
 from __future__ import annotations
 

@@ -103,13 +103,14 @@ def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
 
 
 def _refresh_again(optimizer, *_):
-    """Let the second step refresh warm bases, where the first one found them; sketches keep to their schedule, since their number
-    is what they take."""
+    """Let the second step refresh warm bases, where the first one found them, and merge low-rank parts into their weights; sketches
+    keep to their schedule, since their number is what they take."""
     for group in optimizer.param_groups:
-        if group.get("refresh") == "now":
-            for state in (optimizer.state[param] for param in weights(group)):
-                if "countdown" in state:
-                    state["countdown"].zero_()
+        for state in (optimizer.state[param] for param in weights(group)):
+            if group.get("refresh") == "now" and "countdown" in state:
+                state["countdown"].zero_()
+            if "merges" in state:
+                state["merges"].fill_(-1)
 
 
 def _as_if_real():

@@ -60,13 +60,11 @@ class QuantWeight(nn.Parameter):
         codes = tensors["codes"]
         shape = (codes.shape[0], codes.shape[1] if columns is None else columns)
         made = super().__new__(cls, zero(shape, dtype, codes.device), requires_grad)
-        made.group_size, made.coding = group_size, coding
+        made.group_size, made.coding, made._tensors = group_size, coding, tensors
         if type(made) is cls:
-            made._tensors = tensors
             made._exact = {}
         else:  # a parameter made of a fake tensor stays one
             made._is_quantized = True
-            made.part, made.part_tensors = None, ()
             made.codes, made.scale = tensors["codes"], tensors["scale"]
         return made
 
@@ -102,27 +100,6 @@ class QuantWeight(nn.Parameter):
             args, kwargs = tree_map_only(cls, lambda handle: read.append(handle._read()) or read[-1], (args, kwargs))
             return _views_of(read, func(*args, **kwargs))
 
-    @property
-    def part(self):
-        """Its low-rank part, or None."""
-        return part_of(self._tensors, self.shape)
-
-    @property
-    def part_tensors(self):
-        return [self._tensors[name] for name in NAMES if self._tensors.get(name) is not None]
-
-    @property
-    def buffers(self):
-        """The dict of the layer's buffers."""
-        return self._tensors
-
-    def decoded(self):
-        """The values of codes and low-rank part (out, in), fp32."""
-        values = self.coding.decode(self.codes, self.scale, self.shape[1], self.group_size, torch.float32)
-        if self.part is not None:
-            self.part.add_to(values)
-        return values
-
     def _like(self):
         """The arguments of `over` beside the tensors."""
         return self.group_size, self.dtype, self.requires_grad, self.coding, self.shape[1]
@@ -139,7 +116,7 @@ class QuantWeight(nn.Parameter):
         """In fp32, as they were last written; a tensor of its own."""
         if self._exact:
             return self._exact["values"].clone()
-        return self.decoded()
+        return decoded(self)
 
     def _read(self):
         values = self._values().to(self.dtype)
@@ -213,7 +190,7 @@ def _is_view(made, of):
 
 
 def _write(func, into, others, kwargs):
-    """Call `func`, which writes into a tensor or into each of a list; the values of one INT8 weight at a time are in fp32."""
+    """Call `func`, which writes into a tensor or into each of a list; the values of one quantized weight at a time are in fp32."""
     if isinstance(into, (list, tuple)):
         _write_each(func, into, others, kwargs)
     elif not isinstance(into, QuantWeight):
@@ -231,7 +208,7 @@ def _write(func, into, others, kwargs):
 
 
 def _alike(into, source=None):
-    if not isinstance(source, QuantWeight) or into.part is not None or source.part is not None:
+    if not isinstance(source, QuantWeight) or part_tensors(into) or part_tensors(source):
         return False
     return (source.shape, source.group_size, source.coding) == (into.shape, into.group_size, into.coding)
 
@@ -264,7 +241,36 @@ def is_quantized(param: torch.Tensor) -> bool:
     return type(param) is QuantWeight or getattr(param, "_is_quantized", False)
 
 
+def buffers_of(weight):
+    """The dict of its layer's buffers, in which a quantized weight's codes, scales and low-rank part are."""
+    return weight._tensors
+
+
+def low_rank_part(weight):
+    """The low-rank part of a quantized weight, or None."""
+    return part_of(weight._tensors, weight.shape)
+
+
+def part_tensors(weight):
+    """What a quantized weight holds beside codes and scales."""
+    return [weight._tensors[name] for name in NAMES if weight._tensors.get(name) is not None]
+
+
+def decoded(weight):
+    """The values of a quantized weight (out, in), its low-rank part with them, fp32."""
+    values = weight.coding.decode(weight.codes, weight.scale, weight.shape[1], weight.group_size, torch.float32)
+    part = low_rank_part(weight)
+    if part is not None:
+        part.add_to(values)
+    return values
+
+
+def tensors_of(weight):
+    """What has the values of a weight, quantized or not."""
+    return [weight.codes, weight.scale, *part_tensors(weight)] if is_quantized(weight) else [weight.data]
+
+
 def names_of(name):
-    """The handle of this name, and its layer's buffers that have its values."""
+    """The handle of this name, and its layer's buffers that have its values, or will."""
     prefix = name[: name.rfind(".") + 1]
-    return [name, f"{prefix}codes", f"{prefix}scale"]
+    return [name, *(f"{prefix}{buffer}" for buffer in ("codes", "scale", *NAMES))]

@@ -3,6 +3,7 @@
 import torch
 
 from lowrank_sys.nn.low_rank_part import put_part
+from lowrank_sys.nn.quant_weight import buffers_of, decoded, low_rank_part
 from lowrank_sys.subspace.basis import axis_of, store_of
 
 
@@ -12,12 +13,12 @@ def merge(param, state, iterations):
     left, store = state["left"], store_of(state)
     basis = store.load(state, axis_of(param.shape, state)).float()
     factor = basis.new_zeros((basis.shape[1], n) if left else (m, basis.shape[1]))
-    if param.part is not None:
-        weight = param.decoded()
+    if low_rank_part(param) is not None:
+        weight = decoded(param)
         codes, scale, factor = nearest(weight, param.coding, param.group_size, basis, left, factor, iterations)
         param.codes.copy_(codes)
         param.scale.copy_(scale)
-    put_part(param.buffers, factor, state)
+    put_part(buffers_of(param), factor, state)
 
 
 def nearest(weight, coding, group_size, basis, left, factor, iterations):

@@ -235,7 +235,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # handles of INT8 weights and coefficients are asked what they are, not what they stand for
+        # handles of quantized weights and coefficients are asked what they are, not what they stand for
         with torch._C.DisableTorchFunctionSubclass():
             self._compare()
             self.gradients.begin(self)

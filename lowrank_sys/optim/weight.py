@@ -6,7 +6,7 @@ import torch
 
 from lowrank_sys._ops import FLOATS
 from lowrank_sys.nn import codings
-from lowrank_sys.nn.quant_weight import drop_exact, is_quantized
+from lowrank_sys.nn.quant_weight import decoded, drop_exact, is_quantized, low_rank_part
 from lowrank_sys.optim.merging import merge
 from lowrank_sys.subspace.shards import WHOLE
 
@@ -196,21 +196,21 @@ class Merged(InPlace):
         """Codes and scales are what a quantizer made."""
 
     def init(self, state, index):
-        state["merges"] = torch.zeros((), dtype=torch.int64, device="cpu")
+        state["merges"] = torch.tensor(0, device="cpu")
 
     def tensors(self, params):
         drop_exact(*params)
         return [p.codes for p in params], [p.scale for p in params]
 
     def values(self, param, first, end):
-        return param.decoded()[first:end]
+        return decoded(param)[first:end]
 
     def apply(self, param, state, change, *, decay, ok, seed):
         drop_exact(param)
-        if param.part is None or int(state["merges"]) != int(state["refreshes"]):
+        if low_rank_part(param) is None or state["merges"] != state["refreshes"]:
             merge(param, state, self._iterations)
             state["merges"].copy_(state["refreshes"])
-        factor = param.part.factor
+        factor = low_rank_part(param).factor
         new = (factor if decay is None else decay * factor) - change.low_rank
         factor.copy_(torch.where(ok, new, factor))
 

@@ -52,7 +52,7 @@ def settle(args: argparse.Namespace, tell: Callable[[str], None] = lambda line: 
     """
     method = method_of(args)
     missing = {name: getattr(method, name) for name in DEFAULTS if getattr(args, name) is None}
-    if missing.get("weights", "float") != "float" and not models.has_int8_layers(args.model):
+    if missing.get("weights", "float") != "float" and not models.has_quantizable_layers(args.model):
         missing["weights"] = "float"
         tell(f"weights: stay float with --method {args.method}: {args.model} has no plain nn.Linear to quantize")
     return type(args)(**{**vars(args), **missing})

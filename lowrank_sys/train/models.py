@@ -133,13 +133,13 @@ def _forget_foreign_tokens(config, vocabulary: int) -> None:
             setattr(config, key, None)
 
 
-def has_int8_layers(name: str) -> bool:
+def has_quantizable_layers(name: str) -> bool:
     """Whether the model `name` has linear layers that quantize_model replaces; True for what is no model at all."""
-    return name in PRESETS or _has_int8_layers(name, Path(name).stat().st_mtime_ns if Path(name).exists() else 0)
+    return name in PRESETS or _has_quantizable_layers(name, Path(name).stat().st_mtime_ns if Path(name).exists() else 0)
 
 
 @functools.lru_cache
-def _has_int8_layers(path: str, changed: int) -> bool:
+def _has_quantizable_layers(path: str, changed: int) -> bool:
     import torch
 
     from lowrank_sys.nn.quantize import quantizable

@@ -20,7 +20,7 @@ class GrowingGap(Orthonormal):
 
     def init(self, state, param, group, index, count):
         shape = super().init(state, param, group, index, count)
-        state.setdefault("refreshes", torch.zeros((), dtype=torch.int64, device="cpu"))
+        state.setdefault("refreshes", torch.tensor(0, device="cpu"))
         return shape
 
     def gap(self, due):
