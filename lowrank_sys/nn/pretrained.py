@@ -82,6 +82,8 @@ def quantized_from_pretrained(
         raise ValueError(f"{folder}: config.json has no quantization_config for quantized weights such as {min(coded)}.codes")
     if coded:
         group_size, weights = config.quantization_config.get("group_size"), marked(config).name
+        if group_size is None:
+            raise ValueError(f"{folder}: quantization_config: group_size must be a power of two from 32 to 1024, got None")
 
     model = skeleton(config, dtype or config.dtype or torch.float32)
     layers, experts = quantizable(model, None if coded else target_modules, group_size, weights)

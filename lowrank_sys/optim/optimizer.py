@@ -89,7 +89,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 raise ValueError("lr must be in the defaults, or in every group")
             names = names_of(self.param_groups)[-1]
             hyper.check(group, self.rules)
-            check_stores({**self.low_rank_defaults, **group}, names)
+            check_stores(self.completed(group), names)
             if "rank" in group:
                 self._check_low_rank(group, names)
             self._lay_out(group, names)

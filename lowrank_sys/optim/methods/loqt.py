@@ -13,7 +13,7 @@ class GrowingGap(Orthonormal):
     State of a matrix: that of Orthonormal, and `refreshes`, on the host.
     """
 
-    defaults = {**Orthonormal.defaults, "gap_growth": 1.2}
+    defaults = {**Orthonormal.defaults, "gap_growth": 1.2, "compensation": 5}
     categories = {**Orthonormal.categories, "merges": "counters"}
     on_host, hyper = (*Orthonormal.on_host, "merges"), (*Orthonormal.hyper, "gap_growth")
     capturable = False  # the host says when a part is merged
@@ -47,4 +47,4 @@ class LoQT(Preset):
     """
 
     rule, subspace = Adam(), GrowingGap()
-    low_rank_defaults = {"quant": True, "compensation": 5, "update_proj_gap": 100}
+    low_rank_defaults = {"quant": True, "update_proj_gap": 100}

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from methods.test_presets import ADAM, COMMON, R, gradients, matrix_of
+from methods.inputs import ADAM, COMMON, gradients, matrix_of
 from methods.transcriptions.loqt import int8, loqt, nf4
 from torch import nn
 
@@ -15,7 +15,7 @@ from lowrank_sys.optim.merging import nearest
 QUANTIZERS = {"nf4": nf4, "int8": int8}
 WEIGHTS = pytest.mark.parametrize("weights", QUANTIZERS)
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
-STEPS = 17  # refreshes at 0, 4, 9 and 14
+R, STEPS = 3, 17  # refreshes at 0, 4, 9 and 14
 
 
 def layer_of(shape, weights):
