@@ -58,7 +58,7 @@ def test_every_step_is_the_paper_s(weights, left, shape, compensation):
 @WEIGHTS
 def test_codes_stay_within_a_gap_and_values_move(weights):
     layer, series = layer_of((24, 40), weights), list(gradients((24, 40), 6))
-    optimizer = lone(layer)
+    optimizer = lone(layer, lr=0.5)  # in steps far below a level codes would stay after a merge too
     codes, values, moved = layer.codes.clone(), layer.dequantized(), []
     for g in series:
         feed(layer, optimizer, [g])
@@ -133,9 +133,9 @@ def llama(projected=None):
     model = quantize_model(LlamaForCausalLM(LlamaConfig(**sizes)), weights="nf4")
     if projected:
         project_model(model, 4, projected)
-    keys = {} if projected is None else {"per_layer": "accumulate"}
-    groups = param_groups(model, rank=4, update_proj_gap=3, proj_type=projected or "right", refresh="next")
-    return model, LoQT(groups, lr=1e-2, **keys)
+    keys = {"refresh": "next"} if projected else {"proj_type": "right"}
+    groups = param_groups(model, rank=4, update_proj_gap=3, **keys)
+    return model, LoQT(groups, lr=1e-2, per_layer="accumulate" if projected else None)
 
 
 def train(model, optimizer, steps):
