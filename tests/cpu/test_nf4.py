@@ -5,9 +5,11 @@ import io
 
 import pytest
 import torch
+from families import config
 from small_model import build
 from test_planner import allocated, expected
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from lowrank_sys import optim
 from lowrank_sys._ops.nf4 import LEVELS
@@ -20,6 +22,7 @@ from lowrank_sys.nn import (
     quantized_from_pretrained,
     save_quantized,
 )
+from lowrank_sys.nn.quant_experts import QuantExperts
 
 ops = torch.ops.lowrank
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -164,6 +167,27 @@ def test_a_checkpoint_is_read_back_exactly(tmp_path, group_size):
     read = quantized_from_pretrained(tmp_path / "plain", weights="nf4", group_size=group_size)
     wanted = quantize_model(source, weights="nf4", group_size=group_size).state_dict()
     assert all(torch.equal(wanted[key], value) for key, value in read.state_dict().items())
+
+
+def test_experts_are_kept_so_and_trained(tmp_path):
+    """Each with a part of its own, in the checkpoint too."""
+    torch.manual_seed(0)
+    model = quantize_model(AutoModelForCausalLM.from_config(config("mixtral"), dtype=torch.float32), weights="nf4")
+    experts = [
+        layer for m in model.modules() if isinstance(m, QuantExperts) for layer in m.modules() if isinstance(layer, QuantLinear)
+    ]
+    assert len(experts) == 16 and all(layer.coding.name == "nf4" for layer in experts)
+    optimizer, losses = optim.LoQT(optim.param_groups(model, rank=4, update_proj_gap=2), lr=2e-2), []
+    for _ in range(5):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1 and sum(layer.part is not None for layer in experts) > 8
+    save_quantized(model, tmp_path)
+    own, read = model.state_dict(), quantized_from_pretrained(tmp_path).state_dict()
+    assert own.keys() == read.keys() and all(torch.equal(own[key], read[key]) for key in own)
 
 
 def test_only_loqt_trains_them():
