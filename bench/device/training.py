@@ -74,7 +74,9 @@ class Models:
             self.key = self.model = None
             self.free()
             dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-            self.model = models.build(models.config(name, seq_len=2048), dtype=dtype, device=self.device, int8=int8)
+            self.model = models.build(
+                models.config(name, seq_len=2048), dtype=dtype, device=self.device, weights="int8" if int8 else "float"
+            )
             self.key = (name, int8)
         return self.model.train()
 

@@ -85,8 +85,8 @@ def make(args: argparse.Namespace, memory: int | None) -> dict[str, Any]:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.dtype = {"auto": "bf16" if args.device == "cuda" else "fp32"}.get(args.dtype, args.dtype)
 
-    int8 = settle(args, say).weights == "int8"
-    if int8 and args.nproc > 1 and args.strategy == "ddp" and args.per_layer is None:
+    quantized = settle(args, say).weights != "float"
+    if quantized and args.nproc > 1 and args.strategy == "ddp" and args.per_layer is None:
         args.per_layer = "accumulate"  # as `lowrank train` takes it then
     planner = Planner(args, memory, tell=lambda line: say(f"{line} ..."))
     plan = planner.plan()

@@ -1,4 +1,4 @@
-"""What `lowrank train` takes by itself where INT8 weights would not fit as the flags say: per-layer updates, checkpointing."""
+"""What `lowrank train` takes by itself where quantized weights would not fit as the flags say: per-layer updates, checkpointing."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ def device_memory(device: torch.device) -> int:
 def choose(args: argparse.Namespace, memory: int, tell=lambda line: None) -> dict[str, Any]:
     """Changes to `args` (those of `lowrank train`, settled) with which the run fits into `memory` bytes; {} if it does as it is.
 
-    Only INT8 weights are fitted, and only flags that nobody gave are changed: what alters the training least first, checkpointing,
-    then per-layer updates, then both. Each is rehearsed, but for those that the parts of the first rehearsal rule out. tell:
-    called with one line if something is changed. Raises CommandError, one line, if nothing that is left open makes it fit.
+    Only quantized weights are fitted, and only flags that nobody gave are changed: what alters the training least first,
+    checkpointing, then per-layer updates, then both. Each is rehearsed, but for those that the parts of the first rehearsal rule
+    out. tell: called with one line if something is changed. Raises CommandError, one line, if nothing that is left open makes it
+    fit.
     """
-    if args.as_given or args.weights != "int8" or not _is_open(args):
+    if args.as_given or args.weights == "float" or not _is_open(args):
         return {}
     run = rehearse(args)
     planned = needed(args, run)

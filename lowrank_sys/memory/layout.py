@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lowrank_sys.nn.coefficient import is_coefficient
-from lowrank_sys.nn.quant_weight import is_quantized
+from lowrank_sys.nn.quant_weight import is_quantized, tensors_of
 from lowrank_sys.optim.coefficient import weights
 from lowrank_sys.optim.optimizer import LowRankOptimizer
 from lowrank_sys.subspace.basis import store_of
@@ -105,5 +105,5 @@ def _rows(param):
 
 def _bytes(tensor):
     if is_quantized(tensor):
-        return _bytes(tensor.codes) + _bytes(tensor.scale)
+        return sum(map(_bytes, tensors_of(tensor)))
     return tensor.numel() * tensor.element_size()

@@ -103,13 +103,14 @@ def rehearse(args: argparse.Namespace, *, fake: bool = True) -> Rehearsal:
 
 
 def _refresh_again(optimizer, *_):
-    """Let the second step refresh warm bases, where the first one found them; sketches keep to their schedule, since their number
-    is what they take."""
+    """Let the second step refresh warm bases, where the first one found them, and merge low-rank parts into their weights; sketches
+    keep to their schedule, since their number is what they take."""
     for group in optimizer.param_groups:
-        if group.get("refresh") == "now":
-            for state in (optimizer.state[param] for param in weights(group)):
-                if "countdown" in state:
-                    state["countdown"].zero_()
+        for state in (optimizer.state[param] for param in weights(group)):
+            if group.get("refresh") == "now" and "countdown" in state:
+                state["countdown"].zero_()
+            if "merges" in state:
+                state["merges"].fill_(-1)
 
 
 def _as_if_real():
@@ -125,4 +126,4 @@ def _model(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
     vocab = data.vocabulary(data.load_tokenizer(args.tokenizer)) if args.tokenizer and not args.from_ else None
     config = models.config(args.model, vocab=vocab, seq_len=args.seq_len)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    return models.build(config, dtype=dtype, device=device, int8=settle(args).weights == "int8", target_modules=args.target_modules)
+    return models.build(config, dtype=dtype, device=device, weights=settle(args).weights, target_modules=args.target_modules)

@@ -25,18 +25,19 @@ def quantized_from_config(
     seed: int | None = None,
     *,
     target_modules: Sequence[str] | None = None,
-    group_size: int = 256,
+    group_size: int | None = None,
+    weights: str = "int8",
 ) -> PreTrainedModel:
-    """A freshly initialised causal language model with INT8 weights, as quantize_model makes them.
+    """A freshly initialised causal language model with INT8 or NF4 weights, as quantize_model makes them.
 
-    Layer by layer the weights are drawn by the model's own rule, quantized and dropped: the peak is the INT8 model and the
+    Layer by layer the weights are drawn by the model's own rule, quantized and dropped: the peak is the quantized model and the
     float weight of one layer (all experts of one), and of those that the rule of a module around them draws again.
 
     dtype: of what stays float, and of the computation. seed: of the draws; None: torch's global generator.
-    target_modules, group_size: as of quantize_model. Raises ValueError as quantize_model.
+    target_modules, group_size, weights: as of quantize_model. Raises ValueError as quantize_model.
     """
     model = skeleton(config, dtype)
-    layers, experts = quantizable(model, target_modules, group_size)
+    layers, experts = quantizable(model, target_modules, group_size, weights)
     chosen, stacked = _last_writers(model, [module for _, module in layers]), {module for _, module in experts}
     found, builder = places(model), Builder(model, torch.device(device))
 
@@ -44,16 +45,16 @@ def quantized_from_config(
         builder.allocate(module)
         owner._init_weights(module)
         for linear in chosen.get(module, ()):
-            replace(found, linear, QuantLinear.from_linear(linear, group_size))
+            replace(found, linear, QuantLinear.from_linear(linear, group_size, weights))
             linear.weight = None  # whoever still holds the module
         if module in stacked:
-            convert_experts(module, group_size)
+            convert_experts(module, group_size, weights)
 
     with _seeded(seed):
         visit(model, make)
     model.tie_weights()
     tell_of_stacks(model)
-    mark(model, group_size)
+    mark(model, group_size, weights)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Models with INT8 weights on the disk: from any Hugging Face checkpoint, tensor by tensor, and to one of their own."""
+"""Models with INT8 or NF4 weights on the disk: from any Hugging Face checkpoint, tensor by tensor, and to one of their own."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import nn
 
 from lowrank_sys.nn import manifest
 from lowrank_sys.nn.conversions import pieces
+from lowrank_sys.nn.low_rank_part import NAMES
 from lowrank_sys.nn.quant_experts import LAYERS, QuantExperts, convert_experts
 from lowrank_sys.nn.quant_linear import QuantLinear
-from lowrank_sys.nn.quantize import is_marked, mark, places, quantizable, replace, tell_of_stacks
+from lowrank_sys.nn.quantize import mark, marked, places, quantizable, replace, tell_of_stacks
 from lowrank_sys.nn.skeleton import Builder, skeleton, visit
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ COMPUTED = "rotary_emb.inv_freq"
 def save_quantized(model: PreTrainedModel, folder: str | Path, **options: Any) -> None:
     """save_pretrained, with size and SHA-256 of every file in a manifest that quantized_from_pretrained checks.
 
-    INT8 weights are written as `codes` and `scale` beside the other tensors, all by the names that the model gives them, and are
-    read back exactly. Plain transformers cannot read them: dequantize_model first where it should. options: of save_pretrained,
-    such as max_shard_size.
+    Quantized weights are written as `codes` and `scale`, and their low-rank part if they have one, beside the other tensors, all
+    by the names that the model gives them, and are read back exactly. Plain transformers cannot read them: dequantize_model first
+    where it should. options: of save_pretrained, such as max_shard_size.
     """
     model.save_pretrained(folder, **{"save_original_format": False, **options})
     manifest.sign(Path(folder))
@@ -44,18 +45,20 @@ def quantized_from_pretrained(
     device: torch.device | str = "cpu",
     *,
     target_modules: Sequence[str] | None = None,
-    group_size: int = 256,
+    group_size: int | None = None,
+    weights: str = "int8",
 ) -> PreTrainedModel:
-    """A causal language model with INT8 weights from the checkpoint in `folder` (config.json and safetensors, sharded or not).
+    """A causal language model with INT8 or NF4 weights from the checkpoint in `folder` (config.json and safetensors).
 
     Weight by weight, it is read as transformers reads it, quantized from the values as they are stored, and dropped: the peak is
-    the INT8 model and its largest float weight, all experts of a stack together. A checkpoint with INT8 weights (`save_quantized`,
-    or save_pretrained of a quantized model) is read back exactly; target_modules and group_size are then its own.
+    the quantized model and its largest float weight, all experts of a stack together. A checkpoint with such weights
+    (`save_quantized`, or save_pretrained of a quantized model) is read back exactly; target_modules, group_size and weights are
+    then its own.
 
     Args:
         folder: path. A manifest in it (`save_quantized`, checkpoints of `lowrank train`) is checked first.
         dtype: of what stays float, and of the computation; None: as the checkpoint's configuration says, else fp32.
-        target_modules, group_size: as of quantize_model.
+        target_modules, group_size, weights: as of quantize_model.
 
     Raises ValueError that names the file or the tensor: missing, damaged, unknown, of another shape.
     """
@@ -71,25 +74,27 @@ def quantized_from_pretrained(
             raise ValueError(f"{folder}: {error}") from None
     config = AutoConfig.from_pretrained(folder)
     other = getattr(config, "quantization_config", None)
-    if other is not None and not is_marked(config):
-        raise ValueError(f"{folder}: the weights must be float or INT8 of lowrank_sys, got quantization_config {other}")
+    if other is not None and marked(config) is None:
+        raise ValueError(f"{folder}: the weights must be float, or INT8 or NF4 of lowrank_sys, got quantization_config {other}")
     files = _files(folder)
     coded = {name.removesuffix(".codes") for name in files if name.endswith(".codes")}
-    if coded and not is_marked(config):
-        raise ValueError(f"{folder}: config.json has no quantization_config for INT8 weights such as {min(coded)}.codes")
+    if coded and marked(config) is None:
+        raise ValueError(f"{folder}: config.json has no quantization_config for quantized weights such as {min(coded)}.codes")
     if coded:
-        group_size = config.quantization_config.get("group_size")
+        group_size, weights = config.quantization_config.get("group_size"), marked(config).name
+        if group_size is None:
+            raise ValueError(f"{folder}: quantization_config: group_size must be a power of two from 32 to 1024, got None")
 
     model = skeleton(config, dtype or config.dtype or torch.float32)
-    layers, experts = quantizable(model, None if coded else target_modules, group_size)
+    layers, experts = quantizable(model, None if coded else target_modules, group_size, weights)
     known = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
     read, found = pieces(model, files, known), places(model)
     for name, linear in layers:
         if not coded or name in coded:
-            replace(found, linear, QuantLinear.from_linear(linear, group_size))
+            replace(found, linear, QuantLinear.from_linear(linear, group_size, weights))
     for name, module in experts:
         if not coded or any(layer.startswith(f"{name}.{LAYERS}.") for layer in coded):
-            convert_experts(module, group_size)
+            convert_experts(module, group_size, weights)
     tell_of_stacks(model)
     _make_computed(model, torch.device(device))
     for piece in read:
@@ -100,7 +105,7 @@ def quantized_from_pretrained(
         raise ValueError(f"{folder} lacks {len(missing)} tensors of the model, the first {missing[0]}")
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    mark(model, group_size)
+    mark(model, group_size, weights)
     return model.eval()
 
 
@@ -165,12 +170,15 @@ def _put(model: PreTrainedModel, name: str, value: torch.Tensor, device: torch.d
         module = model.get_submodule(path)
     except AttributeError:
         module = None
-    stacked = isinstance(module, QuantExperts) and key in module.int8_experts
+    stacked = isinstance(module, QuantExperts) and key in module.quant_experts
     if stacked or isinstance(module, QuantLinear) and key == "weight":
         try:
             module.quantize_(key, value.to(device)) if stacked else module.quantize_(value.to(device))
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{name}: {error}") from None
+        return
+    if isinstance(module, QuantLinear) and key in NAMES:
+        module._buffers[key] = value.to(device, copy=True)
         return
     tensors = next((t for t in (module._parameters, module._buffers) if t.get(key) is not None), None) if module else None
     if tensors is None:

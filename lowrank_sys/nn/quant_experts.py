@@ -1,4 +1,4 @@
-"""QuantExperts: experts stacked in one parameter, kept in INT8, each dequantized inside its own product."""
+"""QuantExperts: experts stacked in one parameter, kept in INT8 or NF4, each dequantized inside its own product."""
 
 import functools
 
@@ -9,14 +9,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lowrank_sys.nn.quant_linear import QuantLinear
 
 # Name of the child module that holds the layers of a module's stacks.
-LAYERS = "int8_experts"
+LAYERS = "quant_experts"
 
 
 class QuantExperts(nn.Module):
     """What `quantize_model` adds to the class of a module of experts that transformers' use_experts_implementation knows.
 
-    A stack (E, out, in), with `is_transposed` (E, in, out), is E layers QuantLinear (out, in) in `int8_experts`, whose weights are
-    parameters as any INT8 weight, `int8_experts.gate_up_proj.0.weight`. Tokens go to them sorted by expert; an expert without
+    A stack (E, out, in), with `is_transposed` (E, in, out), is E layers QuantLinear (out, in) in `quant_experts`, whose weights are
+    parameters as any quantized weight, `quant_experts.gate_up_proj.0.weight`. Tokens go to them sorted by expert; an expert without
     tokens gets no gradient. The sizes of the parts are read on the host, as in the module's own loop. A state_dict with a float
     stack is quantized as it is loaded.
     """
@@ -27,7 +27,7 @@ class QuantExperts(nn.Module):
         """hidden_states (tokens, d), top_k_index and top_k_weights (tokens, k) -> (tokens, d)."""
         tokens, k = top_k_index.shape
         expert, order = top_k_index.reshape(-1).sort()
-        sizes = _sizes(expert, len(self.int8_experts["down_proj"]))
+        sizes = _sizes(expert, len(self.quant_experts["down_proj"]))
         y = self._product(_first(self), hidden_states[order // k], expert, sizes)
         y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
         y = self._product("down_proj", y, expert, sizes)
@@ -37,20 +37,20 @@ class QuantExperts(nn.Module):
         return y[order.argsort()].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
 
     def _product(self, name, x, expert, sizes):
-        y = torch.cat([layer(part) for layer, part in zip(self.int8_experts[name], x.split(sizes), strict=True) if len(part)])
+        y = torch.cat([layer(part) for layer, part in zip(self.quant_experts[name], x.split(sizes), strict=True) if len(part)])
         return y + getattr(self, f"{name}_bias")[expert] if self.has_bias else y
 
     @torch.no_grad()
     def quantize_(self, name, stack):
         """Take the values of a float stack, of the shape that it had."""
-        layers = self.int8_experts[name]
+        layers = self.quant_experts[name]
         if stack.dim() != 3 or len(stack) != len(layers):
             raise ValueError(f"{name} must be {len(layers)} matrices, got {tuple(stack.shape)}")
         for layer, matrix in zip(layers, _matrices(self, stack)):
             layer.quantize_(matrix)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
-        for name in self.int8_experts:
+        for name in self.quant_experts:
             stack = state_dict.pop(prefix + name, None)
             for e, matrix in enumerate([] if stack is None else _matrices(self, stack)):
                 state_dict[f"{prefix}{LAYERS}.{name}.{e}.weight"] = matrix
@@ -85,7 +85,7 @@ def _empty(base):
 
 
 def stacks_of(module):
-    """The names of the stacks of a module of experts that can be kept in INT8, () if it is none."""
+    """The names of the stacks of a module of experts that can be quantized, () if it is none."""
     if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate")):
         return ()
     names = (_first(module), "down_proj")
@@ -94,12 +94,12 @@ def stacks_of(module):
 
 
 @torch.no_grad()
-def convert_experts(module, group_size):
+def convert_experts(module, group_size=None, weights="int8"):
     """Make a module of experts a QuantExperts, in place. Values are rounded to the nearest code."""
     holder = nn.ModuleDict()
     for name in stacks_of(module):
         stack = module._parameters.pop(name)
-        layers = [QuantLinear.from_weight(matrix, group_size) for matrix in _matrices(module, stack)]
+        layers = [QuantLinear.from_weight(matrix, group_size, weights) for matrix in _matrices(module, stack)]
         for layer in layers:
             layer.weight.requires_grad_(stack.requires_grad)
         holder[name] = nn.ModuleList(layers)
@@ -110,7 +110,7 @@ def convert_experts(module, group_size):
 @torch.no_grad()
 def revert_experts(module):
     """The inverse: float stacks with the values of the codes."""
-    for name, layers in module.int8_experts.items():
+    for name, layers in module.quant_experts.items():
         matrices = [layer.dequantized() for layer in layers]
         stack = torch.stack([matrix.T for matrix in matrices] if module.is_transposed else matrices)
         module.register_parameter(name, nn.Parameter(stack, any(layer.weight.requires_grad for layer in layers)))

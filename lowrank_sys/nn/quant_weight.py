@@ -1,10 +1,13 @@
-"""QuantWeight: the parameter that stands for an INT8 weight."""
+"""QuantWeight: the parameter that stands for an INT8 or NF4 weight."""
 
 import copy
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
+
+from lowrank_sys.nn.codings import Int8
+from lowrank_sys.nn.low_rank_part import NAMES, drop_part, part_of
 
 # What torch asks the handle itself: about its kind, its gradient and its hooks.
 ABOUT = {
@@ -28,7 +31,8 @@ def zero(shape, dtype, device):
 
 
 class QuantWeight(nn.Parameter):
-    """A parameter that looks like a weight (out, in) in its compute dtype, whose values are INT8 codes and their scales.
+    """A parameter that looks like a weight (out, in) in its compute dtype, whose values are INT8 or NF4 codes and their
+    scales, and a low-rank part where an optimizer gave it one (lowrank_sys.nn.low_rank_part).
 
     The parameter itself is a single zero, expanded, and takes no memory: what has values are `codes` and `scale`. Its `.grad`
     is the ordinary full gradient, so hooks, clipping, names and an optimizer's state are those of any weight.
@@ -41,22 +45,23 @@ class QuantWeight(nn.Parameter):
     Args:
         codes: (out, in) int8.
         scale: (out, ⌈in/group_size⌉) fp32, as torch.ops.lowrank.quantize_int8 makes them.
-        group_size: neighbours of a row that share a scale.
+        group_size: neighbours of a row that share a scale. coding: lowrank_sys.nn.codings. columns: `in`, where it does not follow
+            from the codes' shape.
         dtype: of the weight as it looks, and of its gradient: fp32, bf16 or fp16.
         requires_grad: False for a frozen weight.
     """
 
-    def __new__(cls, codes, scale, *, group_size=256, dtype=torch.float32, requires_grad=True):
-        return cls.over({"codes": codes, "scale": scale}, group_size, dtype, requires_grad)
+    def __new__(cls, codes, scale, *, group_size=256, dtype=torch.float32, requires_grad=True, coding=Int8, columns=None):
+        return cls.over({"codes": codes, "scale": scale}, group_size, dtype, requires_grad, coding, columns)
 
     @classmethod
-    def over(cls, tensors, group_size, dtype, requires_grad=True):
+    def over(cls, tensors, group_size, dtype, requires_grad=True, coding=Int8, columns=None):
         """A handle that reads `codes` and `scale` from the dict `tensors`: a layer's own buffers, whatever replaces them."""
         codes = tensors["codes"]
-        made = super().__new__(cls, zero(codes.shape, dtype, codes.device), requires_grad)
-        made.group_size = group_size
+        shape = (codes.shape[0], codes.shape[1] if columns is None else columns)
+        made = super().__new__(cls, zero(shape, dtype, codes.device), requires_grad)
+        made.group_size, made.coding, made._tensors = group_size, coding, tensors
         if type(made) is cls:
-            made._tensors = tensors
             made._exact = {}
         else:  # a parameter made of a fake tensor stays one
             made._is_quantized = True
@@ -95,8 +100,12 @@ class QuantWeight(nn.Parameter):
             args, kwargs = tree_map_only(cls, lambda handle: read.append(handle._read()) or read[-1], (args, kwargs))
             return _views_of(read, func(*args, **kwargs))
 
+    def _like(self):
+        """The arguments of `over` beside the tensors."""
+        return self.group_size, self.dtype, self.requires_grad, self.coding, self.shape[1]
+
     def _alias(self):
-        made = type(self).over(self._tensors, self.group_size, self.dtype, requires_grad=False)
+        made = type(self).over(self._tensors, *self._like()).requires_grad_(False)
         made._exact = self._exact
         return made
 
@@ -107,14 +116,15 @@ class QuantWeight(nn.Parameter):
         """In fp32, as they were last written; a tensor of its own."""
         if self._exact:
             return self._exact["values"].clone()
-        return torch.ops.lowrank.dequantize_int8(self.codes, self.scale, group_size=self.group_size, dtype=torch.float32)
+        return decoded(self)
 
     def _read(self):
         values = self._values().to(self.dtype)
         return values + self if torch.is_grad_enabled() and self.requires_grad else values  # the gradient goes to the handle
 
     def _take(self, values):
-        codes, scale = torch.ops.lowrank.quantize_int8(values, group_size=self.group_size)
+        codes, scale = self.coding.encode(values, self.group_size)
+        drop_part(self._tensors)
         self.codes.copy_(codes)
         self.scale.copy_(scale)
         self._exact.update(values=values, version=self._stamp())
@@ -123,12 +133,12 @@ class QuantWeight(nn.Parameter):
         if id(self) not in memo:
             settle(self)
             tensors = copy.deepcopy(self._tensors, memo)  # shared with the layer by way of the memo
-            memo[id(self)] = type(self).over(tensors, self.group_size, self.dtype, self.requires_grad)
+            memo[id(self)] = type(self).over(tensors, *self._like())
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol):
         settle(self)
-        return QuantWeight.over, (self._tensors, self.group_size, self.dtype, self.requires_grad)
+        return QuantWeight.over, (self._tensors, *self._like())
 
     def __repr__(self):
         return f"QuantWeight({tuple(self.shape)}, group_size={self.group_size}, dtype={self.dtype}, device={self.device})"
@@ -155,7 +165,7 @@ class _ReadOnly(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         first = args[0] if args else next(iter(kwargs.values()))
         if writes(func) and isinstance(first, cls):
-            raise RuntimeError(f"{func.__name__}: a view of an INT8 weight cannot be written: write into the weight as a whole")
+            raise RuntimeError(f"{func.__name__}: a view of a quantized weight cannot be written: write into the weight as a whole")
         with torch._C.DisableTorchFunctionSubclass():
             return _views_of([arg for arg in args if isinstance(arg, cls)], func(*args, **(kwargs or {})))
 
@@ -180,7 +190,7 @@ def _is_view(made, of):
 
 
 def _write(func, into, others, kwargs):
-    """Call `func`, which writes into a tensor or into each of a list; the values of one INT8 weight at a time are in fp32."""
+    """Call `func`, which writes into a tensor or into each of a list; the values of one quantized weight at a time are in fp32."""
     if isinstance(into, (list, tuple)):
         _write_each(func, into, others, kwargs)
     elif not isinstance(into, QuantWeight):
@@ -198,7 +208,9 @@ def _write(func, into, others, kwargs):
 
 
 def _alike(into, source=None):
-    return isinstance(source, QuantWeight) and (source.shape, source.group_size) == (into.shape, into.group_size)
+    if not isinstance(source, QuantWeight) or part_tensors(into) or part_tensors(source):
+        return False
+    return (source.shape, source.group_size, source.coding) == (into.shape, into.group_size, into.coding)
 
 
 def _write_each(func, into, others, kwargs):
@@ -225,11 +237,40 @@ def _in_fp32(tensor):
 
 
 def is_quantized(param: torch.Tensor) -> bool:
-    """Whether `param` is the handle of an INT8 weight."""
+    """Whether `param` is the handle of an INT8 or NF4 weight."""
     return type(param) is QuantWeight or getattr(param, "_is_quantized", False)
 
 
+def buffers_of(weight):
+    """The dict of its layer's buffers, in which a quantized weight's codes, scales and low-rank part are."""
+    return weight._tensors
+
+
+def low_rank_part(weight):
+    """The low-rank part of a quantized weight, or None."""
+    return part_of(weight._tensors, weight.shape)
+
+
+def part_tensors(weight):
+    """What a quantized weight holds beside codes and scales."""
+    return [weight._tensors[name] for name in NAMES if weight._tensors.get(name) is not None]
+
+
+def decoded(weight):
+    """The values of a quantized weight (out, in), its low-rank part with them, fp32."""
+    values = weight.coding.decode(weight.codes, weight.scale, weight.shape[1], weight.group_size, torch.float32)
+    part = low_rank_part(weight)
+    if part is not None:
+        part.add_to(values)
+    return values
+
+
+def tensors_of(weight):
+    """What has the values of a weight, quantized or not."""
+    return [weight.codes, weight.scale, *part_tensors(weight)] if is_quantized(weight) else [weight.data]
+
+
 def names_of(name):
-    """The handle of this name, and its layer's buffers that have its values."""
+    """The handle of this name, and its layer's buffers that have its values, or will."""
     prefix = name[: name.rfind(".") + 1]
-    return [name, f"{prefix}codes", f"{prefix}scale"]
+    return [name, *(f"{prefix}{buffer}" for buffer in ("codes", "scale", *NAMES))]

@@ -1,4 +1,4 @@
-"""quantize_model and dequantize_model: the linear layers of a model to INT8 and back, in place, one at a time."""
+"""quantize_model and dequantize_model: the linear layers of a model to INT8 or NF4 and back, in place, one at a time."""
 
 import warnings
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lowrank_sys.nn.codings import Int8, coding_of, of_method
 from lowrank_sys.nn.linear_layers import chosen, linear_layers
 from lowrank_sys.nn.projected_linear import ProjectedLinear
 from lowrank_sys.nn.quant_experts import QuantExperts, convert_experts, revert_experts, stacks_of
@@ -14,8 +15,8 @@ from lowrank_sys.nn.quant_linear import QuantLinear, check_quantizable
 from lowrank_sys.nn.readers import read_by_others
 from lowrank_sys.nn.skeleton import language_part
 
-# What a Hugging Face configuration says about weights that quantize_model made.
-METHOD = "lowrank_int8"
+# What a Hugging Face configuration says about INT8 weights that quantize_model made.
+METHOD = Int8.method
 
 # Subclasses of nn.Linear that compute as it does.
 PLAIN = ("FalconLinear",)
@@ -69,9 +70,9 @@ def _expect_some(model, names, target_modules, what):
         raise ValueError(f"model has no linear layer to {what}, got {type(model).__name__}")
 
 
-def quantizable(model, target_modules=None, group_size=256):
+def quantizable(model, target_modules=None, group_size=None, weights="int8"):
     """What quantize_model converts (Chosen): `replaceable_layers`, and stacked experts; ValueError where it would refuse."""
-    check_quantizable(torch.float32, group_size)
+    check_quantizable(torch.float32, group_size, weights)
     layers, owners, of_text, is_chosen = (
         _replaceable(model, target_modules),
         _owners(model),
@@ -85,37 +86,40 @@ def quantizable(model, target_modules=None, group_size=256):
         if all(is_chosen(f"{path}.{name}") and len(owners[id(module._parameters[name])]) == 1 for name in names)
     ]
     of_experts = [(f"{path}.{name}", module._parameters[name]) for path, module in experts for name in stacks_of(module)]
-    weights = [*((f"{name}.weight", module.weight) for name, module in layers), *of_experts]
-    _expect_some(model, [name for name, _ in weights], target_modules, "quantize")
-    for name, weight in weights:
-        check_quantizable(weight.dtype, group_size, name)
+    found = [*((f"{name}.weight", module.weight) for name, module in layers), *of_experts]
+    _expect_some(model, [name for name, _ in found], target_modules, "quantize")
+    for name, weight in found:
+        check_quantizable(weight.dtype, group_size, weights, name)
     return Chosen(layers, experts)
 
 
-def quantize_model(model: nn.Module, *, target_modules: Sequence[str] | None = None, group_size: int = 256) -> nn.Module:
-    """Keep the weights of the model's linear layers in INT8, in place; returns the model.
+def quantize_model(
+    model: nn.Module, *, weights: str = "int8", target_modules: Sequence[str] | None = None, group_size: int | None = None
+) -> nn.Module:
+    """Keep the weights of the model's linear layers in INT8 or NF4, in place; returns the model.
 
     The layers are those that `lowrank_sys.optim.param_groups` trains in a subspace, as far as they are nn.Linear: embeddings,
     output heads and tied weights stay. Experts that are stacked in one parameter become a QuantLinear each (QuantExperts) in
     modules that transformers' use_experts_implementation knows; others stay, and a warning says so. Values are rounded to the
-    nearest code. One layer at a time: at most one layer's float weight exists beside the INT8 ones, unless something else (an
+    nearest code. One layer at a time: at most one layer's float weight exists beside the quantized ones, unless something else (an
     optimizer) still holds the old parameters. Hooks on the replaced modules are not carried over.
 
     Args:
         model: nn.Module with weights in fp32, bf16 or fp16.
+        weights: 'int8', or 'nf4' (Dettmers et al. 2023), of which LoQT trains a low-rank part and nothing else trains any.
         target_modules: substrings of module names; a layer is replaced if its name contains one. All by default.
-        group_size: neighbours of a row that share a scale; a power of two from 32 to 1024.
+        group_size: neighbours of a row that share a scale; a power of two from 32 to 1024. None: 256, in NF4 64.
     """
-    layers, experts = quantizable(model, target_modules, group_size)
+    layers, experts = quantizable(model, target_modules, group_size, weights)
     found = places(model)
     while layers:
         _, linear = layers.pop()
-        quantized = QuantLinear.from_linear(linear, group_size)
+        quantized = QuantLinear.from_linear(linear, group_size, weights)
         replace(found, linear, quantized)
     for _, module in experts:
-        convert_experts(module, group_size)
+        convert_experts(module, group_size, weights)
     tell_of_stacks(model)
-    mark(model, group_size)
+    mark(model, group_size, weights)
     return model
 
 
@@ -134,15 +138,16 @@ def tell_of_stacks(model):
 
 
 def dequantize_model(model: nn.Module) -> nn.Module:
-    """The inverse: nn.Linear with the INT8 weights' values in their compute dtype, in place, one at a time; returns the model.
+    """The inverse: nn.Linear with the quantized weights' values in their compute dtype, in place, one at a time; returns the model.
 
-    What save_pretrained then writes is an ordinary checkpoint. ValueError if the model has no INT8 weights.
+    What save_pretrained then writes is an ordinary checkpoint. ValueError if the model has no quantized
+    weights.
     """
     kinds = [type(module) for module in model.modules() if isinstance(module, QuantLinear)]
     if any(issubclass(kind, ProjectedLinear) for kind in kinds):
         raise ValueError("model has projected layers: call unproject_model first")
     if not kinds:
-        raise ValueError(f"model has no INT8 weights, got {type(model).__name__}")
+        raise ValueError(f"model has no quantized weights, got {type(model).__name__}")
     for module in [module for module in model.modules() if isinstance(module, QuantExperts)]:
         revert_experts(module)
     found = places(model)
@@ -177,12 +182,19 @@ def replace(found, old, new):
         setattr(parent, name, new)
 
 
-def mark(model, group_size):
+def mark(model, group_size, weights):
     """Tell the model's configuration, if it has one, so that a saved model says what it is."""
     if hasattr(model, "config"):
-        model.config.quantization_config = {"quant_method": METHOD, "group_size": group_size}
+        coding = coding_of(weights)
+        size = coding.group_size if group_size is None else group_size
+        model.config.quantization_config = {"quant_method": coding.method, "group_size": size}
+
+
+def marked(config):
+    """The coding of the weights that a configuration speaks of, or None."""
+    quantization = getattr(config, "quantization_config", None)
+    return of_method(quantization.get("quant_method")) if isinstance(quantization, dict) else None
 
 
 def is_marked(config):
-    quantization = getattr(config, "quantization_config", None)
-    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+    return marked(config) is not None

@@ -25,6 +25,7 @@ from lowrank_sys.optim.methods.grass import GrassAdamW
 from lowrank_sys.optim.methods.gum import GUM
 from lowrank_sys.optim.methods.ldadam import LDAdamW
 from lowrank_sys.optim.methods.lisa import LISA
+from lowrank_sys.optim.methods.loqt import LoQT
 from lowrank_sys.optim.methods.mofasgd import MoFaSGD
 from lowrank_sys.optim.methods.muon import Muon
 from lowrank_sys.optim.methods.osd import OnlineSubspaceDescent
@@ -63,6 +64,7 @@ __all__ = [
     "InBackward",
     "LDAdamW",
     "LISA",
+    "LoQT",
     "LowRankOptimizer",
     "MoFaSGD",
     "Muon",

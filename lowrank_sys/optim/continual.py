@@ -32,7 +32,7 @@ class PastTasks:
         params: the matrices that are kept so; those in groups with a `rank` by default, or where there are none, all.
         side: 'right', as above; 'left': U (m, k) are directions of outputs, and G <- G - U Uᵀ G.
 
-    Raises ValueError for what it cannot serve: INT8 and sharded weights, per_layer, rules without a first moment.
+    Raises ValueError for what it cannot serve: quantized and sharded weights, per_layer, rules without a first moment.
     """
 
     def __init__(self, optimizer, *, threshold=0.95, params=None, side="right"):
@@ -142,7 +142,8 @@ def _matrices(optimizer, params):
     for p in params:
         name, group = named[p]
         if p.dim() != 2 or is_quantized(p) or is_dtensor(p):
-            kind = "sharded" if is_dtensor(p) else "of INT8" if is_quantized(p) else f"of shape {tuple(p.shape)}"
+            coded = f"of {p.coding.name.upper()}" if is_quantized(p) else None
+            kind = "sharded" if is_dtensor(p) else coded or f"of shape {tuple(p.shape)}"
             raise ValueError(f"{name} must be a matrix of floats in one place for PastTasks, got one {kind}")
         kept = optimizer.keeps_first_moment(group) if ours else "betas" in group or group.get("momentum", 0) > 0
         if not kept:

@@ -84,17 +84,17 @@ FUSED |= {
 }
 
 
-def names_of(param, state, rule, remainder):
+def names_of(param, state, rule, remainder, group=None):
     """The row of the table that one matrix belongs to."""
     store = store_of(state)
-    return weight_store(param).name, None if store is None else store.name, _moments_of(state), rule.name, remainder.name
+    return weight_store(param, group).name, None if store is None else store.name, _moments_of(state), rule.name, remainder.name
 
 
 def fused(batch):
     """The step of this batch, a function of (batch, lr), or None where only the general route takes it."""
     if not batch.has_subspace and is_by_row(batch.states[0], "exp_avg"):
         return None  # the op without a basis takes blocks that cross rows
-    step = FUSED.get(names_of(batch.params[0], batch.states[0], batch.rule, batch.remainder))
+    step = FUSED.get(names_of(batch.params[0], batch.states[0], batch.rule, batch.remainder, batch.group))
     served = not batch.projected or (step is _low_rank and batch.remainder.from_low_rank)
     if "sums" in batch.states[0] and batch.remainder.sums(batch.group):  # over rows of other processes
         return None

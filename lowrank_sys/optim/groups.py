@@ -52,7 +52,7 @@ def param_groups(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Two optimizer groups: weights of linear layers in a subspace, everything else plain.
 
-    Embeddings, norms, biases, output heads and weights tied to an embedding are plain. The INT8 weight of a QuantLinear is one
+    Embeddings, norms, biases, output heads and weights tied to an embedding are plain. The quantized weight of a QuantLinear is one
     of a linear layer. Experts of three dimensions, as transformers keeps them, are matrices one by one. Layers of project_model
     keep their rank and side, in groups of their own.
 
@@ -64,7 +64,7 @@ def param_groups(
             that says so. All by default.
         plain: keys of the plain group, e.g. {"lr": 1e-3}.
         narrow: what becomes of a matrix with a side below a rank that is a number, of which a warning tells: 'plain', it joins the
-            plain group; or 'own', it trains at the rank that it has, in a group of all such, as an INT8 weight does in any case.
+            plain group; or 'own', it trains at the rank that it has, in a group of all such, as a quantized weight always does.
         stochastic_rounding: of all groups: weights in 16 bits are rounded stochastically, with the random bits of `seed`.
         **low_rank: keys of the low-rank group, e.g. update_proj_gap, scale, proj_type, subspace, moments, seed, lr.
 

@@ -141,6 +141,8 @@ RULES = {
     "reproject_factor": integer(1),
     "passes": integer(1),
     "heads": integer(1),
+    "compensation": integer(0),
+    "gap_growth": at_least(1),
     "geodesic_step": at_least(0),
     "basis_rate": at_least(0),
     "orthogonality": at_least(0),

@@ -7,7 +7,7 @@ holds beside the state it yields from `held(optimizer)`, as (category, tensor).
 
 import torch
 
-from lowrank_sys.nn.quant_weight import is_quantized
+from lowrank_sys.nn.quant_weight import is_quantized, part_tensors
 from lowrank_sys.optim.storages import storages
 
 # The usual categories, in the order they are shown; parts may bring their own.
@@ -24,6 +24,7 @@ def entries(optimizer):
             if is_quantized(param):
                 yield "weights", param.codes, False
                 yield "scales", param.scale, False
+                yield from (("weights", tensor, False) for tensor in part_tensors(param))
             if param.grad is not None:
                 yield "gradients", param.grad, False
     for state in optimizer.state.values():

@@ -89,7 +89,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 raise ValueError("lr must be in the defaults, or in every group")
             names = names_of(self.param_groups)[-1]
             hyper.check(group, self.rules)
-            check_stores(group, names)
+            check_stores(self.completed(group), names)
             if "rank" in group:
                 self._check_low_rank(group, names)
             self._lay_out(group, names)
@@ -235,7 +235,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # handles of INT8 weights and coefficients are asked what they are, not what they stand for
+        # handles of quantized weights and coefficients are asked what they are, not what they stand for
         with torch._C.DisableTorchFunctionSubclass():
             self._compare()
             self.gradients.begin(self)

@@ -180,7 +180,7 @@ class Pipeline:
         """Yield a Batch of what can go together of `triples` (parameter, gradient, state)."""
         kinds = {}
         for param, gradient, state in triples:
-            store = weight_store(param)
+            store = weight_store(param, group)
             kind = (param.device, store.group_size, state.get("left"), state.get("group_size"), state.get("sums"), *state)
             lists = kinds.get(kind)
             if lists is None:

@@ -5,7 +5,7 @@ import weakref
 import torch
 from torch.utils._pytree import tree_leaves
 
-from lowrank_sys.nn.quant_weight import is_quantized
+from lowrank_sys.nn.quant_weight import tensors_of
 
 
 def mean_over(world, tensors, makes):
@@ -27,10 +27,7 @@ def mean_over(world, tensors, makes):
 
 def copy_weights(world, weights):
     """Give all ranks the weights of rank 0, where DistributedDataParallel is told to leave them alone."""
-    tensors = [
-        values for weight in weights for values in ((weight.codes, weight.scale) if is_quantized(weight) else (weight.data,))
-    ]
-    world.from_first_(tensors)
+    world.from_first_([values for weight in weights for values in tensors_of(weight)])
 
 
 def copy_refreshed(world, pipeline, refreshed):

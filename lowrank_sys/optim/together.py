@@ -1,9 +1,12 @@
 """Which parts go together: one that makes no sense beside another is refused, with both of their names."""
 
+from lowrank_sys.nn.quant_weight import is_quantized
+from lowrank_sys.optim.remainder import Remainder
+
 
 def check_together(pipeline, group):
     """Raise a ValueError for parts of a pipeline which do not go together in a low-rank group."""
-    for found in (_transport, _late, _state, _basis, _update, _roles, _keys):
+    for found in (_transport, _late, _state, _basis, _update, _roles, _keys, _merged):
         found(pipeline, group)
 
 
@@ -74,3 +77,15 @@ def _keys(pipeline, group):
     for part in (pipeline.remainder, pipeline.schedule):
         if missing := [key for key in part.reads if key not in group]:
             raise ValueError(f"{_name(part)} reads {', '.join(missing)} of a group, which {others} does not have")
+
+
+def _merged(pipeline, group):
+    """The low-rank part of a quantized weight, which is merged later, takes back(X) alone."""
+    if "compensation" not in pipeline.subspace.defaults or not any(map(is_quantized, group["params"])):
+        return
+    remainder, schedule = pipeline.remainder, pipeline.schedule
+    for part, fits in ((remainder, type(remainder) is Remainder), (schedule, not schedule.makes_whole)):
+        if not fits:
+            raise ValueError(
+                f"{_name(part)} changes more of a quantized weight than the part that {_name(pipeline.subspace)} merges"
+            )

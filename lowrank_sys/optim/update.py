@@ -43,9 +43,13 @@ class Change:
         alone = update.phi is None and not update.c and not update.at and update.factors is None
         return alone and param.is_contiguous()
 
+    @property
+    def low_rank(self):
+        """X at the rate, of R's shape, where the change is back(x) alone."""
+        return self._update.x * self._rate
+
     def subtract_from(self, param):
-        low_rank = self._update.x * self._rate
-        store_of(self._state).back_(param, low_rank, self._state, alpha=-1.0, int8_gemm=self._int8_gemm)
+        store_of(self._state).back_(param, self.low_rank, self._state, alpha=-1.0, int8_gemm=self._int8_gemm)
 
     def panel(self, first, end):
         """Rows first ... end - 1, fp32."""

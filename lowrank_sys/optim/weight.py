@@ -5,7 +5,9 @@ import math
 import torch
 
 from lowrank_sys._ops import FLOATS
-from lowrank_sys.nn.quant_weight import drop_exact, is_quantized
+from lowrank_sys.nn import codings
+from lowrank_sys.nn.quant_weight import decoded, drop_exact, is_quantized, low_rank_part
+from lowrank_sys.optim.merging import merge
 from lowrank_sys.subspace.shards import WHOLE
 
 # Bytes of fp32 that a weight passes through, a panel of rows at a time.
@@ -146,7 +148,9 @@ class Int8(Stochastic):
         self.group_size = group_size
 
     def check(self, param, name):
-        """Codes and scales are what quantize_int8 made."""
+        """Raise a ValueError for codes that steps are not rounded to."""
+        if param.coding is not codings.Int8:
+            raise ValueError(f"{name} must be float or INT8, or trained by LoQT, got {param.coding.name.upper()}")
 
     def tensors(self, params):
         drop_exact(*params)
@@ -171,11 +175,51 @@ class Int8(Stochastic):
             )  # fmt: skip
 
 
+class Merged(InPlace):
+    """Codes of a QuantWeight, INT8 or NF4, and the factor X of its part back(X): X <- (1 - lr*wd) X - change.
+
+    In the first step on another basis the part is merged: W = codes + back(X) is quantized anew, and X begins as what of the error
+    the new basis can hold. `iterations` times in turn the factor is fitted to W - codes, by least squares, and W - back(X) is
+    quantized; of these pairs the one nearest to W is kept. With 0 of them X begins at zero. A merge holds three matrices of the
+    weight's size in fp32.
+
+    State of a weight: `merges`, the refreshes that its part knows of, on the host.
+    """
+
+    name = "merged"
+    int8 = True
+
+    def __init__(self, group_size, iterations):
+        self.group_size, self._iterations = group_size, iterations
+
+    def check(self, param, name):
+        """Codes and scales are what a quantizer made."""
+
+    def init(self, state, index):
+        state["merges"] = torch.tensor(0, device="cpu")
+
+    def tensors(self, params):
+        drop_exact(*params)
+        return [p.codes for p in params], [p.scale for p in params]
+
+    def values(self, param, first, end):
+        return decoded(param)[first:end]
+
+    def apply(self, param, state, change, *, decay, ok, seed):
+        drop_exact(param)
+        if low_rank_part(param) is None or state["merges"] != state["refreshes"]:
+            merge(param, state, self._iterations)
+            state["merges"].copy_(state["refreshes"])
+        factor = low_rank_part(param).factor
+        new = (factor if decay is None else decay * factor) - change.low_rank
+        factor.copy_(torch.where(ok, new, factor))
+
+
 IN_PLACE, STOCHASTIC = InPlace(), Stochastic()
 
 
 def weight_store(param, group=None):
     """The store that a parameter of a group is kept in; without the group, how it lies in memory."""
     if is_quantized(param):
-        return Int8(param.group_size)
+        return Merged(param.group_size, group["compensation"]) if group and "compensation" in group else Int8(param.group_size)
     return STOCHASTIC if group is not None and group.get("stochastic_rounding") else IN_PLACE

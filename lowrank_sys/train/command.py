@@ -105,8 +105,8 @@ def _train(args: argparse.Namespace) -> None:
         raise CommandError("--stochastic-rounding needs --dtype bf16, weights are fp32")
     if place.size > 1 and args.per_layer == "in_backward":
         raise CommandError(f"--per-layer in_backward runs in one process, got {place.size}; use --per-layer accumulate")
-    if place.size > 1 and args.weights == "int8" and args.per_layer is None:
-        args.per_layer = "accumulate"  # what several processes can average of an INT8 weight
+    if place.size > 1 and args.weights != "float" and args.per_layer is None:
+        args.per_layer = "accumulate"  # what several processes can average of a quantized weight
 
     def load():
         return data.load(
@@ -230,7 +230,7 @@ def _model(args: argparse.Namespace, device: torch.device, vocab: int) -> torch.
     """The model that trains. vocab: of the tokenizer, if there is one."""
     from lowrank_sys.train import models
 
-    options = {"dtype": _dtype(args.dtype), "device": device, "int8": args.weights == "int8", "target_modules": args.target_modules}
+    options = {"dtype": _dtype(args.dtype), "device": device, "weights": args.weights, "target_modules": args.target_modules}
     if args.from_ is None:
         return models.build(models.config(args.model, vocab=vocab if args.tokenizer else None, seq_len=args.seq_len), **options)
     model = models.load(args.from_, **options)

@@ -15,7 +15,7 @@ from lowrank_sys.train.models import PRESETS, is_known
 MODEL = "llama-9m"
 DTYPES = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
-WEIGHTS = ("float", "int8")
+WEIGHTS = ("float", "int8", "nf4")
 PER_LAYER = ("accumulate", "in_backward")
 PROJECTED = ("left", "right", "auto")
 ACCUMULATE_DTYPES = ("fp32", "bf16")
@@ -137,7 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--as-given",
         action="store_true",
-        help="keep --per-layer and --gradient-checkpointing as given: without this, INT8 weights that would not fit otherwise "
+        help="keep --per-layer and --gradient-checkpointing as given: without this, quantized weights that would not fit otherwise "
         "take what was not given by themselves",
     )
     add(
@@ -150,7 +150,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target-modules",
         metavar="NAME",
         nargs="+",
-        help="parts of the names of the linear layers that are low-rank, and INT8 with --weights int8 (default: all)",
+        help="parts of the names of the linear layers that are low-rank, and quantized with --weights int8 or nf4 (default: all)",
     )
     add(
         "--update-proj-gap",
@@ -193,13 +193,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--weights",
         metavar="NAME",
-        help="of the linear layers: float, in --dtype, or int8, rounded stochastically at every step; the loss is then computed "
-        f"without its logits (default: {_defaults('weights')})",
+        help="of the linear layers: float, in --dtype, or int8, rounded stochastically at every step, or nf4 with --method loqt; "
+        f"of quantized ones the loss is computed without its logits (default: {_defaults('weights')})",
     )
     add(
         "--merge-dtype",
         metavar="NAME",
-        help="write INT8 weights to final/ as an ordinary checkpoint, which plain transformers reads, in one of "
+        help="write quantized weights to final/ as an ordinary checkpoint, which plain transformers reads, in one of "
         f"{', '.join(MERGE_DTYPES)}",
     )
     add("--device", metavar="NAME", default="auto", help="cpu or cuda (default: cuda where there is a GPU)")
@@ -305,6 +305,9 @@ def check(args: argparse.Namespace) -> launcher.Place:
         raise CommandError(f"--projected needs a method with low-rank gradients, got --method {args.method}")
     if args.projected and args.proj_type != "std":
         raise CommandError(f"--proj-type {args.proj_type}: --projected {args.projected} says which side")
+    if args.weights == "nf4" and METHODS[args.method].weights != "nf4":
+        able = ", ".join(name for name, method in METHODS.items() if method.weights == "nf4")
+        raise CommandError(f"--weights nf4 needs --method {able}, which trains a part beside them, got --method {args.method}")
     if args.int8_gemm and not METHODS[args.method].low_rank:
         raise CommandError(f"--int8-gemm needs a method with low-rank gradients, got --method {args.method}")
     method = method_of(args)

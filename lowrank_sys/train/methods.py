@@ -47,14 +47,14 @@ def method_of(args: argparse.Namespace) -> Method:
 def settle(args: argparse.Namespace, tell: Callable[[str], None] = lambda line: None) -> argparse.Namespace:
     """`args` with what was left to the method filled in.
 
-    Weights that a method keeps in INT8 unless it is told otherwise stay float in a model that has none to keep so; tell: called
+    Weights that a method keeps quantized unless it is told otherwise stay float in a model that has none to keep so; tell: called
     with a line then.
     """
     method = method_of(args)
     missing = {name: getattr(method, name) for name in DEFAULTS if getattr(args, name) is None}
-    if missing.get("weights") == "int8" and not models.has_int8_layers(args.model):
+    if missing.get("weights", "float") != "float" and not models.has_quantizable_layers(args.model):
         missing["weights"] = "float"
-        tell(f"weights: stay float with --method {args.method}: {args.model} has no plain nn.Linear to keep in INT8")
+        tell(f"weights: stay float with --method {args.method}: {args.model} has no plain nn.Linear to quantize")
     return type(args)(**{**vars(args), **missing})
 
 

@@ -133,13 +133,13 @@ def _forget_foreign_tokens(config, vocabulary: int) -> None:
             setattr(config, key, None)
 
 
-def has_int8_layers(name: str) -> bool:
+def has_quantizable_layers(name: str) -> bool:
     """Whether the model `name` has linear layers that quantize_model replaces; True for what is no model at all."""
-    return name in PRESETS or _has_int8_layers(name, Path(name).stat().st_mtime_ns if Path(name).exists() else 0)
+    return name in PRESETS or _has_quantizable_layers(name, Path(name).stat().st_mtime_ns if Path(name).exists() else 0)
 
 
 @functools.lru_cache
-def _has_int8_layers(path: str, changed: int) -> bool:
+def _has_quantizable_layers(path: str, changed: int) -> bool:
     import torch
 
     from lowrank_sys.nn.quantize import quantizable
@@ -156,22 +156,27 @@ def _has_int8_layers(path: str, changed: int) -> bool:
 
 
 def build(
-    config: LlamaConfig, *, dtype: torch.dtype, device: torch.device, int8: bool = False, target_modules: list[str] | None = None
+    config: LlamaConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: str = "float",
+    target_modules: list[str] | None = None,
 ) -> LlamaForCausalLM:
     """A freshly initialised model, drawn from torch's global generator directly in `dtype` on `device`.
 
-    int8: with INT8 weights (lowrank_sys.nn), of which at most one layer's float weight exists at a time; of the linear layers whose
-    name contains one of target_modules, or of all. Raises CommandError where there is none.
+    weights: 'float', or 'int8' or 'nf4' (lowrank_sys.nn), of which at most one layer's float weight exists at a time; of the
+    linear layers whose name contains one of target_modules, or of all. Raises CommandError where there is none.
     """
     import torch
 
     from lowrank_sys.nn.skeleton import auto_class
 
-    if int8:
+    if weights != "float":
         from lowrank_sys.nn import quantized_from_config
 
         try:
-            return _for_text(quantized_from_config(config, dtype, device, target_modules=target_modules))
+            return _for_text(quantized_from_config(config, dtype, device, target_modules=target_modules, weights=weights))
         except ValueError as error:
             raise CommandError(str(error)) from error
     # from_config rather than .to(dtype): the rotary frequencies stay fp32
@@ -194,12 +199,12 @@ def _for_text(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load(
-    name: str, *, dtype: torch.dtype, device: torch.device, int8: bool = False, target_modules: list[str] | None = None
+    name: str, *, dtype: torch.dtype, device: torch.device, weights: str = "float", target_modules: list[str] | None = None
 ) -> PreTrainedModel:
     """The causal language model of a checkpoint: a folder, a name on the Hugging Face hub, or a GGUF file.
 
-    int8: with INT8 weights, as `build`: of safetensors one weight at a time, so that the float model never exists; of others it
-    does. Weights that are INT8 there stay so. Raises CommandError.
+    weights: as of `build`: quantized, of safetensors one weight at a time, so that the float model never exists; of others it
+    does. Weights that are quantized there stay so. Raises CommandError.
     """
     from transformers import AutoConfig
 
@@ -214,16 +219,17 @@ def load(
 
             place = snapshot_download(place, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
         safe = not options and any(Path(place).glob("*.safetensors"))
-        if safe and (int8 or any(Path(place).glob("manifest.json"))):
-            model = quantized_from_pretrained(place, dtype, device, target_modules=target_modules)
+        if safe and (weights != "float" or any(Path(place).glob("manifest.json"))):
+            coding = "int8" if weights == "float" else weights  # of a folder with a manifest, which says its own
+            model = quantized_from_pretrained(place, dtype, device, target_modules=target_modules, weights=coding)
         else:
             family = auto_class(AutoConfig.from_pretrained(place, **options))
             model = family.from_pretrained(place, dtype=dtype, **options).to(device)
             _forget_quantization(model.config)
             for key in ("is_quantized", "hf_quantizer", "quantization_method"):  # of a GGUF file: its values are plain now
                 vars(model).pop(key, None)
-            if int8:
-                model = quantize_model(model, target_modules=target_modules)
+            if weights != "float":
+                model = quantize_model(model, target_modules=target_modules, weights=weights)
     except Exception as error:  # of transformers, safetensors, gguf and the hub: a type of its own each
         raise CommandError(f"--from {name}: cannot load it: {' '.join(str(error).split())[:500]}") from error
     use_cache(model.config, False)

@@ -82,7 +82,7 @@ class LowRankTrainer(Trainer):
         if not is_marked(self.model.config):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         items = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-        with _loss_for_forward(self.model):  # who keeps weights in INT8 has no room for logits
+        with _loss_for_forward(self.model):  # who quantizes weights has no room for logits
             loss = model(**inputs, **items)
         return loss * self.accelerator.num_processes if items else loss  # the processes' losses are averaged
 
@@ -232,7 +232,7 @@ def mean_loss(model: torch.nn.Module, windows: dict[str, torch.Tensor], batch_si
 def save_final(model: torch.nn.Module, folder: Path, tokenizer: str | None, merged: torch.dtype | None = None) -> None:
     """Write weights and configuration, and the tokenizer if there is one, as `from_pretrained` reads them.
 
-    INT8 weights are written as such: `lowrank_sys.nn.quantized_from_pretrained` reads them. merged: the type of an ordinary
+    Quantized weights are written as such: `lowrank_sys.nn.quantized_from_pretrained` reads them. merged: the type of an ordinary
     checkpoint in their place, which the model is made for in place; of float weights, the type that they are written in.
     """
     if merged is not None:

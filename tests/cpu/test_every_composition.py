@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from lowrank_sys.nn import is_quantized, quantize_model
+from lowrank_sys.nn.low_rank_part import drop_part
+from lowrank_sys.nn.quant_weight import buffers_of, decoded
 from lowrank_sys.optim import LowRankOptimizer, remainder, rules
-from lowrank_sys.optim.methods import flora, frugal_blocks, gradnormlorp, gum, mofasgd, scale, sinkgd, snsm
+from lowrank_sys.optim.methods import flora, frugal_blocks, gradnormlorp, gum, loqt, mofasgd, scale, sinkgd, snsm
 from lowrank_sys.optim.pipeline import Pipeline
 from lowrank_sys.schedule.roles import TRAINED, WHOLE
 from lowrank_sys.schedule.schedule import Sampled, Schedule
@@ -44,6 +46,7 @@ CHOSEN = tuple(SELECT)
 STORES = {
     "dense": Store(Orthonormal(), RANK, CHOSEN),
     "int4": Store(Orthonormal(), {**RANK, "quant": True}, CHOSEN),
+    "growing gap": Store(loqt.GrowingGap(), {**RANK, "quant": True}, ("randomized",)),
     "own gap": Store(Orthonormal(), {**RANK, "cos_threshold": 0.4}, CHOSEN),
     "whole": Store(OrWhole(), {"rank": None}, ("randomized",)),
     "or whole": Store(OrWhole(), RANK, CHOSEN),
@@ -127,20 +130,28 @@ def trains(store, select, schedule, transport, rule, rest, weight):
         return False
     before = [tensor.clone() for tensor in tensors(params)]
     try:
-        return takes_steps(optimizer, params, before)
+        return takes_steps(optimizer, params)
     finally:
         optimizer.release()
         for tensor, value in zip(tensors(params), before):
             tensor.copy_(value)
+        for _, p in params:
+            if is_quantized(p):
+                drop_part(buffers_of(p))
 
 
-def takes_steps(optimizer, params, before):
+def values(params):
+    return [decoded(p) if is_quantized(p) else p.detach().clone() for _, p in params]
+
+
+def takes_steps(optimizer, params):
+    before = values(params)
     for step in range(2):
         for i, (_, p) in enumerate(params):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(2 * step + i)).to(p.dtype)
         optimizer.step()
         optimizer.zero_grad()
-    after = tensors(params)
+    after = values(params)
     assert all(p.isfinite().all() for p in after) and not all(map(torch.equal, before, after))
     for _, p in params:
         for key, value in optimizer.state[p].items():

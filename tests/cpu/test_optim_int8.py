@@ -251,7 +251,7 @@ def test_an_op_of_float_weights_steps_on_the_values(name):
 
 def test_an_int8_weight_needs_a_rank():
     model = quantize_model(build(), group_size=32)
-    with pytest.raises(ValueError, match="is an INT8 weight, which trains in a group with a rank only"):
+    with pytest.raises(ValueError, match="is a quantized weight, which trains in a group with a rank only"):
         QGaLoreAdamW8bit(model.parameters())
 
 

@@ -18,6 +18,7 @@ from lowrank_sys._ops.named_steps import bound
 from lowrank_sys._ops.step import BASES, LIMITED
 from lowrank_sys.memory import allocator, planner, process, rehearsal, units
 from lowrank_sys.memory.workspace import scratch_bytes
+from lowrank_sys.nn.low_rank_part import NAMES
 from lowrank_sys.optim.fused import FUSED
 from lowrank_sys.train import flags
 from lowrank_sys.train.methods import METHODS
@@ -41,7 +42,9 @@ def arguments(**changes):
     {"gradient_accumulation_steps": 2, "dtype": "bf16"},
     {"method": "q-galore", "dtype": "bf16"},
     {"per_layer": "accumulate", "gradient_accumulation_steps": 2},
+    {"method": "loqt"},
     ],
+    {"method": "loqt", "weights": "int8", "projected": "auto", "gradient_accumulation_steps": 2},
     {"model": "llama-9m"},
     {"model": "llama-60m", "batch_size": 1, "seq_len": 32},
     {"gradient_checkpointing": True},
@@ -58,7 +61,7 @@ def test_a_rehearsal_has_the_peak_of_the_real_run(changes):
     assert fake.in_heap == pytest.approx(real.in_heap, rel=0.05)
     for run in (fake, real):
         assert sum(run.at_peak.values()) == run.peak and sum(run.at_rest.values()) == run.rest
-    codes = [b for name, b in real.model.named_buffers() if name.endswith(".codes")]
+    codes = [b for name, b in real.model.named_buffers() if name.rpartition(".")[2] in ("codes", *NAMES)]
     weights = sum(t.untyped_storage().nbytes() for t in (*real.model.parameters(), *codes))
     assert fake.at_peak["weights"] == real.at_peak["weights"] == pytest.approx(weights, rel=0.01)
     for category in ("basis", "moments", "scales", "counters"):

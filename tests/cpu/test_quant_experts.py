@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from lowrank_sys.nn import dequantize_model, project_model, quantize_model, quantized_from_config, quantized_from_pretrained
 from lowrank_sys.nn.pretrained import save_quantized
 from lowrank_sys.nn.quant_experts import LAYERS, QuantExperts
+from lowrank_sys.nn.quant_linear import QuantLinear
 from lowrank_sys.optim import param_groups
 from lowrank_sys.optim.preset import METHODS
 
@@ -54,7 +55,7 @@ def test_values_and_gradients_are_those_of_the_stack(kind):
     for path, module in owners(model).items():
         theirs = stacks.get_submodule(path)
         assert type(theirs) is module.base
-        for name, layers in module.int8_experts.items():
+        for name, layers in module.quant_experts.items():
             grads = getattr(theirs, name).grad
             grads = grads.transpose(1, 2) if module.is_transposed else grads
             for layer, grad in zip(layers, grads, strict=True):
@@ -81,7 +82,7 @@ def test_a_float_state_is_quantized_as_it_is_loaded():
     for one in (copy.deepcopy(model), _pickled(model)):
         assert_same(one, model)
         assert torch.equal(one(input_ids=IDS).logits, model(input_ids=IDS).logits)
-    assert {layer.weight.dtype for m in owners(model.to(torch.bfloat16)).values() for layer in m.int8_experts["down_proj"]} == {
+    assert {layer.weight.dtype for m in owners(model.to(torch.bfloat16)).values() for layer in m.quant_experts["down_proj"]} == {
         torch.bfloat16
     }
 
@@ -95,7 +96,7 @@ def _pickled(model):
 
 def test_drawn_from_a_configuration():
     model = quantized_from_config(config("mixtral"), seed=0)
-    matrices = [layer.dequantized() for module in owners(model).values() for layer in module.int8_experts["gate_up_proj"]]
+    matrices = [layer.dequantized() for module in owners(model).values() for layer in module.quant_experts["gate_up_proj"]]
     assert len(matrices) == 8 and all(0.01 < matrix.std() < 0.04 for matrix in matrices)
     assert not any(p.dim() == 3 for p in model.parameters())
 
@@ -122,7 +123,8 @@ def test_every_method_trains_them(name):
     inside = [n for n, _ in groups[1]["params"] if LAYERS in n]
     assert len(inside) == 16
     optimizer = method.optimizer(groups, lr=method.lr, **method.options)
-    before, losses = {k: v.clone() for k, v in model.state_dict().items() if LAYERS in k and k.endswith("codes")}, []
+    experts = [layer for n, layer in model.named_modules() if LAYERS in n and isinstance(layer, QuantLinear)]
+    before, losses = [layer.dequantized() for layer in experts], []
     for _ in range(3):
         loss = model(input_ids=IDS, labels=IDS).loss
         loss.backward()
@@ -130,8 +132,7 @@ def test_every_method_trains_them(name):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[0] != losses[-1] < 7
-    now = model.state_dict()
-    assert any(not torch.equal(codes, now[k]) for k, codes in before.items())
+    assert any(not torch.equal(values, layer.dequantized()) for values, layer in zip(before, experts))
 
 
 def test_projected_experts_train_as_others():

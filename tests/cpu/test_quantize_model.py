@@ -156,7 +156,7 @@ def test_bad_input_is_named():
     for model in (nn.Sequential(nn.LayerNorm(8)), nn.Linear(8, 8)):
         with pytest.raises(ValueError, match=f"model has no linear layer to quantize, got {type(model).__name__}"):
             quantize_model(model)
-        with pytest.raises(ValueError, match=f"model has no INT8 weights, got {type(model).__name__}"):
+        with pytest.raises(ValueError, match=f"model has no quantized weights, got {type(model).__name__}"):
             dequantize_model(model)
     model = llama()
     before = copy.deepcopy(model)
@@ -224,7 +224,7 @@ def test_seeds():
     assert_same(one, same)
     assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
     torch.manual_seed(1)
-    built = models.build(config(), dtype=torch.float32, device=torch.device("cpu"), int8=True)
+    built = models.build(config(), dtype=torch.float32, device=torch.device("cpu"), weights="int8")
     assert torch.equal(built.lm_head.weight, one.lm_head.weight) and not torch.equal(torch.get_rng_state(), state)
     assert len(quantized_names(built)) == 21
 
@@ -240,10 +240,10 @@ def test_fake_models_take_what_real_ones_do():
     for mode in (FakeTensorMode(allow_non_fake_inputs=True), None):
         with LiveStorages() as live:
             if mode is None:
-                model = models.build(config(), dtype=torch.bfloat16, device=torch.device("cpu"), int8=True)
+                model = models.build(config(), dtype=torch.bfloat16, device=torch.device("cpu"), weights="int8")
             else:
                 with mode:
-                    model = models.build(config(), dtype=torch.bfloat16, device=torch.device("cpu"), int8=True)
+                    model = models.build(config(), dtype=torch.bfloat16, device=torch.device("cpu"), weights="int8")
         assert len(quantized_names(model)) == 21
         found.append((live.peak, live.bytes))
     assert found[0] == found[1]
@@ -251,7 +251,7 @@ def test_fake_models_take_what_real_ones_do():
 
 def test_a_rehearsed_step_takes_what_the_real_one_does():
     def step():
-        model = models.build(config(), dtype=torch.bfloat16, device=torch.device("cpu"), int8=True)
+        model = models.build(config(), dtype=torch.bfloat16, device=torch.device("cpu"), weights="int8")
         for param in model.parameters():  # as per_layer does
             param.register_post_accumulate_grad_hook(lambda p: seen.append(tuple(p.grad.shape)) or setattr(p, "grad", None))
         ids = torch.zeros(4, 33, dtype=torch.int64)
@@ -427,9 +427,9 @@ def test_what_does_not_fit_is_named(folder, tmp_path):
     expect(r"model.norm.weight must have shape \(64,\), got \(63,\)", {**state, norm: torch.ones(63)})
     expect(rf"{codes} must have shape \(176, 64\), got \(64, 176\)", {**state, codes: state[codes].T.contiguous()})
     expect(f"{codes} must be torch.int8, got torch.float32", {**state, codes: state[codes].float()})
-    expect("config.json has no quantization_config for INT8 weights such as", state, quantization_config=None)
+    expect("config.json has no quantization_config for quantized weights such as", state, quantization_config=None)
     expect(
-        "weights must be float or INT8 of lowrank_sys, got quantization_config",
+        "weights must be float, or INT8 or NF4 of lowrank_sys, got quantization_config",
         state,
         quantization_config={"quant_method": "gptq", "bits": 4},
     )

@@ -62,6 +62,7 @@ BYTES = {
     "galore-adafactor": 4 * (R + N) + BASIS,
     "q-galore": 4 * LOW + R * M // 2 + 2 * 4 * R + 4 * 5,  # codes, scales and offsets, the queue of overlaps
     "grass": 4 * LOW + 4 * R,
+    "loqt": 4 * LOW + R * M // 2 + 2 * 4 * R,  # of float weights; for others see test_loqt.py
     "apollo": 4 * LOW + KEY + 4,
     "apollo-mini": 4 * 2 * N + KEY + 4,
     "fira": 4 * LOW + BASIS + 4,

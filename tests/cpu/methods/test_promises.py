@@ -9,6 +9,7 @@ from methods.inputs import GAP
 from methods.trained import assert_alike, assert_resumed, made, mean_loss, run
 from small_model import backward, loss_of, tokens
 
+from lowrank_sys.nn.quant_weight import is_quantized, tensors_of
 from lowrank_sys.optim.preset import METHODS
 from lowrank_sys.subspace.select import SELECT
 
@@ -50,7 +51,7 @@ def test_it_trains_resumes_and_accounts(name, how):
     assert memory["other"] == 0 and memory["gradients"] == 0
     own = sum(v.untyped_storage().nbytes() for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
     counters = sum(counter.nbytes for counter in optimizer.counters.values())
-    weights = [t for p in model.parameters() for t in ((p.codes, p.scale, p) if hasattr(p, "codes") else (p,))]
+    weights = [t for p in model.parameters() for t in ((p, *tensors_of(p)) if is_quantized(p) else (p,))]
     assert optimizer.state_bytes() == own
     assert memory["total"] == own + counters + sum(t.untyped_storage().nbytes() for t in weights)
 
