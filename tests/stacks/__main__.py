@@ -80,8 +80,8 @@ def build(name: str) -> None:
     says = hashlib.sha256(repr((TORCH, TESTER, stack.packages, stack.bare)).encode()).hexdigest()
     if ready.is_file() and ready.read_text() == says:
         return
-    subprocess.run([sys.executable, "-m", "venv", "--clear", HOME / name], check=True)
-    pip = [python(name), "-m", "pip", "install", "-q"]
+    subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", HOME / name], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", python(name), "install", "-q", "--no-compile"]
     subprocess.run([*pip, *shlex.split(TORCH)], check=True)
     held = HOME / name / "held.txt"  # what is asked for next must not bring another torch, but may move what torch asks for
     said = "import importlib.metadata; print('torch==' + importlib.metadata.version('torch'))"
