@@ -46,7 +46,7 @@ LAYERWISE = "_layerwise"
 
 def _serve(context):
     """A handler of transformers: what it makes its optimizer from."""
-    name, args = str(getattr(context.args.optim, "value", context.args.optim)), context.args
+    args, name = context.args, OptimizerNames(context.args.optim).value
     layerwise = name.endswith(LAYERWISE)
     cls, defaults, options = NAMES[name.removesuffix(LAYERWISE)]
     if args.optim_target_modules is None:
