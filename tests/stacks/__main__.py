@@ -2,13 +2,13 @@
 
 The stacks pin each other away, so each has an environment of its own, .stacks/NAME, built once from the table below; none holds the
 peers that this package stands in for. In it run the tests of that stack, which count our classes and ops. Exit status 1 where one
-fails. TORCH names what is installed as torch (torch==2.13.0), with pip's options, as "torch --index-url ...".
+fails. TORCH: what is installed as torch (torch==2.13.0), the build for CPUs with
+PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
 """
 
 import argparse
 import hashlib
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -82,7 +82,7 @@ def build(name: str) -> None:
         return
     subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", HOME / name], check=True)
     pip = [sys.executable, "-m", "pip", "--python", python(name), "install", "-q", "--no-compile"]
-    subprocess.run([*pip, *shlex.split(TORCH)], check=True)
+    subprocess.run([*pip, TORCH], check=True)
     held = HOME / name / "held.txt"  # what is asked for next must not bring another torch, but may move what torch asks for
     said = "import importlib.metadata; print('torch==' + importlib.metadata.version('torch'))"
     held.write_text(subprocess.run([python(name), "-c", said], check=True, capture_output=True, text=True).stdout)
