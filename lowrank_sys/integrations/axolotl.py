@@ -16,7 +16,7 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
 from lowrank_sys.integrations import shims
-from lowrank_sys.integrations.transformers import optimizer
+from lowrank_sys.integrations.building import optimizer
 
 
 class Arguments(BaseModel):

@@ -1,8 +1,11 @@
 """An optimizer from a method's name and keywords, as the configurations of other packages have them."""
 
 import ast
+import functools
 from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from lowrank_sys.optim import LowRankOptimizer
 from lowrank_sys.optim.groups import known_keys
@@ -63,3 +66,19 @@ def build(
         return method.optimizer(groups(plain={"lr": plain_lr, **(plain or {})}, **keys), lr=lr, **options)
     except TypeError as error:
         raise ValueError(f"keywords of {method.optimizer.__name__}: {error}") from error
+
+
+def optimizer(method: str) -> Callable[[], Callable[..., LowRankOptimizer]]:
+    """A factory of `method` (a name of `lowrank train --method`) for Trainer(optimizer_cls_and_kwargs=(factory, keywords)).
+
+    keywords: `lr` (the method's by default) and `plain_lr`, of what has no subspace (`lr` by default); `rank`, `target_modules`,
+    `plain`, and whatever else lowrank_sys.optim.param_groups takes; arguments of the method's class, such as `betas`,
+    `weight_decay`, `per_layer`. Trainer calls factory()(model, **keywords), axolotl factory()(model, training_arguments,
+    **keywords). Raises ValueError for a name that is no method's.
+    """
+    found = method_of(method)
+
+    def factory(model: nn.Module, args: Any = None, **keywords: Any) -> LowRankOptimizer:
+        return build(found, functools.partial(found.groups, model), **keywords)
+
+    return lambda: factory

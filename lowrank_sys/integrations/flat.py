@@ -66,7 +66,7 @@ def param_groups(
             sorts[is_matrix(param)].append(param)
         made += [
             {**keys, **group, **rounding, "params": found}
-            for keys, found in (({**(plain or {})}, sorts[False]), ({"rank": rank, **low_rank}, sorts[True]))
+            for keys, found in ((plain or {}, sorts[False]), ({"rank": rank, **low_rank}, sorts[True]))
             if found
         ]
     if not any("rank" in group for group in made):

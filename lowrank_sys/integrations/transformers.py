@@ -4,23 +4,33 @@
 
 makes the names of TrainingArguments(optim=...) that stand for galore_torch's and apollo_torch's optimizers (NAMES) stand for those
 of this package, neither of which has to be installed. `optim_target_modules` and `optim_args` are read as transformers reads them.
-Every other method is reached by `optimizer`.
+Every other method is reached by `optimizer`. Raises ImportError where Trainer has no table of optimizers to put them into.
 """
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import TrainingArguments, trainer_optimizer
+from transformers import __version__, trainer
 from transformers.trainer_utils import check_target_module_exists
+from transformers.training_args import OptimizerNames
 
-from lowrank_sys.integrations.building import build, method_of, value
+from lowrank_sys.integrations.building import optimizer, value
 from lowrank_sys.optim import Accumulate, APOLLOAdamW, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, InBackward, LowRankOptimizer
 from lowrank_sys.optim.groups import param_groups
+
+# Private to transformers, and the one that Trainer itself reads.
+_HANDLERS = getattr(trainer, "_OPTIMIZER_HANDLERS", None)
+if _HANDLERS is None:
+    raise ImportError(
+        f"transformers {__version__} has no table transformers.trainer._OPTIMIZER_HANDLERS, so its names cannot stand for this "
+        "package's optimizers; Trainer(optimizer_cls_and_kwargs=...) takes lowrank_sys.integrations.building.optimizer(METHOD)"
+    )
+
+__all__ = ["NAMES", "optimizer"]
 
 _GALORE = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 _APOLLO = {**_GALORE, "scale": 1.0, "proj": "random", "scale_type": "channel"}
@@ -34,25 +44,9 @@ NAMES: Mapping[str, tuple[type[LowRankOptimizer], dict[str, Any], dict[str, Any]
 LAYERWISE = "_layerwise"
 
 
-def optimizer(method: str) -> Callable[[], Callable[..., LowRankOptimizer]]:
-    """A factory of `method` (a name of `lowrank train --method`) for Trainer(optimizer_cls_and_kwargs=(factory, keywords)).
-
-    keywords: `lr` (the method's by default) and `plain_lr`, of what has no subspace (`lr` by default); `rank`, `target_modules`,
-    `plain`, and whatever else lowrank_sys.optim.param_groups takes; arguments of the method's class, such as `betas`,
-    `weight_decay`, `per_layer`. Trainer calls factory()(model, **keywords), axolotl factory()(model, training_arguments,
-    **keywords). Raises ValueError for a name that is no method's.
-    """
-    found = method_of(method)
-
-    def factory(model: nn.Module, args: TrainingArguments | None = None, **keywords: Any) -> LowRankOptimizer:
-        return build(found, functools.partial(found.groups, model), **keywords)
-
-    return lambda: factory
-
-
 def _serve(context):
     """A handler of transformers: what it makes its optimizer from."""
-    name, args = str(getattr(context.args.optim, "value", context.args.optim)), context.args
+    args, name = context.args, OptimizerNames(context.args.optim).value
     layerwise = name.endswith(LAYERWISE)
     cls, defaults, options = NAMES[name.removesuffix(LAYERWISE)]
     if args.optim_target_modules is None:
@@ -90,8 +84,6 @@ def _targets(modules):
     return lambda name: bool(check_target_module_exists(modules, name))
 
 
-_handlers = trainer_optimizer._OPTIMIZER_HANDLERS
 for _name in NAMES:
     for _full in (_name, _name + LAYERWISE):
-        if _full in _handlers:
-            _handlers[trainer_optimizer.OptimizerNames(_full)] = _serve
+        _HANDLERS[OptimizerNames(_full)] = _serve

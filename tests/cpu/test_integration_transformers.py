@@ -1,10 +1,12 @@
 """One line in transformers.Trainer: its own names make this package's optimizers, and every method is reached."""
 
+import importlib.util
 import warnings
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, trainer_optimizer
+from transformers import trainer as trainer_module
 from transformers.training_args import OptimizerNames
 
 from lowrank_sys.integrations import transformers as integration
@@ -57,7 +59,14 @@ def without_peers(monkeypatch):
 def test_the_table_of_transformers_is_where_it_was():
     assert {name.value for name in OptimizerNames if name.value.startswith(("galore", "apollo"))} == set(EIGHT)
     for name in EIGHT:
-        assert trainer_optimizer._OPTIMIZER_HANDLERS[name] is integration._serve
+        assert trainer_module._OPTIMIZER_HANDLERS[name] is integration._serve
+
+
+def test_a_table_that_moved_is_told(monkeypatch):
+    monkeypatch.delattr(trainer_module, "_OPTIMIZER_HANDLERS")
+    spec = importlib.util.spec_from_file_location("a_copy", integration.__file__)
+    with pytest.raises(ImportError, match=r"transformers \d.* has no table .*\._OPTIMIZER_HANDLERS, .*building\.optimizer"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 @pytest.mark.parametrize("name", EIGHT)

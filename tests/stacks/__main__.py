@@ -2,13 +2,13 @@
 
 The stacks pin each other away, so each has an environment of its own, .stacks/NAME, built once from the table below; none holds the
 peers that this package stands in for. In it run the tests of that stack, which count our classes and ops. Exit status 1 where one
-fails. TORCH names what is installed as torch (torch==2.13.0), with pip's options, as "torch --index-url ...".
+fails. TORCH: what is installed as torch (torch==2.13.0), the build for CPUs with
+PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
 """
 
 import argparse
 import hashlib
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -80,11 +80,12 @@ def build(name: str) -> None:
     says = hashlib.sha256(repr((TORCH, TESTER, stack.packages, stack.bare)).encode()).hexdigest()
     if ready.is_file() and ready.read_text() == says:
         return
-    subprocess.run([sys.executable, "-m", "venv", "--clear", HOME / name], check=True)
-    pip = [python(name), "-m", "pip", "install", "-q"]
-    subprocess.run([*pip, *shlex.split(TORCH)], check=True)
-    held = HOME / name / "held.txt"  # what is asked for next must not bring another torch
-    held.write_text(subprocess.run([python(name), "-m", "pip", "freeze"], check=True, capture_output=True, text=True).stdout)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", HOME / name], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", python(name), "install", "-q", "--no-compile"]
+    subprocess.run([*pip, TORCH], check=True)
+    held = HOME / name / "held.txt"  # what is asked for next must not bring another torch, but may move what torch asks for
+    said = "import importlib.metadata; print('torch==' + importlib.metadata.version('torch'))"
+    held.write_text(subprocess.run([python(name), "-c", said], check=True, capture_output=True, text=True).stdout)
     subprocess.run([*pip, "-c", held, *TESTER, *stack.packages.split()], check=True)
     if stack.bare:
         subprocess.run([*pip, "--no-deps", *stack.bare.split()], check=True)
@@ -93,8 +94,8 @@ def build(name: str) -> None:
 
 def test(name: str) -> bool:
     stack = STACKS[name]
-    files = [str(ROOT / "tests" / file) for file in stack.tests]
-    only = ["-k", stack.only] if stack.only else []
+    files = [str(ROOT / "tests" / file) for file in (*stack.tests, "stacks/stack_versions.py")]
+    only = ["-k", f"({stack.only}) or stack_versions"] if stack.only else []
     environment = {**os.environ, **ALONE, "PYTHONPATH": str(ROOT)}
     return subprocess.run([python(name), "-m", "pytest", "-q", *only, *files], cwd=ROOT, env=environment).returncode == 0
 

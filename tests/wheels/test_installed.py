@@ -7,6 +7,7 @@ in place of a new one.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -44,14 +45,16 @@ def test_there_is_something_to_test():
 def python(tmp_path_factory):
     """The interpreter of an environment with torch and what `lowrank train` imports, without this package."""
     if there := os.environ.get("LOWRANK_WHEEL_PYTHON"):
-        return there
+        yield there
+        return
     folder = tmp_path_factory.mktemp("bare")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    pip = [folder / "bin" / "pip", "install", "-q"]
+    pip = [folder / "bin" / "pip", "install", "-q", "--no-compile"]
     wanted = re.search(r"^train = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[1]
     subprocess.run([*pip, os.environ.get("LOWRANK_TORCH", "torch>=2.11"), "numpy", "setuptools>=77"], check=True)
     subprocess.run([*pip, *re.findall(r'"(.+?)"', wanted)], check=True)
-    return str(folder / "bin" / "python")
+    yield str(folder / "bin" / "python")
+    shutil.rmtree(folder)  # gigabytes, of which pytest would keep three
 
 
 @pytest.fixture
