@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowrank_sys import cli
-from lowrank_sys.memory import devices, rehearsal
+from lowrank_sys.memory import devices, process, rehearsal
 from lowrank_sys.train import flags, methods, models
 
 
@@ -82,7 +82,8 @@ def test_ddp_reduces_whole_gradients_or_low_rank_ones(run, model):
 FLAGS = "plan --model llama-1m --method galore --rank 32 --batch-size 2 --seq-len 32 --device cpu --dtype fp32 --device-memory 8GiB"
 
 
-def test_the_command_says_it(capsys):
+def test_the_command_says_it(capsys, monkeypatch):
+    monkeypatch.setattr(process, "measure", lambda args: process.Baseline(2**30, 2**30, True))
     assert cli.main([*FLAGS.split(), "--nproc", "4", "--strategy", "fsdp", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["nproc"], plan["strategy"], plan["fits"]) == (4, "fsdp", True)

@@ -10,8 +10,9 @@ from typing import NamedTuple
 class Mutant(NamedTuple):
     """One fault.
 
-    name: what it does. file: where. old, new: the text. tests: what exercises the file, the fastest lane first. case: of
+    name: what it does. file: where. old, new: the text. tests: those that are likely to see it, which are asked first. case: of
     tests/golden/runner.py, which trains on all the same, and to other numbers; None where a CPU with one thread cannot tell.
+    seen_by: those of the tests, as pytest's -k has it, that have seen it and are asked before all others.
     """
 
     name: str
@@ -20,6 +21,7 @@ class Mutant(NamedTuple):
     new: str
     tests: tuple[str, ...]
     case: str | None = None
+    seen_by: str = ""
 
 
 def cpu(*names):
@@ -30,7 +32,15 @@ INTERPRET = tuple(f"tests/interpret/test_{name}.py" for name in ("numerics", "qg
 
 MUTANTS = (
     # csrc/core
-    Mutant("no decay", "csrc/core/adam.h", "float(1 - lr * weight_decay)", "1.0f", cpu("every_op", "optim"), "galore, fp32, plain"),
+    Mutant(
+        "no decay",
+        "csrc/core/adam.h",
+        "float(1 - lr * weight_decay)",
+        "1.0f",
+        cpu("every_op", "optim"),
+        "galore, fp32, plain",
+        seen_by="named_sizes and adamw_step",
+    ),
     Mutant(
         "V with beta1",
         "csrc/core/adam.h",
@@ -38,6 +48,7 @@ MUTANTS = (
         "s.beta1 * v + s.one_minus_beta1 * g * g",
         cpu("every_op", "optim"),
         "galore, fp32, plain",
+        seen_by="named_sizes and adamw_step",
     ),
     Mutant(
         "V without bias correction",
@@ -46,6 +57,7 @@ MUTANTS = (
         "sqrtf(v)",
         cpu("every_op", "optim"),
         "galore, fp32, plain",
+        seen_by="named_sizes and adamw_step",
     ),
     Mutant(
         "the last row of R is not tested",
@@ -53,6 +65,7 @@ MUTANTS = (
         "usable(row[k * Block::threads] * grad_scale)",
         "(i + 1 == rows || usable(row[k * Block::threads] * grad_scale))",
         cpu("every_op", "fuzz"),
+        seen_by="legal_calls and galore_step",
     ),
     Mutant(
         "8-bit Adam writes weights of unusable gradients",
@@ -60,6 +73,7 @@ MUTANTS = (
         "choose(usable(g[e]), draw.template round<W>(apply_update(to_float(old[e]), update[e], s), e), old[e])",
         "draw.template round<W>(apply_update(to_float(old[e]), update[e], s), e)",
         cpu("every_op", "adam_8bit"),
+        seen_by="named_sizes and adam_8bit_",
     ),
     Mutant(
         "Philox counts the step twice and no parameter",
@@ -76,6 +90,7 @@ MUTANTS = (
         "at.offset += vector * basis.groups();",
         cpu("every_op", "int4"),
         "q-galore, fp32, plain",
+        seen_by="named_sizes and project_int4",
     ),
     Mutant(
         "a norm without its last element",
@@ -84,6 +99,7 @@ MUTANTS = (
         "whole + lane_of<V>(block, k) < n - 1",
         cpu("every_op", "sparse"),
         "grass sample left, fp32, plain",
+        seen_by="named_sizes and norms",
     ),
     Mutant(
         "the sign of the residual turned",
@@ -92,6 +108,7 @@ MUTANTS = (
         "sign_of(inside[i] - x)",
         cpu("every_op", "residual", "optim_family"),
         "frugal, fp32, plain",
+        seen_by="named_sizes and frugal_step",
     ),
     Mutant(
         "an update of rows without their scale",
@@ -100,6 +117,7 @@ MUTANTS = (
         "apply_update(to_float(w), x, s)",
         cpu("every_op", "sparse"),
         "grass sample left, fp32, plain",
+        seen_by="named_sizes and grass_step",
     ),
     Mutant(
         "the threshold of a sample is its last row",
@@ -130,6 +148,7 @@ MUTANTS = (
         "at % 2 * 4",
         "(1 - at % 2) * 4",
         cpu("every_op", "qgalore"),
+        seen_by="named_sizes and int4",
     ),
     # csrc/ops
     Mutant(
@@ -139,6 +158,7 @@ MUTANTS = (
         "false",
         cpu("every_op", "optim"),
         "galore, fp32, scaled",
+        seen_by="named_sizes and galore_step",
     ),
     Mutant(
         "skipped weights counted on the wrong side",
@@ -147,6 +167,7 @@ MUTANTS = (
         "skipped * x_.weight.size(left_ ? 1 : 0)",
         cpu("every_op", "optim"),
         "galore, fp32, poisoned",
+        seen_by="named_sizes and galore_step",
     ),
     # kernels
     Mutant("a split product without its last part", "kernels/epilogue.py", "in range(splits)", "in range(splits - 1)", INTERPRET),

@@ -8,7 +8,7 @@ from sharded import EPS, build, groups, shard, states, train, weights
 from lowrank_sys import optim
 from lowrank_sys.optim import param_groups, preset
 
-STEPS = 10
+STEPS = 8
 
 
 def adam(cls, _keys=(), **options):
@@ -19,7 +19,7 @@ METHODS = {
     "galore": adam(optim.GaLoreAdamW, weight_decay=0.1),
     "galore rotated": adam(optim.GaLoreAdamW, {"moments": "rotate"}),
     "galore from sketches": adam(optim.GaLoreAdamW, {"refresh": "next"}),
-    "galore in int4": adam(optim.QGaLoreAdamW8bit, {"cos_threshold": 0.1, "queue_size": 1}),
+    "galore in int4": adam(optim.QGaLoreAdamW8bit, {"cos_threshold": 0.1, "queue_size": 1, "update_proj_gap": 2}),
     "apollo": adam(optim.APOLLOAdamW),
     "apollo svd": adam(optim.APOLLOAdamW, {"proj": "svd"}),
     "apollo unlimited": adam(optim.APOLLOAdamW, disable_nl=True),
