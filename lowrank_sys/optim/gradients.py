@@ -23,6 +23,7 @@ class AtStep:
 
     served_by_hooks = False
     takes_low_rank = False  # whether it serves layers whose backward gives R
+    sharded = True  # whether it serves weights whose rows lie on several processes
     defaults = {}  # group keys that differ from the subspace's
 
     def __init__(self, process_group=None):
@@ -117,6 +118,7 @@ class Hooked(AtStep):
     """Serves the matrices of an optimizer by one hook that runs after a gradient is accumulated."""
 
     served_by_hooks = True
+    sharded = False
 
     def __init__(self, process_group=None):
         super().__init__(process_group)

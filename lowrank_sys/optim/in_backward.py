@@ -4,18 +4,23 @@ import torch
 
 from lowrank_sys.optim.clip import clip_factor, gradient_norms
 from lowrank_sys.optim.gradients import Hooked
+from lowrank_sys.optim.shards import experts_here, over_shards
 from lowrank_sys.subspace.matrices import count
+from lowrank_sys.subspace.shards import shard_of
 
 
 class InBackward(Hooked):
     """per_layer="in_backward": a matrix takes its step inside backward, and its gradient is freed at once.
 
-    One backward a step: no accumulation, no GradScaler. optimizer.step() only finishes the plain parameters.
+    One backward a step: no accumulation, no GradScaler. optimizer.step() only finishes the plain parameters. With several
+    processes for weights under fully_shard alone, which averages a gradient before its hooks run.
 
     Args:
         max_norm: clip by the norm of the previous step's gradients, low-rank and plain (this one's is not known before its
             backward ends). The first step is not clipped. None: no clipping.
     """
+
+    sharded = True
 
     def __init__(self, max_norm: float | None = None) -> None:
         if max_norm is not None and not max_norm > 0:
@@ -38,15 +43,17 @@ class InBackward(Hooked):
     def attach(self, optimizer, group, names):
         if "rank" not in group:
             return super().attach(optimizer, group, names)
-        self._expect_one_process()
-        for weight in group["params"]:
+        self._expect_averaged(optimizer, group["params"])
+        for weight, name in zip(group["params"], names):
+            if self.max_norm is not None and experts_here(optimizer, weight):
+                raise ValueError(f"max_norm must be None where experts of {name} lie on several processes, got {self.max_norm}")
             self.serve(weight)
 
-    def _expect_one_process(self):
-        if self.world.size > 1:
+    def _expect_averaged(self, optimizer, weights):
+        if self.world.size > 1 and any(weight not in optimizer.layouts for weight in weights):
             raise RuntimeError(
                 f"per_layer='in_backward' runs in one process, got {self.world.size}: a matrix takes its step before its gradient "
-                "is averaged over them; use per_layer='accumulate', or project_model"
+                "is averaged over them; use fully_shard, per_layer='accumulate', or project_model"
             )
 
     def use(self, optimizer, weight, grad):
@@ -55,7 +62,7 @@ class InBackward(Hooked):
                 "a second backward before step(): per_layer='in_backward' cannot accumulate gradients, each "
                 "backward is a step; use per_layer='accumulate'"
             )
-        self._expect_one_process()
+        self._expect_averaged(optimizer, [weight])
         group = optimizer.group_of(weight)
         optimizer.expect_finite(weight, grad)
         lr = optimizer.rate(group)
@@ -85,7 +92,8 @@ class InBackward(Hooked):
         pipeline.renew(batch, lr)
 
     def _remember(self, grads, states):
-        for norm, state in zip(gradient_norms(grads), states):
+        norms = over_shards(gradient_norms(grads), [shard_of(state, 1) for state in states])
+        for norm, state in zip(norms, states):
             if "norm" not in state:
                 state["norm"] = torch.zeros_like(norm)
             state["norm"].copy_(torch.where(norm.isfinite(), norm, 0.0))

@@ -96,10 +96,10 @@ class Opened:
     step: 0-dim, counts this step. ok: bool, broadcast to R: which channels (without a basis: elements) count. d: the projected
     axis, None without a basis. grad_scale: 0-dim or None, that R has and G has not. rate: what weight decay is multiplied by.
     weight_rms(): root of the mean square of the weight. weight[rows]: rows of it in fp32. shard: that the rows are of, for sums
-    over them. A remainder may keep more here.
+    over them. sums: a remainder's own, which may keep more here.
     """
 
-    d = grad_scale = ok = rate = weight_rms = weight = None
+    d = grad_scale = ok = rate = weight_rms = weight = sums = None
     shard = WHOLE
 
     def __init__(self, state, moments):

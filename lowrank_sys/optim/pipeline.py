@@ -12,6 +12,7 @@ from lowrank_sys._ops.numerics import usable
 from lowrank_sys.optim import fused
 from lowrank_sys.optim.moments import Fp32, Opened, first_of, refreshed
 from lowrank_sys.optim.remainder import WHOLE, Remainder
+from lowrank_sys.optim.sums import take_together
 from lowrank_sys.optim.update import Change
 from lowrank_sys.optim.weight import Rows, weight_store
 from lowrank_sys.schedule.roles import TRAINED
@@ -253,9 +254,9 @@ class Pipeline:
         if step is not None:
             fused.run(step, batch, lr)
             return
-        for param, gradient, state, mask in zip(batch.params, batch.gradients, batch.states, batch.usable):
-            with torch.autocast(param.device.type, enabled=False):
-                _general(self, batch, param, gradient, state, mask, lr)
+        columns = zip(batch.params, batch.gradients, batch.states, batch.usable)
+        with torch.autocast(batch.params[0].device.type, enabled=False):
+            take_together(_general(self, batch, *column, lr) for column in columns)
 
     def step(self, batch, lr):
         """The whole step of a batch from its gradients."""
@@ -265,7 +266,7 @@ class Pipeline:
 
 
 def _general(method, batch, param, g, state, usable_channels, lr):
-    """The step of one weight by the parts alone. g: G, or R if the batch is projected."""
+    """The step of one weight by the parts alone. g: G, or R if the batch is projected. Of rows it yields once, for its sums."""
     group, rule, remainder, store = batch.group, batch.rule, batch.remainder, batch.store
     go, skipped, has_basis = batch.go, batch.guards["skipped"], store_of(state) is not None
     axis = (0 if batch.left else 1) if has_basis else None  # along which a channel runs
@@ -290,6 +291,9 @@ def _general(method, batch, param, g, state, usable_channels, lr):
     r = r if whole else torch.where(s.ok, r, 0)
     s.rate, rate = rule.rates(lr, s, group)
     x = r if whole else torch.where(s.ok, rule.update(r, s, group), 0)
+    s.sums = remainder.partial(r, x, s, state, group)
+    if s.sums is not None and shard.group:
+        s.sums = yield shard, s.sums, r.shape[1] * shard.rows
     update = remainder.of(None if batch.projected else g, r, x, s, state, group)
     s.close()
     decay = 1 - s.rate * group["weight_decay"] if group["weight_decay"] != 0 else None

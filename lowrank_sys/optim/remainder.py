@@ -77,6 +77,10 @@ class Remainder(Part):
     def measure(self, g, r, s, state, h):
         """Keep in s, before the rule runs, the sums that `of` needs; which channels have usable ones (bool), or None for all."""
 
+    def partial(self, r, x, s, state, h):
+        """Sums over the rows that are here, a vector, of which `of` finds those over all rows in `s.sums`, or None. Where rows lie
+        on several processes, those of many matrices are one message."""
+
     def of(self, g, r, x, s, state, h):
         """The Update of G (None where the step starts from R), R and X = rule(R): x is a tensor of R's shape, zero where not s.ok.
 
@@ -149,7 +153,7 @@ class _Scaled(_FromGradient):
             state["limiter"] = torch.zeros((), dtype=torch.float32, device=param.device)
 
     def sums(self, h):
-        return self.limited or h.get("scale_type") == "tensor"
+        return self.limited or self._is_whole(h)
 
     def measure(self, g, r, s, state, h):
         s.r_squares = _squares(r, state)
@@ -159,20 +163,39 @@ class _Scaled(_FromGradient):
             ok = ok & (s.g_squares < OVERFLOW)
         return ok
 
-    def coefficients(self, r, x, s, state, h, *, front=1.0, alpha=0.0, whole=False):
-        """c by channel, or one for the matrix (`whole`), times `front`, over the limiter's divisor, whose norm is that of
-        c o (G - alpha back(R)): by channel |G|² - 2 alpha |R|² + alpha² Rᵀ(BᵀB)R."""
+    # What the matrix's own keys ask for, of ScaledGradient and of ScaledResidual: one c for the matrix; a factor of c that the
+    # limiter sees; how much of back(R) is taken from G.
+
+    def _is_whole(self, h):
+        return h.get("scale_type") == "tensor"
+
+    def _front(self, h):
+        return 1.0
+
+    def _taken(self, h):
+        return 0.0
+
+    def partial(self, r, x, s, state, h):
+        """c by channel in s.c; sums in fp64. The limiter's norm is that of c o (G - alpha back(R)), by channel
+        |G|² - 2 alpha |R|² + alpha² Rᵀ(BᵀB)R."""
+        alpha, whole = self._taken(h), self._is_whole(h)
         r_squares, x_squares = torch.where(s.ok, s.r_squares, 0), _squares(x, state)
-        if whole:
-            x_norm, r_norm = s.shard.sum(torch.stack([x_squares.sum(), r_squares.sum()])).sqrt()
-            c = (x_norm / (r_norm + TINY)).expand_as(x_squares) * front
-        else:
-            c = x_squares.sqrt() / (r_squares.sqrt() + TINY) * front
+        sums = [x_squares.sum(), r_squares.sum()] if whole else []
+        s.c = x_squares.sqrt() / (r_squares.sqrt() + TINY) * self._front(h)
         if self.limited:
             inside = r_squares if alpha == 0 else self._inside(r, r_squares, s, state, h)
             squares = (torch.where(s.ok, s.g_squares, 0) - 2 * alpha * r_squares + alpha**2 * inside).clamp(min=0)
-            c = c / limit(s.shard.sum((c * c * squares).double().sum()).sqrt(), state["limiter"])
-        return c.to(r.dtype)
+            sums.append(((1 if whole else s.c * s.c) * squares).double().sum())
+        return torch.stack([total.double() for total in sums]) if sums else None
+
+    def coefficients(self, r, s, state, h):
+        """c, over the limiter's divisor."""
+        c, norm = s.c, None if s.sums is None else s.sums[-1].sqrt()
+        if self._is_whole(h):
+            x_norm, r_norm = s.sums[:2].to(r.dtype).sqrt()
+            factor = x_norm / (r_norm + TINY) * self._front(h)
+            c, norm = factor.expand_as(c), norm * factor
+        return (c / limit(norm, state["limiter"]) if self.limited else c).to(r.dtype)
 
     def _inside(self, r, r_squares, s, state, h):
         """Rᵀ (BᵀB) R by channel."""
@@ -201,13 +224,14 @@ class ScaledGradient(_Scaled):
             raise ValueError(f"scale_type must be one of channel, tensor, got {group['scale_type']!r}")
 
     def options(self, h):
-        whole = h["scale_type"] == "tensor"
-        return {"scale": h["scale"], "per_tensor": whole, "scale_front": self.front, "growth": GROWTH}
+        return {"scale": h["scale"], "per_tensor": self._is_whole(h), "scale_front": self.front, "growth": GROWTH}
+
+    def _front(self, h):
+        return math.sqrt(h["scale"]) if self.front else 1.0
 
     def of(self, g, r, x, s, state, h):
-        root = math.sqrt(h["scale"])
-        c = self.coefficients(r, x, s, state, h, front=root if self.front else 1.0, whole=h["scale_type"] == "tensor")
-        return Update(phi=g, scale=s.grad_scale, c=(c if self.front else c * root,))
+        c = self.coefficients(r, s, state, h)
+        return Update(phi=g, scale=s.grad_scale, c=(c if self.front else c * math.sqrt(h["scale"]),))
 
 
 class ScaledResidual(_Scaled):
@@ -229,8 +253,11 @@ class ScaledResidual(_Scaled):
     def options(self, h):
         return {"scale": h["alpha"], "growth": GROWTH}
 
+    def _taken(self, h):
+        return 1.0 if self.exact else h["alpha"]
+
     def of(self, g, r, x, s, state, h):
-        c = self.coefficients(r, x, s, state, h, alpha=1.0 if self.exact else h["alpha"])
+        c = self.coefficients(r, s, state, h)
         x = h["alpha"] * x - c * r if self.exact else h["alpha"] * (x - c * r)
         return Update(x=x, phi=g, scale=s.grad_scale, c=(c,))
 

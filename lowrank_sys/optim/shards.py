@@ -146,8 +146,8 @@ def layouts_of(optimizer, group, names):
         for name, param in zip(names, group["params"])
         if is_dtensor(param)
     }
-    if optimizer.gradients.served_by_hooks and any(map(sharded, layouts.values())):
-        raise ValueError("per_layer must be None for sharded weights")
+    if not optimizer.gradients.sharded and any(map(sharded, layouts.values())):
+        raise ValueError("per_layer must be None or 'in_backward' for sharded weights")
     if not any(map(in_rows, layouts.values())):
         return layouts
     if group.get("proj_type") == "left":

@@ -289,7 +289,7 @@ def refused(rank, size):
     tries = {
         "left": keyed(proj_type="left"),
         "cross-head": keyed(subspace="cross-head"),
-        "per_layer": lambda: galore(shard(build(), size), per_layer="in_backward"),
+        "per_layer": lambda: galore(shard(build(), size), per_layer="accumulate"),
         **{name: made(name) for name in ("asgo", "owlore", "gum", "galore-plus", "mofasgd")},
         "columns": lambda: optim.GaLoreAdamW([{"params": on(Shard(1), 8, 8), "rank": 2}]),
         "experts": lambda: optim.GaLoreAdamW([{"params": on(Shard(0), 5, 8, 8), "rank": 2}]),
@@ -447,7 +447,7 @@ def test_what_is_not_served_is_refused_when_the_optimizer_is_built(ranks):
         wanted, why = answers["cross-head"].split(": ")
         assert wanted.startswith("subspace must be one of randomized, svd, ") and wanted.endswith("got 'cross-head'")
         assert why == "the rows of a head may lie on several processes"
-        assert answers["per_layer"] == "per_layer must be None for sharded weights"
+        assert answers["per_layer"] == "per_layer must be None or 'in_backward' for sharded weights"
         for name, part, word in (
             ("asgo", "OneSided", "Gram"), ("owlore", "Sampled", "frozen"), ("gum", "Sampled", "drawn"),
             ("galore-plus", "SparseResidual", "entries"), ("mofasgd", "Factors", "left side"),
@@ -472,7 +472,7 @@ def test_what_crosses_the_wire(ranks):
         "frugal": [first, warm, {}, warm],
         "grass": [{"all_reduce": 8 * n}, {"all_reduce": 8 * n}, {}, {"all_reduce": 8 * n}],
         "apollo": [{"all_reduce": 8}] * 4,
-        "apollo-mini": [{"all_reduce": 16}] * 4,
+        "apollo-mini": [{"all_reduce": 24}] * 4,
     }
     wanted["fira"] = [{**sent, "all_reduce": sent.get("all_reduce", 0) + 8} for sent in wanted["galore"]]
     for results in ranks:
