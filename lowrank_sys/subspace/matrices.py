@@ -29,10 +29,11 @@ def matrices(tensor):
     tensor = tensor.detach()
     if tensor.dim() == 3:
         return list(tensor.unbind())
-    flat = tensor.flatten(1)
-    if flat.data_ptr() != tensor.data_ptr():
-        raise ValueError(f"a convolution in a group with a rank must be contiguous, got strides {tuple(tensor.stride())}")
-    return [flat]
+    try:
+        return [tensor.view(matrix_shape(tensor.shape))]
+    except RuntimeError:
+        strides = tuple(tensor.stride())
+        raise ValueError(f"a convolution in a group with a rank must be contiguous, got strides {strides}") from None
 
 
 def stacked(states):
