@@ -122,6 +122,24 @@ def test_bytes_beside_those_of_the_state():
     assert weights - layer.weight.untyped_storage().nbytes() == sum(held.values()) - held["scale"]
 
 
+@pytest.mark.parametrize("change, wanted", [
+    (lambda s: s | {"factor_of_left": s["factor_of_left"][:, 1:]}, r"factor_of_left must be torch.float32 of shape \(3, 40\), got"),
+    (lambda s: s | {"factor_of_left": s["factor_of_left"].half()}, "got torch.float16 of"),
+    (lambda s: s | {"factor_of_right": torch.zeros(24, R)}, "must be one of factor_of_left, factor_of_right with a basis, got"),
+    (lambda s: {key: s[key] for key in s if key != "basis_offset"}, "with a basis, got factor_of_left, basis, basis_scale"),
+    (lambda s: s | {"basis": s["basis"][:, 1:]}, "basis"),
+    (lambda s: s | {"basis_scale": s["basis_scale"].half()}, "basis_scale"),
+], ids=["shape", "dtype", "two sides", "no offsets", "basis", "scales"])  # fmt: skip
+def test_what_is_no_part_is_not_loaded(change, wanted):
+    layer = layer_of((24, 40), "nf4")
+    feed(layer, lone(layer), list(gradients((24, 40), 2)))
+    state = dict(layer.state_dict())
+    other = layer_of((24, 40), "nf4")
+    with pytest.raises(RuntimeError, match=f"weight: .*{wanted}"):
+        other.load_state_dict(change(state))
+    assert other.part is None
+
+
 # --- a model
 
 
