@@ -190,6 +190,22 @@ def test_a_checkpoint_has_the_part(tmp_path):
     assert torch.equal(read(ids).logits, model.eval()(ids).logits)
 
 
+@SIDES
+def test_a_layer_with_a_part_compiles_without_a_break(left):
+    layer = layer_of((24, 40), "nf4")
+    feed(layer, lone(layer, left, lr=0.1), list(gradients((24, 40), 3)))
+    torch._dynamo.reset()
+    found = []
+    for function in (torch.compile(layer, fullgraph=True, backend="aot_eager"), layer):
+        x = matrix_of((5, 40)).requires_grad_()
+        layer.weight.grad = None
+        y = function(x)
+        y.square().sum().backward()
+        found.append([y.detach(), x.grad, layer.weight.grad])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+
+
 def test_a_captured_step_refuses_merges():
     with pytest.raises(ValueError, match="must make no basis on the host's word to be captured, got LoQT"):
         CapturedStep(lone(layer_of((8, 12), "nf4")))
