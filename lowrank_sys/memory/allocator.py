@@ -36,7 +36,7 @@ def is_tight(model, available):
 
 
 def should_save(args, model, available):
-    """Whether `lowrank train` lets freed blocks go back: the run asks for little memory, or has little."""
+    """Whether `lowrank train` of `args`, settled, lets freed blocks go back: the run asks for little memory, or has little."""
     return args.per_layer is not None or args.weights != "float" or is_tight(model, available)
 
 

@@ -81,7 +81,7 @@ class Planner:
             return round(allocator.CUDA_SHARE * run.peak), False
         memory = self._memory or allocator.available_bytes()
         available = memory - self.baseline.training - run.at_rest["weights"]  # `lowrank train` asks when the weights are there
-        tight = allocator.is_saving() or allocator.should_save(args, run.model, available)
+        tight = allocator.is_saving() or allocator.should_save(settle(args), run.model, available)
         return round(allocator.TIGHT_SHARE * run.peak if tight else allocator.HEAP_SHARE * run.in_heap), tight
 
     def other_checkpointing(self) -> dict[str, Any] | None:

@@ -1,5 +1,7 @@
 """The low-rank part of a quantized weight: a factor on a frozen basis, beside codes that stay as they are until it is merged."""
 
+import torch
+
 from lowrank_sys.subspace.basis import axis_of, store_of
 
 # Buffers of a layer whose weight has a part: the trained factor, fp32, whose name says on which side the basis is, and the basis.
@@ -22,8 +24,12 @@ class LowRankPart:
         self._d = axis_of(shape, self.state)
         if "basis_scale" in self.state:  # in INT4: where all is one group, any size that holds it
             groups = self.state["basis_scale"].shape[1]
-            self.state["group_size"] = next(size for size in (32 << i for i in range(6)) if -(-self._d // size) == groups)
+            self.state["group_size"] = next((32 << i for i in range(5) if -(-self._d // (32 << i)) == groups), 1024)
         self._store = store_of(self.state)
+
+    def expect(self, shape):
+        """Raise a RuntimeError for a basis that is none of a weight of this shape."""
+        self._store.expect("low-rank part", self.state, axis_of(shape, self.state), self.factor.device)
 
     def add_to(self, values):
         """values (m, n) += the part, in place."""
@@ -45,6 +51,24 @@ class LowRankPart:
 def part_of(tensors, shape):
     """The part of a layer with these buffers and a weight of this shape, or None."""
     return LowRankPart(tensors, shape) if any(tensors.get(name) is not None for name in FACTORS) else None
+
+
+def check_part(tensors, shape):
+    """Raise a ValueError for buffers of a layer that are no part of a weight of this shape."""
+    sides, basis = ([key for key in keys if tensors.get(key) is not None] for keys in (FACTORS, BASIS))
+    if not sides and not basis:
+        return
+    if len(sides) != 1 or basis not in (["basis"], [*BASIS]):
+        raise ValueError(f"a low-rank part must be one of {', '.join(FACTORS)} with a basis, got {', '.join((*sides, *basis))}")
+    (name,), left, factor = sides, FACTORS[sides[0]], tensors[sides[0]]
+    rank, other = tensors["basis"].shape[0 if basis == [*BASIS] else -1], shape[1 if left else 0]
+    wanted = (rank, other) if left else (other, rank)
+    if factor.dtype != torch.float32 or tuple(factor.shape) != wanted:
+        raise ValueError(f"{name} must be torch.float32 of shape {wanted}, got {factor.dtype} of {tuple(factor.shape)}")
+    try:
+        LowRankPart(tensors, shape).expect(shape)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
 
 
 def put_part(tensors, factor, state):

@@ -12,7 +12,7 @@ from torch import nn
 
 from lowrank_sys.nn import manifest
 from lowrank_sys.nn.conversions import pieces
-from lowrank_sys.nn.low_rank_part import NAMES
+from lowrank_sys.nn.low_rank_part import NAMES, check_part
 from lowrank_sys.nn.quant_experts import LAYERS, QuantExperts, convert_experts
 from lowrank_sys.nn.quant_linear import QuantLinear
 from lowrank_sys.nn.quantize import mark, marked, places, quantizable, replace, tell_of_stacks
@@ -103,6 +103,12 @@ def quantized_from_pretrained(
     missing = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} tensors of the model, the first {missing[0]}")
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            try:
+                check_part(module._buffers, tuple(module.weight.shape))
+            except ValueError as error:
+                raise ValueError(f"{folder}: {name}: {error}") from None
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     mark(model, group_size, weights)

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from lowrank_sys._ops import FLOATS
 from lowrank_sys._ops.rules import expect_group_size
 from lowrank_sys.nn.codings import coding_of
-from lowrank_sys.nn.low_rank_part import NAMES, drop_part, part_of
+from lowrank_sys.nn.low_rank_part import NAMES, check_part, drop_part, part_of
 from lowrank_sys.nn.quant_weight import QuantWeight, drop_exact, settle, zero
 
 
@@ -50,9 +50,8 @@ class QuantLinear(nn.Module):
     `weight` is a QuantWeight: a parameter without values whose `.grad` is the ordinary full gradient (out, in), made only if
     the weight requires one. Its values are the buffers `codes` (out, in) int8, in NF4 (out, ⌈in/2⌉) uint8, and `scale`
     (out, ⌈in/group_size⌉) fp32: these are what state_dict() has in place of `weight`, and the buffers of the low-rank part that
-    LoQT trains. `.to()`, `.half()` and the like change the type of `weight` and `bias`,
-    the scales stay fp32. A state_dict with a float `weight` is quantized as it is loaded. Under autocast x is cast as for
-    nn.Linear. Differentiable once.
+    LoQT trains. `.to()`, `.half()` and the like change the type of `weight` and `bias`, that of buffers stays. A state_dict with a
+    float `weight` is quantized as it is loaded. Under autocast x is cast as for nn.Linear. Differentiable once.
 
     Args:
         in_features, out_features, bias, device, dtype: as of nn.Linear, and the same initialisation, quantized.
@@ -211,6 +210,11 @@ class QuantLinear(nn.Module):
                 self._buffers[name] = torch.empty_like(state_dict[prefix + name], device=self.codes.device)
         with self._without_handle():
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        try:
+            check_part(self._buffers, (self.out_features, self.in_features))
+        except ValueError as error:
+            errors.append(f"{prefix}weight: {error}")
+            drop_part(self._buffers)
         drop_exact(self.weight)
         self.follow()  # assign=True may have brought buffers of another device
 

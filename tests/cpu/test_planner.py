@@ -397,7 +397,7 @@ def test_the_allocator_is_suggested_where_it_is_enough(plan, monkeypatch):
     assert again["fits"] and again["allocator_tight"] and again["peak_bytes"] == facts["would_fit"][0]["peak_bytes"]
 
 
-@pytest.mark.parametrize("flags", [["--per-layer", "in_backward"], ["--weights", "int8"]], ids=["per-layer", "int8"])
+@pytest.mark.parametrize("flags", [["--per-layer", "in_backward"], ["--weights", "int8"], ["--method", "loqt"]], ids=" ".join)
 def test_a_run_that_asks_for_little_memory_holds_no_freed_blocks(plan, monkeypatch, flags):
     monkeypatch.setattr(allocator, "is_tight", lambda model, available: False)
     assert not json.loads(plan("--json")[1])["allocator_tight"]

@@ -122,6 +122,24 @@ def test_bytes_beside_those_of_the_state():
     assert weights - layer.weight.untyped_storage().nbytes() == sum(held.values()) - held["scale"]
 
 
+@pytest.mark.parametrize("change, wanted", [
+    (lambda s: s | {"factor_of_left": s["factor_of_left"][:, 1:]}, r"factor_of_left must be torch.float32 of shape \(3, 40\), got"),
+    (lambda s: s | {"factor_of_left": s["factor_of_left"].half()}, "got torch.float16 of"),
+    (lambda s: s | {"factor_of_right": torch.zeros(24, R)}, "must be one of factor_of_left, factor_of_right with a basis, got"),
+    (lambda s: {key: s[key] for key in s if key != "basis_offset"}, "with a basis, got factor_of_left, basis, basis_scale"),
+    (lambda s: s | {"basis": s["basis"][:, 1:]}, "basis"),
+    (lambda s: s | {"basis_scale": s["basis_scale"].half()}, "basis_scale"),
+], ids=["shape", "dtype", "two sides", "no offsets", "basis", "scales"])  # fmt: skip
+def test_what_is_no_part_is_not_loaded(change, wanted):
+    layer = layer_of((24, 40), "nf4")
+    feed(layer, lone(layer), list(gradients((24, 40), 2)))
+    state = dict(layer.state_dict())
+    other = layer_of((24, 40), "nf4")
+    with pytest.raises(RuntimeError, match=f"weight: .*{wanted}"):
+        other.load_state_dict(change(state))
+    assert other.part is None
+
+
 # --- a model
 
 
@@ -170,6 +188,22 @@ def test_a_checkpoint_has_the_part(tmp_path):
     assert own.keys() == again.keys() and all(torch.equal(own[key], again[key]) for key in own)
     ids = torch.arange(12)[None]
     assert torch.equal(read(ids).logits, model.eval()(ids).logits)
+
+
+@SIDES
+def test_a_layer_with_a_part_compiles_without_a_break(left):
+    layer = layer_of((24, 40), "nf4")
+    feed(layer, lone(layer, left, lr=0.1), list(gradients((24, 40), 3)))
+    torch._dynamo.reset()
+    found = []
+    for function in (torch.compile(layer, fullgraph=True, backend="aot_eager"), layer):
+        x = matrix_of((5, 40)).requires_grad_()
+        layer.weight.grad = None
+        y = function(x)
+        y.square().sum().backward()
+        found.append([y.detach(), x.grad, layer.weight.grad])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
 
 
 def test_a_captured_step_refuses_merges():
