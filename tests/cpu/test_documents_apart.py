@@ -78,7 +78,7 @@ def test_who_mixes_them_needs_no_packing(tmp_path, capsys, words):
     assert cli.main([*asked, "--no-packing"]) == 0
 
 
-@pytest.mark.parametrize("method", ["galore", "q-galore"])
+@pytest.mark.parametrize("method", usual(["q-galore"], "galore"))
 def test_nothing_is_learned_of_what_the_user_said(tmp_path, monkeypatch, words, method):
     """What the head reads has a gradient where it predicts an answer's token, and nowhere else; in both of the losses."""
     from lowrank_sys.train.trainer import LowRankTrainer
