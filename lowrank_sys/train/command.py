@@ -129,14 +129,6 @@ def _train(args: argparse.Namespace) -> None:
         identity |= {"chosen": chosen, "per_layer": args.per_layer}
 
         transformers.set_seed(args.seed)
-        model = methods.project(_model(args, device, corpus.vocab), args)
-        if device.type == "cpu" and allocator.should_save(args, model, allocator.available_bytes()):
-            allocator.save_memory()
-        optimizer = methods.build(model, args)
-        tell(_share(optimizer))
-        aside = sum(p.numel() for p in models.not_of_text(model))
-        if aside:
-            tell(f"weights: {aside:,} of what text does not pass through stay as they are")
         sequences = args.batch_size * args.gradient_accumulation_steps * place.size
         # the steps so far may have been those of another number of processes, and have read more or fewer windows
         done = origin.get("step", 0)
@@ -144,6 +136,17 @@ def _train(args: argparse.Namespace) -> None:
         read = shift + args.steps * sequences
         windows = functools.partial(Packed, pack=not args.no_packing) if args.from_ else data.Windows
         train, valid = (windows(stream, args.seq_len, args.seed, read) for stream in (corpus.train, corpus.valid))
+        model = _model(args, device, corpus.vocab)
+        if args.from_:
+            _expect_apart(model, train, valid, args)
+        model = methods.project(model, args)
+        if device.type == "cpu" and allocator.should_save(args, model, allocator.available_bytes()):
+            allocator.save_memory()
+        optimizer = methods.build(model, args)
+        tell(_share(optimizer))
+        aside = sum(p.numel() for p in models.not_of_text(model))
+        if aside:
+            tell(f"weights: {aside:,} of what text does not pass through stay as they are")
         if args.from_:
             _tell_of_documents(train, valid, args, tell)
         held_out, seen = (side.sample(args.eval_tokens) for side in (valid, train))
@@ -256,6 +259,17 @@ def _tell_of_documents(windows, valid, args: argparse.Namespace, tell) -> None:
     flaws = [f"{windows.cut:,} documents are cut at --seq-len {args.seq_len}"] if windows.cut else []
     flaws += [f"{windows.left_out:,} are left out, as nothing of them is learned"] if windows.left_out else []
     tell("; ".join([f"windows: {len(windows.windows):,}, {windows.learned:,} tokens are learned", *flaws]))
+
+
+def _expect_apart(model, train, valid, args: argparse.Namespace) -> None:
+    from lowrank_sys.train.packing import mixes
+
+    border = train.border() or valid.border()
+    if border and mixes(model, border):
+        raise CommandError(
+            f"--from {args.from_}: {type(model).__name__} of transformers lets the documents of a window see each other; "
+            "--no-packing gives each a window of its own"
+        )
 
 
 def _prepare(args: argparse.Namespace, corpus, device: torch.device, held: contextlib.ExitStack) -> tuple:

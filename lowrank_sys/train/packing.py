@@ -1,7 +1,7 @@
 """Windows of whole documents: several in one, each with positions of its own, so that none attends to another.
 
 A window is {"input_ids", "labels", "position_ids"}, each (seq_len,) int64; labels are -100 where a token is given, and behind the
-last document. Causal language models of transformers keep documents apart where positions begin anew.
+last document. Causal language models of transformers keep documents apart where positions begin anew, but for some (`mixes`).
 """
 
 from __future__ import annotations
@@ -73,6 +73,18 @@ class Packed:
         made["position_ids"][at:] = np.arange(self.seq_len - at)
         return {name: torch.from_numpy(values) for name, values in made.items()}
 
+    def border(self) -> dict[str, torch.Tensor] | None:
+        """The end of a document and the beginning of the next one in its window, up to 4 tokens of each: `input_ids` and
+        `position_ids`, (1, n) int64. None where every window holds one document."""
+        found = next((window for window in self.windows if len(window) > 1), None)
+        if found is None:
+            return None
+        (begin, end), (start, stop) = found[:2]
+        before, behind = min(4, end - begin), min(4, stop - start)
+        positions = torch.cat([torch.arange(end - begin)[-before:], torch.arange(behind)])
+        ids = torch.cat([self.ids[end - before : end], self.ids[start : start + behind]]).long()
+        return {"input_ids": ids[None], "position_ids": positions[None]}
+
     def sample(self, tokens: int) -> dict[str, torch.Tensor]:
         """Evenly spaced windows, about `tokens` tokens in all, at least one, as tensors (count, seq_len)."""
         count = min(len(self.windows), max(1, tokens // self.seq_len))
@@ -81,6 +93,23 @@ class Packed:
 
 def stacked(windows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
     return {name: torch.stack([window[name] for window in windows]) for name in windows[0]}
+
+
+def mixes(model: torch.nn.Module, border: dict[str, torch.Tensor]) -> bool:
+    """Whether the second document of `border` (Packed.border) sees the first one: its logits have a gradient there."""
+    vectors = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, given, made: vectors.append(made))
+    training = model.training
+    model.eval()
+    try:
+        device = next(model.parameters()).device
+        logits = model(**{name: values.to(device) for name, values in border.items()}).logits
+    finally:
+        hook.remove()
+        model.train(training)
+    begin = int((border["position_ids"][0] == 0).nonzero()[-1])
+    (grad,) = torch.autograd.grad(logits[:, begin:].float().square().sum(), vectors[0])
+    return bool(grad[:, :begin].any())
 
 
 def _packed(spans: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
