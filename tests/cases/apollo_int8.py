@@ -41,7 +41,7 @@ def one_arguments(tensor):
 
 
 def list_arguments(draw):
-    left, hostile, limited, count = draw.of(True, False), draw.of(False, True), draw.of(True, False), draw.of(1, 2, 0)
+    left, hostile, limited, count = draw.of(True, False), draw.of(False, True), draw.of(True, False), draw.count()
     size, key = sizes(draw)["group_size"], draw.of(True, False)
     rows = [matrix(draw, left, hostile, limited, size, key) for _ in range(count)]
     columns = [list(column) for column in zip(*rows)] or [[] for _ in NAMES]

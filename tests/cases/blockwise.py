@@ -99,7 +99,7 @@ def check_weights(then, now, update, sure, never, settings, halves=1):
 
 
 def adam_arguments(draw):
-    count = draw.of(1, 2, 0)
+    count = draw.count()
     shapes = [any_shape(draw) for _ in range(count)]
     rows = [
         [draw.values(*shape, dtype=draw.of(*FLOATS)), draw.values(*shape, dtype=draw.of(*FLOATS)), *moments(draw, shape, False)]
@@ -151,7 +151,7 @@ def columns(projected, int4):
 
 def list_arguments(projected, int4):
     def arguments(draw):
-        left, count, size = draw.of(True, False), draw.of(1, 2, 0), group_size(draw) if int4 else None
+        left, count, size = draw.of(True, False), draw.count(), group_size(draw) if int4 else None
         rows = [matrix(draw, left, projected, size) for _ in range(count)]
         lists = [list(column) for column in zip(*rows)] or [[] for _ in columns(projected, int4)]
         return (
@@ -201,7 +201,7 @@ def compare_one(before, after, result):
 
 
 def low_rank_arguments(draw):
-    left, count = draw.of(True, False), draw.of(1, 2, 0)
+    left, count = draw.of(True, False), draw.count()
     shapes = [(draw.size(), draw.size()) for _ in range(count)]
     rows = [[draw.values(*shape), draw.values(*shape, dtype=draw.of(*FLOATS)), *moments(draw, shape)] for shape in shapes]
     columns = [list(column) for column in zip(*rows)] or [[] for _ in range(6)]

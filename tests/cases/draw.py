@@ -40,6 +40,10 @@ class Draw:
         """One of `values`; simpler ones belong first."""
         return values[self.integer(0, len(values) - 1)]
 
+    def count(self):
+        """How many matrices a list has."""
+        return self.of(1, 2, 0)
+
     def size(self, least=0, most=300):
         return self.of(*(size for size in SIZES if least <= size <= most))
 
@@ -84,6 +88,19 @@ class Simplest(Draw):
 
     def values(self, *shape, dtype=torch.float32, hostile=True):
         return super().values(*shape, dtype=dtype, hostile=False)
+
+
+class Distinct(Simplest):
+    """The first choice each time, two matrices where it is a list, and sizes that tell m = 20, n = 300 and r = 4 apart."""
+
+    def __init__(self):
+        self._sizes = iter((20, 300, 4))
+
+    def count(self):
+        return 2
+
+    def size(self, least=0, most=300):
+        return min(max(least, next(self._sizes, 16)), most)
 
 
 # Sizes that every op is tried on by name, beside the random ones: (sizes, whether values are hostile).

@@ -170,7 +170,7 @@ def one_arguments(projected, tensor):
 
 def list_arguments(projected):
     def arguments(draw):
-        left, count, int4, both = draw.of(True, False), draw.of(1, 2, 0), draw.of(True, False), sizes(draw)
+        left, count, int4, both = draw.of(True, False), draw.count(), draw.of(True, False), sizes(draw)
         rows = [matrix(draw, left, projected, int4, **both) for _ in range(count)]
         columns = [list(column) for column in zip(*rows)] or [[] for _ in range(10)]
         columns = [[] if column and column[0] is None else column for column in columns]

@@ -71,7 +71,7 @@ def one_arguments(op, tensor):
 
 def list_arguments(op):
     def arguments(draw):
-        left, hostile, count = draw.of(True, False), draw.of(False, True), draw.of(1, 2, 0)
+        left, hostile, count = draw.of(True, False), draw.of(False, True), draw.count()
         limited, gram, key = draw.of(True, False), draw.of(True, False), has_key(op, draw)
         rows = [matrix(op, draw, left, hostile, limited, gram, key) for _ in range(count)]
         names = NAMES + EXTRAS[op]

@@ -25,7 +25,7 @@ def state(draw, shapes):
 
 
 def keys_arguments(draw):
-    count = draw.of(1, 2, 0)
+    count = draw.count()
     keys = [torch.tensor([draw.of(0, -7, 2**62), draw.of(0, 5), i, draw.of(0, 64)]) for i in range(count)]
     countdowns = [torch.tensor(draw.of(0, 3, -1)) for _ in range(count)]
     return dict(keys=keys, countdowns=countdowns, **state(draw, [(draw.size(0, 9), draw.size(0, 9)) for _ in range(count)]))
@@ -49,7 +49,7 @@ def compare_keys(before, after, result):
 
 
 def rows_arguments(draw):
-    left, count = draw.of(True, False), draw.of(1, 2, 0)
+    left, count = draw.of(True, False), draw.count()
     method = draw.of(*_ops.sparse.METHODS)
     grads, indices, shapes = [], [], []
     for _ in range(count):

@@ -99,7 +99,7 @@ def one_arguments(tensor):
 
 
 def list_arguments(draw):
-    left, count, scaled_rows = draw.of(True, False), draw.of(1, 2, 0), draw.of(True, False)
+    left, count, scaled_rows = draw.of(True, False), draw.count(), draw.of(True, False)
     columns = [list(column) for column in zip(*(matrix(draw, left, scaled_rows) for _ in range(count)))] or [[] for _ in NAMES]
     if not scaled_rows:
         columns[3] = []

@@ -48,7 +48,7 @@ def columns(rows):
 def arguments(draw):
     weight, basis, kept, remainder = draw.of(*WEIGHTS), draw.of(*BASES), draw.of(*MOMENTS), draw.of(*RULES)
     remainder = "scaled-gradient" if basis == "key" else remainder
-    left, hostile, count = draw.of(True, False), draw.of(False, False, True), draw.of(1, 2, 0)
+    left, hostile, count = draw.of(True, False), draw.of(False, False, True), draw.count()
     projected = remainder == "none" and draw.of(False, True)
     limited, gram = remainder in LIMITED and draw.of(True, False), remainder == "scaled-residual" and draw.of(True, False)
     sizes = draw.of(256, 32), draw.of(256, 32)

@@ -68,7 +68,7 @@ def one_arguments(projected, tensor):
 
 def list_arguments(projected):
     def arguments(draw):
-        left, count = draw.of(True, False), draw.of(1, 2, 0)
+        left, count = draw.of(True, False), draw.count()
         rows = [matrix(draw, left, projected) for _ in range(count)]
         columns = [list(column) for column in zip(*rows)] or [[] for _ in range(5)]
         return dict(zip(map(plural, names(projected)), columns)) | dict(
@@ -169,7 +169,7 @@ def compare_matrices(projected):
 
 
 def adamw_arguments(draw):
-    count = draw.of(1, 2, 0)
+    count = draw.count()
     shapes = [draw.of((3,), (), (0,), (5003,), (3, 5, 7), (16, 16)) for _ in range(count)]
     tensors = [[*(draw.values(*shape, dtype=draw.of(*FLOATS)) for _ in range(2)), *moments(draw, shape)] for shape in shapes]
     columns = [list(column) for column in zip(*tensors)] or [[] for _ in range(4)]

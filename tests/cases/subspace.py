@@ -128,7 +128,7 @@ def compare_iteration(before, after, result):
 
 
 def refresh_arguments(draw):
-    left, count = draw.of(True, False), draw.of(1, 2, 0)
+    left, count = draw.of(True, False), draw.count()
     grads, bases, exp_avgs, exp_avg_sqs = [], [], [], []
     for _ in range(count):
         m, n = draw.size(1, 65), draw.size(1, 65)

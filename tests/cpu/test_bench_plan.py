@@ -41,7 +41,7 @@ def test_plan_and_run(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "flags, message",
-    [(["--", "--out", "here"], "--out: lowrank bench plan sets it itself"), (["--models", "llama-2m"], "ended with code 2")],
+    [(["--", "--out", "here"], "--out: lowrank bench plan sets it itself"), (["--", "--rank", "none"], "ended with code 2")],
 )
 def test_bad_input(flags, message, capsys):
     assert cli.main(["bench", "plan", *flags]) in (1, 2)

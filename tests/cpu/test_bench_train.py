@@ -69,7 +69,7 @@ def test_a_run_for_each_seed(flags, tmp_path, capsys):
         (["--methods", "galore,adma"], "--methods: unknown 'adma'"),
         (["--seeds", "0,x"], "--seeds: got '0,x'"),
         (["--", "--seed", "3"], "--seed: lowrank bench train sets it itself"),
-        (["--methods", "galore", "--", "--rank", "0"], "ended with code 2"),
+        (["--methods", "galore", "--", "--rank", "none"], "ended with code 2"),
     ],
 )
 def test_bad_input(flags, change, message, capsys):

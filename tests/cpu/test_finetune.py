@@ -10,6 +10,7 @@ from test_chats import chat, tokenizer, written
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lowrank_sys import cli
+from lowrank_sys.memory import process
 from lowrank_sys.nn import quantized_from_pretrained
 
 FLAGS = (
@@ -90,7 +91,8 @@ def test_packed_or_not_the_first_loss_is_the_same(base, chats, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_a_plan_of_it(base, chats, tmp_path, capsys):
+def test_a_plan_of_it(base, chats, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(process, "measure", lambda args: process.Baseline(2**30, 2**30, True))
     assert train(base, chats, tmp_path / "p", "--json", command="plan") == 0
     plan = json.loads(capsys.readouterr().out)
     weights = sum(p.numel() * 4 for p in AutoModelForCausalLM.from_pretrained(base).parameters())

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lowrank_sys  # noqa: F401  registers the ops
 from lowrank_sys import backends, reference
@@ -14,8 +13,6 @@ from lowrank_sys.reference.gaussian import gaussian_basis
 ops = torch.ops.lowrank
 pytestmark = pytest.mark.skipif(bool(backends.NATIVE_MISSING), reason=f"no native build: {backends.NATIVE_MISSING}")
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 WHICH = dict(seed=-5, step=3, parameter=7)
 SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 
@@ -81,47 +78,3 @@ def test_shards_add_up(left):
         parts = parts + ops.gaussian_project(half.contiguous(), rank=20, left=left, first=first, **WHICH)
         first += half.shape[0 if left else 1]
     near(parts, whole, 1e-5)
-
-
-@pytest.mark.parametrize(
-    "name, args, hyper, expected",
-    [
-        ("gaussian_basis_", [torch.zeros(3)], {}, "gaussian_basis_: out must be a matrix (m, n), got shape (3,)"),
-        ("gaussian_basis_", [torch.zeros(3, 2)], dict(first=-1), "gaussian_basis_: first must be at least 0, got -1"),
-        ("gaussian_project", [torch.zeros(3, 2)], dict(rank=0, left=True), "gaussian_project: rank must be at least 1, got 0"),
-        ("gaussian_project", [torch.zeros(3, 2).double()], dict(rank=1, left=True), "grad must be float32, bfloat16 or float16"),
-        (
-            "gaussian_back_project_",
-            [torch.zeros(3, 2), torch.zeros(4, 3)],
-            dict(left=True),
-            "low_rank must have shape (4, 2), got (4, 3)",
-        ),
-        (
-            "gaussian_back_project_",
-            [torch.zeros(3, 2), torch.zeros(3)],
-            dict(left=False),
-            "low_rank must be a matrix (m, r), got shape (3,)",
-        ),
-        (
-            "gaussian_back_project_",
-            [torch.zeros(3, 2), torch.zeros(0, 2)],
-            dict(left=True),
-            "rank must be at least 1, got low_rank",
-        ),
-        (
-            "gaussian_back_project_",
-            [torch.zeros(3, 2), torch.zeros(4, 2).half()],
-            dict(left=True),
-            "low_rank must be torch.float32",
-        ),
-    ],
-)
-def test_bad_arguments(name, args, hyper, expected):
-    said = []
-    with FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(t) for t in args]
-    for tensors in (args, fakes):
-        with pytest.raises(RuntimeError) as caught:
-            getattr(ops, name)(*tensors, **WHICH, **hyper)
-        said.append(str(caught.value).partition("\n")[0])
-    assert expected in said[0] and said[0] == said[1]

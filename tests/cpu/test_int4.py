@@ -3,7 +3,7 @@
 import pytest
 import torch
 from resident import measured, peak_of
-from test_native_ops import FLOATS, assert_refused
+from test_native_ops import FLOATS
 
 import lowrank_sys  # noqa: F401  registers the ops
 from lowrank_sys import backends, reference
@@ -135,86 +135,3 @@ def test_the_basis_is_never_materialised(left):
     for op in (lambda: ops.project_int4(grad, *int4, left=left), lambda: ops.back_project_int4_(grad, x, *int4, left=left)):
         op()
         assert peak_of(op) < 8 << 20
-
-
-def arguments(left=True):
-    """20 x 30, r = 4."""
-    packed, scale, offset = ops.quantize_int4(torch.randn(20 if left else 30, 4), group_size=32)
-    return {
-        "param": torch.randn(20, 30),
-        "low_rank": torch.randn((4, 30) if left else (20, 4)),
-        "packed": packed,
-        "scale": scale,
-        "offset": offset,
-    }
-
-
-PROJECT, BACK = "project_int4", "back_project_int4_"
-BAD = {
-    "param 1-dim": (BACK, {"param": torch.zeros(3)}, "param must be a matrix (m, n), got shape (3,)"),
-    "param fp64": (BACK, {"param": torch.zeros(20, 30).double()}, "param must be float32, bfloat16 or float16, got torch.float64"),
-    "param strided": (BACK, {"param": torch.zeros(30, 20).T}, "param must be contiguous, got strides (1, 20)"),
-    "low_rank shape": (BACK, {"low_rank": torch.zeros(4, 29)}, "low_rank must have shape (4, 30), got (4, 29)"),
-    "low_rank bf16": (BACK, {"low_rank": torch.zeros(4, 30).bfloat16()}, "low_rank must be torch.float32, got torch.bfloat16"),
-    "grad int": (PROJECT, {"param": torch.zeros(20, 30).int()}, "grad must be float32, bfloat16 or float16, got torch.int32"),
-    "grad of the other side": (
-        PROJECT,
-        {"param": torch.zeros(30, 20)},
-        "packed must have shape (r, 15) for vectors of 30 entries, got (4, 10)",
-    ),
-    "packed shape": (
-        PROJECT,
-        {"packed": torch.zeros(4, 9).byte()},
-        "packed must have shape (r, 10) for vectors of 20 entries, got (4, 9)",
-    ),
-    "packed 1-dim": (PROJECT, {"packed": torch.zeros(40).byte()}, "packed must have shape (r, 10)"),
-    "packed of rank 0": (PROJECT, {"packed": torch.zeros(0, 10).byte()}, "rank must be at least 1, got packed of shape (0, 10)"),
-    "packed int8": (PROJECT, {"packed": torch.zeros(4, 10).char()}, "packed must be torch.uint8, got torch.int8"),
-    "packed strided": (BACK, {"packed": torch.zeros(10, 4).byte().T}, "packed must be contiguous, got strides (1, 4)"),
-    "scale shape": (PROJECT, {"scale": torch.zeros(4, 2)}, "scale must have shape (4, 1), got (4, 2)"),
-    "scale fp16": (BACK, {"scale": torch.zeros(4, 1).half()}, "scale must be torch.float32, got torch.float16"),
-    "offset shape": (BACK, {"offset": torch.zeros(3, 1)}, "offset must have shape (4, 1), got (3, 1)"),
-    "offset int": (PROJECT, {"offset": torch.zeros(4, 1).int()}, "offset must be torch.float32, got torch.int32"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_products(name):
-    op, change, expected = BAD[name]
-    a = arguments() | change
-    if op == PROJECT:
-        del a["low_rank"]
-    assert_refused(getattr(ops, op), list(a.values()), {"left": True, "group_size": 32}, f"{op}: {expected}")
-
-
-@pytest.mark.parametrize("group_size", [0, -256, 16, 33, 48, 2048])
-def test_bad_group_sizes(group_size):
-    expected = f"group_size must be a power of two from 32 to 1024, got {group_size}"
-    param, low_rank, *int4 = arguments().values()
-    extra = {"group_size": group_size}
-    assert_refused(ops.quantize_int4, [param], extra, expected)
-    assert_refused(ops.dequantize_int4, int4, extra | {"d": 20}, expected)
-    assert_refused(ops.project_int4, [param, *int4], extra | {"left": True}, expected)
-    assert_refused(ops.back_project_int4_, [param, low_rank, *int4], extra | {"left": True}, expected)
-
-
-@pytest.mark.parametrize(
-    "basis, expected",
-    [
-        (torch.zeros(3), "quantize_int4: basis must be a matrix (m, n), got shape (3,)"),
-        (torch.zeros(3, 0), "quantize_int4: rank must be at least 1, got basis of shape (3, 0)"),
-        (torch.zeros(3, 4).double(), "quantize_int4: basis must be float32, bfloat16 or float16, got torch.float64"),
-        (torch.zeros(3, 4).T, "quantize_int4: basis must be contiguous, got strides (1, 4)"),
-    ],
-)
-def test_bad_bases(basis, expected):
-    assert_refused(ops.quantize_int4, [basis], {}, expected)
-
-
-@pytest.mark.parametrize(
-    "d, expected",
-    [(-1, "d must be at least 0, got -1"), (22, "packed must have shape (r, 11) for vectors of 22 entries, got (4, 10)")],
-)
-def test_bad_lengths(d, expected):
-    int4 = list(arguments().values())[2:]
-    assert_refused(ops.dequantize_int4, int4, {"d": d, "group_size": 32}, f"dequantize_int4: {expected}")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from refusals import clone
+from cases.case import replace
 from test_native_ops import FLOATS, LOW_RANK, inputs
 from threads import threads
 
@@ -68,7 +68,7 @@ def test_a_step_is_its_products(shape, left):
     """galore_step is project and subspace_step to the bit; that is the oracle's but where X falls beside another code."""
     dtype = FLOATS[sum(shape) % 3]
     args = inputs(*shape, left, dtype)
-    got, want = clone(args), clone(args)
+    got, want = (replace(args, torch.clone) for _ in range(2))
     hyper = dict(step=3, lr=0.1, **LOW_RANK, left=left, int8_gemm=True)
     ops.galore_step(*args, **hyper)
     got[1] = ops.project(got[1], got[2], left=left, int8_gemm=True)

@@ -27,6 +27,19 @@ def files():
     return list(remembered.folder().iterdir())
 
 
+def test_a_run_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = process.measure(arguments(data=json.__file__))
+    assert found.measured and 200 << 20 < found.training < 4 << 30 and 200 << 20 < found.finishing < 4 << 30
+
+
+def test_a_fine_tuning_is_measured_as_a_training(measured):
+    args = arguments()
+    args.from_, args.data = "a folder", "chats.jsonl"
+    process.measure(args)
+    assert (measured[0].from_, measured[0].data) == (None, "python-stdlib")
+
+
 def test_kept_for_the_same_process(measured):
     first = process.measure(arguments(model="llama-1m"))
     assert first == process.Baseline(101, 200, True)

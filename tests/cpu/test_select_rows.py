@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusals import assert_refused
 from threads import threads
 
 import lowrank_sys  # noqa: F401  registers the ops
@@ -147,20 +146,3 @@ def test_exponential_is_the_logarithm():
     want = -torch.log((words + 1).double() * 2.0**-32)
     torch.testing.assert_close(selection.exponential(words), want, rtol=1e-15, atol=0)
     assert selection.exponential(torch.tensor([2**32 - 1])) == 0
-
-
-@pytest.mark.parametrize(
-    "norms, arguments, expected",
-    [
-        (torch.rand(20), dict(r=21, method="top"), "select_rows: r must be at most the 20 rows that norms has, got 21"),
-        (torch.rand(20), dict(r=0, method="top"), "r must be at least 1, got 0"),
-        (torch.rand(20), dict(r=-1, method="sample"), "r must be at least 1, got -1"),
-        (torch.rand(0), dict(r=1, method="top"), "r must be at most the 0 rows"),
-        (torch.rand(20), dict(r=2, method="best"), "method must be one of top, sample, sample_replace, got best"),
-        (torch.rand(20, 1), dict(r=2, method="top"), "norms must be a vector (d,), got shape (20, 1)"),
-        (torch.rand(20).double(), dict(r=2, method="top"), "norms must be torch.float32, got torch.float64"),
-        (torch.rand(40)[::2], dict(r=2, method="top"), "norms must be contiguous, got strides (2,)"),
-    ],
-)
-def test_bad_selection(norms, arguments, expected):
-    assert_refused(ops.select_rows, [norms], arguments, expected, selection.select_rows)

@@ -214,30 +214,6 @@ def test_matrices_of_one_shape_share_launches(lane, monkeypatch, projected, left
         case.check_guards()
 
 
-@SIDES
-@pytest.mark.parametrize("projected", [False, True], ids=["grad", "low_rank"])
-def test_found_inf(lane, projected, left):
-    """A nonzero found_inf leaves every byte as it was, counters included."""
-    gradient = "low_rank" if projected else "grad"
-    case = lane.case(300, 40, 5, left)
-    getattr(case, gradient).fill_(float("nan"))
-    tensors = [tensor.clone() for tensor in case.tensors(gradient)]
-    step, skipped = torch.tensor(4.0, device=lane.device), torch.zeros((), dtype=torch.int64, device=lane.device)
-    function = subspace_step_list if projected else galore_step_list
-    function(
-        *([tensor] for tensor in case.tensors(gradient)),
-        [step],
-        lr=torch.tensor(1e-2, device=lane.device),
-        left=left,
-        found_inf=torch.ones(1, device=lane.device),
-        skipped=skipped,
-        **lane.hyper,
-    )
-    assert step.item() == 4.0 and skipped.item() == 0
-    for before, after in zip(tensors[0:1] + tensors[3:], (case.param, case.exp_avg, case.exp_avg_sq)):
-        assert torch.equal(before, after)
-
-
 # At r > 128 an overflow of a finite full gradient may skip a part of its channel's moments only: left out.
 NAN, INF = float("nan"), float("inf")
 NONFINITE = [

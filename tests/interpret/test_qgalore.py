@@ -15,7 +15,6 @@ SIDES = pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 HYPER = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 # m, n, r and the groups of the weight and of the basis: one element, short groups, several tiles of either axis, aligned rows.
 SHAPES = [(1, 1, 1, 32, 32), (70, 300, 9, 64, 32), (33, 512, 16, 256, 256), (5, 1031, 3, 1024, 64), (130, 64, 32, 32, 32)]
-METHODS = ("qgalore_step", "qgalore_subspace_step", "apollo_int8_step")
 
 
 def same(got, want):
@@ -147,68 +146,6 @@ def test_steps(lane, op, int4, grad, left):
     numbers = {"step": torch.tensor(3.0, device=lane.device), "lr": torch.tensor(0.1, dtype=torch.float64, device=lane.device)}
     bound(op, kernel_step)(*again.got.values(), **call | numbers)
     assert same([t for t in again.got.values() if t is not None], [t for t in matrix.got.values() if t is not None])
-
-
-def columns_of(matrices, which):
-    columns = [[getattr(matrix, which)[name] for matrix in matrices] for name in matrices[0].got]
-    return [[] if column[0] is None else column for column in columns]
-
-
-@SIDES
-@pytest.mark.parametrize("op", METHODS)
-def test_lists(lane, op, left):
-    """Matrices of two shapes, two of which may share launches; steps advance; grad_scale multiplies; bad channels are counted."""
-    shapes = [(63, 100, 7), (60, 40, 5), (63, 100, 7)]
-    matrices = [Matrix(lane, op, *shape, left, seed=i, limited=True) for i, shape in enumerate(shapes)]
-    for which in ("got", "want"):
-        gradient = getattr(matrices[0], which)["gradient"]
-        (gradient[:, 5] if left else gradient[5]).fill_(torch.nan)
-    before = matrices[0].want["codes"].clone()
-    steps = [torch.tensor(float(i)) for i in (0, 4, 9)]
-    results = {}
-    for which, function in (("want", reference.named(f"{op}.list")), ("got", bound(f"{op}.list", kernel_step))):
-        device = lane.device if which == "got" else "cpu"
-        its_steps = [step.clone().to(device) for step in steps]
-        skipped = torch.tensor(1, device=device)
-        function(
-            *columns_of(matrices, which),
-            its_steps,
-            lr=torch.tensor(0.1, device=device),
-            seed=-1,
-            parameters=[1, 2, 16],
-            offsets=[0, 3, 64],
-            grad_scale=torch.tensor([0.5], device=device),
-            found_inf=torch.zeros((), device=device),
-            skipped=skipped,
-            **matrices[0].settings,
-        )
-        results[which] = [*(step.item() for step in its_steps), skipped.item()]
-    assert results["got"] == results["want"] == [1.0, 5.0, 10.0, 1 + (63 if left else 100)]
-    for matrix in matrices:
-        matrix.check()
-    kept = (matrices[0].got["weight_scale"].cpu() == matrices[0].want["weight_scale"]).repeat_interleave(64, 1)[:, :100]
-    channel = (slice(None), 5) if left else (5,)
-    assert torch.equal(matrices[0].got["codes"].cpu()[channel][kept[channel]], matrices[0].want["codes"][channel][kept[channel]])
-    if not left:
-        assert torch.equal(matrices[0].got["codes"][5].cpu(), before[5])
-
-
-@pytest.mark.parametrize("op", METHODS)
-def test_found_inf(lane, op):
-    matrix = Matrix(lane, op, 40, 64, 5, True)
-    step, skipped = torch.tensor(4.0, device=lane.device), torch.zeros((), dtype=torch.int64, device=lane.device)
-    bound(f"{op}.list", kernel_step)(
-        *columns_of([matrix], "got"),
-        [step],
-        lr=torch.tensor(0.1, device=lane.device),
-        seed=1,
-        parameters=[0],
-        found_inf=torch.ones((), device=lane.device),
-        skipped=skipped,
-        **matrix.settings,
-    )
-    assert step == 4 and skipped == 0
-    assert same(*([t for t in tensors.values() if t is not None] for tensors in (matrix.got, matrix.want)))
 
 
 def assert_bytes(meter, launch, rows):

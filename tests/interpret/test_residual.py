@@ -113,46 +113,6 @@ def test_types(lane, dtypes, method, left):
     step.check(before)
 
 
-@SIDES
-@EVERY
-def test_list(lane, method, left):
-    step = Step(lane, method, 60, 50, 6, left=left)
-    before, steps = step.case.param.clone(), [torch.tensor(4.0, device=lane.device)]
-    skipped = torch.zeros((), dtype=torch.int64, device=lane.device)
-    step.run_list(
-        steps, grad_scale=torch.tensor([0.5], device=lane.device), found_inf=torch.zeros((), device=lane.device), skipped=skipped
-    )
-    assert steps[0].item() == 5.0 and skipped.item() == 0
-    step.oracle(step=5, grad_scale=0.5)
-    step.check(before)
-
-
-@SIDES
-@EVERY
-def test_nonfinite_and_found_inf(lane, method, left):
-    """A channel that is not usable keeps its bytes and is counted; found_inf keeps every byte."""
-    step = Step(lane, method, 60, 70, 5, left=left)
-    grad = step.case.grad if left else step.case.grad.T
-    grad[3, 2], grad[4, 40] = float("nan"), float("inf")
-    before = [t.clone() for t in step.case.tensors()]
-    limiter = [t.clone() for t in step.extras if t is not None]
-    skipped = torch.zeros((), dtype=torch.int64, device=lane.device)
-    steps = [torch.tensor(2.0, device=lane.device)]
-    step.run_list(steps, found_inf=torch.ones(1, device=lane.device), skipped=skipped)
-    assert steps[0].item() == 2.0 and skipped.item() == 0
-    for then, now in zip(before, step.case.tensors()):
-        assert torch.equal(then.nan_to_num(5), now.nan_to_num(5))
-    assert all(map(torch.equal, limiter, [t for t in step.extras if t is not None]))
-    step.run_list(steps, skipped=skipped)
-    assert steps[0].item() == 3.0 and skipped.item() == 2 * grad.shape[0]
-    for then, now in zip(before, step.case.tensors()):
-        if then is before[1] or then is before[2]:
-            continue
-        same = (then == now) if left else (then == now).T
-        assert same[:, [2, 40]].all() and now.isfinite().all() and not same[:, :2].all()
-    assert all(t.isfinite().all() for t in step.extras if t is not None)
-
-
 @EVERY
 def test_split_does_not_matter(lane, monkeypatch, method):
     results = []

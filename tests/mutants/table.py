@@ -65,7 +65,7 @@ MUTANTS = (
         "usable(row[k * Block::threads] * grad_scale)",
         "(i + 1 == rows || usable(row[k * Block::threads] * grad_scale))",
         cpu("every_op", "fuzz"),
-        seen_by="legal_calls and galore_step",
+        seen_by="named_sizes and galore_step",
     ),
     Mutant(
         "8-bit Adam writes weights of unusable gradients",
@@ -73,7 +73,7 @@ MUTANTS = (
         "choose(usable(g[e]), draw.template round<W>(apply_update(to_float(old[e]), update[e], s), e), old[e])",
         "draw.template round<W>(apply_update(to_float(old[e]), update[e], s), e)",
         cpu("every_op", "adam_8bit"),
-        seen_by="named_sizes and adam_8bit_",
+        seen_by="skipped_elements",
     ),
     Mutant(
         "Philox counts the step twice and no parameter",
@@ -82,6 +82,7 @@ MUTANTS = (
         "philox(uint32_t(group), uint32_t(group >> 32), stream.step, stream.step, stream.seed)",
         cpu("select_rows", "int8"),
         "grass sample left, fp32, plain",
+        seen_by="selection_is_the_oracles",
     ),
     Mutant(
         "every INT4 group has the offset of the first",
@@ -90,7 +91,7 @@ MUTANTS = (
         "at.offset += vector * basis.groups();",
         cpu("every_op", "int4"),
         "q-galore, fp32, plain",
-        seen_by="named_sizes and project_int4",
+        seen_by="named_sizes and quantize_int4",
     ),
     Mutant(
         "a norm without its last element",
@@ -126,6 +127,7 @@ MUTANTS = (
         "kth_smallest(block, s.keys, s.d, s.r, bits)",
         cpu("select_rows"),
         "grass sample left, fp32, plain",
+        seen_by="selection_is_the_oracles",
     ),
     Mutant(
         "no barrier after the sum of threads",
@@ -170,7 +172,14 @@ MUTANTS = (
         seen_by="named_sizes and galore_step",
     ),
     # kernels
-    Mutant("a split product without its last part", "kernels/epilogue.py", "in range(splits)", "in range(splits - 1)", INTERPRET),
+    Mutant(
+        "a split product without its last part",
+        "kernels/epilogue.py",
+        "in range(splits)",
+        "in range(splits - 1)",
+        INTERPRET,
+        seen_by="galore_step",
+    ),
     Mutant(
         "random halves swapped",
         "kernels/random.py",
@@ -178,13 +187,21 @@ MUTANTS = (
         "(1 - (o_element & 1)) * 16",
         ("tests/interpret/test_random.py", "tests/interpret/test_int8.py"),
     ),
-    Mutant("ties in bf16 away from zero", "kernels/common.py", "bits + 0x7FFF + ((bits >> 16) & 1)", "bits + 0x8000", INTERPRET),
+    Mutant(
+        "ties in bf16 away from zero",
+        "kernels/common.py",
+        "bits + 0x7FFF + ((bits >> 16) & 1)",
+        "bits + 0x8000",
+        INTERPRET,
+        seen_by="store_rounds",
+    ),
     Mutant(
         "a channel whose residual overflows is used",
         "kernels/channels.py",
         'b_ok = b_ok & (b_residual < float("inf"))',
         "b_ok = b_ok",
         INTERPRET[2:],
+        seen_by="squares_overflow",
     ),
     # lowrank_sys/subspace
     Mutant(
@@ -194,6 +211,7 @@ MUTANTS = (
         "fill_(call.kind.gap(due[i]) - 1)",
         cpu("optim"),
         "galore, fp32, plain",
+        seen_by="refreshes_are_staggered",
     ),
     Mutant(
         "moments in fp32 are not rotated",
@@ -202,6 +220,7 @@ MUTANTS = (
         "(lambda *_: None)(name, rotated(",
         cpu("subspace", "optim"),
         "galore rotate, fp32, plain",
+        seen_by="rotated_moments",
     ),
     Mutant(
         "a reset keeps the step",
@@ -210,6 +229,7 @@ MUTANTS = (
         "pass",
         cpu("optim", "optim_family"),
         "galore reset, fp32, plain",
+        seen_by="moments_at_a_refresh",
     ),
     Mutant(
         "gaps grow by a sum",
@@ -218,6 +238,7 @@ MUTANTS = (
         "gap.item() + gamma_proj",
         cpu("adaptive_gap"),
         "galore adaptive, fp32, plain",
+        seen_by="flipped_vectors",
     ),
     # lowrank_sys/optim
     Mutant(
