@@ -53,7 +53,7 @@ class InBackward(Hooked):
         if self.world.size > 1 and any(weight not in optimizer.layouts for weight in weights):
             raise RuntimeError(
                 f"per_layer='in_backward' runs in one process, got {self.world.size}: a matrix takes its step before its gradient "
-                "is averaged over them; use fully_shard, per_layer='accumulate', or project_model"
+                "is averaged over them; use per_layer='accumulate', fully_shard or project_model"
             )
 
     def use(self, optimizer, weight, grad):
