@@ -42,7 +42,7 @@ WIDE = {
     "grass.cu": [Wide("10grass_leftILi4", 15, loads=2, stores=2)],
     "int4.cu": [],
     "int8.cu": [Wide("(6update|8quantize)ILi8", 6, loads=1, stores=0)],
-    "nf4.cu": [Wide("12quantize_nf4ILi8", 3, loads=1, stores=0)],
+    "nf4.cu": [Wide("8quantizeILi8", 3, loads=1, stores=0)],
     "norms.cu": [Wide("9row_normsILi8", 3, loads=1, stores=0), Wide("24column_tile_norms_kernel", 3, loads=8, stores=0)],
     "rounding.cu": [Wide("16round_stochasticILi8", 3, loads=2, stores=1)],
     "rows.cu": [Wide("8add_rowsILi4", 3, loads=1, stores=0)],

@@ -2,22 +2,13 @@
 #pragma once
 
 #include "block.h"
+#include "coded.h"
 #include "convert.h"
 #include "philox.h"
 
 namespace lowrank {
 
-// An INT8 matrix (rows, columns): the last group of a row may be short.
-struct Int8Matrix {
-  int8_t* codes;
-  float* scale;
-  int64_t columns;
-  int group_size;
-  // Groups of a row.
-  LR_HD int64_t groups() const { return (columns + group_size - 1) / group_size; }
-  // Elements of the group that begins at `column`.
-  LR_HD int length(int64_t column) const { return int(columns - column < group_size ? columns - column : group_size); }
-};
+using Int8Matrix = Coded<int8_t, 1>;
 
 // W <- decay * W + alpha * update
 struct Int8Update {

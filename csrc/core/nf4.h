@@ -6,19 +6,8 @@
 
 namespace lowrank {
 
-// An NF4 matrix (rows, columns): the last group of a row may be short. Groups are even, so that they begin with a byte.
-struct Nf4Matrix {
-  uint8_t* packed;
-  float* absmax;
-  int64_t columns;
-  int group_size;
-  // Bytes of a row.
-  LR_HD int64_t width() const { return (columns + 1) / 2; }
-  // Groups of a row.
-  LR_HD int64_t groups() const { return (columns + group_size - 1) / group_size; }
-  // Elements of the group that begins at `column`.
-  LR_HD int length(int64_t column) const { return int(columns - column < group_size ? columns - column : group_size); }
-};
+// Groups are even, so that they begin with a byte.
+using Nf4Matrix = Coded<uint8_t, 2>;
 
 }  // namespace lowrank
 
@@ -52,7 +41,7 @@ LR_HD uint32_t nf4_code(float y) {
 
 // Nearest codes of n values. A group of zeros or denormals is all 0; one with a NaN or infinity has codes of 0 and absmax NaN.
 template <int V, class Block, class W>
-LR_HD void quantize_nf4_group(const Block& block, const W* w, int n, uint8_t* packed, float* absmax) {
+LR_HD void quantize_group(const Block& block, const W* w, int n, uint8_t* packed, float* absmax) {
   const uint32_t largest = largest_magnitude<V>(block, w, n);
   const float scale = int8_scale(largest, 1.0f), inverse = int8_inverse(scale);
   // NaN times 0 has no code.
@@ -74,7 +63,7 @@ LR_HD void quantize_nf4_group(const Block& block, const W* w, int n, uint8_t* pa
 }
 
 template <int V, class Block, class W>
-LR_HD void dequantize_nf4_group(const Block& block, const uint8_t* packed, float absmax, int n, W* w) {
+LR_HD void dequantize_group(const Block& block, const uint8_t* packed, float absmax, int n, W* w) {
   const auto value = [=](uint32_t code) { return from_float<W>(nf4_level(code) * absmax); };
   if constexpr (V == 1) {
     LR_SIMD

@@ -1,46 +1,11 @@
 #include "int8.h"
 
+#include "coded_groups.h"
 #include "philox.h"
-#include "prefetch.h"
 
 namespace lowrank {
 inline namespace LR_ISA {
 namespace {
-
-// Calls f(codes, scale, dense, n, element) for groups [begin, end) of a tile: element counts from the matrix' first.
-template <class T, class F>
-void each_group(const Int8Matrix& w, const Matrix& dense, const Int8Tile& tile, int64_t begin, int64_t end, const F& f) {
-  auto* data = static_cast<T*>(dense.data);
-  const int64_t across = (tile.columns + w.group_size - 1) / w.group_size, first = tile.column / w.group_size;
-  int64_t row = begin / across, group = begin % across;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t j = group * w.group_size, column = tile.column + j, element = (tile.row + row) * w.columns + column;
-    float* scale = w.scale + (tile.row + row) * w.groups() + first + group;
-    T* x = data + row * dense.stride + j;
-    prefetch(x, w.group_size);
-    prefetch(w.codes + element, w.group_size);
-    f(w.codes + element, scale, x, w.length(column), element);
-    if (++group == across) group = 0, ++row;
-  }
-}
-
-void run_quantize(const Matrix& dense, const Int8Matrix& w, const Int8Tile& tile, int64_t begin, int64_t end) {
-  dispatch(dense.dtype, [&](auto type) {
-    using W = typename decltype(type)::type;
-    each_group<W>(w, dense, tile, begin, end, [](auto* codes, auto* scale, auto* x, int n, int64_t) {
-      quantize_group<1>(OneThread{nullptr}, x, n, codes, scale);
-    });
-  });
-}
-
-void run_dequantize(const Int8Matrix& w, const Matrix& dense, const Int8Tile& tile, int64_t begin, int64_t end) {
-  dispatch(dense.dtype, [&](auto type) {
-    using W = typename decltype(type)::type;
-    each_group<W>(w, dense, tile, begin, end, [](auto* codes, auto* scale, auto* x, int n, int64_t) {
-      dequantize_group<1>(OneThread{nullptr}, codes, *scale, n, x);
-    });
-  });
-}
 
 #ifdef __AVX512F__
 __m512 widen(const float* x, __mmask16 some) { return _mm512_maskz_loadu_ps(some, x); }
@@ -103,7 +68,7 @@ bool update_one(int8_t* codes, float* scale, const G* dense, int n, const Int8Up
 }
 #endif
 
-int64_t run_update(const Int8Matrix& w, const Matrix& dense, const Int8Tile& tile, const Int8Step& step, int64_t begin,
+int64_t run_update(const Int8Matrix& w, const Matrix& dense, const CodedTile& tile, const Int8Step& step, int64_t begin,
                    int64_t end) {
   alignas(64) uint16_t bits[kRandomRoom];
   int64_t rescaled = 0;
@@ -117,7 +82,7 @@ int64_t run_update(const Int8Matrix& w, const Matrix& dense, const Int8Tile& til
 }
 
 int64_t run_update_scaled(const Int8Matrix& w, const Matrix& dense, const float* by_row, const float* by_column,
-                          const Int8Tile& tile, const Int8Step& step, int64_t begin, int64_t end) {
+                          const CodedTile& tile, const Int8Step& step, int64_t begin, int64_t end) {
   alignas(64) uint16_t bits[kRandomRoom];
   alignas(64) float scaled[kLargestGroup];
   int64_t rescaled = 0;
@@ -142,7 +107,7 @@ int64_t run_update_scaled(const Int8Matrix& w, const Matrix& dense, const float*
 }  // namespace
 
 extern const Int8Kernels int8_table;
-const Int8Kernels int8_table = {run_quantize, run_dequantize, run_update, run_update_scaled};
+const Int8Kernels int8_table = {{run_quantize<Int8Matrix>, run_dequantize<Int8Matrix>}, run_update, run_update_scaled};
 
 }  // namespace LR_ISA
 }  // namespace lowrank

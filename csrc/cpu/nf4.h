@@ -1,16 +1,12 @@
-// NF4 weights on raw pointers. The unit of work is a group: group i of a tile counts along its rows.
+// NF4 weights on raw pointers.
 #pragma once
 
 #include "../core/nf4.h"
-#include "int8.h"
+#include "coded.h"
 
 namespace lowrank {
 
-struct Nf4Kernels {
-  // Groups [begin, end) of `tile`; `dense` has the tile's shape.
-  void (*quantize)(const Matrix& dense, const Nf4Matrix& w, const Int8Tile& tile, int64_t begin, int64_t end);
-  void (*dequantize)(const Nf4Matrix& w, const Matrix& dense, const Int8Tile& tile, int64_t begin, int64_t end);
-};
+using Nf4Kernels = CodedKernels<Nf4Matrix>;
 
 const Nf4Kernels& nf4_kernels();
 

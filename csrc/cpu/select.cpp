@@ -8,6 +8,7 @@
 #include "nf4.h"
 #include "norms.h"
 #include "residual.h"
+#include "scatter_add.h"
 #include "sparse.h"
 #include "steps.h"
 #include "store.h"
@@ -78,6 +79,7 @@ LR_SELECT_VNNI(Int8GemmKernels, int8_gemm)
 LR_SELECT(Nf4Kernels, nf4)
 LR_SELECT(NormKernels, norm)
 LR_SELECT(ResidualKernels, residual)
+LR_SELECT(ScatterAddKernels, scatter_add)
 LR_SELECT(SparseKernels, sparse)
 LR_SELECT(StepKernels, step)
 LR_SELECT(StoreKernels, store)

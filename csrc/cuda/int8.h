@@ -1,8 +1,8 @@
-// Launchers of the INT8 kernels: enqueue on a stream, never wait.
+// Launcher of the update of INT8 weights: enqueues on a stream, never waits.
 #pragma once
 
 #include "../core/int8.h"
-#include "launch.h"
+#include "coded.h"
 
 namespace lowrank {
 
@@ -13,10 +13,6 @@ struct Int8Scalars {
   uint32_t parameter;
 };
 
-// w <- dense (rows, w.columns)
-cudaError_t launch_quantize_int8(DType dtype, const void* dense, const Int8Matrix& w, int64_t rows, cudaStream_t stream);
-// dense <- w
-cudaError_t launch_dequantize_int8(DType dtype, const Int8Matrix& w, void* dense, int64_t rows, cudaStream_t stream);
 // w <- decay * w + alpha * dense, rounded stochastically
 cudaError_t launch_update_int8(DType dtype, const Int8Matrix& w, const void* dense, const Int8Scalars& scalars, int64_t rows,
                                cudaStream_t stream);

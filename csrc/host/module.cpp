@@ -11,6 +11,7 @@ PYBIND11_MODULE(_host, module) {
   lowrank::bind_norms(module);
   lowrank::bind_philox(module);
   lowrank::bind_residual(module);
+  lowrank::bind_scatter_add(module);
   lowrank::bind_sparse(module);
   lowrank::bind_steps(module);
   lowrank::bind_store(module);

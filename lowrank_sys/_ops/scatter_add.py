@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys._ops.rules import FLOATS, define, expect, expect_dtype, expect_like, expect_matrix, fake
-from lowrank_sys._ops.workspace import workspace
+from lowrank_sys._ops.workspace import copy_unless_fp32, tile, workspace
 
 SCHEMAS = {
     # W = scale B A + S, S with as many entries in each row.
@@ -50,5 +50,6 @@ def _(b, a, values, columns, *, scale=1.0, dtype=None):
 
 
 @workspace("scatter_add_product")
-def _(*args, cuda=False, **options):
-    return 0
+def _(b, a, values, columns, *, scale=1.0, dtype=None, cuda=False):
+    direct = (dtype or b.dtype) == torch.float32 and scale != 0
+    return 0 if cuda else copy_unless_fp32(b) + copy_unless_fp32(a) + (0 if direct else tile(b.shape[0], a.shape[1]))

@@ -17,6 +17,7 @@ from lowrank_sys.reference.int8 import dequantize_int8, int8_linear, int8_linear
 from lowrank_sys.reference.low_rank_step import step
 from lowrank_sys.reference.nf4 import dequantize_nf4, nf4_linear, nf4_linear_backward, quantize_nf4
 from lowrank_sys.reference.rounding import round_stochastic_
+from lowrank_sys.reference.scatter_add import scatter_add_product
 from lowrank_sys.reference.selection import select_rows
 from lowrank_sys.reference.sparse import gather_rows, rows_step, scatter_add_rows_
 
@@ -50,6 +51,7 @@ IMPLEMENTATIONS = {
     "quantize_int8": quantize_int8,
     "quantize_nf4": quantize_nf4,
     "round_stochastic_": round_stochastic_,
+    "scatter_add_product": scatter_add_product,
     "scatter_add_rows_": scatter_add_rows_,
     "select_rows": select_rows,
     "step": step,

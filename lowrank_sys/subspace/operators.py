@@ -11,7 +11,6 @@ from lowrank_sys.subspace.dct import dct_columns, dct_select
 from lowrank_sys.subspace.iteration import project, sketch_directions, subspace_iteration
 from lowrank_sys.subspace.orthogonalize import newton_schulz
 from lowrank_sys.subspace.refresh import refresh_
-from lowrank_sys.subspace.scatter_add import scatter_add_product
 from lowrank_sys.subspace.transport import rotate_moments_
 
 
@@ -33,7 +32,6 @@ IMPLEMENTATIONS = {
     "dct_select": dct_select,
     "dct_columns": dct_columns,
     "newton_schulz": newton_schulz,
-    "scatter_add_product": scatter_add_product,
 }
 
 

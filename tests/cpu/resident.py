@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 PEAK = Path("/proc/self/clear_refs")
 measured = pytest.mark.skipif(not os.access(PEAK, os.W_OK), reason=f"no {PEAK}")
@@ -21,3 +22,17 @@ def peak_of(call):
     before = memory("VmRSS")
     call()
     return memory("VmHWM") - before
+
+
+def allocated(function, *args, **kwargs):
+    """Most bytes that torch's allocator handed out inside a call beyond what the call left behind."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = function(*args, **kwargs)
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
+    now = most = 0
+    for _, _, size in changes:
+        now += size
+        most = max(most, now)
+    del kept
+    return most - now

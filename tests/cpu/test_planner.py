@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lanes import usual
+from resident import allocated
 
 from lowrank_sys import cli
 from lowrank_sys._ops import workspace
@@ -80,20 +81,6 @@ def test_checkpointing_shrinks_activations():
 def test_activations_are_named_where_the_loss_makes_no_logits():
     run = rehearsal.rehearse(arguments(model="llama-1m", method="q-galore", batch_size=8, seq_len=128, rank=32))
     assert run.at_peak["activations"] > 10 * run.at_peak["workspace"]
-
-
-def allocated(function, *args, **kwargs):
-    """Most bytes that torch's allocator handed out inside a call beyond what the call left behind."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = function(*args, **kwargs)
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
-    now = most = 0
-    for _, _, size in changes:
-        now += size
-        most = max(most, now)
-    del kept
-    return most - now
 
 
 ADAM = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}

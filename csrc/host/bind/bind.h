@@ -40,6 +40,7 @@ void bind_nf4(py::module_& module);
 void bind_norms(py::module_& module);
 void bind_philox(py::module_& module);
 void bind_residual(py::module_& module);
+void bind_scatter_add(py::module_& module);
 void bind_sparse(py::module_& module);
 void bind_steps(py::module_& module);
 void bind_store(py::module_& module);

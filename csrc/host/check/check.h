@@ -64,6 +64,7 @@ void check_int8();
 void check_nf4();
 void check_norms();
 void check_residual();
+void check_scatter_add();
 void check_sparse();
 void check_steps();
 void check_store();

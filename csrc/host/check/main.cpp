@@ -9,6 +9,7 @@ int main() {
   lowrank::check_nf4();
   lowrank::check_norms();
   lowrank::check_residual();
+  lowrank::check_scatter_add();
   lowrank::check_sparse();
   lowrank::check_steps();
   lowrank::check_store();

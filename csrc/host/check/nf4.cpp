@@ -14,9 +14,9 @@ void group(const char* name, int n, unsigned seed) {
     std::vector<W> back(n);
     float absmax = 0.0f;
     run_block(threads, [&](const auto& block) {
-      quantize_nf4_group<V>(block, w.data(), n, packed.data(), &absmax);
+      quantize_group<V>(block, w.data(), n, packed.data(), &absmax);
       block.sync();
-      dequantize_nf4_group<V>(block, packed.data(), absmax, n, back.data());
+      dequantize_group<V>(block, packed.data(), absmax, n, back.data());
     });
     Result result;
     result.add(packed), result.add(std::vector<float>{absmax}), result.add(back);

@@ -1,31 +1,17 @@
 // torch.ops.lowrank on the CPU: INT8 weights.
 #include "../int8.h"
 
-#include "panels.h"
+#include "coded.h"
 
 namespace lowrank {
 namespace {
 
-using torch::headeronly::ScalarType;
-
-std::tuple<Tensor, Tensor> quantize_int8(const Tensor& weight, int64_t group_size) {
-  check_quantize_int8(weight, group_size);
-  const int64_t m = weight.size(0), n = weight.size(1);
-  const Tensor codes = empty({m, n}, aoti_torch_dtype_int8()), scale = empty({m, (n + group_size - 1) / group_size});
-  const Matrix dense{storage(weight), data<void>(weight), n};
-  const Int8Matrix w = as_int8(codes, scale, group_size);
-  parallel(m * w.groups(), group_size,
-           [&](int64_t begin, int64_t end) { int8_kernels().quantize(dense, w, {0, 0, m, n}, begin, end); });
-  return {codes, scale};
+Tensor dequantize_int8(const Tensor& codes, const Tensor& scale, int64_t group_size, std::optional<ScalarType> dtype) {
+  return dequantize<Int8Coding>(codes, scale, {}, group_size, dtype);
 }
 
-Tensor dequantize_int8(const Tensor& codes, const Tensor& scale, int64_t group_size, std::optional<ScalarType> dtype) {
-  const int32_t type = dtype ? int32_t(*dtype) : aoti_torch_dtype_float32();
-  check_dequantize_int8(codes, scale, group_size, type);
-  const int64_t m = codes.size(0), n = codes.size(1);
-  const Tensor out = empty({m, n}, type);
-  dequantize_int8_tile(as_int8(codes, scale, group_size), {0, 0, m, n}, {storage(out), data<void>(out), n});
-  return out;
+Tensor int8_linear_backward(const Tensor& grad_out, const Tensor& codes, const Tensor& scale, int64_t group_size) {
+  return linear_backward<Int8Coding>(grad_out, codes, scale, {}, group_size);
 }
 
 void update(const Tensor& codes, const Tensor& scale, const Tensor& update, double alpha, double decay, int64_t seed, uint32_t step,
@@ -57,27 +43,12 @@ void int8_update_tensor(const Tensor& codes, const Tensor& scale, const Tensor& 
   update(codes, scale, dense, values[0], values[1], seed, counter_step(values[2]), parameter, offset, group_size);
 }
 
-Tensor int8_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& bias,
-                   int64_t group_size) {
-  check_int8_linear(x, codes, scale, bias, group_size);
-  const Int8Matrix w = as_int8(codes, scale, group_size);
-  return linear_by_panels(x, codes.size(0), codes.size(1), bias,
-                          [&](const Int8Tile& tile, const Matrix& dense) { dequantize_int8_tile(w, tile, dense); });
-}
-
-Tensor int8_linear_backward(const Tensor& grad_out, const Tensor& codes, const Tensor& scale, int64_t group_size) {
-  check_int8_linear_backward(grad_out, codes, scale, group_size);
-  const Int8Matrix w = as_int8(codes, scale, group_size);
-  return linear_backward_by_panels(grad_out, codes.size(0), codes.size(1), group_size,
-                                   [&](const Int8Tile& tile, const Matrix& dense) { dequantize_int8_tile(w, tile, dense); });
-}
-
 STABLE_TORCH_LIBRARY_IMPL(lowrank, CPU, library) {
-  library.impl("quantize_int8", TORCH_BOX(&quantize_int8));
+  library.impl("quantize_int8", TORCH_BOX(&quantize<Int8Coding>));
   library.impl("dequantize_int8", TORCH_BOX(&dequantize_int8));
   library.impl("int8_update_.tensor", TORCH_BOX(&int8_update_tensor));
   library.impl("int8_update_", TORCH_BOX(&int8_update_plain));
-  library.impl("int8_linear", TORCH_BOX(&int8_linear));
+  library.impl("int8_linear", TORCH_BOX(&linear<Int8Coding>));
   library.impl("int8_linear_backward", TORCH_BOX(&int8_linear_backward));
 }
 

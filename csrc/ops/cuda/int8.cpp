@@ -1,34 +1,14 @@
-// torch.ops.lowrank on CUDA: INT8 weights. The linear layer is Triton's.
+// torch.ops.lowrank on CUDA: INT8 weights.
 #include "../int8.h"
 
 #include "../../cuda/int8.h"
-#include "tensors.h"
+#include "coded.h"
 
 namespace lowrank {
 namespace {
 
-using torch::headeronly::ScalarType;
-
-std::tuple<Tensor, Tensor> quantize_int8(const Tensor& weight, int64_t group_size) {
-  check_quantize_int8(weight, group_size);
-  const int64_t m = weight.size(0), n = weight.size(1);
-  const DeviceGuard guard(weight.get_device_index());
-  const Place place = place_of(weight);
-  const Tensor codes = empty({m, n}, place, aoti_torch_dtype_int8());
-  const Tensor scale = empty({m, (n + group_size - 1) / group_size}, place);
-  STD_CUDA_CHECK(
-      launch_quantize_int8(storage(weight), weight.data_ptr(), as_int8(codes, scale, group_size), m, current_stream(weight)));
-  return {codes, scale};
-}
-
 Tensor dequantize_int8(const Tensor& codes, const Tensor& scale, int64_t group_size, std::optional<ScalarType> dtype) {
-  const int32_t type = dtype ? int32_t(*dtype) : aoti_torch_dtype_float32();
-  check_dequantize_int8(codes, scale, group_size, type);
-  const DeviceGuard guard(codes.get_device_index());
-  const Tensor out = empty({codes.size(0), codes.size(1)}, place_of(codes), type);
-  STD_CUDA_CHECK(launch_dequantize_int8(storage(out), as_int8(codes, scale, group_size), out.data_ptr(), codes.size(0),
-                                        current_stream(codes)));
-  return out;
+  return dequantize<Int8Coding>(codes, scale, {}, group_size, dtype);
 }
 
 void update(const Tensor& codes, const Tensor& scale, const Tensor& dense, const Int8Scalars& scalars, int64_t group_size) {
@@ -62,7 +42,7 @@ void int8_update_tensor(const Tensor& codes, const Tensor& scale, const Tensor& 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank, CUDA, library) {
-  library.impl("quantize_int8", TORCH_BOX(&quantize_int8));
+  library.impl("quantize_int8", TORCH_BOX(&quantize<Int8Coding>));
   library.impl("dequantize_int8", TORCH_BOX(&dequantize_int8));
   library.impl("int8_update_.tensor", TORCH_BOX(&int8_update_tensor));
   library.impl("int8_update_", TORCH_BOX(&int8_update_plain));
