@@ -6,7 +6,7 @@ A coding is a class that is never instantiated: copies and pickles of what has o
 import torch
 
 from lowrank_sys._ops.int8 import int8_scale_shape
-from lowrank_sys._ops.nf4 import nf4_shapes
+from lowrank_sys._ops.nf4 import NF4
 
 ops = torch.ops.lowrank
 
@@ -50,7 +50,7 @@ class Nf4:
 
     @staticmethod
     def shapes(m, n, group_size):
-        return nf4_shapes(m, n, group_size)
+        return NF4.shapes(m, n, group_size)
 
     @staticmethod
     def encode(weight, group_size):
