@@ -1,74 +1,44 @@
-"""How a quantized weight is kept: INT8 codes or NF4 levels, with a scale for each group of neighbours in a row.
-
-A coding is a class that is never instantiated: copies and pickles of what has one keep it.
-"""
+"""How a quantized weight is kept: INT8 codes or NF4 levels, with a scale for each group of neighbours in a row."""
 
 import torch
 
-from lowrank_sys._ops.int8 import int8_scale_shape
+from lowrank_sys._ops import coded
+from lowrank_sys._ops.int8 import INT8
 from lowrank_sys._ops.nf4 import NF4
 
-ops = torch.ops.lowrank
 
+class Coding(coded.Coding):
+    """The ops of a coding, with one signature. n: columns of the weight, for codes that do not say it."""
 
-class Int8:
-    """codes (m, n) int8 and scale (m, ⌈n/group_size⌉) fp32: lowrank_sys._ops.int8."""
+    __slots__ = ()
 
-    name = "int8"
-    method = "lowrank_int8"  # what a Hugging Face configuration calls it
-    dtype, group_size = torch.int8, 256  # of the codes, and the usual one
+    @property
+    def method(self):
+        """What a Hugging Face configuration calls it."""
+        return f"lowrank_{self.name}"
 
-    @staticmethod
-    def shapes(m, n, group_size):
-        """Of codes and scale."""
-        return (m, n), int8_scale_shape((m, n), group_size)
+    def encode(self, weight, group_size):
+        """(codes, scale) of a weight (m, n)."""
+        return self._op("quantize_{}")(weight, group_size=group_size)
 
-    @staticmethod
-    def encode(weight, group_size):
-        return ops.quantize_int8(weight, group_size=group_size)
-
-    @staticmethod
-    def decode(codes, scale, n, group_size, dtype):
+    def decode(self, codes, scale, n, group_size, dtype):
         """The values (m, n), in `dtype`."""
-        return ops.dequantize_int8(codes, scale, group_size=group_size, dtype=dtype)
+        return self._op("dequantize_{}")(codes, scale, group_size=group_size, dtype=dtype, **self._width(n))
 
-    @staticmethod
-    def linear(x, codes, scale, bias, group_size):
-        return ops.int8_linear(x, codes, scale, bias, group_size=group_size)
+    def linear(self, x, codes, scale, bias, group_size):
+        return self._op("{}_linear")(x, codes, scale, bias, group_size=group_size)
 
-    @staticmethod
-    def linear_backward(grad_out, codes, scale, n, group_size):
-        return ops.int8_linear_backward(grad_out, codes, scale, group_size=group_size)
+    def linear_backward(self, grad_out, codes, scale, n, group_size):
+        return self._op("{}_linear_backward")(grad_out, codes, scale, group_size=group_size, **self._width(n))
 
+    def _op(self, pattern):
+        return getattr(torch.ops.lowrank, pattern.format(self.name))
 
-class Nf4:
-    """codes (m, ⌈n/2⌉) uint8, two levels a byte, and scale (m, ⌈n/group_size⌉) fp32: lowrank_sys._ops.nf4."""
-
-    name = "nf4"
-    method = "lowrank_nf4"
-    dtype, group_size = torch.uint8, 64
-
-    @staticmethod
-    def shapes(m, n, group_size):
-        return NF4.shapes(m, n, group_size)
-
-    @staticmethod
-    def encode(weight, group_size):
-        return ops.quantize_nf4(weight, group_size=group_size)
-
-    @staticmethod
-    def decode(codes, scale, n, group_size, dtype):
-        return ops.dequantize_nf4(codes, scale, n=n, group_size=group_size, dtype=dtype)
-
-    @staticmethod
-    def linear(x, codes, scale, bias, group_size):
-        return ops.nf4_linear(x, codes, scale, bias, group_size=group_size)
-
-    @staticmethod
-    def linear_backward(grad_out, codes, scale, n, group_size):
-        return ops.nf4_linear_backward(grad_out, codes, scale, n=n, group_size=group_size)
+    def _width(self, n):
+        return {"n": n} if self.packed else {}
 
 
+Int8, Nf4 = Coding(*INT8), Coding(*NF4)
 CODINGS = {coding.name: coding for coding in (Int8, Nf4)}
 
 

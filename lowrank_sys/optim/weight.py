@@ -149,7 +149,7 @@ class Int8(Stochastic):
 
     def check(self, param, name):
         """Raise a ValueError for codes that steps are not rounded to."""
-        if param.coding is not codings.Int8:
+        if param.coding != codings.Int8:
             raise ValueError(f"{name} must be float or INT8, or trained by LoQT, got {param.coding.name.upper()}")
 
     def tensors(self, params):
