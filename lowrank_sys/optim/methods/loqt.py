@@ -10,6 +10,8 @@ from lowrank_sys.subspace.orthonormal import Orthonormal
 class GrowingGap(Orthonormal):
     """Orthonormal whose refresh k waits update_proj_gap + int(gap_growth^k) steps for the next, k = 1 at the second basis.
 
+    `compensation`: alternations of a merge (lowrank_sys.optim.merging).
+
     State of a matrix: that of Orthonormal, and `refreshes`, on the host.
     """
 
