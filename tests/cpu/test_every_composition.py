@@ -28,7 +28,7 @@ from lowrank_sys.subspace.select import SELECT
 from lowrank_sys.subspace.sketched_rows import SketchedRows
 from lowrank_sys.subspace.transport import TRANSPORTS
 
-SAMPLE = 30  # of a store and a selector, without --full
+SAMPLE = 30  # combinations of a store and a selector, without --full
 
 
 class Store(NamedTuple):
@@ -154,7 +154,7 @@ PLACES = [(store, select) for store, one in STORES.items() for select in one.sel
 
 @pytest.mark.parametrize("store, select", PLACES, ids=lambda value: str(value))
 def test_it_trains_or_says_which_parts_do_not_go_together(store, select, request):
-    """With every transport x rule x remainder; schedules and weights are drawn, so that each meets each of those many times."""
+    """With --full beside every transport x rule x remainder; schedules and weights are drawn, each meets each of those often."""
     draw = random.Random(f"{store} {select}")
     others = list(itertools.product(TRANSPORTS, RULES, REMAINDERS))
     if not request.config.getoption("--full"):

@@ -19,8 +19,6 @@ SMALL = {
 }  # fmt: skip
 # Imported once, in a process that every run is a fork of: most of a run is then training and saving.
 PRELOAD = ["lowrank_sys.train.command", "lowrank_sys.train.trainer", "transformers.models.llama.modeling_llama"]
-
-
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(PRELOAD)
 

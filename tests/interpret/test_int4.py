@@ -92,7 +92,7 @@ def back_codes_kernel(
 
 @SIDES
 @pytest.mark.parametrize("narrow", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, (130, 40, 20, 64)], ids=str)
+@pytest.mark.parametrize("shape", [*(shape for shape in SHAPES if shape[2] < 100), (130, 40, 20, 64), (40, 70, 34, 32)], ids=str)
 def test_a_tile_of_the_way_back_from_codes(lane, shape, narrow, left):
     """Within the rounding of scale * X to 16 bits"""
     m, n, r, group_size = shape

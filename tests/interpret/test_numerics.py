@@ -196,8 +196,8 @@ def test_list(lane, projected, basis, left):
 def test_matrices_of_one_shape_share_launches(lane, monkeypatch, projected, left):
     """Eleven small ones take launches of 8, 2 and 1; each has the bits of a step of its own."""
     gradient = "low_rank" if projected else "grad"
-    cases = [lane.case(300, 40, 5, left, seed=i) for i in range(11)]
-    alone = [lane.case(300, 40, 5, left, seed=i) for i in range(11)]
+    cases = [lane.case(70, 40, 5, left, seed=i) for i in range(11)]
+    alone = [lane.case(70, 40, 5, left, seed=i) for i in range(11)]
     function, one = (subspace_step_list, subspace_step) if projected else (galore_step_list, galore_step)
     counts = []
     launch = launcher.launch_apply
