@@ -55,7 +55,7 @@ class Layout(NamedTuple):
 
     pieces: weights and state. gradients: of the trained parameters, in bytes, with their rows. plain: bytes of the gradients that
     no subspace takes. matrices: those that have one. layers, rest: bytes of the weights of each layer that is sharded by itself,
-    and of all others.
+    and of all others. layer_gradients: of the gradients of each layer.
     """
 
     pieces: tuple[Piece, ...]
@@ -63,6 +63,7 @@ class Layout(NamedTuple):
     plain: int
     matrices: tuple[Matrix, ...]
     layers: tuple[int, ...]
+    layer_gradients: tuple[int, ...]
     rest: int
 
 
@@ -71,11 +72,12 @@ def layout(model: nn.Module, optimizer: LowRankOptimizer) -> Layout:
     pieces, gradients, matrices, plain = [], [], [], 0
     kinds = {"step": "counters", **optimizer.pipeline.categories()}
     pieces += [Piece("weights", _bytes(p), _rows(p)) for p in _distinct(model.parameters())]
-    pieces += [Piece("weights", _bytes(b), 0) for b in _distinct(model.buffers())]
+    coded = {id(tensor) for p in model.parameters() if is_quantized(p) for tensor in (p.codes, p.scale)}
+    pieces += [Piece("weights", _bytes(b), 0) for b in _distinct(model.buffers()) if id(b) not in coded]
     for group in optimizer.param_groups:
         for param in weights(group):
             rows = _rows(param)
-            gradients.append(Piece("gradients", param.numel() * param.element_size(), rows))
+            gradients.append(Piece("gradients", _bytes_of_gradient(param), rows))
             plain += 0 if "rank" in group else gradients[-1].bytes
             state = optimizer.state[param]
             for key, value in state.items():
@@ -84,9 +86,11 @@ def layout(model: nn.Module, optimizer: LowRankOptimizer) -> Layout:
                     pieces.append(Piece(kind, _bytes(value), rows if kind in SHARDED and value.dim() else 0))
             if "rank" in group:
                 matrices += _matrices(optimizer.pipeline.subspace, group, param, state)
-    layers = [sum(map(_bytes, _distinct(layer.parameters()))) for layer in _layers(model)]
+    of_layers = [_distinct(layer.parameters()) for layer in _layers(model)]
+    layers = [sum(map(_bytes, params)) for params in of_layers]
+    of_gradients = [sum(_bytes_of_gradient(p) for p in params if p.requires_grad) for params in of_layers]
     whole = sum(piece.bytes for piece in pieces if piece.category == "weights" and piece.rows)
-    return Layout(tuple(pieces), tuple(gradients), plain, tuple(matrices), tuple(layers), whole - sum(layers))
+    return Layout(tuple(pieces), tuple(gradients), plain, tuple(matrices), tuple(layers), tuple(of_gradients), whole - sum(layers))
 
 
 def spread(run: Rehearsal, args: argparse.Namespace) -> Rehearsal:
@@ -100,7 +104,7 @@ def spread(run: Rehearsal, args: argparse.Namespace) -> Rehearsal:
     else:
         share = shares(made, args.nproc)
         # the layer at work and the next one, their gradients, and the rest of the model, which is kept from its forward on
-        gathered = 2 * made.rest + 4 * max(made.layers, default=0)
+        gathered = 2 * (made.rest + max(map(sum, zip(made.layers, made.layer_gradients)), default=0))
         at_peak, at_rest = _most(run.changes, share) | {"gathered": gathered}, _shared(run.at_rest, share)
     return run._replace(peak=sum(at_peak.values()), at_peak=at_peak, rest=sum(at_rest.values()), at_rest=at_rest)
 
@@ -194,6 +198,10 @@ def _distinct(tensors):
 
 def _rows(param):
     return param.shape[0] if param.dim() else 1
+
+
+def _bytes_of_gradient(param):
+    return param.numel() * param.element_size()
 
 
 def _bytes(tensor):

@@ -224,9 +224,14 @@ def _in_fp32(tensor):
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
+def rows_here(param):
+    """The handle of the rows that are here: of a DTensor the tensor inside."""
+    return getattr(param, "_local_tensor", param)
+
+
 def is_quantized(param: torch.Tensor) -> bool:
-    """Whether `param` is the handle of an INT8 weight."""
-    return type(param) is QuantWeight or getattr(param, "_is_quantized", False)
+    """Whether `param` is the handle of an INT8 weight, sharded or not."""
+    return type(param) is QuantWeight or getattr(rows_here(param), "_is_quantized", False)
 
 
 def names_of(name):

@@ -5,7 +5,7 @@ import math
 import torch
 
 from lowrank_sys._ops import FLOATS
-from lowrank_sys.nn.quant_weight import drop_exact, is_quantized
+from lowrank_sys.nn.quant_weight import drop_exact, is_quantized, rows_here
 from lowrank_sys.subspace.shards import WHOLE
 
 # Bytes of fp32 that a weight passes through, a panel of rows at a time.
@@ -153,7 +153,8 @@ class Int8(Stochastic):
         return [p.codes for p in params], [p.scale for p in params]
 
     def options(self, group, states):
-        return {"seed": group["seed"], "parameters": [s["parameter"] for s in states], "group_size": self.group_size}
+        numbers, offsets = [s["parameter"] for s in states], [s["offset"] for s in states if "offset" in s]
+        return {"seed": group["seed"], "parameters": numbers, "offsets": offsets, "group_size": self.group_size}
 
     def values(self, param, first, end):
         return torch.ops.lowrank.dequantize_int8(param.codes[first:end], param.scale[first:end], group_size=self.group_size)
@@ -167,7 +168,8 @@ class Int8(Stochastic):
             moved = torch.where(_part(ok, param.shape, first, end), change.panel(first, end), nothing)
             torch.ops.lowrank.int8_update_(
                 param.codes[first:end], param.scale[first:end], moved, alpha=minus, decay=decay, seed=seed,
-                step=state["step"], parameter=state["parameter"], offset=first * param.shape[1], group_size=self.group_size,
+                step=state["step"], parameter=state["parameter"], offset=state.get("offset", 0) + first * param.shape[1],
+                group_size=self.group_size,
             )  # fmt: skip
 
 
@@ -177,5 +179,5 @@ IN_PLACE, STOCHASTIC = InPlace(), Stochastic()
 def weight_store(param, group=None):
     """The store that a parameter of a group is kept in; without the group, how it lies in memory."""
     if is_quantized(param):
-        return Int8(param.group_size)
+        return Int8(rows_here(param).group_size)
     return STOCHASTIC if group is not None and group.get("stochastic_rounding") else IN_PLACE

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lowrank_sys.nn.quant_weight import is_quantized
+from lowrank_sys.nn.quant_weight import is_quantized, rows_here
 from lowrank_sys.optim.coefficient import weights
 from lowrank_sys.train.checkpoint import write_file
 
@@ -44,7 +44,7 @@ def fingerprints(optimizer: torch.optim.Optimizer) -> list[int]:
     Summed where the weights are: one number a matrix comes to the host.
     """
     params = (p for group in optimizer.param_groups if "rank" in group for p in weights(group))
-    sums = [_sum_of_bytes(p.codes if is_quantized(p) else p.detach()) for p in params]
+    sums = [_sum_of_bytes(rows_here(p).codes if is_quantized(p) else p.detach()) for p in params]
     return torch.stack([s.to(sums[0].device) for s in sums]).tolist() if sums else []
 
 
