@@ -110,7 +110,7 @@ def pieces(model, optimizer):
     return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
 
 
-def go_on(rank, size, folder, first, last, method="galore8bit", sharded=True):
+def go_on(rank, size, folder, first, last, method="fira", sharded=True):
     """Load step `first` from the folder, unless it is 0, train, and save step `last`."""
     model = split(build()) if sharded else build()
     optimizer = METHODS[method](model)
@@ -219,7 +219,7 @@ def test_state_dicts_are_those_of_one_process(ranks):
 def test_a_run_goes_on_with_other_numbers_of_processes(ranks, folder):
     world.run(3, go_on, 3, folder, 3, 5, timeout=300)
     got, state = go_on(0, 1, folder, 5, STEPS, sharded=False)
-    wanted, kept, _ = trained("galore8bit", build())
+    wanted, kept, _ = trained("fira", build())
     assert_close(got, wanted)
     assert state.keys() == kept.keys() and all(state[i].keys() == kept[i].keys() for i in kept)
 
