@@ -26,7 +26,7 @@ def spread(run: Rehearsal, args: argparse.Namespace) -> Rehearsal:
     else:
         share = shares(made, args.nproc)
         # the layer at work and the next one, their gradients, and the rest of the model, which is kept from its forward on
-        gathered = 2 * made.rest + 4 * max(made.layers, default=0)
+        gathered = 2 * (made.rest + max(map(sum, zip(made.layers, made.layer_gradients)), default=0))
         at_peak, at_rest = _most(run.changes, share) | {"gathered": gathered}, _shared(run.at_rest, share)
     return run._replace(peak=sum(at_peak.values()), at_peak=at_peak, rest=sum(at_rest.values()), at_rest=at_rest)
 

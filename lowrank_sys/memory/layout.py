@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 
     pieces: weights and state. gradients: of the trained parameters, in bytes, with their rows. plain: bytes of the gradients that
     no subspace takes. matrices: those that have one. layers, rest: bytes of the weights of each layer that is sharded by itself,
-    and of all others.
+    and of all others. layer_gradients: of the gradients of each layer.
     """
 
     pieces: tuple[Piece, ...]
@@ -52,6 +52,7 @@ class Layout(NamedTuple):
     plain: int
     matrices: tuple[Matrix, ...]
     layers: tuple[int, ...]
+    layer_gradients: tuple[int, ...]
     rest: int
 
 
@@ -60,11 +61,12 @@ def layout(model: nn.Module, optimizer: LowRankOptimizer) -> Layout:
     pieces, gradients, matrices, plain = [], [], [], 0
     kinds = {"step": "counters", **optimizer.pipeline.categories()}
     pieces += [Piece("weights", _bytes(p), _rows(p)) for p in _distinct(model.parameters())]
-    pieces += [Piece("weights", _bytes(b), 0) for b in _distinct(model.buffers())]
+    coded = {id(tensor) for p in model.parameters() if is_quantized(p) for tensor in tensors_of(p)}
+    pieces += [Piece("weights", _bytes(b), 0) for b in _distinct(model.buffers()) if id(b) not in coded]
     for group in optimizer.param_groups:
         for param in weights(group):
             rows = _rows(param)
-            gradients.append(Piece("gradients", param.numel() * param.element_size(), rows))
+            gradients.append(Piece("gradients", _bytes_of_gradient(param), rows))
             plain += 0 if "rank" in group else gradients[-1].bytes
             state = optimizer.state[param]
             for key, value in state.items():
@@ -73,9 +75,11 @@ def layout(model: nn.Module, optimizer: LowRankOptimizer) -> Layout:
                     pieces.append(Piece(kind, _bytes(value), rows if kind in SHARDED and value.dim() else 0))
             if "rank" in group:
                 matrices += _matrices(optimizer.pipeline.subspace, group, param, state)
-    layers = [sum(map(_bytes, _distinct(layer.parameters()))) for layer in _layers(model)]
+    of_layers = [_distinct(layer.parameters()) for layer in _layers(model)]
+    layers = [sum(map(_bytes, params)) for params in of_layers]
+    of_gradients = [sum(_bytes_of_gradient(p) for p in params if p.requires_grad) for params in of_layers]
     whole = sum(piece.bytes for piece in pieces if piece.category == "weights" and piece.rows)
-    return Layout(tuple(pieces), tuple(gradients), plain, tuple(matrices), tuple(layers), whole - sum(layers))
+    return Layout(tuple(pieces), tuple(gradients), plain, tuple(matrices), tuple(layers), tuple(of_gradients), whole - sum(layers))
 
 
 def _matrices(subspace, group, param, state):
@@ -101,6 +105,10 @@ def _distinct(tensors):
 
 def _rows(param):
     return param.shape[0] if param.dim() else 1
+
+
+def _bytes_of_gradient(param):
+    return param.numel() * param.element_size()
 
 
 def _bytes(tensor):

@@ -9,6 +9,7 @@ from lowrank_sys.nn.pretrained import quantized_from_pretrained, save_quantized
 from lowrank_sys.nn.project import compare_sides, project_model, unproject_model
 from lowrank_sys.nn.projected_linear import ProjectedLinear
 from lowrank_sys.nn.quant_linear import QuantLinear
+from lowrank_sys.nn.quant_shards import shardable
 from lowrank_sys.nn.quant_weight import QuantWeight, is_quantized
 from lowrank_sys.nn.quantize import dequantize_model, quantize_model
 from lowrank_sys.nn.sparse_low_rank import SparseLowRankLinear
@@ -32,5 +33,6 @@ __all__ = [
     "quantized_from_config",
     "quantized_from_pretrained",
     "save_quantized",
+    "shardable",
     "unproject_model",
 ]

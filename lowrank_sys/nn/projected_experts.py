@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lowrank_sys.nn.projected_linear import ProjectedLinear, convert
+from lowrank_sys.nn.unused import expect_unused_found
 
 # Name of the child module that holds the layers of a module's stacks.
 LAYERS = "low_rank_experts"
@@ -51,11 +52,13 @@ class ProjectedExperts(nn.Module):
     """
 
     base = nn.Module  # the module's class without it
+    skips_experts = True
     _looping = False
 
     def forward(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
+        expect_unused_found(self)
         self._link()
         self._looping = True
         try:

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lowrank_sys.nn.projected_linear import ProjectedLinear
 from lowrank_sys.nn.quant_linear import QuantLinear
+from lowrank_sys.nn.unused import expect_unused_found
 
 # Name of the child module that holds the layers of a module's stacks.
 LAYERS = "quant_experts"
@@ -22,9 +24,12 @@ class QuantExperts(nn.Module):
     """
 
     base = nn.Module  # the module's class without it
+    skips_experts = True
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         """hidden_states (tokens, d), top_k_index and top_k_weights (tokens, k) -> (tokens, d)."""
+        if isinstance(self.quant_experts["down_proj"][0], ProjectedLinear):
+            expect_unused_found(self)
         tokens, k = top_k_index.shape
         expert, order = top_k_index.reshape(-1).sort()
         sizes = _sizes(expert, len(self.quant_experts["down_proj"]))
@@ -37,7 +42,8 @@ class QuantExperts(nn.Module):
         return y[order.argsort()].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
 
     def _product(self, name, x, expert, sizes):
-        y = torch.cat([layer(part) for layer, part in zip(self.quant_experts[name], x.split(sizes), strict=True) if len(part)])
+        parts = zip(self.quant_experts[name], x.split(sizes), strict=True)
+        y = torch.cat([layer(part) for layer, part in parts if len(part) or getattr(layer, "all_ranks", False)])
         return y + getattr(self, f"{name}_bias")[expert] if self.has_bias else y
 
     @torch.no_grad()

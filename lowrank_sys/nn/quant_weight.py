@@ -236,24 +236,30 @@ def _in_fp32(tensor):
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
+def rows_here(param):
+    """The handle of the rows that are here: of a DTensor the tensor inside."""
+    return getattr(param, "_local_tensor", param)
+
+
 def is_quantized(param: torch.Tensor) -> bool:
-    """Whether `param` is the handle of an INT8 or NF4 weight."""
-    return type(param) is QuantWeight or getattr(param, "_is_quantized", False)
+    """Whether `param` is the handle of an INT8 or NF4 weight, sharded or not."""
+    return type(param) is QuantWeight or getattr(rows_here(param), "_is_quantized", False)
 
 
 def buffers_of(weight):
     """The dict of its layer's buffers, in which a quantized weight's codes, scales and low-rank part are."""
-    return weight._tensors
+    return rows_here(weight)._tensors
 
 
 def low_rank_part(weight):
     """The low-rank part of a quantized weight, or None."""
-    return part_of(weight._tensors, weight.shape)
+    return part_of(buffers_of(weight), weight.shape)
 
 
 def part_tensors(weight):
     """What a quantized weight holds beside codes and scales."""
-    return [weight._tensors[name] for name in NAMES if weight._tensors.get(name) is not None]
+    tensors = buffers_of(weight)
+    return [tensors[name] for name in NAMES if tensors.get(name) is not None]
 
 
 def decoded(weight):
@@ -267,7 +273,10 @@ def decoded(weight):
 
 def tensors_of(weight):
     """What has the values of a weight, quantized or not."""
-    return [weight.codes, weight.scale, *part_tensors(weight)] if is_quantized(weight) else [weight.data]
+    if not is_quantized(weight):
+        return [weight.data]
+    rows = rows_here(weight)
+    return [rows.codes, rows.scale, *part_tensors(weight)]
 
 
 def names_of(name):

@@ -3,7 +3,7 @@
 import torch
 
 from lowrank_sys.distributed import World
-from lowrank_sys.nn.quant_weight import is_quantized
+from lowrank_sys.nn.quant_weight import is_quantized, rows_here
 from lowrank_sys.optim.coefficient import weights
 from lowrank_sys.optim.names import name_of
 from lowrank_sys.optim.optimizer import LowRankOptimizer
@@ -142,7 +142,7 @@ def _matrices(optimizer, params):
     for p in params:
         name, group = named[p]
         if p.dim() != 2 or is_quantized(p) or is_dtensor(p):
-            coded = f"of {p.coding.name.upper()}" if is_quantized(p) else None
+            coded = f"of {rows_here(p).coding.name.upper()}" if is_quantized(p) else None
             kind = "sharded" if is_dtensor(p) else coded or f"of shape {tuple(p.shape)}"
             raise ValueError(f"{name} must be a matrix of floats in one place for PastTasks, got one {kind}")
         kept = optimizer.keeps_first_moment(group) if ours else "betas" in group or group.get("momentum", 0) > 0

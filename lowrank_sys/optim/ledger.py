@@ -7,7 +7,7 @@ holds beside the state it yields from `held(optimizer)`, as (category, tensor).
 
 import torch
 
-from lowrank_sys.nn.quant_weight import is_quantized, part_tensors
+from lowrank_sys.nn.quant_weight import is_quantized, part_tensors, rows_here
 from lowrank_sys.optim.storages import storages
 
 # The usual categories, in the order they are shown; parts may bring their own.
@@ -20,11 +20,11 @@ def entries(optimizer):
     yield from ((category, tensor, False) for category, tensor in optimizer.gradients.held(optimizer))
     for group in optimizer.param_groups:
         for param in group["params"]:
-            yield "weights", param, False
             if is_quantized(param):
-                yield "weights", param.codes, False
-                yield "scales", param.scale, False
+                yield "scales", rows_here(param).scale, False
+                yield "weights", rows_here(param).codes, False
                 yield from (("weights", tensor, False) for tensor in part_tensors(param))
+            yield "weights", param, False
             if param.grad is not None:
                 yield "gradients", param.grad, False
     for state in optimizer.state.values():

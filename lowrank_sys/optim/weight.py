@@ -6,7 +6,8 @@ import torch
 
 from lowrank_sys._ops import FLOATS
 from lowrank_sys.nn import codings
-from lowrank_sys.nn.quant_weight import decoded, drop_exact, is_quantized, low_rank_part
+from lowrank_sys.nn.quant_shards import is_shardable
+from lowrank_sys.nn.quant_weight import decoded, drop_exact, is_quantized, low_rank_part, rows_here
 from lowrank_sys.optim.merging import merge
 from lowrank_sys.subspace.shards import WHOLE
 
@@ -149,15 +150,17 @@ class Int8(Stochastic):
 
     def check(self, param, name):
         """Raise a ValueError for codes that steps are not rounded to."""
-        if param.coding != codings.Int8:
-            raise ValueError(f"{name} must be float or INT8, or trained by LoQT, got {param.coding.name.upper()}")
+        coding = rows_here(param).coding
+        if coding != codings.Int8:
+            raise ValueError(f"{name} must be float or INT8, or trained by LoQT, got {coding.name.upper()}")
 
     def tensors(self, params):
         drop_exact(*params)
         return [p.codes for p in params], [p.scale for p in params]
 
     def options(self, group, states):
-        return {"seed": group["seed"], "parameters": [s["parameter"] for s in states], "group_size": self.group_size}
+        numbers, offsets = [s["parameter"] for s in states], [s["offset"] for s in states if "offset" in s]
+        return {"seed": group["seed"], "parameters": numbers, "offsets": offsets, "group_size": self.group_size}
 
     def values(self, param, first, end):
         return torch.ops.lowrank.dequantize_int8(param.codes[first:end], param.scale[first:end], group_size=self.group_size)
@@ -171,7 +174,8 @@ class Int8(Stochastic):
             moved = torch.where(_part(ok, param.shape, first, end), change.panel(first, end), nothing)
             torch.ops.lowrank.int8_update_(
                 param.codes[first:end], param.scale[first:end], moved, alpha=minus, decay=decay, seed=seed,
-                step=state["step"], parameter=state["parameter"], offset=first * param.shape[1], group_size=self.group_size,
+                step=state["step"], parameter=state["parameter"], offset=state.get("offset", 0) + first * param.shape[1],
+                group_size=self.group_size,
             )  # fmt: skip
 
 
@@ -193,7 +197,9 @@ class Merged(InPlace):
         self.group_size, self._iterations = group_size, iterations
 
     def check(self, param, name):
-        """Codes and scales are what a quantizer made."""
+        """Raise a ValueError for codes that are ready for fully_shard, which have no part."""
+        if is_shardable(param):
+            raise ValueError(f"{name} must not be made shardable for LoQT, whose low-rank part is its layer's")
 
     def init(self, state, index):
         state["merges"] = torch.tensor(0, device="cpu")
@@ -221,5 +227,6 @@ IN_PLACE, STOCHASTIC = InPlace(), Stochastic()
 def weight_store(param, group=None):
     """The store that a parameter of a group is kept in; without the group, how it lies in memory."""
     if is_quantized(param):
-        return Merged(param.group_size, group["compensation"]) if group and "compensation" in group else Int8(param.group_size)
+        size = rows_here(param).group_size
+        return Merged(size, group["compensation"]) if group and "compensation" in group else Int8(size)
     return STOCHASTIC if group is not None and group.get("stochastic_rounding") else IN_PLACE

@@ -25,7 +25,7 @@ class Dense:
 
     def make(self, d, rank, like):
         """The tensors of a basis that is not chosen yet."""
-        return (like.new_zeros((d, rank)),)
+        return (torch.zeros((d, rank), dtype=like.dtype, device=like.device),)
 
     def rank(self, state):
         return state["basis"].shape[1]

@@ -85,6 +85,7 @@ def _train(args: argparse.Namespace) -> None:
     from lowrank_sys import backends
     from lowrank_sys.distributed import World
     from lowrank_sys.memory import allocator
+    from lowrank_sys.nn.unused import skips_experts
     from lowrank_sys.train import checkpoint, data, methods, models, report, trainer
     from lowrank_sys.train.packing import IGNORED, Packed
     from lowrank_sys.train.record import Recorder
@@ -179,7 +180,7 @@ def _train(args: argparse.Namespace) -> None:
             optimizer,
             trainer.cosine(optimizer, warmup, args.steps, args.min_lr_ratio),
             trainer.Later(train, shift),
-            trainer.arguments(args, device, args.report_to or ()),
+            trainer.arguments(args, device, args.report_to or (), experts=skips_experts(model)),
             save,
             recorder.seen,
         )

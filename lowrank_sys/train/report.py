@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lowrank_sys.nn.quant_weight import is_quantized, low_rank_part
+from lowrank_sys.nn.quant_weight import is_quantized, low_rank_part, rows_here
 from lowrank_sys.optim.coefficient import weights
 from lowrank_sys.train.checkpoint import write_file
 
@@ -52,8 +52,8 @@ def _moving(param):
     """What training writes of a weight."""
     if not is_quantized(param):
         return [param.detach()]
-    part = low_rank_part(param)
-    return [param.codes] if part is None else [param.codes, part.factor]
+    codes, part = rows_here(param).codes, low_rank_part(param)
+    return [codes] if part is None else [codes, part.factor]
 
 
 def _sum_of_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -150,9 +150,11 @@ class Later(torch.utils.data.Dataset):
         return self.windows[index + self.shift]
 
 
-def arguments(args: argparse.Namespace, device: torch.device, report_to: Iterable[str] = ()) -> TrainingArguments:
+def arguments(
+    args: argparse.Namespace, device: torch.device, report_to: Iterable[str] = (), *, experts: bool = False
+) -> TrainingArguments:
     """TrainingArguments for `args`: what Trainer would print, report or write by itself is off. report_to: integrations that
-    LowRankTrainer.report reaches."""
+    LowRankTrainer.report reaches. experts: whether some parameters may have no gradient in a step."""
     made = TrainingArguments(
         output_dir=args.out,
         max_steps=args.steps,
@@ -170,7 +172,7 @@ def arguments(args: argparse.Namespace, device: torch.device, report_to: Iterabl
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         use_cpu=device.type == "cpu",
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=experts,
     )
     made._n_gpu = min(1, made.n_gpu)  # with several GPUs Trainer would wrap the model in DataParallel
     return made
