@@ -8,7 +8,19 @@ import triton.language as tl
 
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.basis import arguments, load_int4, rank
-from lowrank_sys.kernels.common import ALPHA, CORRECTION1, CORRECTION2, DECAY, GRAD_SCALE, SLOTS, dot, is_off, pick, precision
+from lowrank_sys.kernels.common import (
+    ALPHA,
+    CORRECTION1,
+    CORRECTION2,
+    DECAY,
+    GRAD_SCALE,
+    SLOTS,
+    dot,
+    is_off,
+    one_each,
+    pick,
+    precision,
+)
 from lowrank_sys.kernels.epilogue import count_left_out, write_weight
 from lowrank_sys.kernels.int8 import aligned, update_int8
 
@@ -283,10 +295,10 @@ def launch_apply(
         offset=drawn.offset,
     )
     apply_kernel[configs.cdiv(m, config["BLOCK_M"]) * configs.cdiv(n, config["BLOCK_N"]), len(weights)](
-        weight=tuple(weights),
+        weight=one_each(weights),
         weight_scale=drawn.scale,
         grad=grad,
-        low_rank=None if low_ranks is None else tuple(low_ranks),
+        low_rank=None if low_ranks is None else one_each(low_ranks),
         low_rank_grad=low_rank_grad,
         **basis,
         coefficients=coefficients,

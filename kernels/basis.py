@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lowrank_sys.kernels.common import INTERPRETED, dot
+from lowrank_sys.kernels.common import INTERPRETED, dot, one_each
 
 # By type: 2^k, k the bits of its mantissa, and 2^k + 8. A code in the lowest bits of 2^k adds itself; less 2^k + 8 it is code - 8.
 POWER16, LESS16 = tl.constexpr(0x4300), tl.constexpr(136.0)  # bf16
@@ -50,9 +50,9 @@ def types(other, basis):
 def arguments(bases):
     """What a launch passes for its bases, which are all matrices or all INT4 in groups of one size."""
     if not isinstance(bases[0], Int4Basis):
-        return {"basis": tuple(bases), "scale": None, "offset": None, "width": 0, "GROUP": 0}
-    packed, scales, offsets, sizes = zip(*bases)
-    return {"basis": packed, "scale": scales, "offset": offsets, "width": packed[0].shape[1], "GROUP": sizes[0]}
+        return {"basis": one_each(bases), "scale": None, "offset": None, "width": 0, "GROUP": 0}
+    packed, scales, offsets = (one_each(part) for part in list(zip(*bases))[:3])
+    return {"basis": packed, "scale": scales, "offset": offsets, "width": packed[0].shape[1], "GROUP": bases[0].group_size}
 
 
 @triton.jit

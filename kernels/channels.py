@@ -1,16 +1,16 @@
 """What a step needs of whole channels of R: which are usable, and the sums of their squares."""
 
-import torch
 import triton
 import triton.language as tl
 
 from lowrank_sys._ops import numerics
 from lowrank_sys.kernels import configs
+from lowrank_sys.kernels.coefficient import NO_COEFFICIENTS, store_coefficients
 from lowrank_sys.kernels.common import GRAD_SCALE, is_off
 
 MAX_GRADIENT = tl.constexpr(numerics.MAX_GRADIENT)
-# Rows of the sums of a channel: of N², of R², and of the squares of its residual.
-N_SQUARES, R_SQUARES, RESIDUAL = (tl.constexpr(i) for i in range(3))
+# Rows of the sums of a channel that wait for a step of 8-bit moments: of R², and of the squares of its residual.
+R_SQUARES, RESIDUAL = (tl.constexpr(i) for i in range(2))
 
 
 @triton.jit
@@ -44,7 +44,6 @@ def measure(
     low_rank_grad,
     gram_grad,
     squares,
-    sums,
     grad_scale,
     o_c,
     channels,
@@ -55,7 +54,7 @@ def measure(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Store |R|² and, with squares, |G - alpha back(R)|² of the channels; return which have finite squares (BLOCK_C,).
+    """Which channels have finite squares, |R|², and with squares |G - alpha back(R)|², else zeros, each (BLOCK_C,).
 
     squares (splits, channels) are parts of |G|²; gram_grad is (BᵀB)R, None for an orthonormal basis.
     """
@@ -70,9 +69,8 @@ def measure(
     m_c = o_c < channels
     b_r_squares = tl.sum(b_sum, axis=0 if LEFT else 1)
     b_ok = b_r_squares < float("inf")
-    tl.store(sums + R_SQUARES * channels + o_c, b_r_squares, mask=m_c)
+    b_residual = tl.zeros([BLOCK_C], tl.float32)
     if squares is not None:
-        b_residual = tl.zeros([BLOCK_C], tl.float32)
         for _ in range(splits):
             b_residual += tl.load(squares + o_c, mask=m_c, other=0.0)
             squares += channels
@@ -81,8 +79,8 @@ def measure(
         if gram_grad is not None:
             b_in_basis = tl.sum(b_inside, axis=0 if LEFT else 1)
         b_residual = b_residual * grad_scale * grad_scale - 2 * alpha * b_r_squares + alpha * alpha * b_in_basis
-        tl.store(sums + RESIDUAL * channels + o_c, tl.where(b_ok, tl.maximum(b_residual, 0.0), 0.0), mask=m_c)
-    return b_ok
+        b_residual = tl.where(b_ok, tl.maximum(b_residual, 0.0), 0.0)
+    return b_ok, b_r_squares, b_residual
 
 
 @triton.jit
@@ -91,28 +89,43 @@ def sums_kernel(
     gram_grad,
     squares,
     sums,
+    coefficients,
+    limiter,
+    norms,
+    counters,
     scalars,
     channels,
     r,
     splits,
     alpha,
+    growth,
+    front,
+    behind,
     LEFT: tl.constexpr,
     BEFORE: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """What RATIO needs of a channel beside a step of 8-bit moments: of R if BEFORE, which `measure` reads, else |N|² of N.
+    """What RATIO needs of a channel beside a step of 8-bit moments: sums (2, channels) <- those of R if BEFORE, see `measure`, else
+    the coefficients from them and from N.
 
     A channel whose squares are not finite is made NaN in R, so that the step leaves it out: N and |N|² are NaN there.
 
-    Bytes: R or N once, gram_grad once.
+    Bytes: R or N once, gram_grad once, sums (residuals with a limiter alone) once each way, and those of `store_coefficients`.
     """
     if is_off(scalars):
         return
     o_c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    m_c = o_c < channels
     if BEFORE:
         grad_scale = tl.load(scalars + GRAD_SCALE)
-        b_ok = measure(low_rank, gram_grad, squares, sums, grad_scale, o_c, channels, r, splits, alpha, LEFT, BLOCK_R, BLOCK_C)
+        b_ok, b_r, b_residual = measure(
+            low_rank, gram_grad, squares, grad_scale, o_c, channels, r, splits, alpha, LEFT, BLOCK_R, BLOCK_C
+        )
+        tl.store(sums + R_SQUARES * channels + o_c, b_r, mask=m_c)
+        if squares is not None:
+            tl.store(sums + RESIDUAL * channels + o_c, b_residual, mask=m_c)
         if tl.min(b_ok.to(tl.int32)) == 0:
             b_bad = ~b_ok[None, :] if LEFT else ~b_ok[:, None]
             for i_r in range(0, r, BLOCK_R):
@@ -124,7 +137,26 @@ def sums_kernel(
             o_tile, m_tile = tile_of(i_r, o_c, channels, r, LEFT, BLOCK_R)
             b_n = tl.load(low_rank + o_tile, mask=m_tile, other=0.0)
             b_sum += b_n * b_n
-        tl.store(sums + N_SQUARES * channels + o_c, tl.sum(b_sum, axis=0 if LEFT else 1), mask=o_c < channels)
+        b_r = tl.load(sums + R_SQUARES * channels + o_c, mask=m_c, other=0.0)
+        b_residual = b_r
+        if limiter is not None:
+            b_residual = tl.load(sums + RESIDUAL * channels + o_c, mask=m_c, other=0.0)
+        store_coefficients(
+            tl.sum(b_sum, axis=0 if LEFT else 1),
+            b_r,
+            b_residual,
+            o_c,
+            coefficients,
+            limiter,
+            norms,
+            counters,
+            scalars,
+            channels,
+            growth,
+            front,
+            behind,
+            PER_TENSOR,
+        )
 
 
 def sizes_of(low_rank, left):
@@ -133,13 +165,9 @@ def sizes_of(low_rank, left):
     return {"channels": channels, "r": r, "LEFT": left, **configs.RULE}, configs.cdiv(channels, configs.RULE["BLOCK_C"])
 
 
-def empty_sums(low_rank, left):
-    """Room for the sums (3, channels) of R."""
-    return torch.empty((3, low_rank.shape[1 if left else 0]), dtype=torch.float32, device=low_rank.device)
-
-
-def launch_sums(low_rank, sums, scalars, *, left, before, squares=None, gram_grad=None, alpha=0.0):
-    """sums (3, channels) <- those of R `before` a step of 8-bit moments, else of N; R is made NaN where a channel is not usable."""
+def launch_sums(low_rank, sums, scalars, *, left, squares=None, gram_grad=None, alpha=0.0, room=None):
+    """sums (2, channels) <- those of R before a step of 8-bit moments, R being made NaN where a channel is not usable; with `room`,
+    what is there for the coefficients, these from the sums and from N."""
     sizes, programs = sizes_of(low_rank, left)
     sums_kernel[programs,](
         low_rank=low_rank,
@@ -149,7 +177,8 @@ def launch_sums(low_rank, sums, scalars, *, left, before, squares=None, gram_gra
         scalars=scalars,
         splits=0 if squares is None else squares.shape[0],
         alpha=alpha,
-        BEFORE=before,
+        BEFORE=room is None,
+        **(room or NO_COEFFICIENTS),
         **sizes,
         **configs.OPTIONS,
     )

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lowrank_sys.kernels import configs
+
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # Slots of a step's row of scalars (fp32, on the device). Rows are padded so that each starts on 16 bytes.
@@ -22,6 +24,12 @@ def pick(matrices, i):
         for k in tl.static_range(1, len(matrices)):
             p_matrix = tl.where(i == k, matrices[k], p_matrix)
     return p_matrix
+
+
+def one_each(tensors):
+    """What a launch is given where it takes one tensor a matrix: one, or as many as it can serve, so that a kernel is compiled for
+    two numbers of matrices. Those that fill it up are not looked at."""
+    return tuple(tensors) if len(tensors) == 1 else (*tensors, *[tensors[-1]] * (configs.MOST - len(tensors)))
 
 
 @triton.jit

@@ -85,12 +85,11 @@ APPLY_RESIDUAL = {
     1: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=32),
     2: _tile(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_R=16),
 }
-COEFFICIENT = _tile(4, 1, BLOCK=256)
 
-# A weight that is low-rank plus sparse, of any type and size.
-SCATTER_ADD = _tile(8, 2, BLOCK_M=128, BLOCK_N=64, BLOCK_R=32)
+# A weight that is low-rank plus sparse, of any type. "odd" if n or r is no multiple of 16.
+SCATTER_ADD = {"aligned": _tile(8, 2, BLOCK_M=128, BLOCK_N=64, BLOCK_R=32), "odd": _tile(8, 2, BLOCK_M=128, BLOCK_N=64, BLOCK_R=16)}
 
-# Matrices of one shape that one launch serves at most; a group is cut into launches of 8, 4, 2 and 1.
+# Matrices of one shape that one launch serves at most.
 MOST = 8
 
 # The scalars of a step, a lane a matrix.
@@ -191,18 +190,23 @@ def config_for(arch, kernel, *, n, r, dtypes):
     return of_size(table[kernel, kind_of(n, r, dtypes)], r)
 
 
+def int8_linear_tile(config, *, back, group_size, nf4):
+    """An entry of INT8_LINEAR, its tile in one group along n; forward, a deeper one leaves no registers to decode NF4 in."""
+    axis = "BLOCK_O" if back else "BLOCK_D"
+    most = min(group_size, 32) if nf4 and not back else group_size
+    return config | {axis: min(config[axis], most)}
+
+
 @functools.cache
-def plan_int8_linear(t, m, n, *, back, dtype, group_size, card):
-    """Plan of the INT8 linear layer for t rows; a tile stays in one group along n.
+def plan_int8_linear(t, m, n, *, back, dtype, group_size, card, nf4=False):
+    """Plan of the linear layer on INT8 or NF4 weights for t rows.
 
     The number of parts is the one of which the card takes the least time, in entries of the summed axis: those of a part, times
     the waves, and what its fp32 sums cost, 128 to store and 128 a part to add. There are at most 8, and two programs a
     multiprocessor.
     """
     kind = "odd" if m % 16 or n % 16 else 8 * dtype.itemsize
-    config = dict(of_size(of_arch(INT8_LINEAR, card.arch)[kind], t))
-    axis = "BLOCK_O" if back else "BLOCK_D"
-    config[axis] = min(config[axis], group_size)
+    config = int8_linear_tile(of_size(of_arch(INT8_LINEAR, card.arch)[kind], t), back=back, group_size=group_size, nf4=nf4)
     outputs, depth = (n, m) if back else (m, n)
     tiles = cdiv(t, config["BLOCK_T"]) * cdiv(outputs, config["BLOCK_O"])
 
@@ -219,6 +223,11 @@ def kind_of(n, r, dtypes, offset=0):
     """The kind of a product, see above; rows of an INT8 weight that share no draws of random bits count as odd."""
     narrow = dtypes[0] == dtypes[1] and all(dtype.itemsize == 2 for dtype in dtypes)
     return "odd" if n % 16 or r % 16 or offset % 8 else 16 if narrow else 32
+
+
+def scatter_add(n, r):
+    """Launch arguments of W = scale B A + S for W (m, n) and rank r."""
+    return SCATTER_ADD["odd" if n % 16 or r % 16 else "aligned"]
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import triton.language as tl
 from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.back_project import back_project_
-from lowrank_sys.kernels.common import SLOTS, is_off, on_device_of, pick, store
+from lowrank_sys.kernels.common import SLOTS, is_off, on_device_of, one_each, pick, store
 from lowrank_sys.kernels.project import counters_of, launch_project
 from lowrank_sys.reference import gaussian as reference
 
@@ -112,8 +112,8 @@ def launch_gaussian_bases(outs, *, keys=None, seed=0, step=0, parameter=0, first
     # Where the first row lies in its group is known on the device alone if there are keys.
     high = groups(first, d) if keys is None else configs.cdiv(d + GROUP.value - 1, GROUP.value)
     gaussian_basis_kernel[high, configs.cdiv(rank, config["BLOCK_R"]), len(outs)](
-        out=tuple(outs),
-        key=None if keys is None else tuple(keys),
+        out=one_each(outs),
+        key=None if keys is None else one_each(keys),
         scalars=scalars,
         seed=seed,
         refresh=step,

@@ -142,7 +142,8 @@ def launch(rows, codes, scale, bias, *, n, back, group_size, nf4=False):
     if out.numel() == 0:
         return out
     t = out.numel() // outputs
-    plan = configs.plan_int8_linear(t, m, n, back=back, dtype=rows.dtype, group_size=group_size, card=configs.target(rows.device))
+    kind = {"back": back, "dtype": rows.dtype, "group_size": group_size, "nf4": nf4}
+    plan = configs.plan_int8_linear(t, m, n, card=configs.target(rows.device), **kind)
     split = plan.splits > 1
     with on_device_of(rows):
         int8_linear_kernel[plan.tiles, plan.splits](

@@ -9,7 +9,7 @@ import triton.language as tl
 from lowrank_sys import _ops
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.basis import Int4Basis, arguments, load_int4, project_codes, rank, types
-from lowrank_sys.kernels.common import SLOTS, dot, is_off, on_device_of, pick, precision
+from lowrank_sys.kernels.common import SLOTS, dot, is_off, on_device_of, one_each, pick, precision
 from lowrank_sys.kernels.epilogue import finish, store_part, sum_parts
 from lowrank_sys.kernels.int8_gemm import launch_project_int8
 from lowrank_sys.kernels.rule import ADAM, launch_rule
@@ -291,11 +291,11 @@ def launch_project(
     partials = torch.empty((len(grads), plan.parts, *out.shape), dtype=torch.float32, device=grad.device) if plan.parts else None
     sums = None if squares is None else squares(plan.splits)
     project_kernel[plan.tiles, plan.splits, len(grads)](
-        grad=tuple(grads),
+        grad=one_each(grads),
         **arguments(bases),
-        out=tuple(outs),
-        exp_avg=None if exp_avgs is None else tuple(exp_avgs),
-        exp_avg_sq=None if exp_avg_sqs is None else tuple(exp_avg_sqs),
+        out=one_each(outs),
+        exp_avg=None if exp_avgs is None else one_each(exp_avgs),
+        exp_avg_sq=None if exp_avg_sqs is None else one_each(exp_avg_sqs),
         squares=sums,
         scalars=scalars,
         partials=partials,

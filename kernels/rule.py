@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 
 from lowrank_sys.kernels import configs
-from lowrank_sys.kernels.channels import N_SQUARES, all_usable, measure, sizes_of, tile_of
-from lowrank_sys.kernels.common import CORRECTION1, CORRECTION2, GRAD_SCALE, SLOTS, is_off, pick, store
+from lowrank_sys.kernels.channels import all_usable, measure, sizes_of, tile_of
+from lowrank_sys.kernels.coefficient import NO_COEFFICIENTS, store_coefficients
+from lowrank_sys.kernels.common import CORRECTION1, CORRECTION2, GRAD_SCALE, SLOTS, is_off, one_each, pick, store
 
 ADAM, RATIO = (tl.constexpr(i) for i in range(2))
 
@@ -47,7 +48,10 @@ def rule_kernel(
     exp_avg,
     exp_avg_sq,
     squares,
-    sums,
+    coefficients,
+    limiter,
+    norms,
+    counters,
     scalars,
     channels,
     r,
@@ -58,15 +62,19 @@ def rule_kernel(
     gain1,
     gain2,
     eps,
+    growth,
+    front,
+    behind,
     LEFT: tl.constexpr,
     RULE: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """out = X = RULE(grad_scale * R) for R (r, channels) if LEFT, else (channels, r); NaN in channels that are not usable.
 
-    ADAM: usable if every entry is. RATIO, for one matrix: if the squares of the channel are finite; sums (3, channels) <- |N|², NaN
-    where not usable, and what `measure` stores; out may be None. A program owns whole channels: it tests them, then steps. A
+    ADAM: usable if every entry is. RATIO, for one matrix: if the squares of the channel are finite; out may be None, and the launch
+    ends with the channels' coefficients, see `store_coefficients`. A program owns whole channels: it tests them, then steps. A
     launch serves several matrices of one shape: R, out and the moments are tuples, scalars has a row a matrix.
 
     Bytes per element of R: R twice (the second time from the cache), moments twice each, gram_grad and out once.
@@ -80,7 +88,9 @@ def rule_kernel(
     o_c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     grad_scale = tl.load(scalars + GRAD_SCALE)
     if RULE == RATIO:
-        b_ok = measure(low_rank_grad, gram_grad, squares, sums, grad_scale, o_c, channels, r, splits, alpha, LEFT, BLOCK_R, BLOCK_C)
+        b_ok, b_r, b_residual = measure(
+            low_rank_grad, gram_grad, squares, grad_scale, o_c, channels, r, splits, alpha, LEFT, BLOCK_R, BLOCK_C
+        )
     else:
         b_ok = all_usable(low_rank_grad, grad_scale, o_c, channels, r, LEFT, BLOCK_R, BLOCK_C)
     b_wide = b_ok[None, :] if LEFT else b_ok[:, None]
@@ -99,27 +109,54 @@ def rule_kernel(
             store(out + o_tile, tl.where(b_wide, b_x, float("nan")), m_tile)
     if RULE == RATIO:
         b_squares = tl.where(b_ok, tl.sum(b_sum, axis=0 if LEFT else 1), float("nan"))
-        tl.store(sums + N_SQUARES * channels + o_c, b_squares, mask=o_c < channels)
+        store_coefficients(
+            b_squares,
+            b_r,
+            b_residual,
+            o_c,
+            coefficients,
+            limiter,
+            norms,
+            counters,
+            scalars,
+            channels,
+            growth,
+            front,
+            behind,
+            PER_TENSOR,
+        )
 
 
 def launch_rule(
-    low_rank_grads, outs, moments, scalars, *, rule, left, beta1, beta2, eps, sums=None, squares=None, gram_grad=None, alpha=0.0
+    low_rank_grads,
+    outs,
+    moments,
+    scalars,
+    *,
+    rule,
+    left,
+    beta1,
+    beta2,
+    eps,
+    squares=None,
+    gram_grad=None,
+    alpha=0.0,
+    room=NO_COEFFICIENTS,
 ):
     """outs <- the rule's update from R, for matrices of one shape; NaN in channels that are left out.
 
     outs: R's shape, fp32 or the bases' type, or None; moments: exp_avgs and exp_avg_sqs, advanced in place; scalars: a row a
-    matrix. For RATIO, one matrix: sums (3, channels), and what they are made from.
+    matrix. For RATIO, one matrix: what the squares are made from, and `room` for the coefficients.
     """
     sizes, programs = sizes_of(low_rank_grads[0], left)
     exp_avgs, exp_avg_sqs = moments
     rule_kernel[programs, len(low_rank_grads)](
-        low_rank_grad=tuple(low_rank_grads),
+        low_rank_grad=one_each(low_rank_grads),
         gram_grad=gram_grad,
-        out=None if outs is None else tuple(outs),
-        exp_avg=tuple(exp_avgs),
-        exp_avg_sq=tuple(exp_avg_sqs),
+        out=None if outs is None else one_each(outs),
+        exp_avg=one_each(exp_avgs),
+        exp_avg_sq=one_each(exp_avg_sqs),
         squares=squares,
-        sums=sums,
         scalars=scalars,
         splits=0 if squares is None else squares.shape[0],
         alpha=alpha,
@@ -129,6 +166,7 @@ def launch_rule(
         gain2=1 - beta2,
         eps=eps,
         RULE=rule.value,
+        **room,
         **sizes,
         **configs.OPTIONS,
     )

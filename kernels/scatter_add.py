@@ -89,7 +89,7 @@ def scatter_add_product(b, a, values, columns, *, scale=1.0, dtype=None):
     out = torch.empty((m, n), dtype=dtype or b.dtype, device=b.device)
     if out.numel() == 0:
         return out
-    config = configs.SCATTER_ADD
+    config = configs.scatter_add(n, r)
     with on_device_of(b):
         scatter_add_product_kernel[(configs.cdiv(m, config["BLOCK_M"]) * configs.cdiv(n, config["BLOCK_N"]),)](
             b=b,

@@ -13,8 +13,8 @@ from lowrank_sys._ops.step import check_step
 from lowrank_sys.kernels import configs
 from lowrank_sys.kernels.apply import NEAREST, SCALED, SIGNED, Drawn, launch_apply
 from lowrank_sys.kernels.basis import Int4Basis, rank
-from lowrank_sys.kernels.channels import empty_sums, launch_sums
-from lowrank_sys.kernels.coefficient import launch_coefficients
+from lowrank_sys.kernels.channels import launch_sums
+from lowrank_sys.kernels.coefficient import room_for_coefficients
 from lowrank_sys.kernels.common import on_device_of
 from lowrank_sys.kernels.gaussian import launch_gaussian_project
 from lowrank_sys.kernels.int8_gemm import launch_back_project_int8, launch_project_int8
@@ -86,7 +86,7 @@ def step(*lists, **options):
 
 
 def together(matrices, h):
-    """Lists of matrices that share launches: 8, 4, 2 or 1 of one shape and set of dtypes. A remainder's launches take one."""
+    """Lists of matrices that share launches: up to 8 of one shape and set of dtypes. A remainder's launches take one."""
     if h.int8_gemm or h.remainder != "none":
         yield from ([matrix] for matrix in matrices)
         return
@@ -97,11 +97,7 @@ def together(matrices, h):
         alike.setdefault(key, []).append(matrix)
     for (m, n, *_), group in alike.items():
         most = configs.together(m, n, configs.target(matrices[0].weight.device))
-        while group:
-            # Powers of two, so that a kernel is compiled for few numbers of matrices.
-            count = min(most, 1 << (len(group).bit_length() - 1))
-            yield group[:count]
-            group = group[count:]
+        yield from (group[i : i + most] for i in range(0, len(group), most))
 
 
 def _scalars(steps, device, h):
@@ -212,18 +208,7 @@ def _with_remainder(launch, scalars, numbers, counters, h):
         _adam(launch, [r], [update], scalars, h)
         phi = {"phi": SIGNED if h.sign else SCALED, "residual_scale": h.residual_scale}
     else:
-        update, sums = _ratio(x, r, squares, scalars, counters, h)
-        front = h.scale**0.5 if h.remainder == "scaled-gradient" else 1.0
-        coefficients = launch_coefficients(
-            sums,
-            x.limiter,
-            scalars,
-            growth=h.growth,
-            front=front if h.scale_front else 1.0,
-            behind=1.0 if h.scale_front else front,
-            per_tensor=h.per_tensor,
-            counters=counters,
-        )
+        update, coefficients = _ratio(x, r, squares, scalars, counters, h)
         phi = {"phi": SCALED, "coefficients": coefficients}
     if h.remainder != "scaled-gradient":
         phi |= {"low_ranks": [update], "bases": [basis], "low_rank_grad": r, "gain": h.scale}
@@ -231,22 +216,34 @@ def _with_remainder(launch, scalars, numbers, counters, h):
 
 
 def _ratio(x, r, squares, scalars, counters, h):
-    """(N where it is applied or the moments are in 8 bits, the sums of the channels); the moments advance."""
+    """(N where it is applied or the moments are in 8 bits, the coefficients of the channels); the moments advance."""
     alpha = h.scale if h.remainder == "scaled-residual" else 0.0
     gram_grad = None
     if x.gram is not None and x.limiter is not None:
         # The Gram matrix is symmetric: BᵀB R is a projection of R.
         gram_grad = torch.empty_like(r)
         launch_project([r], [x.gram], [gram_grad], left=h.left, counters=counters, scalars=scalars)
-    sums = empty_sums(r, h.left)
+    front = h.scale**0.5 if h.remainder == "scaled-gradient" else 1.0
+    channels = r.shape[1 if h.left else 0]
+    room = room_for_coefficients(
+        channels,
+        x.limiter,
+        counters,
+        r.device,
+        growth=h.growth,
+        front=front if h.scale_front else 1.0,
+        behind=1.0 if h.scale_front else front,
+        per_tensor=h.per_tensor,
+    )
     measured = {"squares": squares, "gram_grad": gram_grad, "alpha": alpha}
     if h.moments == "fp32":
         outs = [_empty(x)] if h.remainder == "scaled-residual" else None
-        launch_rule([r], outs, [[moment] for moment in x.moments], scalars, rule=RATIO, sums=sums, **measured, **h.adam)
-        return outs and outs[0], sums
+        launch_rule([r], outs, [[moment] for moment in x.moments], scalars, rule=RATIO, room=room, **measured, **h.adam)
+        return outs and outs[0], room["coefficients"]
     update = r if h.remainder == "scaled-gradient" else _empty(x)
-    launch_sums(r, sums, scalars, left=h.left, before=True, **measured)
+    sums = torch.empty((2, channels), dtype=torch.float32, device=r.device)
+    launch_sums(r, sums, scalars, left=h.left, **measured)
     # At a step of infinity both bias corrections are 1, and Adam's update is N.
     _adam_8bit([x], [r], [update], [torch.full((), torch.inf, device=r.device)], h)
-    launch_sums(update, sums, scalars, left=h.left, before=False)
-    return update, sums
+    launch_sums(update, sums, scalars, left=h.left, room=room)
+    return update, room["coefficients"]

@@ -174,9 +174,9 @@ def back_project_int8_gemm(m, n, r, *, param):
     }
 
 
-def rule(m, n, r, *, left, out=None, ratio=False, splits=0, gram=False):
-    """A step of fp32 moments from R: the type of X, or of N if it is stored. A ratio has the sums of the channels, with `splits`
-    parts of the squares of G's, and (BᵀB)R if `gram`."""
+def rule(m, n, r, *, left, out=None, splits=0, gram=False):
+    """A step of fp32 moments from R: the type of X, or of N if it is stored. A ratio has `splits` parts of the squares of G's
+    channels, and (BᵀB)R if `gram`."""
     channels = n if left else m
     size = r * channels
     return {
@@ -186,19 +186,19 @@ def rule(m, n, r, *, left, out=None, ratio=False, splits=0, gram=False):
         "exp_avg": Bytes(size * FP32, size * FP32),
         "exp_avg_sq": Bytes(size * FP32, size * FP32),
         "squares": Bytes(splits * channels * FP32, 0),
-        "sums": Bytes(0, (3 if splits else 2) * channels * FP32 if ratio else 0),
     }
 
 
-def sums(m, n, r, *, left, before, splits=0, gram=False):
+def sums(m, n, r, *, left, before, limited, splits=0, gram=False):
     """What a ratio needs of R `before` a step of 8-bit moments, else of N, where every channel is usable."""
     channels = n if left else m
     size = r * channels * FP32
+    kept = (2 if limited else 1) * channels * FP32
     return {
         "low_rank": Bytes(size, 0),
         "gram_grad": Bytes(size if gram and splits else 0, 0),
         "squares": Bytes(splits * channels * FP32, 0),
-        "sums": Bytes(0, (2 if splits else 1) * channels * FP32),
+        "sums": Bytes(0, kept) if before else Bytes(kept, 0),
     }
 
 
@@ -215,7 +215,7 @@ def scalars(matrices, *, step, rate, draws=False):
 
 def int8_linear(t, m, n, *, back, dtype, group_size, card, bias=None, nf4=False):
     """y (t, m) = x Wᵀ + bias, or dx (t, n) = dy W if `back`: the type of x or dy, and of the bias."""
-    plan = configs.plan_int8_linear(t, m, n, back=back, dtype=dtype, group_size=group_size, card=card)
+    plan = configs.plan_int8_linear(t, m, n, back=back, dtype=dtype, group_size=group_size, card=card, nf4=nf4)
     depth, outputs = (m, n) if back else (n, m)
     tall, wide, deep = (triton.cdiv(size, plan.config[f"BLOCK_{axis}"]) for size, axis in ((t, "T"), (outputs, "O"), (depth, "D")))
     parts = plan.splits * t * outputs * FP32 if plan.splits > 1 else 0
@@ -233,7 +233,7 @@ def int8_linear(t, m, n, *, back, dtype, group_size, card, bias=None, nf4=False)
 
 def scatter_add_product(m, n, r, k, *, dtype):
     """W = scale B A + S of one type, with k entries in each row of S; of the columns at most, every halving whole."""
-    config = configs.SCATTER_ADD
+    config = configs.scatter_add(n, r)
     down, across = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"])
     halvings = 2 * across * m * k.bit_length()
     return {
@@ -264,12 +264,11 @@ def gaussian_back_project(m, n, r, *, left, param, card):
 
 
 def coefficients(channels, *, per_tensor, limited):
-    """The factor of each channel, from its sums; all are multiplied by what they share, which the limiter may leave at 1."""
-    programs = triton.cdiv(channels, configs.COEFFICIENT["BLOCK"])
+    """The factors of the channels, which end a launch; all are multiplied by what they share, which the limiter may leave at 1."""
+    programs = triton.cdiv(channels, configs.RULE["BLOCK_C"])
     size, parts = channels * FP32, (2 * per_tensor + limited) * programs * torch.float64.itemsize
     shared = size if per_tensor or limited else 0
     return {
-        "sums": Bytes((2 + limited) * size, 0),
         "coefficients": Bytes(shared, size + shared),
         "norms": Bytes(parts, parts),
         "limiter": Bytes(FP32, FP32) if limited else Bytes(0, 0),
@@ -325,11 +324,11 @@ def step(
         # R (r, n) is projected by the symmetric BᵀB as G is by B.
         launches.append(project(*((r, n) if left else (m, r)), r, grad=torch.float32, basis=torch.float32, **kind))
     if moments == "fp32":
-        launches.append(rule(*shape, left=left, out=torch.float32 if back else None, ratio=True, splits=splits, gram=gram))
+        last = rule(*shape, left=left, out=torch.float32 if back else None, splits=splits, gram=gram)
     else:
-        launches.append(sums(*shape, left=left, before=True, splits=splits, gram=gram))
-        launches.append(sums(*shape, left=left, before=False))
-    launches.append(coefficients(n if left else m, per_tensor=per_tensor, limited=limited))
+        launches.append(sums(*shape, left=left, before=True, limited=limited, splits=splits, gram=gram))
+        last = sums(*shape, left=left, before=False, limited=limited)
+    launches.append(last | coefficients(n if left else m, per_tensor=per_tensor, limited=limited))
     product = {"low_rank": torch.float32, "basis": basis} if back else {}
     return *launches, apply(*shape, weight=weight, grad=grad, coefficients=True, **product, **kind)
 

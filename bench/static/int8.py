@@ -18,8 +18,9 @@ def always(kind, tokens):
     if kind == 16 and tokens < 128:
         return [(("bf16",), "forward+split")]
     if kind == 16:
-        nf4 = [(("fp16",), "back+split+nf4")] if tokens > 128 else []  # the tile of wgmma, which alone depends on how it is fed
-        return [(("bf16",), "forward"), (("fp16",), "back+split"), *nf4]
+        # Forward NF4 takes more registers than INT8, back fewer; wgmma's tile depends on how it is fed.
+        fed = [(("fp16",), "back+split+nf4")] if tokens > 128 else []
+        return [(("bf16",), "forward+nf4"), (("fp16",), "back+split"), *fed]
     return [(("fp32",), "forward")] if kind == 32 else []
 
 
@@ -31,10 +32,10 @@ def tensors(types, variant):
 
 
 def constants(variant, config):
-    """A tile stays in one group."""
-    nf4, axis = "nf4" in variant, "BLOCK_O" if "back" in variant else "BLOCK_D"
+    back, nf4 = "back" in variant, "nf4" in variant
     group = SMALLEST if "small" in variant else NF4 if nf4 else INT8
-    return {"BACK": "back" in variant, "NF4": nf4, "GROUP": group, axis: min(config[axis], group)}
+    tile = configs.int8_linear_tile(config, back=back, group_size=group, nf4=nf4)
+    return {"BACK": back, "NF4": nf4, "GROUP": group, **tile}
 
 
 def rows(arch):

@@ -30,7 +30,7 @@ class Kernel(NamedTuple):
     always: Callable = no_calls  # (kind, rank) -> calls that are built on every architecture and side
     each: tuple = ()  # arguments of which a launch with "step" takes one a matrix
     product: bool = True  # must use the tensor cores,
-    own: bool = True  # in its required builds the architecture's own, and 16-byte stores
+    own: bool = True  # in its required builds of aligned sizes the architecture's own, and 16-byte stores
     constants: Callable = lambda variant, config: {}  # further constants
     limit: str = "r"  # what a configuration is chosen by
     sizes: dict = {}  # kind -> kinds of sizes, where they are not the usual ones
@@ -104,8 +104,9 @@ def variants(arch, row, kernel):
 
 def always(arch, row, kernel):
     """Builds that every architecture must have: left alone, right with several matrices in the launch."""
+    sizes = "odd" if row.kind == "odd" else "aligned"
     return [
-        Case(arch, row, left, tuple(types), variant, "aligned", "tf32x3", 1 if left or not kernel.each else configs.MOST)
+        Case(arch, row, left, tuple(types), variant, sizes, "tf32x3", 1 if left or not kernel.each else configs.MOST)
         for left in sides(kernel)
         for types, variant in kernel.always(row.kind, row.rank)
     ]

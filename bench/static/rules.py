@@ -1,55 +1,59 @@
 """The kernels of the rules on R, and of the factors of a scaled gradient."""
 
 from lowrank_sys.bench.static.kernel import FLOATS, Kernel
-from lowrank_sys.kernels import channels, coefficient, configs, rule
+from lowrank_sys.kernels import channels, configs, rule
 
-RULE = dict.fromkeys(("low_rank_grad", "exp_avg", "exp_avg_sq", "scalars"), "*fp32") | {"alpha": "fp32"}
-# APOLLO stores no N; squares come with a limiter, (BᵀB)R with a basis that is not orthonormal.
-RATIOS = ("ratio", "ratio+squares", "ratio+out", "ratio+out+squares", "ratio+out+squares+gram_grad")
-GIVEN = {"squares": "*fp32", "gram_grad": "*fp32"}
+MOMENTS = dict.fromkeys(("low_rank_grad", "exp_avg", "exp_avg_sq"), "*fp32")
+NUMBERS = {"scalars": "*fp32"} | dict.fromkeys(("alpha", "growth", "front", "behind"), "fp32")
+# A limiter asks for squares, and for (BᵀB)R with a basis that is not orthonormal.
+MEASURED = ("", "+limited", "+limited+gram_grad")
+RATIOS = [f"ratio{out}{measured}{each}" for out in ("", "+out") for measured in MEASURED for each in ("", "+tensor")]
+SUMS = [f"before{measured}" for measured in MEASURED]
+SUMS += [f"after{limited}{each}" for limited in ("", "+limited") for each in ("", "+tensor")]
 
 
-def given(variant):
-    return {name: type_ for name, type_ in GIVEN.items() if name in variant.split("+")}
+def measured(variant):
+    """What the squares of the channels are made from."""
+    return ({"squares": "*fp32"} if "limited" in variant else {}) | ({"gram_grad": "*fp32"} if "gram_grad" in variant else {})
+
+
+def coefficients(variant):
+    """What a launch that ends with them is given: for a limiter and for one ratio its programs meet."""
+    limited, tensor = "limited" in variant, "tensor" in variant
+    meet = {"norms": "*fp64", "counters": "*i32"} if limited or tensor else {}
+    return {"coefficients": "*fp32"} | meet | ({"limiter": "*fp32"} if limited else {})
 
 
 def rule_tensors(types, variant):
-    if "step" in variant:
-        return RULE | {"out": f"*{types[0]}"}
-    return RULE | ({"out": "*fp32"} if "out" in variant else {}) | {"sums": "*fp32"} | given(variant)
+    if "adam" in variant:
+        return MOMENTS | NUMBERS | {"out": f"*{types[0]}"}
+    # APOLLO stores no N.
+    return MOMENTS | NUMBERS | measured(variant) | coefficients(variant) | ({"out": "*fp32"} if "out" in variant else {})
 
 
-def coefficient_tensors(types, variant):
-    tensors = dict.fromkeys(("sums", "coefficients", "scalars"), "*fp32")
-    tensors |= dict.fromkeys(("growth", "front", "behind"), "fp32")
-    tensors |= {"limiter": "*fp32"} if "limiter" in variant else {}
-    return tensors | ({} if variant == "channel" else {"norms": "*fp64", "counters": "*i32"})
+def sums_tensors(types, variant):
+    return NUMBERS | {"low_rank": "*fp32", "sums": "*fp32"} | (measured if "before" in variant else coefficients)(variant)
 
 
 KERNELS = {
     "rule": Kernel(
         rule.rule_kernel,
         lambda arch: {("any", 0): configs.RULE},
-        lambda kind: [((out,), "step") for out in FLOATS] + [(("fp32",), variant) for variant in RATIOS],
+        lambda kind: [((out,), "adam+step") for out in FLOATS] + [(("fp32",), variant) for variant in RATIOS],
         rule_tensors,
         each=("low_rank_grad", "out", "exp_avg", "exp_avg_sq"),
         product=False,
-        constants=lambda variant, config: {"RULE": rule.RATIO.value if "ratio" in variant else rule.ADAM.value},
+        constants=lambda variant, config: {
+            "RULE": rule.RATIO.value if "ratio" in variant else rule.ADAM.value,
+            "PER_TENSOR": "tensor" in variant,
+        },
     ),
     "sums": Kernel(
         channels.sums_kernel,
         lambda arch: {("any", 0): configs.RULE},
-        lambda kind: [((), variant) for variant in ("before", "before+squares", "before+squares+gram_grad", "after")],
-        lambda types, variant: dict.fromkeys(("low_rank", "sums", "scalars"), "*fp32") | {"alpha": "fp32"} | given(variant),
+        lambda kind: [((), variant) for variant in SUMS],
+        sums_tensors,
         product=False,
-        constants=lambda variant, config: {"BEFORE": "before" in variant},
-    ),
-    "coefficient": Kernel(
-        coefficient.coefficient_kernel,
-        lambda arch: {("any", 0): configs.COEFFICIENT},
-        lambda kind: [((), variant) for variant in ("channel", "channel+limiter", "tensor", "tensor+limiter")],
-        coefficient_tensors,
-        product=False,
-        constants=lambda variant, config: {"PER_TENSOR": "tensor" in variant},
+        constants=lambda variant, config: {"BEFORE": "before" in variant, "PER_TENSOR": "tensor" in variant},
     ),
 }

@@ -18,7 +18,12 @@ def tensors(types, variant):
 
 
 def rows(arch):
-    return {("any", 0): configs.SCATTER_ADD}
+    return {(kind, 0): config for kind, config in configs.SCATTER_ADD.items()}
 
 
-KERNELS = {"scatter_add_product": Kernel(scatter_add_product_kernel, rows, calls, tensors)}
+def always(kind, rank):
+    """The widest type one by one: no other build takes as many registers."""
+    return [(("fp32",) * 4, "plain")] if kind == "odd" else []
+
+
+KERNELS = {"scatter_add_product": Kernel(scatter_add_product_kernel, rows, calls, tensors, always=always)}

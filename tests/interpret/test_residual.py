@@ -6,7 +6,8 @@ import torch
 from lowrank_sys import reference
 from lowrank_sys._ops.named_steps import bound
 from lowrank_sys.kernels import common, configs
-from lowrank_sys.kernels.coefficient import launch_coefficients
+from lowrank_sys.kernels.channels import launch_sums
+from lowrank_sys.kernels.coefficient import room_for_coefficients
 from lowrank_sys.kernels.project import counters_of
 from lowrank_sys.kernels.step import step as kernel_step
 
@@ -147,31 +148,24 @@ def test_traffic(lane, meter, method):
 @pytest.mark.parametrize("limiter", [None, 0.0, 1e3, 1e-3], ids=["free", "first", "slack", "tight"])
 def test_coefficients_of_many_blocks(lane, per_tensor, limiter):
     """Several programs of channels, of any size that fp32 holds; one is not usable. A second launch finds the counters at 0."""
-    channels, draw = 3 * configs.COEFFICIENT["BLOCK"] + 5, torch.Generator().manual_seed(0)
-    sums = torch.rand(3, channels, generator=draw) + 0.5
-    sums[:, 1], sums[:, 2], sums[0, 3] = 0.0, torch.tensor([1e37, 1e38, 1e38]), torch.nan
-    sums[1, 4] = 1e-40
+    channels, draw = 9 * configs.RULE["BLOCK_C"] + 5, torch.Generator().manual_seed(0)
+    update, sums = torch.rand(1, channels, generator=draw) + 0.5, torch.rand(2, channels, generator=draw) + 0.5
+    update[0, 1:4], sums[:, 1], sums[:, 2] = torch.tensor([0.0, 3e18, torch.nan]), 0.0, 1e38
+    sums[0, 4] = 1e-40
     scalars = torch.zeros(1, 8)
     scalars[0, common.GRAD_SCALE.value], scalars[0, common.ACTIVE.value] = 0.5, 1
     for _ in range(2):
-        n, r, left_over = (torch.where(sums[0].isnan(), 0, x).double() for x in sums)
+        n, r, left_over = (torch.where(update[0].isnan(), 0, x) for x in (update[0].double().square(), *sums.double()))
         s = (n.sum().sqrt() / (r.sum().sqrt() + 1e-8)).expand_as(n) if per_tensor else n.sqrt() / (r.sqrt() + 1e-8)
         norm = 1.5 * (s * s * left_over).sum().sqrt().item()
         kept = None if limiter is None else torch.tensor(limiter * norm, dtype=FP32, device=lane.device)
         divisor = max(norm / (limiter * norm + 1e-8), 1.01) / 1.01 if limiter else 1.0
         counters = counters_of(lane.device)
-        got = launch_coefficients(
-            sums.to(lane.device),
-            kept,
-            scalars.to(lane.device),
-            growth=1.01,
-            front=1.5,
-            behind=2.0,
-            per_tensor=per_tensor,
-            counters=counters,
-        )
-        want = torch.where(sums[0].isnan(), torch.nan, 1.5 * s * 2.0 * 0.5 / divisor)
-        lane.assert_close("coefficients", got, want, rtol=2e-6, atol=0)
+        numbers = {"growth": 1.01, "front": 1.5, "behind": 2.0, "per_tensor": per_tensor}
+        room = room_for_coefficients(channels, kept, counters, lane.device, **numbers)
+        launch_sums(update.to(lane.device), sums.to(lane.device), scalars.to(lane.device), left=True, room=room)
+        want = torch.where(update[0].isnan(), torch.nan, 1.5 * s * 2.0 * 0.5 / divisor)
+        lane.assert_close("coefficients", room["coefficients"], want, rtol=2e-6, atol=0)
         assert not counters.any()
         if limiter is not None:
             lane.assert_close("limiter", kept.reshape(1), torch.tensor([norm / divisor]), rtol=2e-6, atol=0)
