@@ -63,8 +63,8 @@ STACKS = {
         ("stacks/stack_axolotl.py",),
         """transformers==5.16.1 datasets==4.8.4 accelerate==1.13.0 peft==0.20.0 trl==1.9.0 tokenizers==0.23.1
         huggingface_hub==1.17.0 pydantic==2.12.5 addict fire PyYAML requests einops colorama typer==0.25.1 scipy python-dotenv
-        schedulefree==1.4.1 sentencepiece zstandard pillow evaluate wandb posthog mistral-common numba fastcore triton bitsandbytes
-        torchao==0.17.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6""",
+        schedulefree==1.4.1 sentencepiece zstandard==0.22.0 pillow evaluate wandb posthog mistral-common numba fastcore triton
+        bitsandbytes torchao==0.17.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6""",
         bare="axolotl==0.19.0",
     ),
 }
