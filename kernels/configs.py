@@ -37,7 +37,7 @@ def _table(stages, large):
     return {
         ("project", "large"): {128: large},
         ("project", 32): {
-            16: _tile(4, stages, BLOCK_R=16, BLOCK_C=128, BLOCK_D=32),
+            16: _tile(8, stages, BLOCK_R=16, BLOCK_C=128, BLOCK_D=32),
             32: _tile(4, stages, BLOCK_R=32, BLOCK_C=128, BLOCK_D=32),
             64: _tile(8, stages, BLOCK_R=64, BLOCK_C=128, BLOCK_D=32),
             128: _tile(8, stages, BLOCK_R=128, BLOCK_C=64, BLOCK_D=32),
