@@ -19,16 +19,23 @@ def settled(*words):
     return settle(args)
 
 
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A folder whose configuration can be read: a name would be asked for on the network."""
+    LlamaConfig().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
 @pytest.mark.parametrize("method, lr, rank, scale", [
     ("galore", 1e-4, 256, 4.0), ("q-galore", 1e-4, 256, 4.0), ("apollo", 3e-4, 256, 1.0),
     ("apollo-mini", FINE_TUNING * 2e-3, 1, 128.0), ("fira", FINE_TUNING * METHODS["fira"].lr, 128, METHODS["fira"].scale),
 ])  # fmt: skip
-def test_of_a_checkpoint_all_trains_at_one_rate(method, lr, rank, scale):
-    args = settled("--from", "somewhere", "--method", method)
+def test_of_a_checkpoint_all_trains_at_one_rate(method, lr, rank, scale, checkpoint):
+    args = settled("--from", checkpoint, "--method", method)
     assert (args.lr, args.plain_lr, args.rank, args.scale) == (lr, lr, rank, scale)
-    args = settled("--from", "somewhere", "--method", method, "--lr", "0.5", "--rank", "3")
+    args = settled("--from", checkpoint, "--method", method, "--lr", "0.5", "--rank", "3")
     assert (args.lr, args.plain_lr, args.rank) == (0.5, 0.5, 3)
-    assert settled("--from", "somewhere", "--lr", "0.5", "--plain-lr", "0.25").plain_lr == 0.25
+    assert settled("--from", checkpoint, "--lr", "0.5", "--plain-lr", "0.25").plain_lr == 0.25
 
 
 def test_of_a_model_that_is_drawn_nothing_changes():

@@ -123,7 +123,7 @@ def test_adam_8bit_is_that_of_the_op(w_dtype, g_dtype):
 
 @pytest.mark.parametrize("bad", [True, False], ids=["bad channels", "good"])
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
-@pytest.mark.parametrize("shape", [(7, 515), (20, 30), (5, 264), (1, 1000), (700, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(7, 515), (20, 30), (5, 264), (1, 1000), (300, 1)], ids=str)
 def test_low_rank_adam_8bit_is_that_of_the_op(left, shape, bad):
     r = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     if bad:
