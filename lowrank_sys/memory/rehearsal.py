@@ -113,13 +113,28 @@ def _refresh_again(optimizer, *_):
                 state["merges"].fill_(-1)
 
 
+@contextlib.contextmanager
 def _as_if_real():
-    """transformers materializes attention masks where it sees fake tensors, which a real run does without."""
+    """What asks tensors for their values goes as in a real run: transformers materializes attention masks where it sees fake
+    tensors, and torch draws a truncated normal anew until no value lies outside, which of a fake one is never known."""
     from transformers.utils import import_utils
 
-    if not hasattr(import_utils, "is_fake_tensor"):
-        return contextlib.nullcontext()
-    return mock.patch.object(import_utils, "is_fake_tensor", lambda tensor: False)
+    with contextlib.ExitStack() as patches:
+        for module, name, new in (
+            (import_utils, "is_fake_tensor", lambda tensor: False),
+            (torch.nn.init, "_no_grad_trunc_normal_", _drawn_twice),
+        ):
+            if hasattr(module, name):
+                patches.enter_context(mock.patch.object(module, name, new))
+        yield
+
+
+@torch.no_grad()
+def _drawn_twice(tensor, mean, std, a, b, generator=None):
+    """A truncated normal of which one more draw put all values inside."""
+    drawn = tensor.normal_(mean, std, generator=generator)
+    outside = (drawn < a) | (drawn > b)
+    return tensor.copy_(torch.where(outside, torch.empty_like(drawn).normal_(mean, std, generator=generator), drawn))
 
 
 def _model(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:

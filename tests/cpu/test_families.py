@@ -21,7 +21,7 @@ SIZES = {"batch_size": 2, "seq_len": 32, "plain_lr": 1e-2, "eval_tokens": 64}
 # A rank, and a rate at which two steps without warm-up descend: at 1e-2 one step of APOLLO-Mini is nearly as long as the weights.
 METHODS = {"galore": (4, 1e-2), "q-galore": (4, 1e-2), "apollo-mini": (1, 1e-3)}
 WAYS = ("--model", "--from")
-QUICK = [("mixtral", "q-galore", "--from")]
+QUICK = [("mixtral", "q-galore", "--from"), ("gemma3", "q-galore", "--model")]
 REST = [case for family in FAMILIES for method in METHODS for way in WAYS if (case := (family, method, way)) not in QUICK]
 
 
