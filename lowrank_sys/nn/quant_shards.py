@@ -168,14 +168,13 @@ class ShardableLinear(QuantLinear):
     def quantize_(self, weight):
         if tuple(weight.shape) != tuple(self.weight.shape):
             raise ValueError(f"weight must have shape {tuple(self.weight.shape)}, got {tuple(weight.shape)}")
-        self._take(torch.ops.lowrank.quantize_int8(_whole(weight).contiguous(), group_size=self.group_size))
+        self._take(self.coding.encode(_whole(weight).contiguous(), self.group_size))
 
     @torch.no_grad()
     def dequantized(self, dtype=None):
         """The values of the whole weight (out, in), in `dtype` or the compute dtype. All processes ask for it, or none."""
         codes, scale = (_whole(self._saved(getattr(self, name))) for name in STORED)
-        dtype = dtype or self.weight.dtype
-        return torch.ops.lowrank.dequantize_int8(codes, scale, group_size=self.group_size, dtype=dtype)
+        return self.coding.decode(codes, scale, self.in_features, self.group_size, dtype or self.weight.dtype)
 
     def _take(self, pair):
         """Take codes and scales, of all rows or DTensors."""
