@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # names of models and data sets are those of folders: nobody waits for a network
 SEEN = collections.defaultdict(set)  # what -> keys, plain tuples
 
 

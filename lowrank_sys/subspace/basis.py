@@ -127,7 +127,10 @@ class Int4(Dense):
 
 
 class Key(Dense):
-    """`key` int64 (4,) of a Gaussian basis: seed, refresh, parameter and first row. Ops make the basis where they use it."""
+    """`key` int64 (4,) of a Gaussian basis: seed, refresh, parameter and first row. Ops make the basis where they use it.
+
+    All but a fused step read the key on the host: where it lies on a GPU, they wait.
+    """
 
     name = "key"
     keys = ("key",)
@@ -147,8 +150,8 @@ class Key(Dense):
         return {"seed": seed, "step": step, "parameter": parameter, "first": first}
 
     def load(self, state, d):
-        """The basis (d, r) in fp32. Reads the key: a GPU waits."""
-        return gaussian_basis(d=d, rank=self.rank(state), device=state["key"].device, **self._which(state))
+        """The basis (d, r) in fp32, where the moments are."""
+        return gaussian_basis(d=d, rank=self.rank(state), device=state.get("exp_avg", state["key"]).device, **self._which(state))
 
     def project(self, grad, state, *, int8_gemm=False):
         return torch.ops.lowrank.gaussian_project(grad, rank=self.rank(state), left=state["left"], **self._which(state))

@@ -28,7 +28,7 @@ class Gaussian(Kind):
 
     def init(self, state, param, group, index, count):
         state["left"], shape = self.low_rank_shape(group, param)
-        state["key"] = torch.tensor([group["seed"], 0, index, 0], device=param.device)
+        state["key"] = torch.tensor([group["seed"], 0, index, 0], device=self._place(param))
         # with 'next' the schedule advances after the step
         state["countdown"] = torch.tensor(group["update_proj_gap"] - (group["refresh"] == "next"), device="cpu")
         return shape
@@ -36,6 +36,10 @@ class Gaussian(Kind):
     def needs(self, group):
         """The rank is read of it: a key does not know it."""
         return {"rank": ("exp_avg",), **super().needs(group)}
+
+    def _place(self, tensor):
+        """Where the key of a matrix is whose weight or gradient is `tensor`."""
+        return torch.device("cpu") if "key" in self.on_host else tensor.device
 
     def gap(self, due):
         return int(due.h["update_proj_gap"])
@@ -47,9 +51,9 @@ class Gaussian(Kind):
     def expect(self, due):
         expect_named(due, "key")
         key = due.state["key"]
-        expect_like(OP, "key", key, (4,), key.device)
+        expect_like(OP, "key", key, (4,), self._place(due.raw))
         expect_dtype(OP, "key", key, torch.int64)
-        expect_carried(due, (None, None), key.device)
+        expect_carried(due, (None, None), due.raw.device)
 
     def renew(self, due):
         if due.training:
@@ -61,10 +65,11 @@ class Gaussian(Kind):
 class Resampled(Gaussian):
     """One Gaussian basis after another (Flora): moments are decompressed by the old and compressed by the new, M <- B_newᵀ B_old M.
 
-    A refresh makes both (d, r) in fp32, and drops them. State of a matrix: that of Gaussian, and d.
+    A refresh makes both (d, r) in fp32, and drops them. State of a matrix: that of Gaussian, its key on the host, and d.
     """
 
     defaults, capturable, sharded = {**Kind.defaults, "update_proj_gap": 1000, "moments": "rotate"}, False, True
+    on_host = (*Gaussian.on_host, "key")
 
     def transports(self, group):
         return ("rotate", *CARRIED)

@@ -158,7 +158,7 @@ class Kind(Part):
         grad_scale, found_inf: what gradients are to be multiplied by, and nonzero where the step is none (one element each).
         """
         if sketched:
-            gradients = [s[store_of(s).keys[0]].new_empty(0) if g is None else g for s, g in zip(states, gradients)]
+            gradients = [s["step"].new_empty(0) if g is None else g for s, g in zip(states, gradients)]
         transport = group["moments"]
         carried = (*moments, "step", *TRANSPORTS[transport].needs) if transport != "keep" else ()
         reads = tuple(dict.fromkeys(key for key in (*carried, *self.reads(group)) if key not in self.categories))
