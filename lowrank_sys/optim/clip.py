@@ -9,7 +9,23 @@ PIECE = 1 << 20
 
 
 def gradient_norms(grads):
-    """Euclidean norm of each gradient, (len(grads),) fp64: not finite only where an element is not."""
+    """Euclidean norm of each gradient, (len(grads),) fp64 on the device of the first: not finite only where an element is not."""
+    norms = [None] * len(grads)
+    for places in _by_device(grads).values():
+        for i, norm in zip(places, _norms([grads[i] for i in places]).to(grads[0].device)):
+            norms[i] = norm
+    return torch.stack(norms)
+
+
+def _by_device(tensors):
+    """{device: which of the tensors are there}."""
+    places = {}
+    for i, tensor in enumerate(tensors):
+        places.setdefault(tensor.device, []).append(i)
+    return places
+
+
+def _norms(grads):
     pieces = [grad.flatten().split(PIECE) if grad.is_cpu else (grad,) for grad in grads]
     norms = torch.stack(torch._foreach_norm([piece for parts in pieces for piece in parts], 2, dtype=torch.float64))
     counts = [len(parts) for parts in pieces]
@@ -24,7 +40,9 @@ def scale_to_norm_(grads, norms, max_norm):
     """
     norm = torch.linalg.vector_norm(torch.where(norms.isfinite(), norms, 0.0))
     if math.isfinite(max_norm):
-        torch._foreach_mul_(grads, clip_factor(norm, max_norm))
+        factor = clip_factor(norm, max_norm)
+        for device, places in _by_device(grads).items():
+            torch._foreach_mul_([grads[i] for i in places], factor.to(device))
     return norm
 
 

@@ -65,7 +65,7 @@ class InBackward(Hooked):
         self._expect_averaged(optimizer, [weight])
         group = optimizer.group_of(weight)
         optimizer.expect_finite(weight, grad)
-        lr = optimizer.rate(group)
+        lr = optimizer.rate(group, weight.device)
         for batch in optimizer.batches(group, [(weight, grad)]):
             self.step(optimizer, batch, lr)
         self._done.add(weight)

@@ -22,6 +22,11 @@ from lowrank_sys.subspace.rank import resolved
 from lowrank_sys.subspace.refresh import trains
 
 
+def _near(number, device):
+    """A 0-dim number on `device`, where the ops of its weights want it; between GPUs nothing waits."""
+    return number.to(device, non_blocking=device.type != "cpu")
+
+
 class LowRankOptimizer(torch.optim.Optimizer):
     """Low-rank updates for groups with a `rank`, the plain rule for the others.
 
@@ -170,11 +175,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """(grad_scale, found_inf) of a GradScaler, None without one."""
         return self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
 
-    def rate(self, group):
-        """The rate as a 0-dim tensor; 1 where it is relative to the step."""
+    def rate(self, group, device=None):
+        """The rate as a 0-dim tensor; 1 where it is relative to the step. device: of the weights, for a rate on another GPU."""
         lr = group["lr"]
         if isinstance(lr, torch.Tensor):
-            return lr
+            return lr if device is None or lr.is_cpu else _near(lr, device)
         return torch.tensor(1.0 if lr is None else lr, dtype=torch.float32, device="cpu")
 
     def batches(self, group, pairs, grad_scale=None, found_inf=None, projected=False):
@@ -196,7 +201,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             grad_scale = grad_scale.reciprocal()  # GradScaler's factor divides, the ops' one multiplies
 
         def guards(device):
-            return {"grad_scale": grad_scale, "found_inf": found_inf, "skipped": self.counter(device)}
+            scale, inf = (None if number is None else _near(number, device) for number in (grad_scale, found_inf))
+            return {"grad_scale": scale, "found_inf": inf, "skipped": self.counter(device)}
 
         return self.pipeline.batches(group, triples, guards, projected)
 
@@ -244,7 +250,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     self.expect_finite(param, grad)
             self.make_states([param for group in self.param_groups for param, _ in self._pairs(group)])
             for group, batch in self.all_batches(*self.scaler()):
-                self.gradients.step(self, batch, self.rate(group))
+                self.gradients.step(self, batch, self.rate(group, batch.params[0].device))
             self.gradients.finish(self)
             if not self.pipeline.schedule.static and any(trains(self.rate(group)) for group in self.param_groups):
                 self.turns.advance(self.param_groups, names_of(self.param_groups), self.state)

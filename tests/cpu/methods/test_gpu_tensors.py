@@ -10,9 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lowrank_sys.memory import live
 from lowrank_sys.nn import quantize_model
+from lowrank_sys.optim import GaLoreAdamW, param_groups
 
 SHAPES = (24, 40), (40, 24)
-WAYS = {"float": {}, "in_backward": {"per_layer": "in_backward"}, "scaler": {"scaler": True}, "int8": {"int8": True}}
+WAYS = {"float": {}, "in_backward": {"per_layer": "in_backward"}, "numbers": {"numbers": True}, "int8": {"int8": True}}
 # What makes the host wait beside a read of a value.
 WAITING = {"nonzero", "masked_select", "_unique2", "_linalg_svd", "_linalg_eigh"}
 # A singular value decomposition of a matrix (2r, 2r) in every step.
@@ -55,15 +56,15 @@ def no_driver(monkeypatch):
 
 
 def layers(int8):
-    """Layers on the GPU."""
-    made = torch.nn.Sequential(*(torch.nn.Linear(n, m, bias=False, device="cuda") for m, n in SHAPES))
+    """Layers, each on a GPU of its own."""
+    made = torch.nn.Sequential(*(torch.nn.Linear(n, m, bias=False, device=f"cuda:{i}") for i, (m, n) in enumerate(SHAPES)))
     return quantize_model(made, group_size=32) if int8 else made
 
 
 def backward(weights):
     """Gradients, and the hooks that take them."""
     for weight in weights:
-        weight.grad = torch.empty(weight.shape, device="cuda")
+        weight.grad = torch.empty(weight.shape, device=weight.device)
         for hook in list((weight._post_accumulate_grad_hooks or {}).values()):
             hook(weight)
 
@@ -72,12 +73,13 @@ def backward(weights):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_mixes_no_devices_and_waits_for_nothing(no_driver, name, way):
     options = dict(WAYS[way])
-    scaler = options.pop("scaler", False)
+    numbers = options.pop("numbers", False)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, Waits(fake) as seen:
         weights = list(layers(options.pop("int8", False)).parameters())
         optimizer = preset(name, weights, **options)
-        if scaler:
-            optimizer.grad_scale, optimizer.found_inf = torch.empty(1, device="cuda"), torch.empty(1, device="cuda")
+        if numbers:  # GradScaler's and the rate, on the first GPU
+            optimizer.grad_scale, optimizer.found_inf = torch.empty(1, device="cuda:0"), torch.empty(1, device="cuda:0")
+            optimizer.param_groups[0]["lr"] = torch.empty((), device="cuda:0")
         for left in (None, 0, 9):  # two steps choose bases, the third one does not
             for state in optimizer.state.values() if left is not None else ():
                 if "countdown" in state:
@@ -86,8 +88,23 @@ def test_a_step_mixes_no_devices_and_waits_for_nothing(no_driver, name, way):
             backward(weights)
             optimizer.step()
         seen.on = False
+        optimizer.param_groups[0]["lr"] = 1e-2
         optimizer.load_state_dict(optimizer.state_dict())
     assert seen.counted == SOLVED.get(name, {})
+
+
+@pytest.mark.parametrize("per_layer", [None, "accumulate"])
+def test_one_norm_of_gradients_on_two_gpus(no_driver, per_layer):
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, Waits(fake) as seen:
+        model = layers(int8=False)
+        weights = list(model.parameters())
+        optimizer = GaLoreAdamW(param_groups(model, rank=3, refresh="next"), lr=1e-2, per_layer=per_layer)
+        for seen.on in (False, True):
+            backward(weights)
+            assert optimizer.clip_grad_norm_(1.0).device == weights[0].device
+            optimizer.step()
+            optimizer.zero_grad()
+    assert seen.counted == {}
 
 
 def test_a_wait_and_a_mixture_are_seen(no_driver):
