@@ -10,8 +10,10 @@ PIECE = 1 << 20
 
 def gradient_norms(grads):
     """Euclidean norm of each gradient, (len(grads),) fp64 on the device of the first: not finite only where an element is not."""
-    norms = [None] * len(grads)
-    for places in _by_device(grads).values():
+    devices, norms = _by_device(grads).values(), [None] * len(grads)
+    if len(devices) == 1:
+        return _norms(grads)
+    for places in devices:
         for i, norm in zip(places, _norms([grads[i] for i in places]).to(grads[0].device)):
             norms[i] = norm
     return torch.stack(norms)
