@@ -166,7 +166,9 @@ def apply_kernel(
     # Two operands of the widest groups leave no shared memory on a small card.
     APART: tl.constexpr = PHI == SIGNED or (PHI == SCALED and INT8_GROUP >= 1024)
     i_matrix = tl.program_id(1)
-    weight, low_rank, basis = pick(weight, i_matrix), pick(low_rank, i_matrix), pick(basis, i_matrix)
+    weight = pick(weight, i_matrix)
+    if low_rank is not None:
+        low_rank, basis = pick(low_rank, i_matrix), pick(basis, i_matrix)
     if GROUP:
         scale, offset = pick(scale, i_matrix), pick(offset, i_matrix)
     scalars += i_matrix * SLOTS

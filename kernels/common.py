@@ -17,12 +17,10 @@ SLOTS = tl.constexpr(8)
 
 @triton.jit
 def pick(matrices, i):
-    """Entry i of a tuple of pointers, one a matrix of the launch; None stays None."""
-    p_matrix = None
-    if matrices is not None:
-        p_matrix = matrices[0]
-        for k in tl.static_range(1, len(matrices)):
-            p_matrix = tl.where(i == k, matrices[k], p_matrix)
+    """Entry i of a tuple of pointers, one a matrix of the launch."""
+    p_matrix = matrices[0]
+    for k in tl.static_range(1, len(matrices)):
+        p_matrix = tl.where(i == k, matrices[k], p_matrix)
     return p_matrix
 
 

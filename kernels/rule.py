@@ -80,8 +80,9 @@ def rule_kernel(
     Bytes per element of R: R twice (the second time from the cache), moments twice each, gram_grad and out once.
     """
     i_matrix = tl.program_id(1)
-    low_rank_grad, out = pick(low_rank_grad, i_matrix), pick(out, i_matrix)
-    exp_avg, exp_avg_sq = pick(exp_avg, i_matrix), pick(exp_avg_sq, i_matrix)
+    low_rank_grad, exp_avg, exp_avg_sq = pick(low_rank_grad, i_matrix), pick(exp_avg, i_matrix), pick(exp_avg_sq, i_matrix)
+    if out is not None:
+        out = pick(out, i_matrix)
     scalars += i_matrix * SLOTS
     if is_off(scalars):
         return
