@@ -53,8 +53,8 @@ def _table(stages, large):
             128: _tile(8, stages, BLOCK_M=128, BLOCK_N=64, BLOCK_R=32),
         },
         ("back_project", 16): {
-            16: _tile(8, 1, BLOCK_M=128, BLOCK_N=128, BLOCK_R=16),
-            32: _tile(8, 1, BLOCK_M=128, BLOCK_N=128, BLOCK_R=32),
+            16: _tile(8, 1, BLOCK_M=128, BLOCK_N=64, BLOCK_R=16),
+            32: _tile(8, 1, BLOCK_M=128, BLOCK_N=64, BLOCK_R=32),
             128: _tile(8, stages, BLOCK_M=128, BLOCK_N=128, BLOCK_R=64),
         },
         ("project", "odd"): {
