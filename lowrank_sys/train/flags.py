@@ -62,6 +62,7 @@ NEWER = {
     "int8_gemm": False, "stochastic_rounding": False, "target_modules": None, "from_": None, "valid_data": None,
     "no_packing": False, "option": None, "projected": None,
 }  # fmt: skip
+SEQ_LEN, FINE_TUNING_SEQ_LEN = 128, 512
 MERGE_DTYPES = ("fp32", "bf16", "fp16")
 REPORTERS = ("tensorboard", "wandb")
 FREE = (
@@ -113,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", metavar="NAME", help="a Hugging Face tokenizer, its size is the vocabulary (default: bytes)")
     add("--steps", metavar="N", type=int, default=220, help="optimizer steps (default: %(default)s)")
     add("--batch-size", metavar="B", type=int, default=4, help="sequences a micro-batch (default: %(default)s)")
-    add("--seq-len", metavar="T", type=int, default=128, help="tokens a sequence (default: %(default)s)")
+    add("--seq-len", metavar="T", type=int, help=f"tokens a sequence (default: {SEQ_LEN}; with --from {FINE_TUNING_SEQ_LEN})")
     add("--gradient-accumulation-steps", metavar="N", type=int, default=1, help="micro-batches a step (default: %(default)s)")
     add("--gradient-checkpointing", action="store_true", help="recompute activations in backward to save memory")
     add(
@@ -278,6 +279,8 @@ def check(args: argparse.Namespace) -> launcher.Place:
         raise CommandError(f"{'--no-packing' if args.no_packing else '--valid-data'} needs --from")
     elif not is_known(args.model):
         raise CommandError(f"--model: unknown {args.model!r}; valid: {', '.join(PRESETS)}, or a config.json")
+    if args.seq_len is None:
+        args.seq_len = SEQ_LEN if args.from_ is None else FINE_TUNING_SEQ_LEN
     for name, valid in {
         "method": METHODS,
         "dtype": DTYPES,

@@ -1,4 +1,4 @@
-"""Windows of whole documents: several in one, each with positions of its own, so that none attends to another.
+"""Windows of documents: several in one, each with positions of its own, so that none attends to another.
 
 A window is {"input_ids", "labels", "position_ids"}, each (seq_len,) int64; labels are -100 where a token is given, and behind the
 last document. Causal language models of transformers keep documents apart where positions begin anew, but for some (`mixes`).
@@ -21,7 +21,8 @@ IGNORED = -100
 class Packed:
     """The training windows of a whole run, in order: item i is the i-th window that the run reads.
 
-    stream: marked tokens (lowrank_sys.train.chats), (n,) int32. A document longer than `seq_len` is cut there, and one of which
+    stream: marked tokens (lowrank_sys.train.chats), (n,) int32. A text longer than `seq_len` goes on in further windows that begin
+    with the last token of the one before: all are learned but the text's first. Any other document is cut there, and one of which
     then nothing is learned is left out. pack: several documents in a window as they fit, else one. A pass over the windows is a
     fresh permutation that depends only on (seed, pass).
 
@@ -38,12 +39,18 @@ class Packed:
         self.ids = torch.from_numpy(ids)
         starts = np.flatnonzero(first)
         ends = np.append(starts[1:], len(first))
-        self.cut = int((ends - starts > seq_len).sum())
-        ends = np.minimum(ends, starts + seq_len)
         sums = np.concatenate([[0], learned.cumsum()])
-        counts = sums[ends] - sums[starts]
-        self.left_out, self.learned = int((counts == 0).sum()), int(counts.sum())
-        spans = [(int(s), int(e)) for s, e, count in zip(starts, ends, counts) if count]
+        long = ends - starts > seq_len
+        is_text = sums[ends] - sums[starts] == ends - starts - 1
+        self.cut = int((long & ~is_text).sum())
+        spans = [
+            span
+            for start, end, goes_on in zip(starts.tolist(), ends.tolist(), (long & is_text).tolist())
+            for span in (_pieces(start, end, seq_len) if goes_on else [(start, min(end, start + seq_len))])
+        ]
+        counts = [int(sums[end] - sums[start + 1]) for start, end in spans]  # of the first token nothing says what it is
+        self.left_out, self.learned = counts.count(0), sum(counts)
+        spans = [span for span, count in zip(spans, counts) if count]
         self.windows = _packed(spans, seq_len) if pack else [[span] for span in spans]
         self.tokens = sum(e - s for s, e in spans) / max(1, len(self.windows))
         self._pass, self._order = -1, None
@@ -68,6 +75,7 @@ class Packed:
             inside = slice(at, at + len(ids))
             made["input_ids"][inside] = ids
             made["labels"][inside] = np.where(learned, ids, IGNORED)
+            made["labels"][at] = IGNORED
             made["position_ids"][inside] = np.arange(len(ids))
             at += len(ids)
         made["position_ids"][at:] = np.arange(self.seq_len - at)
@@ -112,6 +120,11 @@ def mixes(model: torch.nn.Module, border: dict[str, torch.Tensor]) -> bool:
     return bool(grad[:, :begin].any())
 
 
+def _pieces(start: int, end: int, size: int) -> list[tuple[int, int]]:
+    """Spans of `size` tokens at most, each beginning with the last token of the one before."""
+    return [(at, min(end, at + size)) for at in range(start, end - 1, size - 1)]
+
+
 def _packed(spans: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
     """Spans in windows of `size` tokens: the longest first, each into the window that it fills best."""
     windows, room = [], []  # room: (tokens left, number of the window), sorted
@@ -123,5 +136,6 @@ def _packed(spans: list[tuple[int, int]], size: int) -> list[list[tuple[int, int
         else:
             left, number = room.pop(at)
         windows[number].append((start, end))
-        insort(room, (left - (end - start), number))
+        if left > end - start:
+            insort(room, (left - (end - start), number))
     return windows

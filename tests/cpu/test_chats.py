@@ -164,6 +164,23 @@ def test_windows_hold_whole_documents_as_they_fit():
         assert torch.equal(window["labels"][learned], window["input_ids"][learned])
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_long_text_goes_on_in_further_windows(pack):
+    """Each begins with the last token of the one before, so that every token but the first is learned once."""
+    lengths = [31, 4, 10, 11]
+    packed = Packed(stream(lengths, given=1), 10, seed=0, length=1, pack=pack)
+    assert (packed.cut, packed.left_out) == (0, 0) and packed.learned == sum(lengths) - len(lengths)
+    shown, learned = [], []
+    for i in range(len(packed.windows)):
+        window = packed.window(i)
+        assert all(window["labels"][at] == IGNORED for at in (window["position_ids"] == 0).nonzero().flatten())
+        shown += [int(token) for token in window["input_ids"] if token]
+        learned += [int(token) for token in window["labels"] if token != IGNORED]
+    first = {1, 32, 36, 46}
+    assert sorted(learned) == sorted(set(range(1, 57)) - first)
+    assert sorted(shown) == sorted([*range(1, 57), 10, 19, 28, 55])
+
+
 def test_a_pass_shows_every_window_once_in_an_order_of_its_own():
     packed = Packed(stream([7] * 12), 10, seed=3, length=36)
     passes = [[packed[i]["input_ids"][0].item() for i in range(12 * p, 12 * p + 12)] for p in range(3)]
