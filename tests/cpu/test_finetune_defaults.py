@@ -32,7 +32,7 @@ def checkpoint(tmp_path):
 ])  # fmt: skip
 def test_of_a_checkpoint_all_trains_at_one_rate(method, lr, rank, scale, checkpoint):
     args = settled("--from", checkpoint, "--method", method)
-    assert (args.lr, args.plain_lr, args.rank, args.scale) == (lr, lr, rank, scale)
+    assert (args.lr, args.plain_lr, args.rank, args.scale, args.seq_len) == (lr, lr, rank, scale, 512)
     args = settled("--from", checkpoint, "--method", method, "--lr", "0.5", "--rank", "3")
     assert (args.lr, args.plain_lr, args.rank) == (0.5, 0.5, 3)
     assert settled("--from", checkpoint, "--lr", "0.5", "--plain-lr", "0.25").plain_lr == 0.25
@@ -40,7 +40,7 @@ def test_of_a_checkpoint_all_trains_at_one_rate(method, lr, rank, scale, checkpo
 
 def test_of_a_model_that_is_drawn_nothing_changes():
     args = settled("--method", "galore", "--lr", "0.5")
-    assert (args.plain_lr, args.rank, args.scale) == (METHODS["galore"].plain_lr, 128, 0.25)
+    assert (args.plain_lr, args.rank, args.scale, args.seq_len) == (METHODS["galore"].plain_lr, 128, 0.25, 128)
 
 
 def test_the_help_names_them():

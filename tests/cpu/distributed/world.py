@@ -15,16 +15,16 @@ import torch.multiprocessing
 
 # Imported once, in a process that every rank is a fork of.
 PRELOAD = ["torch", "torch.distributed.tensor", "lowrank_sys.optim", "transformers.models.llama.modeling_llama", "pytest"]
-# For ranks to end by themselves after one of them has failed.
-GRACE = 3
+# For ranks to meet, on a busy machine too; and to end by themselves after one of them has failed.
+SETUP, GRACE = 60, 3
 
 
 def run(world_size, function, *args, timeout=60):
     """[what `function(rank, *args)` returns on each rank], in a process group of `world_size` processes.
 
     function: of a module's top level. args and what it returns: what torch.save takes. An exception of any rank is an
-    AssertionError with the tracebacks of all ranks that have one; so is a rank that has not ended in `timeout` seconds, with
-    where it stood.
+    AssertionError with the tracebacks of all ranks that have one; so is a rank that has not ended `timeout` seconds after all have
+    met, with where it stood.
     """
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -36,7 +36,7 @@ def run(world_size, function, *args, timeout=60):
         ]
         for process in ranks:
             process.start()
-        _wait(ranks, timeout + GRACE)
+        _wait(ranks, SETUP + timeout + GRACE)
         codes = [process.exitcode for process in ranks]
         if any(codes):
             raise AssertionError(_told(Path(folder), codes))
@@ -45,11 +45,12 @@ def run(world_size, function, *args, timeout=60):
 
 def _rank(rank, world_size, folder, module, name, args, timeout):
     with open(Path(folder, f"{rank}.txt"), "w") as told:
-        faulthandler.dump_traceback_later(timeout, exit=True, file=told)
+        faulthandler.dump_traceback_later(SETUP, exit=True, file=told)
         try:
             torch.set_num_threads(1)
-            limit = datetime.timedelta(seconds=timeout)
+            limit = datetime.timedelta(seconds=max(SETUP, timeout))
             dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=limit)
+            faulthandler.dump_traceback_later(timeout, exit=True, file=told)
             torch.save(getattr(_load(module), name)(rank, *args), Path(folder, f"{rank}.pt"))
             dist.destroy_process_group()
         except BaseException:
