@@ -5,6 +5,7 @@ import torch
 from cases import CASES
 from cases.case import overload, replace, same_bits, tensors_of
 from cases.draw import Simplest
+from lanes import usual
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -17,7 +18,7 @@ def build():
     return nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32), nn.LayerNorm(32))
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", usual(["eager"], "inductor"))
 def test_twenty_steps_with_changing_rate(backend):
     compiled, eager = build(), build()
     optimizers = [GaLoreAdamW(param_groups(m, rank=8, update_proj_gap=7), lr=torch.tensor(1e-2)) for m in (compiled, eager)]

@@ -68,6 +68,7 @@ def children(pid):
     return [int(child) for child in found if "lowrank_sys" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
+@pytest.mark.full
 def test_a_process_that_is_killed_is_started_again(two, tmp_path):
     out = tmp_path / "run"
     run = start(flags(out, batch_size=2, nproc=2))
